@@ -1,0 +1,1 @@
+"""Layers and distribution for transformers over long sequences."""
