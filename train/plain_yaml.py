@@ -56,9 +56,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor(_TAG + "int", _Loader.construct_int)
 _Loader.add_implicit_resolver(_TAG + "null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(
-    _TAG + "bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"^<<$"), ["<"])
@@ -117,12 +115,8 @@ def _unshared(value: Any, path: str, problems: list[str], parents: tuple[int, ..
         case dict():
             for key in value:
                 if not isinstance(key, str):
-                    problems.append(
-                        f"{join(path, str(key))}: got the key {show(key)}, wanted text; write '{key}'"
-                    )
-            return {
-                key: _unshared(item, join(path, str(key)), problems, inside) for key, item in value.items()
-            }
+                    problems.append(f"{join(path, str(key))}: got the key {show(key)}, wanted text; write '{key}'")
+            return {key: _unshared(item, join(path, str(key)), problems, inside) for key, item in value.items()}
         case list():
             return [_unshared(item, join(path, str(i)), problems, inside) for i, item in enumerate(value)]
         case float() if not math.isfinite(value):
@@ -132,9 +126,7 @@ def _unshared(value: Any, path: str, problems: list[str], parents: tuple[int, ..
         case None | str() | bool() | int() | float():
             pass
         case _:
-            problems.append(
-                f"{path or 'value'}: got a {type(value).__name__}, wanted plain YAML without tags"
-            )
+            problems.append(f"{path or 'value'}: got a {type(value).__name__}, wanted plain YAML without tags")
     return value
 
 
@@ -179,9 +171,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         if not equals or not all(parts):
             problems.append(f"override {override!r}: wanted KEY=VALUE, such as training.steps=100")
         elif not text.strip():
-            problems.append(
-                f"{key}: the override has no value; write {key}=null, or {key}=\"''\" for empty text"
-            )
+            problems.append(f"{key}: the override has no value; write {key}=null, or {key}=\"''\" for empty text")
         else:
             try:
                 _place(result, parts, parse_yaml(text, source=f"override {override!r}", path=key))
@@ -198,9 +188,7 @@ def _place(data: dict[str, Any], parts: list[str], value: Any) -> None:
         here, key = ".".join(parts[:depth]), part
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
-                raise ConfigError(
-                    f"{'.'.join(parts)}: {here} got the index {part}, wanted one below {len(node)}"
-                )
+                raise ConfigError(f"{'.'.join(parts)}: {here} got the index {part}, wanted one below {len(node)}")
             key = int(part)
         elif not isinstance(node, dict):
             raise ConfigError(f"{'.'.join(parts)}: {here} is {show(node)} and cannot hold {part}")

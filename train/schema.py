@@ -216,9 +216,7 @@ class _Parser:
 
     def sequence(self, expected: Any, shape: Shape, raw: Any, path: str) -> Any:
         if isinstance(raw, dict) and raw and all(name.isdecimal() for name in raw):
-            return self.refuse(
-                path, raw, f"{type_text(expected)}; the file has no such list to index: give all of it"
-            )
+            return self.refuse(path, raw, f"{type_text(expected)}; the file has no such list to index: give all of it")
         if not isinstance(raw, list):
             return self.refuse(path, raw, type_text(expected))
         items = shape.inner
@@ -251,11 +249,7 @@ class _Parser:
             problem = error.errors(include_url=False)[0]
         else:
             # pydantic takes true for Literal[1]: true == 1 in Python
-            return (
-                value
-                if isinstance(value, bool) or not isinstance(raw, bool)
-                else self.refuse(path, raw, wanted)
-            )
+            return value if isinstance(value, bool) or not isinstance(raw, bool) else self.refuse(path, raw, wanted)
         remedy = _nearest(raw, _literals(expected))
         if problem["type"] == "string_type" and isinstance(raw, bool | int | float):
             remedy = f'; in quotes it is text: "{show(raw)}"'
@@ -324,9 +318,7 @@ def _plain(expected: Any, value: Any) -> Any:
             kinds = kinds_of(shape.inner[0])
             kind = _kind_of(kinds, value)
             if kinds and not kind:
-                raise ValueError(
-                    f"got a {type(value).__name__}, wanted a registered variant: {', '.join(kinds)}"
-                )
+                raise ValueError(f"got a {type(value).__name__}, wanted a registered variant: {', '.join(kinds)}")
             items = fields_of(type(value)).items()
             values = {name: _plain(inner, getattr(value, name)) for name, (_, inner) in items}
             return {"kind": kind} | values if kind else values

@@ -60,9 +60,7 @@ def help_text(cls: type) -> str:
         kind = f" (kind: {entry.kind})" if entry.kind else ""
         default = f" = {entry.default}" if entry.default else ""
         blocks.append(f"{entry.key}{kind}: {entry.type}{default}")
-        blocks.append(
-            textwrap.fill(entry.doc.replace("\n", " "), 100, initial_indent="    ", subsequent_indent="    ")
-        )
+        blocks.append(textwrap.fill(entry.doc.replace("\n", " "), 100, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(blocks)
 
 

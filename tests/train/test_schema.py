@@ -176,8 +176,7 @@ def test_overrides(override, get, wanted):
         ),
         (
             "seq_len=9",
-            "seq_len: unknown key, got 9; wanted one of name, data, optimizer, path, limit; "
-            "did you mean data.seq_len?",
+            "seq_len: unknown key, got 9; wanted one of name, data, optimizer, path, limit; did you mean data.seq_len?",
         ),
         (
             "data.sources.0.shape=[1, 2]",
@@ -186,8 +185,7 @@ def test_overrides(override, get, wanted):
         ),
         (
             "data.named.a.wieght=1",
-            "data.named.a.wieght: unknown key of kind noise, got 1; wanted one of weight, shape; "
-            "did you mean weight?",
+            "data.named.a.wieght: unknown key of kind noise, got 1; wanted one of weight, shape; did you mean weight?",
         ),
         (
             "data.sources.0.kind=file",
@@ -254,9 +252,7 @@ def test_bounds_in_a_type_are_said():
 
 
 def test_a_bad_override_value_names_the_override():
-    assert error_of("name=a: b: c").startswith(
-        "override 'name=a: b: c' line 1 column 5: not readable as YAML"
-    )
+    assert error_of("name=a: b: c").startswith("override 'name=a: b: c' line 1 column 5: not readable as YAML")
 
 
 def test_integers_are_bounded():
@@ -399,11 +395,7 @@ def test_round_trip(config):
     assert parse(Config, to_dict(config)) == config
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers(-9, 9) | floats | texts, lambda inner: st.lists(inner)
-    )
-)
+@given(st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | floats | texts, lambda inner: st.lists(inner)))
 def test_yaml_round_trip_keeps_types(value):
     read = parse_yaml(dump_yaml({"x": value}), source="text")
     assert repr(read) == repr({"x": value})
@@ -453,14 +445,8 @@ def test_help_and_markdown_show_every_key():
     text, table = help_text(Config), markdown(Config)
     for entry in describe(Config):
         assert entry.key in text
-    assert (
-        "data.sources.N.glob (kind: files): text = (required)\n    Which files | folders. With a second"
-        in text
-    )
+    assert "data.sources.N.glob (kind: files): text = (required)\n    Which files | folders. With a second" in text
     assert "## data\n\nThe data.\n\n| key | type | default | meaning |" in table
-    assert (
-        "| `data.extra.glob` (kind: files) | text | `(required)` | Which files \\| folders. With a second"
-        in table
-    )
+    assert "| `data.extra.glob` (kind: files) | text | `(required)` | Which files \\| folders. With a second" in table
     assert '| `data.mode` | split\\|drop\\|pad | `"split"` | What to do. |' in table
     assert "| `name` | text |" in table.partition("## data")[0]
