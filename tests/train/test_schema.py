@@ -184,8 +184,8 @@ def test_overrides(override, get, wanted):
             "it is a key of kind noise",
         ),
         (
-            "data.named.a.wieght=1",
-            "data.named.a.wieght: unknown key of kind noise, got 1; wanted one of weight, shape; did you mean weight?",
+            "data.named.a.weigh=1",
+            "data.named.a.weigh: unknown key of kind noise, got 1; wanted one of weight, shape; did you mean weight?",
         ),
         (
             "data.sources.0.kind=file",
@@ -217,7 +217,7 @@ def test_overrides(override, get, wanted):
         ("data.extra=3", "data.extra: got 3, wanted section (kind: files|noise) or null"),
         ("name=3", 'name: got 3, wanted text; in quotes it is text: "3"'),
         ("data.mode=spilt", 'data.mode: got "spilt", wanted split|drop|pad; did you mean split?'),
-        ("limit=nome", 'limit: got "nome", wanted int or none; did you mean none?'),
+        ("limit=non", 'limit: got "non", wanted int or none; did you mean none?'),
         ("data.seq_len=-1", "data.seq_len: got -1, wanted a positive number; give more"),
         ("optimizer.clip=0", "optimizer: a clip of zero is not built"),
         ("name=clash", "data.seq_len: got 8, wanted 9 with name clash"),
