@@ -8,7 +8,7 @@ behind is never opened. The folders may be deleted whenever no run uses them.
 import hashlib
 import json
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,7 +44,8 @@ def build_once(
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".building-{name}-", dir=cache_dir))
+        building = cache_dir / f".building-{folder.name}-{uuid.uuid4().hex}"
+        building.mkdir()
     except OSError as error:
         raise DataError(
             f"data.cache_dir={str(cache_dir)!r} cannot be written: {error.strerror}; name another folder"
@@ -105,9 +106,7 @@ class TokenFile:
     def finish(self) -> int:
         """Writes the table and the final header; returns the number of documents."""
         self._file.seek(0)
-        assert self._write_header() == self._header_size, (
-            "the header of a .npy array keeps its size as it grows"
-        )
+        assert self._write_header() == self._header_size, "a .npy header keeps its size as the array grows"
         table = np.concatenate([*self._chunks, np.array(self._recent, np.int64).reshape(-1, 5)])
         np.save(self._folder / _DOCUMENTS, np.ascontiguousarray(table.T))
         return len(table)
@@ -125,10 +124,10 @@ def save_documents(folder: Path, *, files: np.ndarray, starts: np.ndarray, docum
 
 
 def open_corpus(folder: Path, arrays: list[np.ndarray] | None = None) -> StoredCorpus:
-    """Opens a complete folder through memory maps; `arrays` are the user's own token files, None the
-    folder's."""
+    """Opens a complete folder through memory maps; `arrays` are the user's own token files if it has none."""
     if arrays is None:
         arrays = [np.load(folder / _TOKENS, mmap_mode="r")]
-    files, starts, lengths, prompt_lengths, num_bytes = np.load(folder / _DOCUMENTS, mmap_mode="r")
+    table = np.asarray(np.load(folder / _DOCUMENTS, mmap_mode="r"))  # a plain view is quicker to index
+    files, starts, lengths, prompt_lengths, num_bytes = table
     documents = DocumentTable(lengths=lengths, prompt_lengths=prompt_lengths, num_bytes=num_bytes)
     return StoredCorpus(arrays, files=files, starts=starts, documents=documents, notes=read_notes(folder))

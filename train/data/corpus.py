@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentTable:
-    """What is known of each document without reading its tokens; int64 arrays [documents].
+    """What is known of each document without reading its tokens.
 
     Attributes:
       lengths: Number of tokens, at least 1.
@@ -17,9 +18,9 @@ class DocumentTable:
       num_bytes: Source bytes that the tokens with loss stand for; 0 where the source has no text.
     """
 
-    lengths: np.ndarray
-    prompt_lengths: np.ndarray
-    num_bytes: np.ndarray
+    lengths: Int[np.ndarray, "documents"]
+    prompt_lengths: Int[np.ndarray, "documents"]
+    num_bytes: Int[np.ndarray, "documents"]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -36,7 +37,7 @@ class Corpus(Protocol):
     documents: DocumentTable
     notes: Sequence[str]
 
-    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+    def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "tokens"]:
         """Tokens [start, stop) of a document; 0 <= start <= stop <= its length."""
         ...
 
@@ -48,18 +49,18 @@ class StoredCorpus:
         self,
         arrays: Sequence[np.ndarray],
         *,
-        files: np.ndarray,
-        starts: np.ndarray,
+        files: Int[np.ndarray, "documents"],
+        starts: Int[np.ndarray, "documents"],
         documents: DocumentTable,
         notes: Sequence[str] = (),
     ):
         self.documents = documents
         self.notes = notes
-        self._arrays = arrays
+        self._arrays = [np.asarray(array) for array in arrays]  # a plain view of a map is quicker to index
         self._files = files
         self._starts = starts
 
-    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+    def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "tokens"]:
         first = self._starts[document]
         return self._arrays[self._files[document]][first + start : first + stop]
 
@@ -89,7 +90,7 @@ class RepeatCorpus:
         self._max_period = max_period
         self._seed = seed
 
-    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+    def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "tokens"]:
         rng = np.random.default_rng([self._seed, int(document)])
         period = rng.integers(self._min_period, self._max_period, endpoint=True)
         pattern = self._symbols[rng.integers(len(self._symbols), size=period)]

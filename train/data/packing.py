@@ -1,5 +1,4 @@
-"""Packing documents into rows of a fixed length: best fit, shuffled, as a pure function of (seed, epoch,
-lengths).
+"""Packing documents into rows of a fixed length: a pure function of (seed, epoch, lengths).
 
 A document of n tokens fills n + 1 slots of a row (see rows.py). One that is longer than a row is cut into
 pieces. Within an epoch every piece lies in exactly one row. The rows of epoch 0, 1, 2, ... one after the
@@ -9,10 +8,10 @@ other are an infinite stream whose row i can be asked for directly.
 import threading
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int
 
 from train.data.errors import DataError
 
@@ -24,7 +23,7 @@ LongDocuments = Literal["split", "drop"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Runs of consecutive slots of documents, none longer than a row; three arrays of the same length.
+    """Runs of consecutive slots of documents, none longer than a row.
 
     Attributes:
       document: Index of the document.
@@ -32,39 +31,43 @@ class Pieces:
       length: Number of slots.
     """
 
-    document: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
+    document: Int[np.ndarray, "pieces"]
+    start: Int[np.ndarray, "pieces"]
+    length: Int[np.ndarray, "pieces"]
 
     def __len__(self) -> int:
         return len(self.document)
 
 
 def cut_documents(
-    slots: np.ndarray, seq_len: int, long_documents: LongDocuments, *, documents: np.ndarray, name: str
+    slots: Int[np.ndarray, "documents"],
+    seq_len: int,
+    long_documents: LongDocuments,
+    *,
+    documents: Int[np.ndarray, "documents"],
+    name: str,
 ) -> tuple[Pieces, int]:
     """Cuts documents into pieces of at most `seq_len` slots, in document order.
 
     Args:
-      slots: Number of slots of each document, int64 [documents].
+      slots: Number of slots of each document.
       seq_len: Number of slots of a row.
       long_documents: "split" cuts a document that is longer than a row; "drop" leaves it out.
-      documents: Index of each document in its corpus; same length as `slots`.
+      documents: Index of each document in its corpus.
       name: What the documents are, for the error.
     Returns: the pieces, and the number of documents left out.
     Raises: DataError when every document is left out.
     Cost: O(documents + pieces).
     """
-    slots = np.asarray(slots, np.int64)
     num_dropped = 0
     if long_documents == "drop":
         keep = slots <= seq_len
         num_dropped = int(len(slots) - keep.sum())
         if num_dropped == len(slots):
             raise DataError(
-                f"{name}: data.long_documents='drop' leaves nothing of {len(slots)} documents, the shortest "
-                "fills "
-                f"{slots.min()} slots, data.seq_len={seq_len}; raise seq_len or use long_documents='split'"
+                f"{name}: data.long_documents='drop' leaves none of {len(slots)} documents, of which "
+                f"the shortest fills {slots.min()} slots, data.seq_len={seq_len}; raise seq_len or use "
+                "long_documents='split'"
             )
         slots, documents = slots[keep], documents[keep]
     counts = -(-slots // seq_len)
@@ -121,13 +124,13 @@ def _lowest_bit(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+def best_fit(lengths: Int[np.ndarray, "pieces"], seq_len: int) -> Int[np.ndarray, "pieces"]:
     """Puts pieces, in the order given, each into the fullest row that has room for it, else into a new row.
 
     Args:
       lengths: Slots of each piece, each between 1 and `seq_len`.
       seq_len: Slots of a row.
-    Returns: the row of each piece, int64; rows are numbered 0, 1, ... without a gap.
+    Returns: the row of each piece; rows are numbered 0, 1, ... without a gap.
     Cost: O(log) a piece; pieces that fill a row are placed without a search.
     """
     rows = np.empty(len(lengths), np.int64)
@@ -154,17 +157,17 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
 class Packing:
     """Which pieces lie in which row: row r holds pieces[row_starts[r] : row_starts[r + 1]], in that order."""
 
-    pieces: np.ndarray
-    row_starts: np.ndarray
+    pieces: Int[np.ndarray, "pieces"]
+    row_starts: Int[np.ndarray, "rows+1"]
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
 
-    def row(self, index: int) -> np.ndarray:
+    def row(self, index: int) -> Int[np.ndarray, "pieces_in_row"]:
         return self.pieces[self.row_starts[index] : self.row_starts[index + 1]]
 
 
-def pack(lengths: np.ndarray, seq_len: int, *, seed: int, epoch: int) -> Packing:
+def pack(lengths: Int[np.ndarray, "pieces"], seq_len: int, *, seed: int, epoch: int) -> Packing:
     """Packs one epoch: pieces in an order shuffled by (seed, epoch), best fit, rows shuffled.
 
     Args:
@@ -177,7 +180,7 @@ def pack(lengths: np.ndarray, seq_len: int, *, seed: int, epoch: int) -> Packing
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    rows = best_fit(np.asarray(lengths)[order], seq_len)
+    rows = best_fit(lengths[order], seq_len)
     counts = np.bincount(rows)
     shuffled = rng.permutation(len(counts))
     new_row = np.empty_like(shuffled)
@@ -194,7 +197,7 @@ class PackedStream:
     number of rows differs a little from epoch to epoch; the numbers are kept, the last few packings as well.
     """
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, *, seed: int):
+    def __init__(self, lengths: Int[np.ndarray, "pieces"], seq_len: int, *, seed: int):
         self._lengths = lengths
         self._seq_len = seq_len
         self._seed = seed
@@ -202,7 +205,7 @@ class PackedStream:
         self._packings: dict[int, Packing] = {}
         self._lock = threading.Lock()
 
-    def row(self, index: int) -> np.ndarray:
+    def row(self, index: int) -> Int[np.ndarray, "pieces_in_row"]:
         """Indices of the pieces in row `index` of the stream, in their order."""
         with self._lock:
             while self._epoch_starts[-1] <= index:
@@ -210,10 +213,6 @@ class PackedStream:
                 self._epoch_starts.append(self._epoch_starts[-1] + len(self._packing(epoch)))
             epoch = bisect_right(self._epoch_starts, index) - 1
             return self._packing(epoch).row(index - self._epoch_starts[epoch])
-
-    def epoch_lengths(self) -> list[int]:
-        """Number of rows of each epoch packed so far."""
-        return [stop - start for start, stop in pairwise(self._epoch_starts)]
 
     def _packing(self, epoch: int) -> Packing:
         if epoch not in self._packings:

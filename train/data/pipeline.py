@@ -100,8 +100,9 @@ class Data:
         self._config = config
 
     def batches(self, *, start_step: int, batch_size: int) -> grain.DatasetIterator:
-        """The batches of steps start_step, start_step + 1, ...; the batch of step s holds rows [s, s + 1) *
-        batch_size.
+        """The batches of steps start_step, start_step + 1, ... of training.
+
+        The batch of step s holds the rows s * batch_size to (s + 1) * batch_size - 1.
 
         Args:
           start_step: First step; the batches are those that an uninterrupted run would have from there on.
@@ -122,8 +123,8 @@ class Data:
 
         Args:
           batch_size: Rows of a batch.
-          max_batches: Stop after so many; the rows of the sources are shuffled, so the first ones are a
-            sample.
+          max_batches: Stop after so many. The rows of all sources are shuffled together, so that the first
+            ones are a sample of all.
         Returns: batches, which can be gone through again and again.
         Raises: DataError when nothing is held out.
         """
@@ -174,9 +175,8 @@ class _PackedDocuments:
         )
         if num_dropped:
             notes.append(
-                f"{name}: dropped {num_dropped} of {len(documents)} documents, longer than "
-                f"seq_len={config.seq_len} "
-                "with their end (data.long_documents='drop')"
+                f"{name}: dropped {num_dropped} of {len(documents)} documents, which do not fit into "
+                f"seq_len={config.seq_len} (data.long_documents='drop')"
             )
         self._corpus = corpus
         self._end_id = tokenizer.end_id
@@ -205,16 +205,16 @@ class HeldOutRows(Sequence):
     def __init__(self, parts: Sequence[_PackedDocuments]):
         self._parts = parts
         self._packings = [pack(p.pieces.length, p.seq_len, seed=_HELD_OUT_SEED, epoch=0) for p in parts]
-        places = [(part, row) for part, packing in enumerate(self._packings) for row in range(len(packing))]
-        order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(places))
-        self._places = [places[i] for i in order]
+        self._part_starts = np.cumsum([0, *map(len, self._packings)])
+        self._order = np.random.default_rng(_HELD_OUT_SEED).permutation(self._part_starts[-1])
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> Row:
-        part, row = self._places[index]
-        return self._parts[part].row(self._packings[part].row(row))
+        place = self._order[index]
+        part = int(np.searchsorted(self._part_starts, place, side="right")) - 1
+        return self._parts[part].row(self._packings[part].row(place - self._part_starts[part]))
 
 
 def _named(field: str, sources: Sequence[SourceConfig]) -> Iterable[tuple[str, SourceConfig]]:

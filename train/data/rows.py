@@ -2,13 +2,13 @@
 
 A document t1..tn stands in a row as the inputs end_id, t1..tn with the targets t1..tn, end_id: n + 1 slots.
 A piece is a run of those slots and a segment of its row; positions start at 0 in each. Slots after the last
-piece are
-padding: segment -1, and 0 in everything else.
+piece are padding: segment -1, and 0 in everything else.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from train.data.corpus import Corpus
 from train.data.packing import Pieces
@@ -25,7 +25,9 @@ def empty_row(seq_len: int) -> Row:
     return row
 
 
-def build_row(corpus: Corpus, pieces: Pieces, indices: np.ndarray, *, seq_len: int, end_id: int) -> Row:
+def build_row(
+    corpus: Corpus, pieces: Pieces, indices: Int[np.ndarray, "pieces_in_row"], *, seq_len: int, end_id: int
+) -> Row:
     """Assembles one row.
 
     Args:
@@ -35,8 +37,8 @@ def build_row(corpus: Corpus, pieces: Pieces, indices: np.ndarray, *, seq_len: i
       end_id: Id that stands between documents.
     Returns: tokens, targets, positions, segment_ids int32 [seq_len]; loss_weights float32 [seq_len];
     num_bytes
-      float32 [], the source bytes of the targets with loss (a piece has its share of the document's by
-      tokens).
+      float32 [], the source bytes that the targets with loss stand for: of a document cut into pieces, each
+      has the share of its tokens.
     Cost: O(seq_len).
     """
     row = empty_row(seq_len)
@@ -44,11 +46,9 @@ def build_row(corpus: Corpus, pieces: Pieces, indices: np.ndarray, *, seq_len: i
     num_bytes = 0.0
     place = 0
     for segment, index in enumerate(indices):
-        document, first, count = (
-            int(pieces.document[index]),
-            int(pieces.start[index]),
-            int(pieces.length[index]),
-        )
+        document = int(pieces.document[index])
+        first = int(pieces.start[index])
+        count = int(pieces.length[index])
         length, prompt_length = int(table.lengths[document]), int(table.prompt_lengths[document])
         stop = first + count
         slots = slice(place, place + count)

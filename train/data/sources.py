@@ -5,6 +5,9 @@ identity of its files (path, size, time of change) and the tokenizer.
 """
 
 import glob
+import hashlib
+import json
+import math
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -33,12 +36,12 @@ class SourceConfig:
     kind: ClassVar[str]
 
     weight: float = 1.0
-    """Share of the training rows that come from this source, relative to the other sources."""
+    """Share of the training rows from this source, relative to the other sources (kept to within 1%)."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(
-                f"weight: got {self.weight}, wanted a number above 0; remove a source that is not to be used"
+                f"weight: got {self.weight}, wanted a finite number above 0; remove an unused source"
             )
 
     @classmethod
@@ -95,11 +98,11 @@ class TextSource(SourceConfig):
     """Field of a .jsonl line or .parquet row that holds the document."""
 
     prompt_field: str | None = None
-    """Field that holds a prompt, which carries no loss. Needs `completion_field`; both take the place of
-    `field`."""
+    """Field that holds a prompt, which carries no loss. Goes with `completion_field`; the two take the place
+    of `field`."""
 
     completion_field: str | None = None
-    """Field that holds the completion of the prompt."""
+    """Field that holds what follows the prompt and carries loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,8 +148,7 @@ class TokensSource(SourceConfig):
     """Type of the ids of a .bin file, little-endian. A .npy file says its own, so leave it out there."""
 
     end_id: int | None = None
-    """Id that ends a document in the files; the end of a file ends one too. Default: the tokenizer's end
-    id."""
+    """Id that ends a document in the files, as the end of a file does. Default: the tokenizer's end id."""
 
     vocab_size: int | None = None
     """Ids must be below this. Default: the tokenizer's vocabulary, which it may not exceed."""
@@ -171,17 +173,14 @@ class TokensSource(SourceConfig):
         if vocab_size > tokenizer.vocab_size:
             raise DataError(
                 f"tokens source: vocab_size={vocab_size} exceeds the {tokenizer.vocab_size} ids of "
-                "data.tokenizer; "
-                f"use tokenizer='ids:{vocab_size}' or the tokenizer that made the files"
+                f"data.tokenizer; use tokenizer='ids:{vocab_size}' or the tokenizer that made the files"
             )
         end_id = tokenizer.end_id if self.end_id is None else self.end_id
         files = expand_globs(self.files)
         arrays = [self._map(file) for file in files]
         key = {"end_id": end_id, "vocab_size": vocab_size, "dtypes": [array.dtype.str for array in arrays]}
-        key |= {
-            "files": _identity(files, [str(file.resolve()) for file in files]),
-            "tokenizer": tokenizer.fingerprint,
-        }
+        names = [str(file.resolve()) for file in files]
+        key |= {"files": _identity(files, names), "tokenizer": tokenizer.fingerprint}
 
         def write(folder: Path) -> dict:
             counts, starts, lengths = [], [], []
@@ -248,11 +247,10 @@ class SyntheticSource(SourceConfig):
     kind: ClassVar[str] = "synthetic"
 
     min_length: int
-    """Fewest tokens of a document. A document of n tokens fills n + 1 slots: `seq_len - 1` fills a row
-    exactly."""
+    """Fewest tokens of a document. A document of n tokens fills n + 1 slots of a row."""
 
     max_length: int
-    """Most tokens of a document."""
+    """Most tokens of a document. Set both to `seq_len - 1` for rows that one document fills exactly."""
 
     length_distribution: Literal["uniform", "log_uniform"] = "uniform"
     """How lengths spread between the two: evenly, or evenly in their logarithm (many short, few long)."""
@@ -274,15 +272,10 @@ class SyntheticSource(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
-            ("min_length", 1),
-            ("num_documents", 1),
-            ("num_symbols", 1),
-            ("min_period", 1),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted >= {least}; raise it")
+        least = {"min_length": 1, "num_documents": 1, "num_symbols": 1, "min_period": 1, "seed": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted >= {value}; raise it")
         for low, high in (("min_length", "max_length"), ("min_period", "max_period")):
             if getattr(self, high) < getattr(self, low):
                 raise ValueError(
@@ -294,8 +287,8 @@ class SyntheticSource(SourceConfig):
         if self.num_symbols > tokenizer.vocab_size - 1:
             raise DataError(
                 f"synthetic source: num_symbols={self.num_symbols} exceeds the {tokenizer.vocab_size - 1} "
-                "ids of "
-                f"data.tokenizer beside its end id; lower it or use tokenizer='ids:{self.num_symbols + 1}'"
+                "ids of data.tokenizer but the end id; lower it or use "
+                f"tokenizer='ids:{self.num_symbols + 1}'"
             )
         symbols = np.delete(np.arange(self.num_symbols + 1), min(tokenizer.end_id, self.num_symbols))
         return RepeatCorpus(
@@ -332,8 +325,8 @@ def expand_globs(patterns: Iterable[str]) -> list[Path]:
             if os.path.isdir(pattern):
                 problem = "this is a folder"
             raise DataError(
-                f"files: got {pattern!r}, {problem} (looked from {os.getcwd()}); wanted the path or glob of "
-                "a file"
+                f"files: got {pattern!r}, {problem}; name a file or a glob that matches some, from the "
+                f"folder {os.getcwd()} or in full"
             )
         files |= dict.fromkeys(map(Path, found))
     return list(files)
@@ -348,9 +341,8 @@ def _open_text(
     tokenizer: Tokenizer,
     cache_dir: Path,
 ) -> Corpus:
-    identity = _identity(files, names)
-    key = {"kind": name, "tokenizer": tokenizer.fingerprint, "files": identity, **key}
-    total_bytes = sum(size for _, size, _ in identity)
+    key = {"tokenizer": tokenizer.fingerprint, "files": _identity(files, names), **key}
+    total_bytes = sum(file.stat().st_size for file in files)
 
     def write(folder: Path) -> dict:
         report = ReadReport()
@@ -398,20 +390,18 @@ def _tokenise(batch: list[TextDocument], tokenizer: Tokenizer, out: TokenFile, r
 def _find_documents(
     file: Path, tokens: np.ndarray, end_id: int, vocab_size: int, progress: ByteProgress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of the documents in a file; refuses ids out of the vocabulary (the end id may
-    be)."""
+    """Starts and lengths of the documents in a file; refuses ids out of the vocabulary."""
     ends = []
     for start in range(0, len(tokens), _SCAN_TOKENS):
         chunk = tokens[start : start + _SCAN_TOKENS]
         progress.advance(chunk.nbytes)
-        outside = (chunk < 0) | (chunk >= vocab_size)
-        outside &= chunk != end_id
+        outside = ((chunk < 0) | (chunk >= vocab_size)) & (chunk != end_id)
         if outside.any():
             place = int(np.argmax(outside))
             raise DataError(
-                f"{file}: id {chunk[place]} at position {start + place} is out of the vocabulary of "
-                f"{vocab_size}; use "
-                "the tokenizer that made the file, or tokenizer='ids:N' with N above every id"
+                f"{file}: id {chunk[place]} at position {start + place}, wanted ids from 0 to "
+                f"{vocab_size - 1}; "
+                "use the tokenizer that made the file, or tokenizer='ids:N' with N above every id"
             )
         ends.append(np.flatnonzero(chunk == end_id) + start)
     ends = np.concatenate([*ends, [len(tokens)]])
@@ -420,11 +410,12 @@ def _find_documents(
     return starts[keep], (ends - starts)[keep]
 
 
-def _identity(files: list[Path], names: list[str]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file: what tells a changed file from the one that was
-    tokenised."""
+def _identity(files: list[Path], names: list[str]) -> str:
+    """Digest of the name, size and time of change of each file, which tell a changed file from the old
+    one."""
     stats = [file.stat() for file in files]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+    rows = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _listing(files: list[Path]) -> str:

@@ -1,5 +1,4 @@
-"""Reading text documents out of .txt, .jsonl, .parquet and source files, forgiving about bytes, strict about
-form."""
+"""Reading text documents out of files: forgiving about single bytes, strict about the form."""
 
 import codecs
 import json
@@ -53,8 +52,7 @@ class ReadReport:
         if self.undecodable:
             example = self.undecodable[0]
             notes.append(
-                f"{name}: replaced bytes that are not UTF-8 in {len(self.undecodable)} places or files, "
-                f"first in {example}"
+                f"{name}: replaced what is not UTF-8 in {len(self.undecodable)} documents, first in {example}"
             )
         if self.num_empty:
             notes.append(f"{name}: left out {self.num_empty} empty documents")
@@ -64,13 +62,18 @@ class ReadReport:
 def read_documents(
     path: Path, fields: Fields, report: ReadReport, progress: ByteProgress
 ) -> Iterator[TextDocument]:
-    """Yields the documents of one file; the suffix decides how it is read, and any other suffix is one
-    document."""
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path, fields, report, progress)
-    if path.suffix == ".parquet":
-        return _read_parquet(path, fields, report, progress)
-    return _read_whole(path, report, progress)
+    """Yields the documents of one file: of its lines or rows by its suffix, else the whole file as one."""
+    try:
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path, fields, report, progress)
+        elif path.suffix == ".parquet":
+            yield from _read_parquet(path, fields, report, progress)
+        else:
+            yield from _read_whole(path, report, progress)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; make it readable or leave it out"
+        ) from None
 
 
 def _read_whole(path: Path, report: ReadReport, progress: ByteProgress) -> Iterator[TextDocument]:
@@ -106,8 +109,7 @@ def _field(record: dict, name: str, place: str, report: ReadReport) -> str:
     if name not in record:
         raise DataError(
             f"{place}: no field {name!r}, the line has {', '.join(map(repr, record)) or 'none'}; set the "
-            "source's "
-            "field, or prompt_field and completion_field"
+            "source's field, or prompt_field and completion_field"
         )
     value = record[name]
     if value is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int32
 
 from train.data.errors import DataError
 
@@ -34,11 +35,11 @@ class Tokenizer(Protocol):
     fingerprint: str
     bytes_per_token: int | None
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, int32 [tokens], without any special token."""
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        """Ids of the text, without any special token."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
         """Ids of each text; the same as `encode` on each, in parallel where the tokenizer can."""
         ...
 
@@ -55,10 +56,10 @@ class ByteTokenizer:
     fingerprint = "bytes"
     bytes_per_token: int | None = 1
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         return np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -80,7 +81,7 @@ class IdTokenizer:
         self.end_id = vocab_size - 1
         self.fingerprint = f"ids-{vocab_size}"
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         words = text.split()
         for word in words:
             if not (word.isascii() and word.isdigit() and int(word) < self.end_id):
@@ -90,7 +91,7 @@ class IdTokenizer:
                 )
         return np.array([int(word) for word in words], np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -114,8 +115,7 @@ class HuggingFaceTokenizer:
         except OSError as error:
             raise DataError(
                 f"data.tokenizer={str(path)!r} cannot be read: {error.strerror}; wanted 'bytes', 'ids:N' or "
-                "the path "
-                "of a tokenizer.json"
+                "the path of a tokenizer.json; name one that is there"
             ) from None
         try:
             json.loads(content)
@@ -123,8 +123,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises plain Exception for whatever is wrong with a file
             raise DataError(
                 f"data.tokenizer={str(path)!r} is not a tokenizer.json ({' '.join(str(error).split())}); "
-                "save it again "
-                "with tokenizer.save(...) or tokenizer.save_pretrained(...)"
+                "save it again with tokenizer.save(...) or tokenizer.save_pretrained(...)"
             ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -136,17 +135,16 @@ class HuggingFaceTokenizer:
             wanted = "one of " + ", ".join(END_TOKENS) if end_token is None else repr(end_token)
             raise DataError(
                 f"data.tokenizer={str(path)!r} holds no end-of-document token: wanted {wanted}; name a token "
-                "of its "
-                "vocabulary in data.end_token"
+                "of its vocabulary in data.end_token"
             )
         self.end_id = vocabulary[found[0]]
         self.fingerprint = f"hf-{hashlib.sha256(content).hexdigest()[:16]}-{self.end_id}"
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         # A text that spells out the end token would otherwise end the document in the middle.
         return [ids[ids != self.end_id] for ids in arrays]
