@@ -1,6 +1,7 @@
 """Layers and distribution for transformers over long sequences."""
 
 from longctx import masks
+from longctx._version import __version__
 from longctx.attention import Attention, KVCache
 from longctx.block import Block
 from longctx.losses import LossSums, cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "RotaryConfig",
     "SwiGLU",
     "TransformerLM",
+    "__version__",
     "apply_rotary",
     "batch_sharding",
     "constrain",
