@@ -91,11 +91,8 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if head_dim is None:
-            if dim % num_heads:
-                raise ValueError(f"head_dim: dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim")
-            head_dim = dim // num_heads
-        check_heads(num_heads, num_kv_heads, head_dim, rotary=rotary is not None)
+        check_heads(num_heads, num_kv_heads, head_dim, dim=dim, rotary=rotary is not None)
+        head_dim = dim // num_heads if head_dim is None else head_dim
         self.dim, self.num_kv_heads, self.head_dim = dim, num_kv_heads, head_dim
         self.mask, self.rotary, self.logits_soft_cap = mask, rotary, logits_soft_cap
         self.dtype, self.implementation, self.block_sizes = jnp.dtype(dtype), implementation, block_sizes
@@ -212,15 +209,24 @@ class Attention(nnx.Module):
         return q_BTNH, k_BTKH, v_BTKH
 
 
-def check_heads(num_heads: int, num_kv_heads: int, head_dim: int, *, rotary: bool) -> None:
-    """Raises ValueError, naming the argument, unless these make a grouped-query attention."""
+def check_heads(
+    num_heads: int, num_kv_heads: int, head_dim: int | None, *, dim: int | None = None, rotary: bool
+) -> None:
+    """Raises ValueError, naming the argument, unless these make a grouped-query attention.
+
+    A head_dim of None stands for dim / num_heads, which is checked where `dim` is known.
+    """
     for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, wanted a number >= 1")
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_kv_heads: got {num_kv_heads}, wanted a divisor of num_heads={num_heads}; "
             "each kv head serves the same number of query heads"
         )
-    if rotary and head_dim % 2:
+    if head_dim is None and dim is not None:
+        if dim % num_heads:
+            raise ValueError(f"head_dim: dim={dim} is not a multiple of num_heads={num_heads}; set head_dim")
+        head_dim = dim // num_heads
+    if rotary and head_dim is not None and head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim}, wanted an even number for rotary positions; use {head_dim + 1}")
