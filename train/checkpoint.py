@@ -98,19 +98,36 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, Position]:
-        """The latest checkpoint, laid out as `abstract` asks.
+    def check(self, abstract: TrainState) -> None:
+        """Compares the latest checkpoint with the state of this config, without reading arrays.
 
-        Args:
-          abstract: ShapeDtypeStructs with the shardings of the current mesh; the mesh that saved may have
-            been another.
-        Raises: CheckpointError when the checkpoint was not written by this trainer, when its parameters or
-          optimizer state are not those of this config (it names the first difference), or when it cannot be
-          read.
+        Raises: CheckpointError when this trainer did not write it, or when its parameters or optimizer state
+          are not those of this config; it names the first difference.
         """
         step = self.latest_step
-        self._require_same("params", abstract.params, step)
-        self._require_same("training", _without_params(abstract), step)
+        for item, wanted in (("params", abstract.params), ("training", _without_params(abstract))):
+            try:
+                stored = _stored_shapes(self._manager, step, item)
+            except Exception as error:  # Orbax and tensorstore raise many types for damaged files
+                raise self._unreadable(step, _brief(error)) from error
+            if stored is None:
+                raise self._unreadable(step, f"it holds no {item}")
+            difference = _first_difference(stored, _shapes(wanted))
+            if difference is not None:
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: this config cannot resume from it: {difference}; choose "
+                    "another "
+                    f"run_dir, with init_from={self.directory} if only its weights are wanted"
+                )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Position]:
+        """The latest checkpoint, laid out as `abstract` asks; the mesh that saved it may have been another.
+
+        Args:
+          abstract: ShapeDtypeStructs with the shardings of the current mesh; `check` has passed.
+        Raises: CheckpointError when the checkpoint cannot be read.
+        """
+        step = self.latest_step
         try:
             items = self._manager.restore(
                 step,
@@ -121,8 +138,8 @@ class Checkpoints:
                 ),
             )
             position = Position(rows=items.position["rows"], config=items.position["config"])
-        except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-            raise self._unreadable(step, error) from error
+        except Exception as error:  # as in check
+            raise self._unreadable(step, _brief(error)) from error
         return TrainState(params=items.params, **items.training), position
 
     def wait(self) -> None:
@@ -133,20 +150,7 @@ class Checkpoints:
         """Waits for the saves and releases the threads."""
         self._manager.close()
 
-    def _require_same(self, item: str, abstract: Any, step: int) -> None:
-        stored = _stored_shapes(self._manager, step, item)
-        if stored is None:
-            raise self._unreadable(step, KeyError(f"it holds no {item}"))
-        difference = _first_difference(stored, _shapes(abstract))
-        if difference is not None:
-            raise CheckpointError(
-                f"{self.directory / str(step)}: this config cannot resume from it: {difference}; choose "
-                "another "
-                f"run_dir, or pass init_from={self.directory} with another run_dir to start from its "
-                "weights alone"
-            )
-
-    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+    def _unreadable(self, step: int, reason: str) -> CheckpointError:
         earlier = [other for other in self._manager.all_steps() if other < step]
         remedy = (
             f"delete that folder to go on from step {max(earlier)}"
@@ -154,8 +158,7 @@ class Checkpoints:
             else "no earlier checkpoint exists: delete that folder to start again, or choose another run_dir"
         )
         return CheckpointError(
-            f"{self.directory / str(step)}: cannot be read as a checkpoint of this trainer "
-            f"({_brief(error)}); {remedy}"
+            f"{self.directory / str(step)}: cannot be read as a checkpoint of this trainer ({reason}); {remedy}"
         )
 
 
@@ -173,23 +176,20 @@ def load_params(source: str | Path, abstract_params: Any) -> Any:
     try:
         stored = _stored_shapes(manager, step, "params")
         if stored is None:
-            raise CheckpointError(
-                f"init_from: {directory / str(step)} holds no parameters; pass a run of this trainer"
-            )
+            raise CheckpointError(f"{directory / str(step)}: holds no parameters; pass a checkpoint of this trainer")
         difference = _first_difference(stored, _shapes(abstract_params), dtypes=False)
         if difference is not None:
             raise CheckpointError(
-                f"init_from: the weights in {directory / str(step)} do not fit model: {difference}; "
-                "give the model the shapes of that run"
+                f"{directory / str(step)}: its weights do not fit the model: {difference}; give the model "
+                "the shapes "
+                "of that run"
             )
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
         return manager.restore(step, args=args).params
     except CheckpointError:
         raise
-    except Exception as error:  # as in Checkpoints.restore
-        raise CheckpointError(
-            f"init_from: {directory / str(step)} cannot be read ({_brief(error)})"
-        ) from error
+    except Exception as error:  # as in Checkpoints.check
+        raise CheckpointError(f"{directory / str(step)}: cannot be read ({_brief(error)})") from error
     finally:
         manager.close()
 
@@ -208,8 +208,7 @@ def find_checkpoint(source: str | Path) -> tuple[Path, int]:
             if step is not None:
                 return directory, step
     raise CheckpointError(
-        f"{source}: holds no complete checkpoint; pass a run's folder, its folder of checkpoints, or one "
-        "checkpoint"
+        f"{source}: holds no complete checkpoint; pass a run's folder, its folder of checkpoints, or one checkpoint"
     )
 
 

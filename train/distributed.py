@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import jax
 
 
+class DeviceError(RuntimeError):
+    """The devices that the config asks for cannot be had, on one line, with the remedy."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """Devices and processes of a run."""
@@ -25,7 +29,7 @@ class DistributedConfig:
 def initialize(config: DistributedConfig) -> list[jax.Device]:
     """Applies the platform settings and returns the devices of the run.
 
-    Raises: RuntimeError when JAX has already started on other devices than the config asks for.
+    Raises: DeviceError when JAX has already started on other devices than the config asks for.
     """
     if config.compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
@@ -41,7 +45,7 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
         pass
     devices = jax.devices()
     if devices[0].platform != "cpu" or len(devices) < wanted:
-        raise RuntimeError(
+        raise DeviceError(
             f"distributed.virtual_cpu_devices: got {wanted}, but JAX has already started on "
             f"{len(devices)} {devices[0].platform} device(s); set it before the first JAX operation of the "
             "process"

@@ -21,7 +21,8 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Shape after the warm-up: cosine decay, a stable phase followed by a linear decay (wsd), or constant."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly to its peak; the first one uses peak / warmup_steps."""
+    """Steps over which the learning rate rises linearly to its peak; the first one uses peak /
+    warmup_steps."""
     decay_steps: int | None = None
     """Length of the decay. Default: cosine, from the warm-up to the end of the run; wsd, its last tenth."""
     final_lr_ratio: float = 0.1
@@ -50,18 +51,14 @@ class OptimizerConfig:
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio: got {self.final_lr_ratio}, wanted a fraction between 0 and 1")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(
-                f"clip_norm: got {self.clip_norm}, wanted a number above 0, or null for no clipping"
-            )
+            raise ValueError(f"clip_norm: got {self.clip_norm}, wanted a number above 0, or null for no clipping")
         if self.decay_steps is not None and self.schedule == "constant":
             raise ValueError(
                 f"decay_steps: got {self.decay_steps} with schedule=constant, which does not decay; "
                 "remove decay_steps or choose schedule=cosine or wsd"
             )
         if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(
-                f"decay_steps: got {self.decay_steps}, wanted 1 or more, or null for the default"
-            )
+            raise ValueError(f"decay_steps: got {self.decay_steps}, wanted 1 or more, or null for the default")
 
 
 def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Schedule:
@@ -83,8 +80,7 @@ def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Schedule:
     )
     if warmup >= total_steps:
         raise ValueError(
-            f"optimizer.warmup_steps: got {warmup}, wanted fewer than training.steps={total_steps}; shorten "
-            "the warm-up"
+            f"optimizer.warmup_steps: got {warmup}, wanted fewer than training.steps={total_steps}; shorten the warm-up"
         )
     if config.schedule == "constant":
         phases, boundaries = [optax.constant_schedule(peak)], []

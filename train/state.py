@@ -45,10 +45,20 @@ def abstract_model(build: ModelBuilder) -> tuple[nnx.GraphDef, nnx.State]:
     graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
     if jax.tree.leaves(rest):
         names = ", ".join(".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
-        raise ValueError(
-            f"model: holds variables that are no nnx.Param ({names}); the trainer keeps only nnx.Param"
-        )
+        raise ValueError(f"model: holds variables that are no nnx.Param ({names}); the trainer keeps only nnx.Param")
     return graphdef, params
+
+
+def abstract_params(build: ModelBuilder, mesh: Mesh) -> Any:
+    """The parameters as ShapeDtypeStructs with the shardings of longctx.sharding.param_shardings."""
+    _, params = abstract_model(build)
+    pure = nnx.to_pure_dict(params)
+    shardings = jax.tree.unflatten(jax.tree.structure(pure), jax.tree.leaves(param_shardings(params, mesh)))
+    return jax.tree.map(_struct, pure, shardings)
+
+
+def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def abstract_state(build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -57,32 +67,24 @@ def abstract_state(build: ModelBuilder, optimizer: optax.GradientTransformation,
     Parameters follow longctx.sharding.param_shardings; whatever in the optimizer state mirrors a parameter
     follows that parameter; everything else is replicated.
     """
-    _, params = abstract_model(build)
-    pure = nnx.to_pure_dict(params)
-    shardings = jax.tree.unflatten(jax.tree.structure(pure), jax.tree.leaves(param_shardings(params, mesh)))
+    params = abstract_params(build, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-
-    def struct(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
-        params=jax.tree.map(struct, pure, shardings),
+        params=params,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer,
-            struct,
-            jax.eval_shape(lambda params: optimizer.init(float32(params)), pure),
-            shardings,
-            transform_non_params=lambda leaf: struct(leaf, replicated),
+            lambda leaf, param: _struct(leaf, param.sharding),
+            jax.eval_shape(lambda params: optimizer.init(float32(params)), params),
+            params,
+            transform_non_params=lambda leaf: _struct(leaf, replicated),
         ),
         rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated),
         skipped_steps=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
     )
 
 
-def create_state(
-    build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int
-) -> TrainState:
+def create_state(build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> TrainState:
     """A fresh state, every leaf drawn directly into its sharding: no device ever holds the whole of it."""
     abstract = abstract_state(build, optimizer, mesh)
 

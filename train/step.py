@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from longctx.losses import cross_entropy
 from longctx.sharding import batch_sharding
@@ -19,6 +19,10 @@ from train.state import TrainState, float32
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient that is not finite stopped the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,8 @@ class TrainingConfig:
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The host's batch on the mesh: [B, T] arrays over (rows, tokens), [B] arrays over rows."""
-    rows_tokens = batch_sharding(mesh)
-    rows = NamedSharding(mesh, PartitionSpec(rows_tokens.spec[0]))
-    return jax.device_put(
-        dict(batch), {name: rows if a.ndim == 1 else rows_tokens for name, a in batch.items()}
-    )
+    shardings = {name: batch_sharding(mesh, array.ndim) for name, array in batch.items()}
+    return jax.device_put(dict(batch), shardings)
 
 
 def bits_per_byte(nll_sum, num_bytes):
@@ -89,22 +90,20 @@ def make_train_step(
       finite, skipped_steps. A step that is not finite leaves parameters and optimizer state as they were.
     Memory: a float32 copy of the gradients beside the state.
     """
-    rows_tokens = batch_sharding(mesh).spec
 
     def loss_sum(params, microbatch):
         model = nnx.merge(graphdef, params)
         logits_BTV = model(
             microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"]
         )
-        sums = cross_entropy(
-            logits_BTV, microbatch["targets"], microbatch["loss_weights"], z_loss=config.z_loss
-        )
+        sums = cross_entropy(logits_BTV, microbatch["targets"], microbatch["loss_weights"], z_loss=config.z_loss)
         return sums.loss_sum, (sums.loss_sum, sums.nll_sum, sums.weight_sum)
 
     def split(array):
         # Strided, so that every microbatch is spread over the same devices as the batch: no data moves.
         parts = array.reshape(-1, config.accumulate_steps, *array.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, *rows_tokens[: array.ndim]))
+        spec = batch_sharding(mesh, array.ndim).spec
+        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, *spec))
 
     def accumulate(params, batch):
         def body(carry, microbatch):
@@ -112,9 +111,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, carry, (sums, float32(gradients))), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        carry, _ = jax.lax.scan(
-            body, ((jnp.float32(0.0),) * 3, zeros), {k: split(v) for k, v in batch.items()}
-        )
+        carry, _ = jax.lax.scan(body, ((jnp.float32(0.0),) * 3, zeros), {k: split(v) for k, v in batch.items()})
         return carry
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
