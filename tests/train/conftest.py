@@ -12,15 +12,11 @@ DIM = 8
 
 class Layer(nnx.Module):
     def __init__(self, rngs):
-        self.kernel = nnx.Param(
-            0.3 * jax.random.normal(rngs.params(), (DIM, DIM)), logical_axes=("embed", "mlp")
-        )
+        self.kernel = nnx.Param(0.3 * jax.random.normal(rngs.params(), (DIM, DIM)), logical_axes=("embed", "mlp"))
         self.scale = nnx.Param(jnp.ones(DIM), logical_axes=("embed",))
 
     def __call__(self, x_BTD):
-        return x_BTD + jnp.tanh(x_BTD @ self.kernel[...].astype(x_BTD.dtype)) * self.scale[...].astype(
-            x_BTD.dtype
-        )
+        return x_BTD + jnp.tanh(x_BTD @ self.kernel[...].astype(x_BTD.dtype)) * self.scale[...].astype(x_BTD.dtype)
 
 
 class StandIn(nnx.Module):

@@ -20,9 +20,7 @@ def values(config, steps, total_steps):
 def test_cosine_with_warmup():
     config = OptimizerConfig(learning_rate=0.8, warmup_steps=4, final_lr_ratio=0.1)
     # t = step + 1: warm-up t/4, then p = (t - 4) / 16; half way (p = 1/2) lies at (1 + 0.1) / 2 of the peak.
-    np.testing.assert_allclose(
-        values(config, [0, 1, 3, 11, 19, 40], 20), [0.2, 0.4, 0.8, 0.44, 0.08, 0.08], rtol=1e-6
-    )
+    np.testing.assert_allclose(values(config, [0, 1, 3, 11, 19, 40], 20), [0.2, 0.4, 0.8, 0.44, 0.08, 0.08], rtol=1e-6)
 
 
 def test_cosine_with_a_shorter_decay():
@@ -31,12 +29,8 @@ def test_cosine_with_a_shorter_decay():
 
 
 def test_wsd():
-    config = OptimizerConfig(
-        learning_rate=1.0, schedule="wsd", warmup_steps=2, decay_steps=5, final_lr_ratio=0.0
-    )
-    np.testing.assert_allclose(
-        values(config, [0, 1, 7, 14, 15, 17, 19], 20), [0.5, 1, 1, 1, 0.8, 0.4, 0.0], atol=1e-6
-    )
+    config = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup_steps=2, decay_steps=5, final_lr_ratio=0.0)
+    np.testing.assert_allclose(values(config, [0, 1, 7, 14, 15, 17, 19], 20), [0.5, 1, 1, 1, 0.8, 0.4, 0.0], atol=1e-6)
 
 
 def test_wsd_decays_over_the_last_tenth():

@@ -56,9 +56,7 @@ def test_loss_and_gradient_are_weighted_by_tokens(stand_in, make_batch):
     _, metrics = run(state, batch)
     np.testing.assert_allclose(metrics["loss"], nll / batch["loss_weights"].sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["z_loss"], z_loss, rtol=1e-4)
-    np.testing.assert_allclose(
-        metrics["bits_per_byte"], nll / (math.log(2) * batch["num_bytes"].sum()), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["bits_per_byte"], nll / (math.log(2) * batch["num_bytes"].sum()), rtol=1e-5)
     norm = math.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     np.testing.assert_allclose(metrics["tokens"], batch["loss_weights"].sum(), rtol=1e-6)
@@ -159,9 +157,7 @@ def test_the_state_is_donated_and_keeps_its_shardings(stand_in, make_batch):
     planned = abstract_state(stand_in, optimizer, mesh)
     assert planned.params["embedding"].sharding.spec == planned.opt_state[1].mu["embedding"].sharding.spec
     assert not planned.params["embedding"].sharding.is_fully_replicated
-    jax.tree.map(
-        lambda leaf, plan: leaf.sharding.is_equivalent_to(plan.sharding, leaf.ndim) or 1 / 0, new, planned
-    )
+    jax.tree.map(lambda leaf, plan: leaf.sharding.is_equivalent_to(plan.sharding, leaf.ndim) or 1 / 0, new, planned)
 
 
 def test_variables_that_are_no_parameters_are_refused(stand_in):
