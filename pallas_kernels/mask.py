@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels.tokens import Tokens
 
@@ -17,10 +18,10 @@ from pallas_kernels.tokens import Tokens
 class Bounds(NamedTuple):
     """The least and greatest position and segment id among the tokens of a block (inclusive)."""
 
-    position_min: jax.Array
-    position_max: jax.Array
-    segment_min: jax.Array
-    segment_max: jax.Array
+    position_min: ArrayLike
+    position_max: ArrayLike
+    segment_min: ArrayLike
+    segment_max: ArrayLike
 
 
 class TileVerdict(NamedTuple):
@@ -29,8 +30,8 @@ class TileVerdict(NamedTuple):
     Both err on the safe side: `some` may be True of an empty tile and `all` False of a full one.
     """
 
-    some: jax.Array
-    all: jax.Array
+    some: ArrayLike
+    all: ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,18 @@ class Mask(abc.ABC):
     @abc.abstractmethod
     def allowed(
         self,
-        q_positions: jax.Array,
-        kv_positions: jax.Array,
-        q_segment_ids: jax.Array,
-        kv_segment_ids: jax.Array,
-    ) -> jax.Array:
+        q_positions: ArrayLike,
+        kv_positions: ArrayLike,
+        q_segment_ids: ArrayLike,
+        kv_segment_ids: ArrayLike,
+    ) -> ArrayLike:
         """Whether each query may attend to each key; bool, of the arguments' broadcast shape."""
 
     @abc.abstractmethod
     def tile(self, q: Bounds, kv: Bounds) -> TileVerdict:
         """None, some or all of the pairs of a tile, from the bounds of its queries and keys."""
 
-    def dense(self, tokens: Tokens | None, q_len: int, kv_len: int) -> jax.Array:
+    def dense(self, tokens: Tokens | None, q_len: int, kv_len: int) -> ArrayLike:
         """The mask as `[B or 1, T, S]` bool. Memory O(T S): for references, tests and pictures only."""
         tokens = tokens or Tokens()
         q, kv = tokens.queries(q_len), tokens.keys(kv_len)

@@ -5,11 +5,13 @@ Convention of every softmax op: lse is the natural-log sum of exponentials of th
 """
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.tokens import Leaf
 
 MASK_VALUE = -jnp.inf
 """The logit of a pair that may not attend. With it, exp() of a masked logit is exactly 0 against any finite maximum;
@@ -27,19 +29,19 @@ class SoftmaxCarry:
     """The running state of a softmax over blocks of keys, float32: what a ring hands from hop to hop.
 
     Attributes:
-      max: Greatest logit seen; -inf where none was.
-      sum: Sum of exp(logit - max) over the keys seen.
-      acc: Sum of exp(logit - max) v over the keys seen.
+      max: Greatest logit seen, `[B, N, T]`; -inf where none was.
+      sum: Sum of exp(logit - max) over the keys seen, `[B, N, T]`.
+      acc: Sum of exp(logit - max) v over the keys seen, `[B, T, N, V]`.
 
     Reference: Milakov and Gimelshein 2018, Online normalizer calculation for softmax, arXiv:1805.02867, Algorithm 3.
     """
 
-    max: Float32[Array, "B N T"]
-    sum: Float32[Array, "B N T"]
-    acc: Float32[Array, "B T N V"]
+    max: Leaf
+    sum: Leaf
+    acc: Leaf
 
     @classmethod
-    def empty(cls, *, batch_size: int, q_len: int, num_heads: int, value_dim: int) -> Self:
+    def empty(cls, *, batch_size: int, q_len: int, num_heads: int, value_dim: int) -> "SoftmaxCarry":
         """The state before any key."""
         rows = (batch_size, num_heads, q_len)
         return cls(
@@ -48,7 +50,7 @@ class SoftmaxCarry:
             acc=jnp.zeros((batch_size, q_len, num_heads, value_dim), jnp.float32),
         )
 
-    def finalize(self, dtype: jnp.dtype) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
+    def finalize(self, dtype: DTypeLike) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
         """`(out, lse)` over the keys seen: out = acc / sum in `dtype`, lse = max + log(sum)."""
         empty = self.sum == 0
         inverse_BNT = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, self.sum))

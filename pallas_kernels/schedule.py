@@ -10,13 +10,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
 
 from pallas_kernels import block_sizes as block_sizes_lib
 from pallas_kernels import dispatch
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Bounds, Mask, TileVerdict
-from pallas_kernels.tokens import TokenAxis, Tokens
+from pallas_kernels.tokens import Leaf, TokenAxis, Tokens
 
 _MAX_TILES_AT_ONCE = 1 << 21
 """Tiles judged at a time. A tile costs about 20 bytes of temporaries, so this bounds the peak near 40 MB."""
@@ -25,17 +24,17 @@ _MAX_TILES_AT_ONCE = 1 << 21
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockRanges:
-    """For each block of one side (a row), half-open ranges over the blocks of the other side.
+    """For each block of one side (a row), half-open ranges over the blocks of the other side; int32 `[B or 1, rows]`.
 
     Attributes:
       start, stop: The blocks to visit; start = stop = 0 where there is none.
       full_start, full_stop: The longest run of blocks, within the first range, that need no pair test.
     """
 
-    start: Int32[Array, "#B rows"]
-    stop: Int32[Array, "#B rows"]
-    full_start: Int32[Array, "#B rows"]
-    full_stop: Int32[Array, "#B rows"]
+    start: Leaf
+    stop: Leaf
+    full_start: Leaf
+    full_stop: Leaf
 
 
 @jax.tree_util.register_dataclass

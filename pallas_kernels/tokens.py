@@ -1,15 +1,17 @@
 """Tokens: the positions and segment ids of the queries and keys at hand."""
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
 
 PADDING_SEGMENT_ID = -1
 """The segment id of padding. Any negative id means padding: under a document mask such a token attends to nothing
 and nothing attends to it."""
+
+type Leaf = Any
+"""A field of a pytree: an array, or whatever JAX puts in its place (a tracer, a shape, a partition spec)."""
 
 
 class TokenAxis(NamedTuple):
@@ -29,23 +31,23 @@ class Tokens:
     static path. Positions are data, so a permuted sequence (striped, zigzag) needs no mask of its own.
 
     Attributes:
-      q_positions: Position of each query in its document.
-      kv_positions: Position of each key in its document.
-      q_segment_ids: Document of each query; negative is padding.
-      kv_segment_ids: Document of each key; negative is padding.
+      q_positions: Position of each query in its document, int32 `[B or 1, T]`.
+      kv_positions: Position of each key in its document, int32 `[B or 1, S]`.
+      q_segment_ids: Document of each query, int32 `[B or 1, T]`; negative is padding.
+      kv_segment_ids: Document of each key, int32 `[B or 1, S]`; negative is padding.
     """
 
-    q_positions: Int32[Array, "#B T"] | None = None
-    kv_positions: Int32[Array, "#B S"] | None = None
-    q_segment_ids: Int32[Array, "#B T"] | None = None
-    kv_segment_ids: Int32[Array, "#B S"] | None = None
+    q_positions: Leaf = None
+    kv_positions: Leaf = None
+    q_segment_ids: Leaf = None
+    kv_segment_ids: Leaf = None
 
     @classmethod
     def self_attention(
         cls,
-        positions: Int32[Array, "#B T"] | None = None,
-        segment_ids: Int32[Array, "#B T"] | None = None,
-    ) -> Self:
+        positions: Leaf = None,
+        segment_ids: Leaf = None,
+    ) -> "Tokens":
         """The tokens of self-attention: queries and keys are the same ones."""
         return cls(
             q_positions=positions,

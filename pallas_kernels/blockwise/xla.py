@@ -180,13 +180,13 @@ def _split(x, block: int, *, axis: int, fill: float = 0.0) -> jax.Array:
     """Splits `axis` into blocks, padding the last, and moves the block number to the front."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % block)
-    x = jnp.pad(x, padding, constant_values=fill)
+    x = jnp.pad(x, padding, constant_values=jnp.asarray(fill, x.dtype))
     shape = x.shape[:axis] + (-1, block) + x.shape[axis + 1 :]
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
 
 def _split_tokens(tokens: TokenAxis, block: int) -> TokenAxis:
-    return TokenAxis(*(_split(x, block, axis=1, fill=0) for x in tokens))
+    return TokenAxis(*(_split(x, block, axis=1) for x in tokens))
 
 
 def _ranges_of_batch(ranges: BlockRanges) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,75 @@
+"""Settings of the data pipeline."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train.data.sources import SourceConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how documents become rows."""
+
+    seq_len: int
+    """Number of tokens in a row."""
+
+    sources: tuple[SourceConfig, ...]
+    """Where the documents come from. Rows of several sources are mixed by their weights."""
+
+    tokenizer: str = "bytes"
+    """How text becomes ids. "bytes", the path of a Hugging Face tokenizer.json, or "ids:N" for sources that
+    hold ids below N and no text."""
+
+    end_token: str | None = None
+    """Token of the tokenizer.json that stands between documents. Default: a common one, such as
+    "<|endoftext|>"."""
+
+    cache_dir: str = "~/.cache/longctx"
+    """Folder that keeps tokenised sources. Its content may be deleted between runs."""
+
+    held_out_fraction: float = 0.02
+    """Share of each source's documents held out of training, to evaluate on. 0 holds out nothing. Not used
+    when `held_out_sources` are given."""
+
+    held_out_sources: tuple[SourceConfig, ...] = ()
+    """Sources to evaluate on, all of them; `sources` are then trained on whole."""
+
+    long_documents: Literal["split", "drop"] = "split"
+    """What becomes of a document longer than a row. "split" cuts it into pieces; "drop" leaves it out, and
+    the number of those is reported."""
+
+    num_threads: int = 2
+    """Threads that prepare batches ahead of training. 0 prepares each when it is asked for."""
+
+    prefetch_batches: int = 4
+    """Batches prepared ahead of training, at least one a thread."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len: got {self.seq_len}, wanted >= 2; the shortest document fills two slots")
+        if not self.sources:
+            raise ValueError("sources: got none, wanted at least one; add one, such as {kind: stdlib}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(
+                f"held_out_fraction: got {self.held_out_fraction}, wanted 0 <= fraction < 1; 0 holds "
+                "out nothing, to evaluate on nothing"
+            )
+        if self.tokenizer.startswith("ids:"):
+            count = self.tokenizer.removeprefix("ids:")
+            if not (count.isascii() and count.isdigit() and int(count) >= 2):
+                raise ValueError(
+                    f"tokenizer: got {self.tokenizer!r}, wanted 'ids:N' with N >= 2, such as 'ids:32768'; "
+                    "count the end id N - 1 that stands between documents"
+                )
+        if self.end_token is not None and (self.tokenizer == "bytes" or self.tokenizer.startswith("ids:")):
+            raise ValueError(
+                f"end_token: got {self.end_token!r} with tokenizer={self.tokenizer!r}, wanted none with a "
+                "tokenizer that has its own end id; leave end_token out"
+            )
+        if self.num_threads < 0:
+            raise ValueError(f"num_threads: got {self.num_threads}, wanted >= 0; 0 uses no thread")
+        if self.prefetch_batches < max(self.num_threads, 1):
+            raise ValueError(
+                f"prefetch_batches: got {self.prefetch_batches}, wanted >= 1 and >= "
+                f"num_threads={self.num_threads}; raise it or lower num_threads"
+            )

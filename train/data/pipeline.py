@@ -1,0 +1,231 @@
+"""The data pipeline: from a config to batches, any of which can be asked for by its number."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from train.data.config import DataConfig
+from train.data.corpus import Corpus
+from train.data.errors import DataError
+from train.data.packing import PackedStream, cut_documents, pack
+from train.data.rows import Row, build_row, empty_row, stack_rows
+from train.data.sources import SourceConfig
+from train.data.tokenizers import Tokenizer, open_tokenizer
+
+_SPLIT_STREAM = 1  # keeps the random numbers of the split apart from those of the packing
+_HELD_OUT_SEED = 0  # every run with the same held-out documents sees the same rows
+
+
+def open_data(config: DataConfig, *, seed: int) -> "Data":
+    """Opens the tokenizer and every source, and packs the held-out rows.
+
+    Args:
+      config: The settings.
+      seed: Seed of the split and of the order of the training rows, >= 0.
+    Returns: the data; `train` row i and every batch are pure functions of (config, files, seed, i).
+    Raises: DataError, on one line with the remedy, for whatever is wrong with the data.
+    Cost: tokenises sources that the cache does not hold; O(documents) otherwise.
+    """
+    tokenizer = open_tokenizer(config.tokenizer, end_token=config.end_token)
+    cache_dir = Path(config.cache_dir).expanduser()
+    notes: list[str] = []
+    train, held_out = [], []
+    for name, source in _named("sources", config.sources):
+        corpus = source.open(tokenizer, cache_dir)
+        fraction = 0.0 if config.held_out_sources else config.held_out_fraction
+        ours, theirs = split_documents(len(corpus.documents), fraction, seed=seed, name=name)
+        notes += [*corpus.notes, _summary(name, corpus, ours, theirs)]
+        train.append(_PackedDocuments(corpus, ours, config, tokenizer, f"the training part of {name}", notes))
+        if len(theirs):
+            held_out.append(_PackedDocuments(corpus, theirs, config, tokenizer, f"the held-out part of {name}", notes))
+    for name, source in _named("held_out_sources", config.held_out_sources):
+        corpus = source.open(tokenizer, cache_dir)
+        every = np.arange(len(corpus.documents))
+        notes += [*corpus.notes, _summary(name, corpus, every[:0], every)]
+        held_out.append(_PackedDocuments(corpus, every, config, tokenizer, name, notes))
+    streams = [grain.MapDataset.source(_TrainRows(documents, seed)) for documents in train]
+    weights = [source.weight for source in config.sources]
+    mixed = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
+    return Data(config, tokenizer=tokenizer, train=mixed, held_out=HeldOutRows(held_out), notes=notes)
+
+
+def split_documents(num_documents: int, fraction: float, *, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the documents of a source into training and held-out ones, by the seed.
+
+    Returns: sorted indices of the two parts; each has at least one document, unless `fraction` is 0.
+    Raises: DataError when there are too few documents for that.
+    """
+    if fraction == 0:
+        return np.arange(num_documents), np.arange(0)
+    if num_documents < 2:
+        raise DataError(
+            f"{name}: {num_documents} document cannot be split into training and held-out; set "
+            "data.held_out_fraction=0, or name data.held_out_sources"
+        )
+    num_held_out = min(max(round(num_documents * fraction), 1), num_documents - 1)
+    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(num_documents)
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+
+
+class Data:
+    """Rows and batches to train and to evaluate on.
+
+    Attributes:
+      tokenizer: Turns text into ids and back.
+      train: The training rows, a random-access sequence without end; row i is `train[i]`.
+      held_out: The held-out rows, a finite sequence; empty when nothing is held out.
+      notes: Lines that the user should see once: what was read, replaced and left out.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        tokenizer: Tokenizer,
+        train: Sequence[Row],
+        held_out: Sequence[Row],
+        notes: Sequence[str],
+    ):
+        self.tokenizer = tokenizer
+        self.train = train
+        self.held_out = held_out
+        self.notes = tuple(notes)
+        self._config = config
+
+    def batches(self, *, start_step: int, batch_size: int) -> grain.DatasetIterator:
+        """The batches of steps start_step, start_step + 1, ... of training.
+
+        The batch of step s holds the rows s * batch_size to (s + 1) * batch_size - 1.
+
+        Args:
+          start_step: First step; the batches are those that an uninterrupted run would have from there on.
+          batch_size: Rows of a batch.
+        Returns: an endless iterator that prepares batches ahead; its `close()` ends the threads.
+        """
+        _check_batch_size(batch_size)
+        if start_step < 0:
+            raise ValueError(f"Data.batches: {start_step=}, wanted >= 0")
+
+        def fetch(step: int) -> Row:
+            return stack_rows([self.train[row] for row in range(step * batch_size, (step + 1) * batch_size)])
+
+        return iter(self._prefetched(range(start_step, sys.maxsize // batch_size), fetch))
+
+    def held_out_batches(self, *, batch_size: int, max_batches: int | None = None) -> Iterable[Row]:
+        """The held-out rows, each once; the last batch is filled up with empty rows.
+
+        Args:
+          batch_size: Rows of a batch.
+          max_batches: Stop after so many. The rows of all sources are shuffled together, so that the first
+            ones are a sample of all.
+        Returns: batches, which can be gone through again and again.
+        Raises: DataError when nothing is held out.
+        """
+        _check_batch_size(batch_size)
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"Data.held_out_batches: {max_batches=}, wanted >= 1 or None for all")
+        if not len(self.held_out):
+            raise DataError(
+                "no document is held out; set data.held_out_fraction above 0 or name data.held_out_sources to evaluate"
+            )
+        num_batches = -(-len(self.held_out) // batch_size)
+        if max_batches is not None:
+            num_batches = min(num_batches, max_batches)
+
+        def fetch(batch: int) -> Row:
+            numbers = range(batch * batch_size, (batch + 1) * batch_size)
+            rows = [self.held_out[row] for row in numbers if row < len(self.held_out)]
+            rows += [empty_row(self._config.seq_len)] * (batch_size - len(rows))
+            return stack_rows(rows)
+
+        return self._prefetched(range(num_batches), fetch)
+
+    def _prefetched(self, steps: range, fetch: Callable[[int], Row]) -> grain.IterDataset:
+        threads = self._config.num_threads
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=self._config.prefetch_batches if threads else 0
+        )
+        return grain.MapDataset.range(steps.start, steps.stop).map(fetch).to_iter_dataset(options)
+
+
+class _PackedDocuments:
+    """Some documents of a corpus, cut into pieces; gives the row of any set of pieces."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        documents: np.ndarray,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        name: str,
+        notes: list[str],
+    ):
+        slots = corpus.documents.lengths[documents] + 1
+        self.seq_len = config.seq_len
+        self.pieces, num_dropped = cut_documents(
+            slots, config.seq_len, config.long_documents, documents=documents, name=name
+        )
+        if num_dropped:
+            notes.append(
+                f"{name}: dropped {num_dropped} of {len(documents)} documents, which do not fit into "
+                f"seq_len={config.seq_len} (data.long_documents='drop')"
+            )
+        self._corpus = corpus
+        self._end_id = tokenizer.end_id
+
+    def row(self, indices: np.ndarray) -> Row:
+        return build_row(self._corpus, self.pieces, indices, seq_len=self.seq_len, end_id=self._end_id)
+
+
+class _TrainRows:
+    """The endless rows of one source, as a source of Grain's; its length stands for no end."""
+
+    def __init__(self, documents: _PackedDocuments, seed: int):
+        self._documents = documents
+        self._stream = PackedStream(documents.pieces.length, documents.seq_len, seed=seed)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Row:
+        return self._documents.row(self._stream.row(index))
+
+
+class HeldOutRows(Sequence):
+    """The held-out rows of all sources, shuffled together; the same in every run with the same documents."""
+
+    def __init__(self, parts: Sequence[_PackedDocuments]):
+        self._parts = parts
+        self._packings = [pack(p.pieces.length, p.seq_len, seed=_HELD_OUT_SEED, epoch=0) for p in parts]
+        self._part_starts = np.cumsum([0, *map(len, self._packings)])
+        self._order = np.random.default_rng(_HELD_OUT_SEED).permutation(self._part_starts[-1])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Row:
+        place = self._order[index]
+        part = int(np.searchsorted(self._part_starts, place, side="right")) - 1
+        return self._parts[part].row(self._packings[part].row(place - self._part_starts[part]))
+
+
+def _named(field: str, sources: Sequence[SourceConfig]) -> Iterable[tuple[str, SourceConfig]]:
+    for number, source in enumerate(sources):
+        yield f"data.{field}[{number}] ({source.kind})", source
+
+
+def _summary(name: str, corpus: Corpus, train: np.ndarray, held_out: np.ndarray) -> str:
+    lengths = corpus.documents.lengths
+    return (
+        f"{name}: {len(lengths):,} documents, {int(lengths.sum()):,} tokens; "
+        f"train {len(train):,} documents, {int(lengths[train].sum()):,} tokens; "
+        f"held out {len(held_out):,} documents, {int(lengths[held_out].sum()):,} tokens"
+    )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"{batch_size=}, wanted >= 1")
