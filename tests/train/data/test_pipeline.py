@@ -157,8 +157,10 @@ def test_held_out_sources_are_evaluated_whole_and_sources_trained_whole(open_sou
     other = SyntheticSource(min_length=31, max_length=31, num_documents=5, seed=9)
     same = SyntheticSource(min_length=31, max_length=31, num_documents=3)
     data = open_sources(same, held_out_sources=(other, same), held_out_fraction=0.5)
-    assert len(data.held_out) == 8
-    assert len({data.train[i]["tokens"].tobytes() for i in range(3)}) == 3
+    held_out = {row["tokens"].tobytes() for row in data.held_out}
+    assert len(data.held_out) == len(held_out) == 8
+    trained = {data.train[i]["tokens"].tobytes() for i in range(3)}
+    assert len(trained) == 3 and trained < held_out
 
 
 def test_nothing_held_out_says_so_when_evaluated(open_sources):

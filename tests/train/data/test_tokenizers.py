@@ -8,7 +8,7 @@ import pytest
 from train.data import DataError, open_tokenizer
 
 
-def save_tokenizer(path, special_tokens=("<|endoftext|>",), **kwargs):
+def save_tokenizer(path, special_tokens=("<pad>", "<|endoftext|>")):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
