@@ -220,6 +220,8 @@ def test_settings_out_of_range_say_so(settings, message):
 
 
 def test_calls_out_of_range_say_so(open_sources):
+    with pytest.raises(ValueError, match="open_data: seed=-1, wanted >= 0"):
+        open_sources(SHORT, seed=-1)
     data = open_sources(SHORT, held_out_fraction=0.1)
     with pytest.raises(ValueError, match=r"start_step=-1, wanted >= 0"):
         data.batches(start_step=-1, batch_size=1)

@@ -54,6 +54,12 @@ def test_a_tokenizer_json_decodes_whatever_a_model_says(tmp_path):
     assert tokenizer.decode([*ids, tokenizer.end_id, tokenizer.vocab_size + 5]) == "the cat"
 
 
+def test_truncation_and_padding_of_the_file_are_put_aside(tmp_path):
+    tokenizer = open_tokenizer(str(save_tokenizer(tmp_path / "tokenizer.json")))
+    short, long = tokenizer.encode_batch(["cat", "cat dog " * 20])
+    assert len(short) < 8 < len(long)
+
+
 def test_a_folder_stands_for_its_tokenizer_json(tmp_path):
     path = save_tokenizer(tmp_path / "tokenizer.json")
     assert open_tokenizer(str(tmp_path)).fingerprint == open_tokenizer(str(path)).fingerprint
