@@ -1,1 +1,40 @@
 """Layers and distribution for transformers over long sequences."""
+
+from longctx import masks
+from longctx._version import __version__
+from longctx.attention import Attention, KVCache
+from longctx.block import Block
+from longctx.losses import LossSums, cross_entropy
+from longctx.mixers import MixerConfig, register
+from longctx.mixers.attention import AttentionConfig
+from longctx.mlp import SwiGLU
+from longctx.model import DecodeCache, ModelConfig, TransformerLM, forward_flops
+from longctx.norms import RMSNorm
+from longctx.rotary import RotaryConfig, apply_rotary
+from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, param_shardings
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "Block",
+    "DecodeCache",
+    "KVCache",
+    "LossSums",
+    "MeshConfig",
+    "MixerConfig",
+    "ModelConfig",
+    "RMSNorm",
+    "RotaryConfig",
+    "SwiGLU",
+    "TransformerLM",
+    "__version__",
+    "apply_rotary",
+    "batch_sharding",
+    "constrain",
+    "cross_entropy",
+    "forward_flops",
+    "make_mesh",
+    "masks",
+    "param_shardings",
+    "register",
+]

@@ -24,9 +24,7 @@ _TOKENS = "tokens.npy"
 _DOCUMENTS = "documents.npy"  # int64 [5, documents]: file, start, length, prompt length, bytes
 
 
-def build_once(
-    cache_dir: Path, name: str, key: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]]
-) -> Path:
+def build_once(cache_dir: Path, name: str, key: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]]) -> Path:
     """Returns the complete folder for `key`, building it if it is not there.
 
     Args:

@@ -46,9 +46,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
-            raise ValueError(
-                f"seq_len: got {self.seq_len}, wanted >= 2; the shortest document fills two slots"
-            )
+            raise ValueError(f"seq_len: got {self.seq_len}, wanted >= 2; the shortest document fills two slots")
         if not self.sources:
             raise ValueError("sources: got none, wanted at least one; add one, such as {kind: stdlib}")
         for source in self.held_out_sources:

@@ -43,9 +43,7 @@ def open_data(config: DataConfig, *, seed: int) -> "Data":
         notes += [*corpus.notes, _summary(name, corpus, ours, theirs)]
         train.append(_PackedDocuments(corpus, ours, config, tokenizer, f"the training part of {name}", notes))
         if len(theirs):
-            held_out.append(
-                _PackedDocuments(corpus, theirs, config, tokenizer, f"the held-out part of {name}", notes)
-            )
+            held_out.append(_PackedDocuments(corpus, theirs, config, tokenizer, f"the held-out part of {name}", notes))
     for name, source in _named("held_out_sources", config.held_out_sources):
         corpus = source.open(tokenizer, cache_dir)
         every = np.arange(len(corpus.documents))
@@ -57,9 +55,7 @@ def open_data(config: DataConfig, *, seed: int) -> "Data":
     return Data(config, tokenizer=tokenizer, train=mixed, held_out=HeldOutRows(held_out), notes=notes)
 
 
-def split_documents(
-    num_documents: int, fraction: float, *, seed: int, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+def split_documents(num_documents: int, fraction: float, *, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Splits the documents of a source into training and held-out ones, by the seed.
 
     Returns: sorted indices of the two parts; each has at least one document, unless `fraction` is 0.
@@ -136,8 +132,7 @@ class Data:
             raise ValueError(f"Data.held_out_batches: {max_batches=}, wanted >= 1 or None for all")
         if not len(self.held_out):
             raise DataError(
-                "no document is held out; set data.held_out_fraction above 0 or name data.held_out_sources "
-                "to evaluate"
+                "no document is held out; set data.held_out_fraction above 0 or name data.held_out_sources to evaluate"
             )
         num_batches = -(-len(self.held_out) // batch_size)
         if max_batches is not None:

@@ -40,9 +40,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(
-                f"weight: got {self.weight}, wanted a finite number above 0; remove an unused source"
-            )
+            raise ValueError(f"weight: got {self.weight}, wanted a finite number above 0; remove an unused source")
 
     @classmethod
     def variants(cls) -> dict[str, type["SourceConfig"]]:
@@ -80,9 +78,7 @@ def _standard_library_files(root: Path) -> list[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_STANDARD_LIBRARY]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(
-        (file for file in files if file.is_file()), key=lambda file: file.relative_to(root).as_posix()
-    )
+    return sorted((file for file in files if file.is_file()), key=lambda file: file.relative_to(root).as_posix())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +103,11 @@ class TextSource(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.files:
-            raise ValueError(
-                "files: got no path, wanted at least one path or glob; name the files of the source"
-            )
+            raise ValueError("files: got no path, wanted at least one path or glob; name the files of the source")
         if (self.prompt_field is None) != (self.completion_field is None):
             missing = "prompt_field" if self.prompt_field is None else "completion_field"
             raise ValueError(
-                f"{missing}: got nothing, wanted a field name; set both prompt_field and completion_field or "
-                "neither"
+                f"{missing}: got nothing, wanted a field name; set both prompt_field and completion_field or neither"
             )
 
     def open(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:
@@ -122,13 +115,10 @@ class TextSource(SourceConfig):
         for file in files:
             if file.suffix not in SUFFIXES:
                 raise DataError(
-                    f"{file}: got suffix {file.suffix!r}, wanted {', '.join(SUFFIXES)}; rename or convert "
-                    "the file"
+                    f"{file}: got suffix {file.suffix!r}, wanted {', '.join(SUFFIXES)}; rename or convert the file"
                 )
             if file.suffix == ".txt" and self.prompt_field is not None:
-                raise DataError(
-                    f"{file}: a .txt file has no field {self.prompt_field!r}; use .jsonl or .parquet"
-                )
+                raise DataError(f"{file}: a .txt file has no field {self.prompt_field!r}; use .jsonl or .parquet")
         fields = Fields(text=self.field, prompt=self.prompt_field, completion=self.completion_field)
         key = {"fields": fields.names()}
         names = [str(file.resolve()) for file in files]
@@ -156,17 +146,11 @@ class TokensSource(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.files:
-            raise ValueError(
-                "files: got no path, wanted at least one path or glob; name the files of the source"
-            )
+            raise ValueError("files: got no path, wanted at least one path or glob; name the files of the source")
         if self.end_id is not None and self.end_id < 0:
-            raise ValueError(
-                f"end_id: got {self.end_id}, wanted an id >= 0; leave it out for the tokenizer's"
-            )
+            raise ValueError(f"end_id: got {self.end_id}, wanted an id >= 0; leave it out for the tokenizer's")
         if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(
-                f"vocab_size: got {self.vocab_size}, wanted >= 1; leave it out for the tokenizer's"
-            )
+            raise ValueError(f"vocab_size: got {self.vocab_size}, wanted >= 1; leave it out for the tokenizer's")
 
     def open(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:
         vocab_size = tokenizer.vocab_size if self.vocab_size is None else self.vocab_size
@@ -191,9 +175,7 @@ class TokensSource(SourceConfig):
                     starts.append(file_starts)
                     lengths.append(file_lengths)
             if not sum(counts):
-                raise DataError(
-                    f"tokens source: no documents in {_listing(files)}; every id is the end id {end_id}"
-                )
+                raise DataError(f"tokens source: no documents in {_listing(files)}; every id is the end id {end_id}")
             lengths = np.concatenate(lengths)
             zeros = np.zeros_like(lengths)
             num_bytes = lengths * (tokenizer.bytes_per_token or 0)
@@ -209,28 +191,21 @@ class TokensSource(SourceConfig):
             raise DataError(f"{file}: the file is empty; write its ids or leave it out")
         if file.suffix == ".bin":
             if self.dtype is None:
-                raise DataError(
-                    f"{file}: a .bin file does not say its type; set the source's dtype, such as 'uint16'"
-                )
+                raise DataError(f"{file}: a .bin file does not say its type; set the source's dtype, such as 'uint16'")
             dtype = np.dtype(self.dtype).newbyteorder("<")
             if file.stat().st_size % dtype.itemsize:
                 raise DataError(
-                    f"{file}: {file.stat().st_size} bytes are not whole {self.dtype} ids; set the dtype of "
-                    "the file"
+                    f"{file}: {file.stat().st_size} bytes are not whole {self.dtype} ids; set the dtype of the file"
                 )
             return np.memmap(file, dtype, mode="r")
         if file.suffix != ".npy":
-            raise DataError(
-                f"{file}: got suffix {file.suffix!r}, wanted .npy, .bin; rename or convert the file"
-            )
+            raise DataError(f"{file}: got suffix {file.suffix!r}, wanted .npy, .bin; rename or convert the file")
         try:
             array = np.load(file, mmap_mode="r")
         except ValueError as error:
             raise DataError(f"{file}: not a .npy file ({error}); save it with numpy.save") from None
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise DataError(
-                f"{file}: got {array.dtype} {array.shape}, wanted integers in one dimension; save it again"
-            )
+            raise DataError(f"{file}: got {array.dtype} {array.shape}, wanted integers in one dimension; save it again")
         if not len(array):
             raise DataError(f"{file}: the array is empty; write its ids or leave it out")
         if self.dtype is not None and array.dtype != self.dtype:
@@ -279,8 +254,7 @@ class SyntheticSource(SourceConfig):
         for low, high in (("min_length", "max_length"), ("min_period", "max_period")):
             if getattr(self, high) < getattr(self, low):
                 raise ValueError(
-                    f"{high}: got {getattr(self, high)}, wanted >= {low}={getattr(self, low)}; raise it or "
-                    f"lower {low}"
+                    f"{high}: got {getattr(self, high)}, wanted >= {low}={getattr(self, low)}; raise it or lower {low}"
                 )
 
     def open(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:
@@ -354,9 +328,7 @@ def _open_text(
                 _tokenise(batch, tokenizer, out, report)
             num_documents = out.finish()
         if not num_documents:
-            raise DataError(
-                f"{name} source: no document with text in {_listing(files)}; check the files and the field"
-            )
+            raise DataError(f"{name} source: no document with text in {_listing(files)}; check the files and the field")
         return {"num_documents": num_documents, "notes": report.notes(name)}
 
     return open_corpus(build_once(cache_dir, name, key, write))

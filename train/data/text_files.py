@@ -51,17 +51,13 @@ class ReadReport:
         notes = []
         if self.undecodable:
             example = self.undecodable[0]
-            notes.append(
-                f"{name}: replaced what is not UTF-8 in {len(self.undecodable)} documents, first in {example}"
-            )
+            notes.append(f"{name}: replaced what is not UTF-8 in {len(self.undecodable)} documents, first in {example}")
         if self.num_empty:
             notes.append(f"{name}: left out {self.num_empty} empty documents")
         return notes
 
 
-def read_documents(
-    path: Path, fields: Fields, report: ReadReport, progress: ByteProgress
-) -> Iterator[TextDocument]:
+def read_documents(path: Path, fields: Fields, report: ReadReport, progress: ByteProgress) -> Iterator[TextDocument]:
     """Yields the documents of one file: of its lines or rows by its suffix, else the whole file as one."""
     try:
         if path.suffix == ".jsonl":
@@ -71,9 +67,7 @@ def read_documents(
         else:
             yield from _read_whole(path, report, progress)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror}; make it readable or leave it out"
-        ) from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}; make it readable or leave it out") from None
 
 
 def _read_whole(path: Path, report: ReadReport, progress: ByteProgress) -> Iterator[TextDocument]:
@@ -82,9 +76,7 @@ def _read_whole(path: Path, report: ReadReport, progress: ByteProgress) -> Itera
     yield TextDocument(text=_decode(content, str(path), report))
 
 
-def _read_jsonl(
-    path: Path, fields: Fields, report: ReadReport, progress: ByteProgress
-) -> Iterator[TextDocument]:
+def _read_jsonl(path: Path, fields: Fields, report: ReadReport, progress: ByteProgress) -> Iterator[TextDocument]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             progress.advance(len(line))
@@ -121,22 +113,16 @@ def _field(record: dict, name: str, place: str, report: ReadReport) -> str:
     return _without_surrogates(value, place, report)
 
 
-def _read_parquet(
-    path: Path, fields: Fields, report: ReadReport, progress: ByteProgress
-) -> Iterator[TextDocument]:
+def _read_parquet(path: Path, fields: Fields, report: ReadReport, progress: ByteProgress) -> Iterator[TextDocument]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(
-            f"{path}: .parquet files need the pyarrow package; install 'longctx-jax[data]'"
-        ) from None
+        raise DataError(f"{path}: .parquet files need the pyarrow package; install 'longctx-jax[data]'") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(
-            f"{path}: not a parquet file ({' '.join(str(error).split())}); write it again"
-        ) from None
+        raise DataError(f"{path}: not a parquet file ({' '.join(str(error).split())}); write it again") from None
     with file:
         for name in fields.names():
             if name not in file.schema_arrow.names:

@@ -145,9 +145,7 @@ def test_row_i_of_the_stream_does_not_depend_on_what_was_asked_before(index_orde
     order = range(len(expected)) if index_order == "forward" else reversed(range(len(expected)))
     for i in order:
         np.testing.assert_array_equal(stream.row(i), expected[i])
-    assert len({len(packing) for packing in packings}) > 1, (
-        "epochs of different lengths are what makes this hard"
-    )
+    assert len({len(packing) for packing in packings}) > 1, "epochs of different lengths are what makes this hard"
 
 
 def test_long_documents_are_cut_into_rows_and_a_rest():

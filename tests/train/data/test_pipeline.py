@@ -104,9 +104,7 @@ def test_the_split_is_by_document_and_seed():
     assert not np.array_equal(held_out, split_documents(100, 0.1, seed=1, name="x")[1])
 
 
-@pytest.mark.parametrize(
-    ("num_documents", "fraction", "expected"), [(2, 0.001, 1), (2, 0.99, 1), (10, 0.99, 9)]
-)
+@pytest.mark.parametrize(("num_documents", "fraction", "expected"), [(2, 0.001, 1), (2, 0.99, 1), (10, 0.99, 9)])
 def test_each_side_of_the_split_has_a_document(num_documents, fraction, expected):
     train, held_out = split_documents(num_documents, fraction, seed=0, name="x")
     assert len(held_out) == expected and len(train) == num_documents - expected
@@ -127,9 +125,7 @@ def test_held_out_documents_are_never_trained_on(tmp_path, open_sources, documen
     write_jsonl(tmp_path / "a.jsonl", texts)
     data = open_sources(TextSource(files=(str(tmp_path / "a.jsonl"),)), held_out_fraction=0.2, seq_len=12)
     trained = documents(data, 24 * 2)  # a document a row, two epochs
-    held_out = [
-        data.tokenizer.decode(row["targets"]) for row in (data.held_out[i] for i in range(len(data.held_out)))
-    ]
+    held_out = [data.tokenizer.decode(row["targets"]) for row in (data.held_out[i] for i in range(len(data.held_out)))]
     held_out = [text.rstrip("\0") for text in held_out]
     assert len(set(trained)) == 24 and len(held_out) == 6
     assert sorted({*trained, *held_out}) == sorted(texts)
@@ -184,9 +180,7 @@ def test_dropping_every_document_names_the_source(open_sources):
 
 
 def test_the_notes_say_what_was_read(open_sources):
-    (note,) = open_sources(
-        SyntheticSource(min_length=5, max_length=5, num_documents=10), held_out_fraction=0.2
-    ).notes
+    (note,) = open_sources(SyntheticSource(min_length=5, max_length=5, num_documents=10), held_out_fraction=0.2).notes
     assert note == (
         "data.sources[0] (synthetic): 10 documents, 50 tokens; train 8 documents, 40 tokens; "
         "held out 2 documents, 10 tokens"

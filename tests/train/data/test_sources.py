@@ -30,9 +30,7 @@ def texts(corpus, tokenizer=BYTES):
 
 
 def open_text(tmp_path, *names, **fields):
-    return TextSource(files=tuple(str(tmp_path / name) for name in names), **fields).open(
-        BYTES, tmp_path / "cache"
-    )
+    return TextSource(files=tuple(str(tmp_path / name) for name in names), **fields).open(BYTES, tmp_path / "cache")
 
 
 def open_tokens(tmp_path, name, tokenizer=BYTES, **fields):
@@ -149,9 +147,7 @@ def test_globs_are_sorted_and_files_taken_once(tmp_path):
 
 
 def test_prompts_carry_no_loss(tmp_path, open_sources):
-    (tmp_path / "a.jsonl").write_text(
-        '{"q": "ask", "a": "answer"}\n{"q": "", "a": "x"}\n{"q": "only", "a": ""}\n'
-    )
+    (tmp_path / "a.jsonl").write_text('{"q": "ask", "a": "answer"}\n{"q": "", "a": "x"}\n{"q": "only", "a": ""}\n')
     corpus = open_text(tmp_path, "a.jsonl", prompt_field="q", completion_field="a")
     assert texts(corpus) == ["askanswer", "x", "only"]
     assert corpus.documents.prompt_lengths.tolist() == [3, 0, 4]
@@ -236,9 +232,7 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(
-        DataError, match="a.txt: cannot be read: Permission denied; make it readable or leave it out"
-    ):
+    with pytest.raises(DataError, match="a.txt: cannot be read: Permission denied; make it readable or leave it out"):
         open_text(tmp_path, "a.txt")
 
 
@@ -257,9 +251,7 @@ def test_a_hugging_face_tokenizer_counts_the_bytes_of_the_text(tmp_path):
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in ("cat dog cat", "\u00e9"))
-    )
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("cat dog cat", "\u00e9")))
     source = TextSource(files=(str(tmp_path / "a.jsonl"),))
     corpus = source.open(open_tokenizer(str(tmp_path / "tokenizer.json")), tmp_path / "cache")
     assert ids(corpus) == [[2, 3, 2], [1]] and corpus.documents.num_bytes.tolist() == [11, 2]
@@ -404,9 +396,7 @@ def test_synthetic_settings_out_of_range_say_so(tmp_path):
         with pytest.raises(ValueError, match=message):
             SyntheticSource(**{"min_length": 5, "max_length": 9, **fields})
     source = SyntheticSource(min_length=5, max_length=9, num_symbols=257)
-    with pytest.raises(
-        DataError, match="num_symbols=257 exceeds the 256 ids .* lower it or use tokenizer='ids:258'"
-    ):
+    with pytest.raises(DataError, match="num_symbols=257 exceeds the 256 ids .* lower it or use tokenizer='ids:258'"):
         source.open(BYTES, tmp_path)
 
 
@@ -419,9 +409,7 @@ def test_synthetic_settings_out_of_range_say_so(tmp_path):
 def test_a_bar_is_shown_to_people_who_wait(monkeypatch, terminal, patience, shown):
     monkeypatch.setattr(progress, "_PATIENCE_SECONDS", patience)
     output = io.StringIO()
-    with progress.ByteProgress(
-        "tokenising x", 100, console=Console(file=output, force_terminal=terminal)
-    ) as bar:
+    with progress.ByteProgress("tokenising x", 100, console=Console(file=output, force_terminal=terminal)) as bar:
         bar.advance(40)
         bar.advance(60)
     assert ("tokenising x" in output.getvalue()) == shown

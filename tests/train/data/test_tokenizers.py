@@ -100,9 +100,7 @@ def test_bare_ids():
 
 def test_a_missing_tokenizer_file_says_so(tmp_path):
     pytest.importorskip("tokenizers")
-    with pytest.raises(
-        DataError, match=r"data.tokenizer='.*none.json' cannot be read: No such file.*wanted 'bytes'"
-    ):
+    with pytest.raises(DataError, match=r"data.tokenizer='.*none.json' cannot be read: No such file.*wanted 'bytes'"):
         open_tokenizer(str(tmp_path / "none.json"))
 
 

@@ -1,0 +1,232 @@
+"""Softmax attention as a layer: projections, rotary positions and a KV cache around `blockwise_attention`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int32
+
+from longctx import masks
+from longctx.norms import RMSNorm
+from longctx.projections import projection
+from longctx.rotary import RotaryConfig, apply_rotary
+from longctx.sharding import constrain
+from pallas_kernels import BlockSizes, Implementation, Mask, Schedule, Tokens, blockwise_attention
+
+_CAUSAL = masks.causal()
+_ROTARY = RotaryConfig()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """The keys and values of the tokens decoded so far, in slots 0 .. length - 1 of S.
+
+    Attributes:
+      k: Keys, rotated.
+      v: Values.
+      length: Number of filled slots, which is also the position of the next token.
+    """
+
+    k: Float[Array, "*layers B S K H"]
+    v: Float[Array, "*layers B S K H"]
+    length: Int32[Array, "*layers"]
+
+    def extended(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
+        """The cache with T more tokens."""
+        start = (0, self.length, 0, 0)
+        return KVCache(
+            k=jax.lax.dynamic_update_slice(self.k, k_BTKH, start),
+            v=jax.lax.dynamic_update_slice(self.v, v_BTKH, start),
+            length=self.length + k_BTKH.shape[1],
+        )
+
+
+class Attention(nnx.Module):
+    """Multi-head softmax attention with grouped queries.
+
+    q, k, v = x W_q, x W_k, x W_v   (then normalised if qk_norm, then rotated if rotary)
+    y = blockwise_attention(q, k, v, mask) W_o
+
+    Args:
+      dim: Model dim of x and y.
+      num_heads: Query heads N.
+      num_kv_heads: Key and value heads K, a divisor of N; query head n reads kv head n // (N / K). Default N.
+      head_dim: Dims of a head. Default dim / N.
+      mask: Which pairs of tokens may attend. `& documents()` makes it read segment ids.
+      rotary: Rotary position embedding, default theta 10000; None leaves q and k as they are.
+      qk_norm: RMSNorm over head_dim on each head of q and k, one gain for all heads.
+      logits_soft_cap: Logits become cap * tanh(logits / cap); None leaves them.
+      dtype: Compute dtype and dtype of y; x and the kernels are cast to it.
+      param_dtype: Dtype of the parameters.
+      norm_eps: Epsilon of qk_norm.
+      out_init_scale: Multiplies the initial standard deviation of W_o.
+      implementation: Passed to `blockwise_attention`; None lets it choose.
+      block_sizes: Passed to `blockwise_attention`; None takes its table.
+      rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
+
+    Raises: ValueError where the numbers of heads and dims do not divide.
+    Memory: O(B T (N + K) H) for a call, in the backward pass too.
+    Reference: Ainslie et al., GQA, arXiv:2305.13245.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        mask: Mask = _CAUSAL,
+        rotary: RotaryConfig | None = _ROTARY,
+        qk_norm: bool = False,
+        logits_soft_cap: float | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        norm_eps: float = 1e-6,
+        out_init_scale: float = 1.0,
+        implementation: Implementation | None = None,
+        block_sizes: BlockSizes | None = None,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads(num_heads, num_kv_heads, head_dim, dim=dim, rotary=rotary is not None)
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        self.dim, self.num_kv_heads, self.head_dim = dim, num_kv_heads, head_dim
+        self.mask, self.rotary, self.logits_soft_cap = mask, rotary, logits_soft_cap
+        self.dtype, self.implementation, self.block_sizes = jnp.dtype(dtype), implementation, block_sizes
+
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.q = projection(dim, (num_heads, head_dim), logical_axes=q_axes, **kwargs)
+        self.k = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
+        self.v = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
+        self.out = projection(
+            (num_heads, head_dim),
+            dim,
+            logical_axes=("heads", "head_dim", "embed"),
+            init_scale=out_init_scale,
+            **kwargs,
+        )
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        positions: Int32[Array, "#B T"] | None = None,
+        segment_ids: Int32[Array, "#B T"] | None = None,
+        schedule: Schedule | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attends within x.
+
+        Args:
+          x_BTD: The tokens.
+          positions: Position of each token, for rotary and for the mask; default 0, 1, 2, ...
+          segment_ids: Document of each token, negative for padding; the mask must read them.
+          schedule: `make_schedule` of this layer's mask and these tokens, where the caller shares it between layers.
+
+        Returns: y in the layer's dtype; zero where a token may attend to nothing.
+        Raises: ValueError on segment_ids that the mask would ignore, and on an x of another dim.
+        """
+        if segment_ids is not None and not self.mask.uses_segments:
+            raise ValueError(
+                f"segment_ids: passed to an Attention whose mask {self.mask} does not read them; "
+                "build it with mask & documents()"
+            )
+        rotary_positions = positions
+        if positions is None:
+            rotary_positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotary_positions)
+        attended_BTNH = blockwise_attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask=self.mask,
+            tokens=Tokens.self_attention(positions, segment_ids),
+            schedule=schedule,
+            logits_soft_cap=self.logits_soft_cap,
+            block_sizes=self.block_sizes,
+            implementation=self.implementation,
+        )
+        return self.out(constrain(attended_BTNH, "batch", "sequence", "heads", None))
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row. Memory O(batch_size max_length K H)."""
+        shape = (batch_size, max_length, self.num_kv_heads, self.head_dim)
+        return KVCache(k=jnp.zeros(shape, self.dtype), v=jnp.zeros(shape, self.dtype), length=jnp.zeros((), jnp.int32))
+
+    def decode(self, x_BTD: Float[Array, "B T D"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Attends from the next T tokens of one document a row to those before them and to each other.
+
+        Step by step this equals one call on all tokens for every mask that lets no token see a later one. The
+        implementation is left to the dispatch, since kernels made for training refuse single queries.
+
+        Args:
+          x_BTD: T = 1 to generate, T > 1 to prefill.
+          cache: From `init_cache` or the previous call.
+
+        Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
+          raise.
+        Raises: ValueError if T alone exceeds the room of the cache.
+        """
+        num_new, room = x_BTD.shape[1], cache.k.shape[1]
+        if num_new > room:
+            raise ValueError(f"decode: T={num_new} tokens do not fit a cache of {room}; raise max_length in init_cache")
+        positions = (cache.length + jnp.arange(num_new, dtype=jnp.int32))[None]
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
+        cache = cache.extended(k_BTKH, v_BTKH)
+        slots = jnp.arange(room, dtype=jnp.int32)[None]
+        attended_BTNH = blockwise_attention(
+            q_BTNH,
+            cache.k,
+            cache.v,
+            mask=self.mask & masks.documents(),
+            tokens=Tokens(
+                q_positions=positions,
+                kv_positions=slots,
+                q_segment_ids=jnp.zeros_like(positions),
+                kv_segment_ids=jnp.where(slots < cache.length, 0, -1),
+            ),
+            logits_soft_cap=self.logits_soft_cap,
+        )
+        y_BTD = self.out(attended_BTNH)
+        return jnp.where(cache.length <= room, y_BTD, jnp.nan), cache
+
+    def _project(self, x_BTD, positions):
+        if x_BTD.shape[-1] != self.dim:
+            raise ValueError(f"x: got {x_BTD.shape[-1]} dims in shape {x_BTD.shape}, wanted the layer's dim={self.dim}")
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if self.rotary is not None:
+            q_BTNH, k_BTKH = (apply_rotary(x, positions, self.rotary) for x in (q_BTNH, k_BTKH))
+        q_BTNH = constrain(q_BTNH, "batch", "sequence", "heads", None)
+        k_BTKH = constrain(k_BTKH, "batch", "sequence", "kv_heads", None)
+        v_BTKH = constrain(v_BTKH, "batch", "sequence", "kv_heads", None)
+        return q_BTNH, k_BTKH, v_BTKH
+
+
+def check_heads(
+    num_heads: int, num_kv_heads: int, head_dim: int | None, *, dim: int | None = None, rotary: bool
+) -> None:
+    """Raises ValueError, naming the argument, unless these make a grouped-query attention.
+
+    A head_dim of None stands for dim / num_heads, which is checked where `dim` is known.
+    """
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads: got {num_kv_heads}, wanted a divisor of num_heads={num_heads}; "
+            "each kv head serves the same number of query heads"
+        )
+    if head_dim is None and dim is not None:
+        if dim % num_heads:
+            raise ValueError(f"head_dim: dim={dim} is not a multiple of num_heads={num_heads}; set head_dim")
+        head_dim = dim // num_heads
+    if rotary and head_dim is not None and head_dim % 2:
+        raise ValueError(f"head_dim: got {head_dim}, wanted an even number for rotary positions; use {head_dim + 1}")

@@ -1,0 +1,74 @@
+"""The residual block that every layer of the model is."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int32
+
+from longctx.mixers.registry import MixerConfig
+from longctx.mlp import SwiGLU
+from longctx.norms import RMSNorm
+from longctx.sharding import constrain
+from pallas_kernels import Schedule
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block.
+
+    x = x + mixer(norm(x));  x = x + mlp(norm(x))
+
+    Args:
+      dim: Model dim.
+      mixer: Config of the sequence mixer.
+      mlp_dim: Hidden dim of the SwiGLU.
+      norm_eps: Epsilon of the norms.
+      dtype: Compute dtype.
+      param_dtype: Dtype of the parameters.
+      out_init_scale: Multiplies the initial standard deviation of the two projections back into the residual.
+      rngs: Source of the initial values.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: MixerConfig,
+        mlp_dim: int,
+        norm_eps: float = 1e-6,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        out_init_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, out_init_scale=out_init_scale, rngs=rngs)
+        self.mixer_norm = RMSNorm(dim, eps=norm_eps, param_dtype=param_dtype)
+        self.mixer = mixer.build(dim, norm_eps=norm_eps, **kwargs)
+        self.mlp_norm = RMSNorm(dim, eps=norm_eps, param_dtype=param_dtype)
+        self.mlp = SwiGLU(dim, mlp_dim, **kwargs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        positions: Int32[Array, "#B T"] | None = None,
+        segment_ids: Int32[Array, "#B T"] | None = None,
+        schedule: Schedule | None = None,
+    ) -> Float[Array, "B T D"]:
+        """One layer; the arguments are the mixer's."""
+        mixed = self.mixer(self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule)
+        return self._feed_forward(x_BTD, mixed)
+
+    def init_cache(self, batch_size: int, max_length: int) -> Any:
+        """The mixer's empty cache."""
+        return self.mixer.init_cache(batch_size, max_length)
+
+    def decode(self, x_BTD: Float[Array, "B T D"], cache: Any) -> tuple[Float[Array, "B T D"], Any]:
+        """One layer on the next T tokens, and the mixer's cache after them."""
+        mixed, cache = self.mixer.decode(self.mixer_norm(x_BTD), cache)
+        return self._feed_forward(x_BTD, mixed), cache
+
+    def _feed_forward(self, x_BTD: jax.Array, mixed: jax.Array) -> jax.Array:
+        x_BTD = constrain(x_BTD + mixed, "batch", "sequence", None)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "sequence", None)

@@ -1,0 +1,107 @@
+"""The `attention` mixer: causal softmax attention, over everything before or over a sliding window."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import DTypeLike, Int
+
+from longctx import masks
+from longctx.attention import Attention, check_heads
+from longctx.mixers.registry import MixerConfig, register
+from longctx.rotary import RotaryConfig
+from pallas_kernels import BlockSizes, Implementation, Mask
+
+
+@register("attention")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Causal grouped-query softmax attention within documents, with rotary positions."""
+
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads, a divisor of num_heads; null means as many as num_heads."""
+    head_dim: int | None = None
+    """Dims of a head; null means dim / num_heads."""
+    window: int | None = None
+    """Tokens that a token sees, itself included; null means all before it."""
+    rope_theta: float | None = 10_000.0
+    """Base of the rotary frequencies; null leaves out rotary positions."""
+    qk_norm: bool = False
+    """Whether to normalise each head of the queries and keys (RMSNorm with a learned gain)."""
+    logits_soft_cap: float | None = None
+    """Attention logits become cap * tanh(logits / cap); null leaves them."""
+    implementation: Implementation | None = None
+    """Implementation of the attention op; null takes the first that serves the call on the platform at hand."""
+    block_q: int | None = None
+    """Queries in a tile of the attention op; null, with block_kv null too, takes the platform's table."""
+    block_kv: int | None = None
+    """Keys in a tile of the attention op; null, with block_q null too, takes the platform's table."""
+
+    def __post_init__(self):
+        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        check_heads(self.num_heads, num_kv_heads, self.head_dim, rotary=self.rope_theta is not None)
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: got {self.window}, wanted null or a number of tokens >= 1")
+        if self.rope_theta is not None and not self.rope_theta > 1:
+            raise ValueError(f"rope_theta: got {self.rope_theta}, wanted null or a number > 1; 10000 is customary")
+        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
+            raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
+        if (self.block_q is None) != (self.block_kv is None):
+            missing, given = ("block_kv", "block_q") if self.block_kv is None else ("block_q", "block_kv")
+            raise ValueError(f"{missing}: got null although {given} is set, wanted both or neither; set {missing}")
+        for name in ("block_q", "block_kv"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, wanted null or a number of tokens >= 1")
+
+    @property
+    def mask(self) -> Mask:
+        within = masks.causal() if self.window is None else masks.sliding_window(left=self.window - 1)
+        return within & masks.documents()
+
+    @property
+    def block_sizes(self) -> BlockSizes | None:
+        if self.block_q is None:
+            return None
+        return BlockSizes(block_q=self.block_q, block_kv=self.block_kv)
+
+    def build(
+        self,
+        dim: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        norm_eps: float = 1e-6,
+        out_init_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> Attention:
+        return Attention(
+            dim,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            mask=self.mask,
+            rotary=None if self.rope_theta is None else RotaryConfig(theta=self.rope_theta),
+            qk_norm=self.qk_norm,
+            logits_soft_cap=self.logits_soft_cap,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            norm_eps=norm_eps,
+            out_init_scale=out_init_scale,
+            implementation=self.implementation,
+            block_sizes=self.block_sizes,
+            rngs=rngs,
+        )
+
+    def forward_flops(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> float:
+        """Projections 2 tokens dim H (2 N + 2 K), and 4 H N for each (query, key) pair that the mask allows."""
+        lengths = document_lengths.astype(np.float64)
+        head_dim = dim // self.num_heads if self.head_dim is None else self.head_dim
+        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        projections = 2 * lengths.sum() * dim * head_dim * (2 * self.num_heads + 2 * num_kv_heads)
+        window = lengths if self.window is None else np.minimum(lengths, self.window)
+        pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
+        return float(projections + 4 * pairs * self.num_heads * head_dim)

@@ -1,0 +1,89 @@
+"""The registry of sequence-mixing mechanisms: what a mixer is, and how one is added."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import DTypeLike, Int
+
+from pallas_kernels import BlockSizes, Mask
+
+_VARIANTS: dict[str, type["MixerConfig"]] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerConfig(abc.ABC):
+    """Configuration of a mixer; a subclass registers under a kind and builds the layer.
+
+    The layer that `build` returns is an nnx.Module with
+      `__call__(x_BTD, *, positions=None, segment_ids=None, schedule=None) -> y_BTD`, which must not let information
+        cross documents where segment_ids are given,
+      `init_cache(batch_size, max_length) -> cache`, a pytree of arrays, and
+      `decode(x_BTD, cache) -> (y_BTD, cache)`.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def mask(self) -> Mask | None:
+        """What the layer's schedule is built from; None if it takes no schedule."""
+        return None
+
+    @property
+    def block_sizes(self) -> BlockSizes | None:
+        """What else the layer's schedule is built from; None takes the kernel's table."""
+        return None
+
+    @abc.abstractmethod
+    def build(
+        self,
+        dim: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        norm_eps: float = 1e-6,
+        out_init_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> nnx.Module:
+        """The layer.
+
+        Args:
+          dim: Model dim of x and y.
+          dtype: Compute dtype and dtype of y.
+          param_dtype: Dtype of the parameters.
+          norm_eps: Epsilon of norms inside the layer.
+          out_init_scale: Multiplies the initial standard deviation of the projection back into the residual.
+          rngs: Source of the initial values.
+        """
+
+    @abc.abstractmethod
+    def forward_flops(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> float:
+        """Floating-point operations of a forward pass over documents of these lengths.
+
+        2 m n k for a matmul of [m, k] by [k, n]; pairs of tokens that the mask forbids count nothing.
+        """
+
+    @classmethod
+    def variants(cls) -> dict[str, type["MixerConfig"]]:
+        """The registered config classes by kind."""
+        return dict(_VARIANTS)
+
+
+def register[C: type[MixerConfig]](kind: str) -> Callable[[C], C]:
+    """Class decorator: makes a MixerConfig available under `kind` in model configs.
+
+    Raises: ValueError if the kind is taken by another class.
+    """
+
+    def decorate(config_class: C) -> C:
+        if kind in _VARIANTS:
+            raise ValueError(f"kind: got {kind!r}, which {_VARIANTS[kind].__name__} has taken; choose another name")
+        config_class.kind = kind
+        _VARIANTS[kind] = config_class
+        return config_class
+
+    return decorate

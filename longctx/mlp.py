@@ -1,0 +1,45 @@
+"""Position-wise feed-forward layers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from longctx.projections import projection
+from longctx.sharding import constrain
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward layer.
+
+    y = (silu(x W_gate) * (x W_up)) W_down
+
+    Args:
+      dim: Model dim.
+      hidden_dim: Dim between the projections.
+      dtype: Compute dtype and dtype of the result.
+      param_dtype: Dtype of the kernels.
+      out_init_scale: Multiplies the initial standard deviation of W_down.
+      rngs: Source of the initial values.
+
+    Reference: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        out_init_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate = projection(dim, hidden_dim, logical_axes=("embed", "mlp"), **kwargs)
+        self.up = projection(dim, hidden_dim, logical_axes=("embed", "mlp"), **kwargs)
+        self.down = projection(hidden_dim, dim, logical_axes=("mlp", "embed"), init_scale=out_init_scale, **kwargs)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(constrain(hidden, "batch", "sequence", "mlp"))

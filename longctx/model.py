@@ -1,0 +1,337 @@
+"""The decoder-only language model: embeddings, blocks repeated in periods, and its cost in FLOPs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, Int, Int32
+
+from longctx.block import Block
+from longctx.mixers.registry import MixerConfig
+from longctx.norms import RMSNorm
+from longctx.sharding import constrain
+from pallas_kernels import BlockSizes, Mask, Schedule, Tokens, make_schedule
+
+FloatDType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and numerics of a TransformerLM. Hashable; `mixers` is copied, and must not be changed afterwards."""
+
+    vocab_size: int | None = None
+    """Number of token ids; null takes the tokenizer's."""
+    dim: int
+    """Model dim: size of the residual stream."""
+    num_layers: int
+    """Number of blocks."""
+    mlp_dim: int
+    """Hidden dim of the gated MLP."""
+    mixers: Mapping[str, MixerConfig]
+    """Sequence mixers by a name of your choice, for `pattern` to refer to."""
+    pattern: tuple[str, ...]
+    """Names of mixers, one a layer, repeated over the layers; the last repetition may be cut short."""
+    tie_embeddings: bool = True
+    """Whether the output projection is the embedding table."""
+    logits_soft_cap: float | None = None
+    """Final logits become cap * tanh(logits / cap); null leaves them."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    dtype: FloatDType = "bfloat16"
+    """Compute dtype of activations and matmuls; statistics and logits are float32 regardless."""
+    param_dtype: FloatDType = "float32"
+    """Dtype that parameters are stored in."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: `none` nothing; `dots` all but the outputs of the projections and the MLP's
+    matmuls; `full` everything but the input of each layer. Later ones use less memory and more time."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "mixers", dict(self.mixers))
+        object.__setattr__(self, "pattern", tuple(self.pattern))
+        for name in ("dim", "num_layers", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted a number >= 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size: got {self.vocab_size}, wanted null or a number >= 1")
+        if not self.pattern:
+            raise ValueError("pattern: got no names, wanted at least one; name a mixer")
+        known = ", ".join(self.mixers)
+        for name in self.pattern:
+            if name not in self.mixers:
+                raise ValueError(f"pattern: got {name!r}, wanted names of mixers ({known}); define it under mixers")
+        for name in self.mixers:
+            if name not in self.pattern:
+                raise ValueError(
+                    f"mixers: {name!r} is not in pattern {self.pattern}, so no layer would use it; remove it"
+                )
+        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
+            raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps: got {self.norm_eps}, wanted a number > 0; 1e-6 is customary")
+
+    def __hash__(self):
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "mixers")
+        return hash((*fields, frozenset(self.mixers.items())))
+
+    @property
+    def num_periods(self) -> int:
+        """Whole repetitions of the pattern."""
+        return self.num_layers // len(self.pattern)
+
+    @property
+    def remainder(self) -> tuple[str, ...]:
+        """The names of the layers after the last whole repetition."""
+        return self.pattern[: self.num_layers % len(self.pattern)]
+
+
+class _ScheduleKey(NamedTuple):
+    mask: Mask
+    block_sizes: BlockSizes | None
+
+
+class DecodeCache(NamedTuple):
+    """The mixers' caches, in the layout of the layers: one stacked over the periods for each position of the pattern,
+    and one for each remaining layer."""
+
+    periods: tuple[Any, ...]
+    remainder: tuple[Any, ...]
+
+
+class TransformerLM(nnx.Module):
+    """Decoder-only transformer.
+
+    x = sqrt(dim) E[tokens];  x = block_i(x) for every layer;  logits = soft_cap(norm(x) U^T),  U = E if tied
+
+    The layers of one position in the pattern are one Block whose parameters have a leading dim over the periods; a scan
+    runs over whole periods, so compile time does not grow with depth, and the remaining layers follow one by one.
+
+    Matrices start truncated normal with standard deviation 1 / sqrt(fan_in), the two of each block that write into the
+    residual another 1 / sqrt(2 num_layers) smaller, E and U with 1 / sqrt(dim); gains start at one.
+
+    Args:
+      config: Its vocab_size must be set.
+      rngs: Source of the initial values, stream `params`.
+
+    Raises: ValueError if config.vocab_size is None.
+    Memory: a backward pass keeps, a layer, what `config.remat` says: at least its input, O(B T dim).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if config.vocab_size is None:
+            raise ValueError("vocab_size: got None, wanted the number of token ids; set it with dataclasses.replace")
+        self.config = config
+        param_dtype = jnp.dtype(config.param_dtype)
+        table_init = jax.nn.initializers.truncated_normal(config.dim**-0.5)
+
+        def table():
+            values = table_init(rngs.params(), (config.vocab_size, config.dim), param_dtype)
+            return nnx.Param(values, logical_axes=("vocab", "embed"))
+
+        self.embedding = table()
+        self.periods = nnx.List(
+            _stacked_block(config, name, rngs) for name in (config.pattern if config.num_periods else ())
+        )
+        self.remainder = nnx.List(_block(config, name, rngs) for name in config.remainder)
+        self.final_norm = RMSNorm(config.dim, eps=config.norm_eps, param_dtype=param_dtype)
+        self.unembedding = None if config.tie_embeddings else table()
+
+    def __call__(
+        self,
+        tokens_BT: Int32[Array, "B T"],
+        *,
+        positions: Int32[Array, "#B T"] | None = None,
+        segment_ids: Int32[Array, "#B T"] | None = None,
+    ) -> Float32[Array, "B T V"]:
+        """Scores of the token after each token.
+
+        Args:
+          tokens_BT: Token ids; an id outside the vocabulary gives NaN.
+          positions: Position of each token in its document; default 0, 1, 2, ... along the row.
+          segment_ids: Document of each token, negative for padding; nothing crosses documents. Default: one a row.
+
+        Returns: logits, float32.
+        """
+        config, schedules = self.config, self._schedules(tokens_BT.shape[1], positions, segment_ids)
+
+        def layer(block: Block, name: str, x_BTD: jax.Array, *, prevent_cse: bool) -> jax.Array:
+            def run(block, x_BTD):
+                schedule = schedules.get(_schedule_key(config.mixers[name]))
+                return block(x_BTD, positions=positions, segment_ids=segment_ids, schedule=schedule)
+
+            return _rematerialised(run, config.remat, prevent_cse)(block, x_BTD)
+
+        def period(x_BTD, blocks):
+            for block, name in zip(blocks, config.pattern, strict=True):
+                # The scan already keeps XLA from merging the recomputation with the forward pass.
+                x_BTD = layer(block, name, x_BTD, prevent_cse=False)
+            return x_BTD, None
+
+        x_BTD = self._embed(tokens_BT)
+        if self.periods:
+            x_BTD, _ = jax.lax.scan(period, x_BTD, tuple(self.periods))
+        for block, name in zip(self.remainder, config.remainder, strict=True):
+            x_BTD = layer(block, name, x_BTD, prevent_cse=True)
+        return self._logits(x_BTD)
+
+    def init_cache(self, batch_size: int, max_length: int) -> DecodeCache:
+        """Empty caches with room for `max_length` tokens a row.
+
+        Memory: O(num_layers batch_size max_length K H) for attention layers, with or without a window.
+        """
+        num_periods = self.config.num_periods
+
+        def stacked(cache):
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_periods, *x.shape)), cache)
+
+        return DecodeCache(
+            periods=tuple(stacked(block.init_cache(batch_size, max_length)) for block in self.periods),
+            remainder=tuple(block.init_cache(batch_size, max_length) for block in self.remainder),
+        )
+
+    def decode(self, tokens_BT: Int32[Array, "B T"], cache: DecodeCache) -> tuple[Float32[Array, "B T V"], DecodeCache]:
+        """Scores after each of the next T tokens of one document a row; T > 1 to prefill, 1 to generate.
+
+        Step by step this equals one call on all tokens.
+
+        Args:
+          tokens_BT: Token ids.
+          cache: From `init_cache` or the previous call; jit with it donated to update it in place.
+
+        Returns: logits and the cache after these tokens; logits are NaN once the cache overflows.
+        """
+
+        def period(x_BTD, blocks_and_caches):
+            caches = []
+            for block, cache in zip(*blocks_and_caches, strict=True):
+                x_BTD, cache = block.decode(x_BTD, cache)
+                caches.append(cache)
+            return x_BTD, tuple(caches)
+
+        x_BTD = self._embed(tokens_BT)
+        period_caches, remainder_caches = (), []
+        if self.periods:
+            x_BTD, period_caches = jax.lax.scan(period, x_BTD, (tuple(self.periods), cache.periods))
+        for block, block_cache in zip(self.remainder, cache.remainder, strict=True):
+            x_BTD, block_cache = block.decode(x_BTD, block_cache)
+            remainder_caches.append(block_cache)
+        return self._logits(x_BTD), DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
+
+    def _schedules(
+        self, length: int, positions: jax.Array | None, segment_ids: jax.Array | None
+    ) -> dict[_ScheduleKey, Schedule]:
+        """One schedule for each distinct mask, shared by all layers that have it."""
+        keys = {_schedule_key(mixer) for mixer in self.config.mixers.values()} - {None}
+        tokens = Tokens.self_attention(positions, segment_ids)
+        return {
+            key: make_schedule(key.mask, tokens, q_len=length, kv_len=length, block_sizes=key.block_sizes)
+            for key in keys
+        }
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        # Cast after the lookup, so that the gradients of a frequent token add up in the parameters' dtype.
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill").astype(self.config.dtype)
+        return constrain(x_BTD * self.config.dim**0.5, "batch", "sequence", None)
+
+    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+        table = self.embedding if self.unembedding is None else self.unembedding
+        logits_BTV = _project_float32(self.final_norm(x_BTD), table[...].astype(self.config.dtype))
+        if self.config.logits_soft_cap is not None:
+            logits_BTV = self.config.logits_soft_cap * jnp.tanh(logits_BTV / self.config.logits_soft_cap)
+        return constrain(logits_BTV, "batch", "sequence", "vocab")
+
+
+def forward_flops(config: ModelConfig, document_lengths: Int[np.ndarray, " documents"]) -> float:
+    """Floating-point operations of a forward pass over documents of these lengths.
+
+    sum over layers (mixer + 6 tokens dim mlp_dim) + 2 tokens dim vocab_size
+
+    Matmuls count 2 m n k; norms, activations, the embedding lookup and pairs that a mask forbids count nothing. A
+    training step is customarily three times this.
+
+    Args:
+      config: Its vocab_size must be set.
+      document_lengths: Tokens of each document, padding left out.
+
+    Raises: ValueError if config.vocab_size is None.
+    """
+    if config.vocab_size is None:
+        raise ValueError("vocab_size: got None, wanted the number of token ids; set it with dataclasses.replace")
+    num_tokens = float(np.sum(document_lengths, dtype=np.float64))
+    layers = config.pattern * config.num_periods + config.remainder
+    flops = {
+        name: mixer.forward_flops(config.dim, document_lengths) + 6 * num_tokens * config.dim * config.mlp_dim
+        for name, mixer in config.mixers.items()
+    }
+    return sum(flops[name] for name in layers) + 2 * num_tokens * config.dim * config.vocab_size
+
+
+def _schedule_key(mixer: MixerConfig) -> _ScheduleKey | None:
+    return None if mixer.mask is None else _ScheduleKey(mixer.mask, mixer.block_sizes)
+
+
+def _block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
+    return Block(
+        config.dim,
+        mixer=config.mixers[name],
+        mlp_dim=config.mlp_dim,
+        norm_eps=config.norm_eps,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        out_init_scale=(2 * config.num_layers) ** -0.5,
+        rngs=rngs,
+    )
+
+
+def _stacked_block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
+    """A Block whose every parameter has a leading dim over the periods, each period with its own initial values."""
+
+    @nnx.split_rngs(splits=config.num_periods)
+    @nnx.vmap
+    def build(rngs):
+        return _block(config, name, rngs)
+
+    block = build(rngs)
+    for _, param in nnx.iter_graph(block):
+        if isinstance(param, nnx.Param):
+            param.set_metadata(logical_axes=("layers", *param.get_metadata("logical_axes")))
+    return block
+
+
+def _rematerialised(function: Callable, remat: str, prevent_cse: bool) -> Callable:
+    """`function`, whose backward pass recomputes what the `remat` setting says."""
+    if remat == "none":
+        return function
+    policy = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[remat]
+    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
+
+
+@jax.custom_vjp
+def _project_float32(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """x table^T, accumulated and returned in float32.
+
+    Its cotangent is rounded to the compute dtype: JAX's own transpose would multiply it in float32, at a fraction of
+    the speed, and the logits' matmuls are a large part of a small model.
+    """
+    return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+
+
+def _project_float32_forward(x_BTD, table_VD):
+    return _project_float32(x_BTD, table_VD), (x_BTD, table_VD)
+
+
+def _project_float32_backward(residuals, dlogits_BTV):
+    x_BTD, table_VD = residuals
+    dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
+    dx_BTD = jnp.einsum("btv,vd->btd", dlogits_BTV, table_VD)
+    dtable_VD = jnp.einsum("btv,btd->vd", dlogits_BTV, x_BTD)
+    return dx_BTD, dtable_VD
+
+
+_project_float32.defvjp(_project_float32_forward, _project_float32_backward)

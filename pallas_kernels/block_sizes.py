@@ -1,0 +1,30 @@
+"""Tile sizes, as data: how many queries and keys a block holds, by family, implementation and platform."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """Tokens a block of queries and a block of keys hold."""
+
+    block_q: int
+    block_kv: int
+
+    def __post_init__(self):
+        for name in ("block_q", "block_kv"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"BlockSizes: {name}={value!r}, wanted a whole number of tokens >= 1")
+
+    def fit(self, q_len: int, kv_len: int) -> "BlockSizes":
+        """The same sizes, no larger than the sequences."""
+        return BlockSizes(block_q=min(self.block_q, q_len), block_kv=min(self.block_kv, kv_len))
+
+
+# XLA materialises one [B, N, block_q, block_kv] float32 tile of logits at a time: large tiles keep a GPU's matmuls
+# busy, small ones stay in a CPU's cache.
+BLOCKWISE_ATTENTION = {
+    "cpu": BlockSizes(block_q=256, block_kv=256),
+    "gpu": BlockSizes(block_q=512, block_kv=1024),
+    "tpu": BlockSizes(block_q=512, block_kv=1024),
+}

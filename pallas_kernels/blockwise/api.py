@@ -1,0 +1,288 @@
+"""Blockwise softmax attention: the public ops of the family."""
+
+import functools
+from collections.abc import Mapping
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels import dispatch
+from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.blockwise import reference, xla
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.mask import Mask
+from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.schedule import Schedule
+from pallas_kernels.tokens import Tokens, validate_tokens
+
+FORWARD: Mapping = {"xla": xla.forward, "reference": reference.forward}
+BACKWARD: Mapping = {"xla": xla.backward, "reference": reference.backward}
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def blockwise_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    *,
+    mask: Mask,
+    tokens: Tokens | None = None,
+    schedule: Schedule | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: None = None,
+    bias: None = None,
+    dropout: None = None,
+    block_sizes: BlockSizes | None = None,
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
+    """Softmax attention computed block by block, in memory linear in T and S; differentiable in q, k and v.
+
+    out[t] = sum_s softmax_s(scale q[t].k[s]) v[s], over the keys s that the mask lets t attend to
+
+    Args:
+      q: Queries; N is a multiple of K, and query head n reads kv head n // (N / K).
+      k: Keys.
+      v: Values; their head dim may differ from the keys'.
+      mask: Which (query, key) pairs may attend.
+      tokens: Positions and segment ids; None means arange and one document.
+      schedule: The blocks to visit, from `make_schedule` with the same mask, tokens and lengths; None builds it here.
+        Build it once and hand it to every layer.
+      scale: Multiplies q.k; default H ** -0.5.
+      logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
+      sinks, bias, dropout: Reserved; must be None.
+      block_sizes: Tokens a block holds; default by platform.
+      implementation: Which implementation to use; None takes the first of the platform's that serves the call.
+      return_lse: Whether to return lse too.
+    Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured. A row that
+      may attend to nothing is out = 0, lse = -inf, gradient 0.
+    Raises: ValueError where the call is wrong; NotImplementedError where the named implementation, or a reserved
+      argument, is not there; ExceptionGroup with every reason where no implementation serves the call.
+    Memory: O(B T N (H + V)) plus one tile of logits.
+    Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2.
+    """
+    _refuse_reserved("blockwise_attention", sinks=sinks, bias=bias, dropout=dropout)
+    options = _options("blockwise_attention", q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
+    out, lse = _attention(options, implementation, q, k, v, tokens, schedule)
+    return (out, lse) if return_lse else out
+
+
+def blockwise_attention_forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    *,
+    mask: Mask,
+    tokens: Tokens | None = None,
+    schedule: Schedule | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: None = None,
+    bias: None = None,
+    dropout: None = None,
+    block_sizes: BlockSizes | None = None,
+    implementation: Implementation | None = None,
+    carry: SoftmaxCarry | None = None,
+    return_carry: bool = False,
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]] | SoftmaxCarry:
+    """One forward pass over one set of keys, to be continued: a hop of a ring. Not differentiable by itself.
+
+    Args:
+      carry: The running softmax over keys already seen; None starts afresh.
+      return_carry: Whether to return the running softmax, to be continued, instead of the result.
+      Others: as `blockwise_attention`.
+    Returns: `(out, lse)` over all keys seen, or with return_carry the SoftmaxCarry, float32.
+    Raises: as `blockwise_attention`.
+    Memory: O(B T N (H + V)) plus one tile of logits.
+    """
+    op = "blockwise_attention_forward"
+    _refuse_reserved(op, sinks=sinks, bias=bias, dropout=dropout)
+    options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
+    if carry is not None:
+        B, T, N, V = *q.shape[:3], v.shape[3]
+        expected = {"max": (B, N, T), "sum": (B, N, T), "acc": (B, T, N, V)}
+        _check_float32(op, "carry.{}", {name: getattr(carry, name) for name in expected}, expected)
+    return dispatch.run(
+        op,
+        FORWARD,
+        implementation,
+        q,
+        k,
+        v,
+        tokens=tokens,
+        schedule=schedule,
+        carry=carry,
+        return_carry=return_carry,
+        options=options,
+    )
+
+
+def blockwise_attention_backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    out: Float[Array, "B T N V"],
+    lse: Float32[Array, "B N T"],
+    dout: Float[Array, "B T N V"],
+    dlse: Float32[Array, "B N T"],
+    *,
+    mask: Mask,
+    tokens: Tokens | None = None,
+    schedule: Schedule | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: None = None,
+    bias: None = None,
+    dropout: None = None,
+    block_sizes: BlockSizes | None = None,
+    implementation: Implementation | None = None,
+    accumulate: tuple[Float32[Array, "B T N H"], Float32[Array, "B S K H"], Float32[Array, "B S K V"]] | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+    """One backward pass over one set of keys, given the results over all of them: a hop of a ring's backward.
+
+    dS = P (dP - delta + dlse) with P = exp(S - lse), dP = dout v^T, delta = rowsum(dout out)
+
+    Args:
+      out: The attention's result over all keys.
+      lse: Its log-sum-exp over all keys.
+      dout: Cotangent of out.
+      dlse: Cotangent of lse.
+      accumulate: Running (dq, dk, dv) to add into; None starts from zero.
+      Others: as `blockwise_attention`.
+    Returns: (dq, dk, dv): float32 where `accumulate` is given, else in the dtypes of q, k and v.
+    Raises: as `blockwise_attention`.
+    Memory: O(B T N (H + V)) plus one tile of logits.
+    """
+    op = "blockwise_attention_backward"
+    _refuse_reserved(op, sinks=sinks, bias=bias, dropout=dropout)
+    options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
+    if accumulate is not None:
+        expected = {"dq": q.shape, "dk": k.shape, "dv": v.shape}
+        _check_float32(op, "accumulate's {}", dict(zip(expected, accumulate, strict=True)), expected)
+    return dispatch.run(
+        op,
+        BACKWARD,
+        implementation,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dout,
+        dlse,
+        tokens=tokens,
+        schedule=schedule,
+        accumulate=accumulate,
+        options=options,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(options: Options, implementation, q, k, v, tokens, schedule):
+    return dispatch.run(
+        "blockwise_attention_forward",
+        FORWARD,
+        implementation,
+        q,
+        k,
+        v,
+        tokens=tokens,
+        schedule=schedule,
+        carry=None,
+        return_carry=False,
+        options=options,
+    )
+
+
+def _attention_fwd(options, implementation, q, k, v, tokens, schedule):
+    out, lse = _attention(options, implementation, q, k, v, tokens, schedule)
+    return (out, lse), (q, k, v, out, lse, tokens, schedule)
+
+
+def _attention_bwd(options, implementation, residuals, cotangents):
+    q, k, v, out, lse, tokens, schedule = residuals
+    gradients = dispatch.run(
+        "blockwise_attention_backward",
+        BACKWARD,
+        implementation,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *cotangents,
+        tokens=tokens,
+        schedule=schedule,
+        accumulate=None,
+        options=options,
+    )
+    return *gradients, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _refuse_reserved(op: str, **reserved) -> None:
+    for name, value in reserved.items():
+        if value is not None:
+            raise NotImplementedError(f"{op}: {name} is reserved and not built yet; pass {name}=None")
+
+
+def _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes) -> Options:
+    """Validates a call, and gathers what is static of it."""
+
+    def wrong(message: str) -> NoReturn:
+        raise ValueError(f"{op}: {message}")
+
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            wrong(f"{name} has shape {x.shape}, wanted [batch, length, heads, head dim]")
+        if x.dtype.name not in _DTYPES:
+            wrong(f"{name} is {x.dtype}, wanted one of {_DTYPES}")
+        if 0 in x.shape:
+            wrong(f"{name} has shape {x.shape}, wanted no dimension of 0")
+    if not q.dtype == k.dtype == v.dtype:
+        wrong(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, wanted one dtype; cast two of them")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        wrong(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; wanted one B, and k and v of one S and K")
+    if q.shape[3] != k.shape[3]:
+        wrong(f"head dim of q is {q.shape[3]} and of k {k.shape[3]}, wanted the same")
+    if q.shape[2] % k.shape[2]:
+        wrong(f"{q.shape[2]} query heads over {k.shape[2]} kv heads, wanted a multiple")
+    if not isinstance(mask, Mask):
+        wrong(f"mask={mask!r}, wanted a Mask, such as longctx.masks.causal()")
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        wrong(f"logits_soft_cap={logits_soft_cap}, wanted None or a number > 0")
+    q_len, kv_len = q.shape[1], k.shape[1]
+    if tokens is not None:
+        validate_tokens(op, tokens, q.shape[0], q_len, kv_len)
+    if schedule is not None:
+        if schedule.mask != mask:
+            wrong(f"the schedule was built from {schedule.mask}, the call's mask is {mask}; build it from this mask")
+        if (schedule.q_len, schedule.kv_len) != (q_len, kv_len):
+            wrong(
+                f"the schedule was built for T={schedule.q_len}, S={schedule.kv_len}, the call has T={q_len}, "
+                f"S={kv_len}; build it for these lengths"
+            )
+        if block_sizes is not None and schedule.block_sizes != block_sizes.fit(q_len, kv_len):
+            wrong(f"block_sizes={block_sizes}, the schedule has {schedule.block_sizes}; pass one of the two")
+    return Options(
+        mask=mask,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        block_sizes=block_sizes,
+    )
+
+
+def _check_float32(op: str, name_format: str, arrays: Mapping, expected: Mapping) -> None:
+    for name, shape in expected.items():
+        array = arrays[name]
+        if array.shape != shape or array.dtype != jnp.float32:
+            raise ValueError(
+                f"{op}: {name_format.format(name)} is {array.dtype}{list(array.shape)}, wanted float32{list(shape)}"
+            )

@@ -1,0 +1,69 @@
+"""Softmax attention written down plainly, in float32, with the whole [T, S] matrix: the truth the rest is held to.
+
+  S = scale q k^T;  S = cap tanh(S / cap) if capped;  S = -inf where the mask forbids
+  lse = log sum_s exp(S);  P = exp(S - lse);  out = P v
+  dV = P^T dO;  dS = P (dO v^T - rowsum(dO out) + dlse);  dQ = scale dS k;  dK = scale dS^T q
+
+Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, section 3.1; the dlse term follows from d lse / d S = P.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
+
+
+def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options):
+    """The reference of `blockwise_attention_forward`; needs no schedule."""
+    del schedule
+    s, _ = _logits(q, k, tokens, options)
+    row_max = jnp.max(s, axis=-1)
+    if carry is not None:
+        row_max = jnp.maximum(row_max, carry.max)
+    p = jnp.exp(s - finite_max(row_max)[..., None])
+    row_sum = jnp.sum(p, axis=-1)
+    acc = jnp.einsum("BNTS,BSNV->BTNV", p, _per_query_head(v, q))
+    if carry is not None:
+        rescale = jnp.exp(carry.max - finite_max(row_max))
+        row_sum += rescale * carry.sum
+        acc += rescale.transpose(0, 2, 1)[..., None] * carry.acc
+    result = SoftmaxCarry(max=row_max, sum=row_sum, acc=acc)
+    return result if return_carry else result.finalize(q.dtype)
+
+
+def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options):
+    """The reference of `blockwise_attention_backward`; needs no schedule."""
+    del schedule
+    s, cap_slope = _logits(q, k, tokens, options)
+    dout = dout.astype(jnp.float32)
+    delta = jnp.einsum("BTNV,BTNV->BNT", dout, out.astype(jnp.float32))
+    p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
+    dp = jnp.einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q))
+    ds = options.scale * cap_slope * p * (dp - (delta - dlse)[..., None])
+    dq = jnp.einsum("BNTS,BSNH->BTNH", ds, _per_query_head(k, q))
+    dk = _per_kv_head(jnp.einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
+    dv = _per_kv_head(jnp.einsum("BNTS,BTNV->BSNV", p, dout), v)
+    if accumulate is not None:
+        return tuple(a + g for a, g in zip(accumulate, (dq, dk, dv), strict=True))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _logits(q, k, tokens, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Masked logits `[B, N, T, S]`, and the derivative of the soft cap at each."""
+    s = options.scale * jnp.einsum("BTNH,BSNH->BNTS", q.astype(jnp.float32), _per_query_head(k, q))
+    slope = jnp.ones_like(s)
+    if options.logits_soft_cap is not None:
+        squashed = jnp.tanh(s / options.logits_soft_cap)
+        s, slope = options.logits_soft_cap * squashed, 1 - squashed**2
+    allowed = options.mask.dense(tokens, q.shape[1], k.shape[1])[:, None]
+    return jnp.where(allowed, s, MASK_VALUE), slope
+
+
+def _per_query_head(x_BSKH, q):
+    return jnp.repeat(x_BSKH.astype(jnp.float32), q.shape[2] // x_BSKH.shape[2], axis=2)
+
+
+def _per_kv_head(dx_BSNH, x_BSKH):
+    batch_size, kv_len, num_kv_heads, head_dim = x_BSKH.shape
+    return dx_BSNH.reshape(batch_size, kv_len, num_kv_heads, -1, head_dim).sum(axis=3)

@@ -1,0 +1,196 @@
+"""Blockwise softmax attention in plain XLA: memory linear in T and S, on any platform.
+
+One tile of logits lives at a time. Blocks of queries are walked in order, and for each the blocks of keys that its
+schedule names, so work is proportional to the blocks visited. Query heads stay grouped by the kv head they share;
+K and V are never expanded. The backward recomputes a tile from lse and adds into dq, dk and dv in one walk: five
+matmuls a tile.
+
+Reference: Rabe and Staats 2021, Self-attention does not need O(n^2) memory, arXiv:2112.05682; Dao 2023,
+FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2.
+
+Shapes here: n blocks, b batch, k kv heads, g query heads of a kv head, q and s tokens of a block, h and v head dims.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
+from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule
+from pallas_kernels.tokens import TokenAxis, Tokens
+
+
+def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options):
+    """`blockwise_attention_forward` on any platform."""
+    schedule = _schedule(q, k, tokens, schedule, options)
+    tiles = _Tiles(q, k, tokens, schedule, options)
+    k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
+    if carry is None:
+        carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
+    state = (tiles.split_rows(carry.max, -jnp.inf), tiles.split_rows(carry.sum), tiles.split_q(carry.acc))
+
+    def one_q_block(xs):
+        i, q_i, state = xs
+
+        def visit(j, state):
+            row_max, row_sum, acc = state
+            s, _ = tiles.logits(i, j, q_i, k_blocks[j])
+            new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
+            p = jnp.exp(s - finite_max(new_max)[..., None])
+            rescale = jnp.exp(row_max - finite_max(new_max))
+            pv = tiles.matmul("bkgqs,bksv->bkgqv", p.astype(v.dtype), v_blocks[j])
+            return new_max, rescale * row_sum + jnp.sum(p, axis=-1), rescale[..., None] * acc + pv
+
+        return jax.lax.fori_loop(tiles.start[i], tiles.stop[i], visit, state)
+
+    q_blocks = tiles.split_q(q)
+    row_max, row_sum, acc = jax.lax.map(one_q_block, (jnp.arange(len(q_blocks)), q_blocks, state))
+    result = SoftmaxCarry(max=tiles.join_rows(row_max), sum=tiles.join_rows(row_sum), acc=tiles.join_q(acc))
+    return result if return_carry else result.finalize(q.dtype)
+
+
+def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options):
+    """`blockwise_attention_backward` on any platform."""
+    schedule = _schedule(q, k, tokens, schedule, options)
+    tiles = _Tiles(q, k, tokens, schedule, options)
+    k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1) - dlse
+    dtypes = q.dtype, k.dtype, v.dtype
+    if accumulate is None:
+        accumulate = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    else:
+        dtypes = (jnp.float32,) * 3
+    dq, dk, dv = accumulate
+
+    def one_q_block(dk_dv, xs):
+        i, q_i, dout_i, lse_i, delta_i, dq_i = xs
+        # Rows that may attend to nothing, missing rows of a ragged block among them: exp(-inf - inf) = 0.
+        lse_i = jnp.where(lse_i == -jnp.inf, jnp.inf, lse_i)
+
+        def visit(j, state):
+            dq_i, dk, dv = state
+            s, cap_slope = tiles.logits(i, j, q_i, k_blocks[j])
+            p = jnp.exp(s - lse_i[..., None])
+            dp = tiles.matmul("bkgqv,bksv->bkgqs", dout_i, v_blocks[j])
+            ds = p * (dp - delta_i[..., None]) * options.scale
+            if cap_slope is not None:
+                ds *= cap_slope
+            ds = ds.astype(q.dtype)
+            dq_i += tiles.matmul("bkgqs,bksh->bkgqh", ds, k_blocks[j])
+            dk = dk.at[j].add(tiles.matmul("bkgqs,bkgqh->bksh", ds, q_i))
+            dv = dv.at[j].add(tiles.matmul("bkgqs,bkgqv->bksv", p.astype(dout.dtype), dout_i))
+            return dq_i, dk, dv
+
+        dq_i, *dk_dv = jax.lax.fori_loop(tiles.start[i], tiles.stop[i], visit, (dq_i, *dk_dv))
+        return tuple(dk_dv), dq_i
+
+    q_blocks = tiles.split_q(q)
+    xs = (
+        jnp.arange(len(q_blocks)),
+        q_blocks,
+        tiles.split_q(dout),
+        tiles.split_rows(lse, -jnp.inf),
+        tiles.split_rows(delta),
+        tiles.split_q(dq),
+    )
+    (dk, dv), dq = jax.lax.scan(one_q_block, (tiles.split_kv(dk), tiles.split_kv(dv)), xs)
+    gradients = tiles.join_q(dq), tiles.join_kv(dk), tiles.join_kv(dv)
+    return tuple(g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+
+
+def _schedule(q, k, tokens, schedule, options: Options) -> Schedule:
+    if schedule is not None:
+        return schedule
+    return make_schedule(options.mask, tokens, q_len=q.shape[1], kv_len=k.shape[1], block_sizes=options.block_sizes)
+
+
+class _Tiles:
+    """The blocks of one call: how arrays split into them, which are visited, and the logits of a tile."""
+
+    def __init__(self, q, k, tokens: Tokens | None, schedule: Schedule, options: Options):
+        tokens = tokens or Tokens()
+        self.options = options
+        self.q_len, self.kv_len = q.shape[1], k.shape[1]
+        self.num_kv_heads = k.shape[2]
+        self.block_q, self.block_kv = schedule.block_sizes.block_q, schedule.block_sizes.block_kv
+        self.q_tokens = _split_tokens(tokens.queries(self.q_len), self.block_q)
+        self.kv_tokens = _split_tokens(tokens.keys(self.kv_len), self.block_kv)
+        self.start, self.stop = _ranges_of_batch(schedule.kv_blocks)
+        # XLA computes float32 matmuls in TF32 on a GPU unless told otherwise.
+        precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+        self.matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
+
+    def logits(self, i, j, q_i, k_j) -> tuple[jax.Array, jax.Array | None]:
+        """Masked logits `[b, k, g, q, s]` of a tile, and the slope of the soft cap where there is one."""
+        s, slope = self.options.scale * self.matmul("bkgqh,bksh->bkgqs", q_i, k_j), None
+        cap = self.options.logits_soft_cap
+        if cap is not None:
+            squashed = jnp.tanh(s / cap)
+            s, slope = cap * squashed, 1 - squashed**2
+        return jnp.where(self._allowed(i, j), s, MASK_VALUE), slope
+
+    def _allowed(self, i, j) -> jax.Array:
+        q, kv = (TokenAxis(*(x[at] for x in axis)) for axis, at in ((self.q_tokens, i), (self.kv_tokens, j)))
+        allowed = self.options.mask.allowed(
+            q.positions[:, :, None],
+            kv.positions[:, None, :],
+            q.segment_ids[:, :, None],
+            kv.segment_ids[:, None, :],
+        )
+        if self.kv_len % self.block_kv:
+            allowed &= j * self.block_kv + jnp.arange(self.block_kv) < self.kv_len
+        return allowed[:, None, None]
+
+    def split_q(self, x_BTNH) -> jax.Array:
+        """`[B, T, N, H]` to `[n, b, k, g, q, h]`, zero-padded."""
+        blocks = _split(x_BTNH, self.block_q, axis=1)
+        n, b, q, _, h = blocks.shape
+        return blocks.reshape(n, b, q, self.num_kv_heads, -1, h).transpose(0, 1, 3, 4, 2, 5)
+
+    def join_q(self, blocks) -> jax.Array:
+        """The inverse of split_q."""
+        n, b, k, g, q, h = blocks.shape
+        joined = blocks.transpose(1, 0, 4, 2, 3, 5).reshape(b, n * q, k * g, h)
+        return joined[:, : self.q_len]
+
+    def split_rows(self, x_BNT, fill: float = 0.0) -> jax.Array:
+        """`[B, N, T]` to `[n, b, k, g, q]`, padded with `fill`."""
+        blocks = _split(x_BNT, self.block_q, axis=2, fill=fill)
+        n, b, _, q = blocks.shape
+        return blocks.reshape(n, b, self.num_kv_heads, -1, q)
+
+    def join_rows(self, blocks) -> jax.Array:
+        """The inverse of split_rows."""
+        n, b, k, g, q = blocks.shape
+        return blocks.transpose(1, 2, 3, 0, 4).reshape(b, k * g, n * q)[..., : self.q_len]
+
+    def split_kv(self, x_BSKH) -> jax.Array:
+        """`[B, S, K, H]` to `[n, b, k, s, h]`, zero-padded."""
+        return _split(x_BSKH, self.block_kv, axis=1).swapaxes(2, 3)
+
+    def join_kv(self, blocks) -> jax.Array:
+        """The inverse of split_kv."""
+        n, b, k, s, h = blocks.shape
+        return blocks.transpose(1, 0, 3, 2, 4).reshape(b, n * s, k, h)[:, : self.kv_len]
+
+
+def _split(x, block: int, *, axis: int, fill: float = 0.0) -> jax.Array:
+    """Splits `axis` into blocks, padding the last, and moves the block number to the front."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % block)
+    x = jnp.pad(x, padding, constant_values=jnp.asarray(fill, x.dtype))
+    shape = x.shape[:axis] + (-1, block) + x.shape[axis + 1 :]
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _split_tokens(tokens: TokenAxis, block: int) -> TokenAxis:
+    return TokenAxis(*(_split(x, block, axis=1) for x in tokens))
+
+
+def _ranges_of_batch(ranges: BlockRanges) -> tuple[jax.Array, jax.Array]:
+    """The blocks that any row of the batch visits: the walk is one for the whole batch."""
+    visits = ranges.start < ranges.stop
+    start = jnp.min(jnp.where(visits, ranges.start, jnp.iinfo(jnp.int32).max), axis=0)
+    return start, jnp.max(ranges.stop, axis=0)

@@ -1,0 +1,174 @@
+"""Schedule: which blocks of keys each block of queries visits, and the transpose, built on the device.
+
+A schedule is built once a step per distinct mask and handed to every layer. Row by row it holds two ranges of blocks:
+those to visit, and among them those whose pairs may all attend, where the pair test is skipped. A block outside the
+first range holds no pair that may attend; a block inside it may still turn out empty, which the pair test settles.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import block_sizes as block_sizes_lib
+from pallas_kernels import dispatch
+from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.mask import Bounds, Mask, TileVerdict
+from pallas_kernels.tokens import Leaf, TokenAxis, Tokens
+
+_MAX_TILES_AT_ONCE = 1 << 21
+"""Tiles judged at a time. A tile costs about 20 bytes of temporaries, so this bounds the peak near 40 MB."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockRanges:
+    """For each block of one side (a row), half-open ranges over the blocks of the other side; int32 `[B or 1, rows]`.
+
+    Attributes:
+      start, stop: The blocks to visit; start = stop = 0 where there is none.
+      full_start, full_stop: The longest run of blocks, within the first range, that need no pair test.
+    """
+
+    start: Leaf
+    stop: Leaf
+    full_start: Leaf
+    full_stop: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The blocks an attention op visits.
+
+    Attributes:
+      kv_blocks: For each block of queries, the blocks of keys: forward and dq.
+      q_blocks: For each block of keys, the blocks of queries: dk and dv.
+      mask: The mask it was built from.
+      q_len, kv_len: Lengths of the sequences; the last block of a side may be ragged.
+      block_sizes: Tokens a block holds.
+    """
+
+    kv_blocks: BlockRanges
+    q_blocks: BlockRanges
+    mask: Mask = dataclasses.field(metadata={"static": True})
+    q_len: int = dataclasses.field(metadata={"static": True})
+    kv_len: int = dataclasses.field(metadata={"static": True})
+    block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
+
+
+def make_schedule(
+    mask: Mask,
+    tokens: Tokens | None = None,
+    *,
+    q_len: int,
+    kv_len: int,
+    block_sizes: BlockSizes | None = None,
+) -> Schedule:
+    """Builds the schedule of `mask` over `tokens`; traceable, to be called once a step per distinct mask.
+
+    Every tile is judged from the bounds of its blocks, a group of rows at a time, so no `[T, S]` array and no
+    `[T / block_q, S / block_kv]` array is ever held.
+
+    Args:
+      mask: Which pairs may attend.
+      tokens: Positions and segment ids; None means arange and one document.
+      q_len: Number of queries T.
+      kv_len: Number of keys S.
+      block_sizes: Tokens a block; default by platform. Must be what the op is given.
+    Returns: A Schedule whose arrays have the batch size of `tokens`, or 1.
+    Raises: ValueError where a length is not positive.
+    Cost: O(T / block_q * S / block_kv) elementwise, peak memory about 40 MB, result O(T / block_q + S / block_kv).
+    """
+    for name, length in (("q_len", q_len), ("kv_len", kv_len)):
+        if length < 1:
+            raise ValueError(f"make_schedule: {name}={length}, wanted at least one token")
+    sizes = block_sizes or block_sizes_lib.BLOCKWISE_ATTENTION[dispatch.current_platform()]
+    sizes = sizes.fit(q_len, kv_len)
+    tokens = tokens or Tokens()
+    q = _block_bounds(tokens.queries(q_len), sizes.block_q)
+    kv = _block_bounds(tokens.keys(kv_len), sizes.block_kv)
+    # The pair test is also what keeps a ragged last block's missing keys out, so that block is never full. Missing
+    # queries need no such care: their rows are dropped, and their cotangents are zero.
+    num_kv_blocks = kv.position_min.shape[1]
+    kv_is_whole = jnp.arange(num_kv_blocks) < kv_len // sizes.block_kv
+
+    def verdict_of_q_rows(q_rows: Bounds) -> TileVerdict:
+        some, every = mask.tile(_outer(q_rows, rows=True), _outer(kv, rows=False))
+        return TileVerdict(some, every & kv_is_whole)
+
+    def verdict_of_kv_rows(kv_rows_and_whole: tuple[Bounds, jax.Array]) -> TileVerdict:
+        kv_rows, whole = kv_rows_and_whole
+        some, every = mask.tile(_outer(q, rows=False), _outer(kv_rows, rows=True))
+        return TileVerdict(some, every & whole[..., None])
+
+    return Schedule(
+        kv_blocks=_ranges(verdict_of_q_rows, q, num_columns=num_kv_blocks),
+        q_blocks=_ranges(verdict_of_kv_rows, (kv, kv_is_whole[None]), num_columns=q.position_min.shape[1]),
+        mask=mask,
+        q_len=q_len,
+        kv_len=kv_len,
+        block_sizes=sizes,
+    )
+
+
+def _block_bounds(axis: TokenAxis, block: int) -> Bounds:
+    """Bounds of each block, `[B or 1, blocks]`; a ragged last block counts only the tokens it has."""
+
+    def reduce(x, reduction):
+        length = x.shape[1]
+        x = jnp.pad(x, ((0, 0), (0, -length % block)), mode="edge")
+        return reduction(x.reshape(x.shape[0], -1, block), axis=-1)
+
+    return Bounds(
+        position_min=reduce(axis.positions, jnp.min),
+        position_max=reduce(axis.positions, jnp.max),
+        segment_min=reduce(axis.segment_ids, jnp.min),
+        segment_max=reduce(axis.segment_ids, jnp.max),
+    )
+
+
+def _outer(bounds: Bounds, *, rows: bool) -> Bounds:
+    return Bounds(*(x[:, :, None] if rows else x[:, None, :] for x in bounds))
+
+
+def _ranges(verdict_of_rows: Callable, rows, *, num_columns: int) -> BlockRanges:
+    """Ranges of every row; `rows` is a tree of `[B or 1, num_rows]`, judged in groups by `verdict_of_rows`."""
+    batch_size = max(x.shape[0] for x in jax.tree.leaves(rows))
+    num_rows = jax.tree.leaves(rows)[0].shape[1]
+    group = max(1, min(num_rows, _MAX_TILES_AT_ONCE // (batch_size * num_columns)))
+    num_groups = -(-num_rows // group)
+
+    def grouped(x):
+        x = jnp.pad(x, ((0, 0), (0, num_groups * group - num_rows)), mode="edge")
+        return x.reshape(x.shape[0], num_groups, group).swapaxes(0, 1)
+
+    def ranges_of_group(row_group) -> BlockRanges:
+        return _compress(verdict_of_rows(row_group), num_columns)
+
+    ranges = jax.lax.map(ranges_of_group, jax.tree.map(grouped, rows))
+    return jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :num_rows],
+        ranges,
+    )
+
+
+def _compress(verdict: TileVerdict, num_columns: int) -> BlockRanges:
+    """The two ranges of each row, from verdicts `[B or 1, rows, columns]`."""
+    some, every = jnp.broadcast_arrays(*verdict)
+    column = jax.lax.broadcasted_iota(jnp.int32, some.shape, some.ndim - 1)
+    start = jnp.min(jnp.where(some, column, num_columns), axis=-1)
+    stop = jnp.max(jnp.where(some, column + 1, 0), axis=-1)
+    # The run of full blocks that ends at a column is as long as the distance to the last block that is not full.
+    last_not_full = jax.lax.cummax(jnp.where(every, -1, column), axis=column.ndim - 1)
+    run = column - last_not_full
+    full_stop = jnp.argmax(run, axis=-1).astype(jnp.int32) + 1
+    full_length = jnp.max(run, axis=-1)
+    any_full = full_length > 0
+    return BlockRanges(
+        start=jnp.minimum(start, stop),
+        stop=stop,
+        full_start=jnp.where(any_full, full_stop - full_length, start.clip(max=stop)),
+        full_stop=jnp.where(any_full, full_stop, start.clip(max=stop)),
+    )

@@ -1,0 +1,137 @@
+"""Schedules against the dense mask: nothing is missed, nothing is called full that is not, and little is wasted."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import BlockSizes, Tokens, make_schedule, schedule
+from pallas_kernels.mask import Causal, Full, Mask, Prefix, SameDocument, Window
+from pallas_kernels.testing import packed_tokens
+
+masks = st.recursive(
+    st.one_of(
+        st.just(Full()),
+        st.just(SameDocument()),
+        st.builds(Causal, offset=st.integers(-20, 20)),
+        st.builds(Window, left=st.none() | st.integers(0, 30), right=st.none() | st.integers(0, 30)),
+        st.builds(Prefix, length=st.integers(0, 40)),
+    ),
+    lambda m: st.one_of(
+        st.builds(lambda a, b: a & b, m, m), st.builds(lambda a, b: a | b, m, m), st.builds(lambda a: ~a, m)
+    ),
+    max_leaves=3,
+)
+
+
+@st.composite
+def calls(draw):
+    q_len = draw(st.integers(1, 50))
+    kv_len = draw(st.integers(1, 50))
+    tokens = None
+    if draw(st.booleans()):
+        rng = np.random.default_rng(draw(st.integers(0, 100)))
+        q_positions, kv_positions = (rng.permutation(n)[None].astype(np.int32) for n in (q_len, kv_len))
+        q_segments, kv_segments = (rng.integers(-1, 3, (2, n)).astype(np.int32) for n in (q_len, kv_len))
+        if draw(st.booleans()):
+            q_segments, kv_segments = np.sort(q_segments), np.sort(kv_segments)
+        tokens = Tokens(
+            q_positions=q_positions, kv_positions=kv_positions, q_segment_ids=q_segments, kv_segment_ids=kv_segments
+        )
+    sizes = BlockSizes(block_q=draw(st.integers(1, 20)), block_kv=draw(st.integers(1, 20)))
+    return draw(masks), tokens, q_len, kv_len, sizes
+
+
+def blocks_of(dense: np.ndarray, rows: int, columns: int, reduction) -> np.ndarray:
+    """Reduces a `[B, T, S]` mask over its tiles, ragged ones included."""
+    tiles = [
+        [
+            reduction(dense[:, i : i + rows, j : j + columns], axis=(1, 2))
+            for j in range(0, dense.shape[2], columns)
+        ]
+        for i in range(0, dense.shape[1], rows)
+    ]  # fmt: skip
+    return np.moveaxis(np.array(tiles), 2, 0)
+
+
+def inside(ranges: schedule.BlockRanges, num_columns: int, *, full: bool) -> np.ndarray:
+    start, stop = (ranges.full_start, ranges.full_stop) if full else (ranges.start, ranges.stop)
+    column = np.arange(num_columns)
+    return (np.asarray(start)[..., None] <= column) & (column < np.asarray(stop)[..., None])
+
+
+@hypothesis.given(calls())
+@hypothesis.settings(deadline=None, max_examples=30)
+def test_schedule_covers_the_dense_mask(call):
+    mask, tokens, q_len, kv_len, sizes = call
+    built = make_schedule(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
+    dense = np.asarray(mask.dense(tokens, q_len, kv_len))
+    block_q, block_kv = built.block_sizes.block_q, built.block_sizes.block_kv
+    some, every = (blocks_of(dense, block_q, block_kv, f) for f in (np.any, np.all))
+    for ranges, transpose in ((built.kv_blocks, False), (built.q_blocks, True)):
+        want_some, want_every = (x.swapaxes(1, 2) if transpose else x for x in (some, every))
+        visited = inside(ranges, want_some.shape[2], full=False)
+        full = inside(ranges, want_some.shape[2], full=True)
+        assert (visited | ~want_some).all(), "a block that holds an allowed pair is not visited"
+        assert (want_every | ~full).all(), "a block is called full that is not"
+        assert (visited | ~full).all(), "a full block is not visited"
+
+
+LENGTH, BLOCK = 96, 8
+
+
+@pytest.mark.parametrize(
+    ("mask", "documents"),
+    [
+        (Causal(), None),
+        (Full(), None),
+        (Causal() & Window(left=20), None),
+        (Window(left=10, right=30), None),
+        (Causal() | Prefix(30), None),
+        (SameDocument(), ((40, 8, 48),)),
+    ],
+    ids=str,
+)
+def test_interval_masks_are_exact(mask: Mask, documents):
+    """Causal, window, prefix and document masks in token order visit no empty block and test no full one."""
+    tokens = packed_tokens(documents, LENGTH) if documents else None
+    built = make_schedule(
+        mask, tokens, q_len=LENGTH, kv_len=LENGTH, block_sizes=BlockSizes(block_q=BLOCK, block_kv=BLOCK)
+    )
+    dense = np.asarray(mask.dense(tokens, LENGTH, LENGTH))
+    some, every = (blocks_of(dense, BLOCK, BLOCK, f) for f in (np.any, np.all))
+    np.testing.assert_array_equal(inside(built.kv_blocks, some.shape[2], full=False), some)
+    np.testing.assert_array_equal(inside(built.kv_blocks, some.shape[2], full=True), every)
+    np.testing.assert_array_equal(inside(built.q_blocks, some.shape[1], full=False), some.swapaxes(1, 2))
+    np.testing.assert_array_equal(inside(built.q_blocks, some.shape[1], full=True), every.swapaxes(1, 2))
+
+
+def test_groups_of_rows_equal_all_at_once(monkeypatch):
+    def build():
+        built = make_schedule(Causal(), q_len=500, kv_len=300, block_sizes=BlockSizes(block_q=8, block_kv=16))
+        return built.kv_blocks, built.q_blocks
+
+    whole = build()
+    monkeypatch.setattr(schedule, "_MAX_TILES_AT_ONCE", 100)
+    jax.tree.map(np.testing.assert_array_equal, build(), whole)
+
+
+def test_a_million_tokens_take_little_memory():
+    def build():
+        built = make_schedule(
+            Causal() & Window(left=4095),
+            Tokens.self_attention(None, jax.numpy.zeros((1, 1 << 20), "int32")),
+            q_len=1 << 20,
+            kv_len=1 << 20,
+            block_sizes=BlockSizes(block_q=128, block_kv=128),
+        )
+        return built.kv_blocks, built.q_blocks
+
+    memory = jax.jit(build).lower().compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 64e6
+
+
+def test_wrong_lengths_are_refused():
+    with pytest.raises(ValueError, match="make_schedule: kv_len=0, wanted at least one token"):
+        make_schedule(Causal(), q_len=4, kv_len=0)

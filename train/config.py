@@ -1,0 +1,129 @@
+"""TrainConfig: everything one run is made of, read from a YAML file and `a.b=c` overrides."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from longctx.model import ModelConfig
+from longctx.sharding import CONTEXT_AXES, MeshConfig
+from train import schema, schema_docs
+from train.checkpoint import CheckpointConfig
+from train.data import DataConfig
+from train.distributed import DistributedConfig
+from train.evaluation import EvaluationConfig
+from train.metrics import MetricsConfig
+from train.optimizer import OptimizerConfig, make_schedule
+from train.sampling import SampleConfig
+from train.schema import ConfigError
+from train.step import TrainingConfig
+
+__all__ = ["ConfigError", "TrainConfig", "config_text", "help_text", "load_config", "markdown_text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; each section is defined and explained by the module that uses it."""
+
+    run_dir: str
+    """The folder of the run: checkpoints, metrics, plots and the resolved config are written under it."""
+    seed: int = 0
+    """Seeds the weights, the split and the order of the data, and sampling."""
+    init_from: str | None = None
+    """A run folder whose weights a new run starts from. Optimizer, step and data position start afresh."""
+    model: ModelConfig
+    """The transformer."""
+    data: DataConfig
+    """Which text is trained on, and how it becomes rows of tokens."""
+    training: TrainingConfig
+    """How long and in which portions the model is trained."""
+    optimizer: OptimizerConfig
+    """The update rule and its learning rate."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How the devices are arranged."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    """The processes and devices of the run."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """When the run is saved and what is kept."""
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    """When the model is measured on held-out text."""
+    metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
+    """What is logged, how often, and where to."""
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    """The text that the trained model is asked to go on with."""
+
+    def __post_init__(self):
+        if not self.run_dir:
+            raise ValueError("run_dir: got empty text, wanted a folder for the run; name one, such as runs/NAME")
+        if self.init_from is not None and Path(self.init_from) == Path(self.run_dir):
+            raise ValueError(
+                f"init_from: got run_dir={self.run_dir} itself, wanted another run's folder; leave init_from out "
+                "to resume the run"
+            )
+        for axis in CONTEXT_AXES:
+            if (size := getattr(self.mesh, axis)) != 1:
+                raise ValueError(
+                    f"mesh.{axis}: got {size}, wanted 1; training with sequences split over devices is not built "
+                    "yet, split rows (data, fsdp) or heads (tensor)"
+                )
+        make_schedule(self.optimizer, total_steps=self.training.steps)  # refuses phases that outlast the run
+        self._check_rows()
+
+    def _check_rows(self):
+        """Each microbatch must split evenly over the devices that share the rows, where the config tells them."""
+        sizes = {"data": self.mesh.data, "fsdp": self.mesh.fsdp}
+        if self.distributed.virtual_cpu_devices is not None:
+            sizes = self.mesh.sizes(self.distributed.virtual_cpu_devices)
+        row_devices = sizes["data"] * sizes["fsdp"]
+        if row_devices < 0:
+            return  # one of them takes the machine's devices: known when the run starts
+        rows = self.training.batch_size // self.training.accumulate_steps
+        if rows % row_devices:
+            raise ValueError(
+                f"training.batch_size: got {self.training.batch_size} in {self.training.accumulate_steps} "
+                f"microbatch(es) of {rows} rows, wanted rows that mesh.data x mesh.fsdp = {row_devices} devices share "
+                "evenly; change batch_size, accumulate_steps or the mesh"
+            )
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """The run that a YAML file and `a.b=c` overrides describe; nothing is created on disk.
+
+    Raises: ConfigError with one line a problem.
+    """
+    return schema.load(TrainConfig, path, overrides)
+
+
+def config_text(config: TrainConfig) -> str:
+    """The resolved config as YAML with every default written out: what `--print-config` shows."""
+    return schema.to_yaml(config)
+
+
+def help_text() -> str:
+    """Every key with type, default and meaning: what `--help` shows."""
+    return schema_docs.help_text(TrainConfig)
+
+
+def markdown_text() -> str:
+    """The contents of docs/config.md."""
+    return f"""# Configuration
+
+Generated by `make docs`; do not edit. A run is one YAML file, read strictly: an unknown key, a wrong type or
+a value out of range is an error that names the key. Any key can be given on the command line as `a.b=c`;
+items of a list are addressed by index (`data.sources.0.weight=2`), entries of a mapping by name
+(`model.mixers.local.window=512`). `python -m train CONFIG --print-config` shows the result. Below, NAME
+stands for a name of your choice and N for an index.
+
+{schema_docs.markdown(TrainConfig)}"""
+
+
+def main() -> None:
+    """Writes docs/config.md, or the file named on the command line."""
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/config.md")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(markdown_text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
