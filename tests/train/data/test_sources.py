@@ -297,9 +297,7 @@ def test_ids_out_of_the_vocabulary_say_where(tmp_path, monkeypatch, bad, vocab_s
 
     monkeypatch.setattr(sources, "_SCAN_TOKENS", 3)
     np.save(tmp_path / "a.npy", np.array([1, 2, 256, 4, bad]))
-    with pytest.raises(
-        DataError, match=f"a.npy: id {bad} at position 4, wanted 0 to {last}; use the tokenizer"
-    ):
+    with pytest.raises(DataError, match=f"a.npy: id {bad} at position 4, wanted 0 to {last}; use the tokenizer"):
         open_tokens(tmp_path, "a.npy", vocab_size=vocab_size)
 
 
