@@ -53,8 +53,7 @@ class DataConfig:
             if source.weight != 1.0:
                 raise ValueError(
                     f"held_out_sources: got weight={source.weight} ({source.kind}), wanted none; leave it "
-                    "out, each "
-                    "is evaluated whole"
+                    "out, each is evaluated whole"
                 )
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(

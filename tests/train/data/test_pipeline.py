@@ -153,8 +153,10 @@ def test_held_out_sources_are_evaluated_whole_and_sources_trained_whole(open_sou
     other = SyntheticSource(min_length=31, max_length=31, num_documents=5, seed=9)
     same = SyntheticSource(min_length=31, max_length=31, num_documents=3)
     data = open_sources(same, held_out_sources=(other, same), held_out_fraction=0.5)
-    assert len(data.held_out) == 8
-    assert len({data.train[i]["tokens"].tobytes() for i in range(3)}) == 3
+    held_out = {row["tokens"].tobytes() for row in data.held_out}
+    assert len(data.held_out) == len(held_out) == 8
+    trained = {data.train[i]["tokens"].tobytes() for i in range(3)}
+    assert len(trained) == 3 and trained < held_out
 
 
 def test_nothing_held_out_says_so_when_evaluated(open_sources):
@@ -212,6 +214,8 @@ def test_settings_out_of_range_say_so(settings, message):
 
 
 def test_calls_out_of_range_say_so(open_sources):
+    with pytest.raises(ValueError, match="open_data: seed=-1, wanted >= 0"):
+        open_sources(SHORT, seed=-1)
     data = open_sources(SHORT, held_out_fraction=0.1)
     with pytest.raises(ValueError, match=r"start_step=-1, wanted >= 0"):
         data.batches(start_step=-1, batch_size=1)
