@@ -60,7 +60,7 @@ def test_the_printed_config_reads_back_equal(base, tmp_path):
     [
         (["training.batch=4"], r"training\.batch: unknown key, got 4; .*; did you mean batch_size\?"),
         (["model.mixers.local.windw=4"], r"model\.mixers\.local\.windw: unknown key of kind attention.*mean window\?"),
-        (["model.pattern=[lokal]"], r"model\.pattern: got 'lokal', wanted names of mixers \(global, local\)"),
+        (["model.pattern=[nowhere]"], r"model\.pattern: got 'nowhere', wanted names of mixers \(global, local\)"),
         (["data.seq_len=0"], r"data\.seq_len: got 0, wanted >= 2"),
         (["training.steps=0"], r"training\.steps: got 0, wanted 1 or more"),
         (["run_dir=''"], r"run_dir: got empty text, wanted a folder"),
