@@ -85,7 +85,7 @@ class Data:
         config: DataConfig,
         *,
         tokenizer: Tokenizer,
-        train: Sequence[Row],
+        train: grain.MapDataset,
         held_out: Sequence[Row],
         notes: Sequence[str],
     ):

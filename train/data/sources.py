@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class SourceConfig:
             raise ValueError(f"weight: got {self.weight}, wanted a finite number above 0; remove an unused source")
 
     @classmethod
-    def variants(cls) -> dict[str, type[Self]]:
+    def variants(cls) -> dict[str, type["SourceConfig"]]:
         """The config class of each kind."""
         return {source.kind: source for source in SourceConfig.__subclasses__()}
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from train.data import DataConfig, DataError, SyntheticSource, TextSource
+from train.data import DataConfig, DataError, StdlibSource, SyntheticSource, TextSource
 from train.data.pipeline import split_documents
 
 SHORT = SyntheticSource(min_length=3, max_length=40, num_documents=60)
@@ -191,6 +191,10 @@ def test_the_notes_say_what_was_read(open_sources):
         ({"seq_len": 1}, "seq_len: got 1, wanted >= 2"),
         ({"sources": ()}, "sources: got none, wanted at least one"),
         ({"held_out_fraction": 1.0}, "held_out_fraction: got 1.0, wanted 0 <= fraction < 1"),
+        (
+            {"held_out_sources": (StdlibSource(weight=2.0),)},
+            r"held_out_sources: got weight=2.0 \(stdlib\), wanted none",
+        ),
         ({"held_out_fraction": float("nan")}, "held_out_fraction: got nan, wanted"),
         ({"tokenizer": "ids:many"}, "tokenizer: got 'ids:many', wanted 'ids:N' with N >= 2"),
         (
