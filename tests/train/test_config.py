@@ -139,6 +139,6 @@ def test_help_names_every_key_of_a_config(base):
 def test_docs_are_current(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["config", str(tmp_path / "docs/config.md")])
     config_module.main()
-    written = (tmp_path / "docs/config.md").read_text()
+    written = (tmp_path / "docs/config.md").read_text(encoding="utf-8")
     assert written == markdown_text()
-    assert written == (ROOT / "docs/config.md").read_text(), "run `make docs`"
+    assert written == (ROOT / "docs/config.md").read_text(encoding="utf-8"), "run `make docs`"
