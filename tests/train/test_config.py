@@ -60,7 +60,7 @@ def test_the_printed_config_reads_back_equal(base, tmp_path):
     [
         (["training.batch=4"], r"training\.batch: unknown key, got 4; .*; did you mean batch_size\?"),
         (["model.mixers.local.windw=4"], r"model\.mixers\.local\.windw: unknown key of kind attention.*mean window\?"),
-        (["model.pattern=[lokal]"], r"model\.pattern: got 'lokal', wanted names of mixers \(global, local\)"),
+        (["model.pattern=[nowhere]"], r"model\.pattern: got 'nowhere', wanted names of mixers \(global, local\)"),
         (["data.seq_len=0"], r"data\.seq_len: got 0, wanted >= 2"),
         (["training.steps=0"], r"training\.steps: got 0, wanted 1 or more"),
         (["run_dir=''"], r"run_dir: got empty text, wanted a folder"),
@@ -139,6 +139,6 @@ def test_help_names_every_key_of_a_config(base):
 def test_docs_are_current(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["config", str(tmp_path / "docs/config.md")])
     config_module.main()
-    written = (tmp_path / "docs/config.md").read_text()
+    written = (tmp_path / "docs/config.md").read_text(encoding="utf-8")
     assert written == markdown_text()
-    assert written == (ROOT / "docs/config.md").read_text(), "run `make docs`"
+    assert written == (ROOT / "docs/config.md").read_text(encoding="utf-8"), "run `make docs`"
