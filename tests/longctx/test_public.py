@@ -30,6 +30,7 @@ def test_public_names_are_pinned():
         "RotaryConfig",
         "SwiGLU",
         "TransformerLM",
+        "__version__",
         "apply_rotary",
         "batch_sharding",
         "constrain",
