@@ -125,7 +125,7 @@ class TransformerLM(nnx.Module):
             raise ValueError("vocab_size: got None, wanted the number of token ids; set it with dataclasses.replace")
         self.config = config
         param_dtype = jnp.dtype(config.param_dtype)
-        table_init = jax.nn.initializers.truncated_normal(config.dim**-0.5)
+        table_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=0)
 
         def table():
             values = table_init(rngs.params(), (config.vocab_size, config.dim), param_dtype)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from longctx import AttentionConfig, ModelConfig, TransformerLM, cross_entropy
+from longctx import AttentionConfig, Block, ModelConfig, TransformerLM, cross_entropy
 
 CONFIG = ModelConfig(
     vocab_size=29,
     dim=16,
-    num_layers=5,
+    num_layers=4,
     mlp_dim=24,
     mixers={
         "local": AttentionConfig(num_heads=4, num_kv_heads=2, window=3, qk_norm=True, block_q=4, block_kv=4),
@@ -24,13 +25,20 @@ CONFIG = ModelConfig(
     pattern=("local", "global"),
     dtype="float32",
 )
+ONE_MIXER = dict(pattern=("global",), mixers={"global": CONFIG.mixers["global"]})
 call = jax.jit(TransformerLM.__call__)
 decode = jax.jit(TransformerLM.decode)
 
 
+def abstract(config):
+    return nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))
+
+
 @functools.cache
 def build(config=CONFIG):
-    return jax.jit(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))()
+    """A model with random values of numpy's: compiling the initialisers takes seconds, and gains must not all be 1."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), leaf.dtype), abstract(config))
 
 
 def random_tokens(batch_size, length, seed=0):
@@ -41,51 +49,48 @@ def loss_of(model, tokens):
     return cross_entropy(model(tokens), tokens, jnp.ones(tokens.shape)).loss_sum
 
 
-PACKED_LENGTHS = (6, 1, 5)
+PACKED_LENGTHS = (6, 1, 6)
 NUM_PADDING = 2
 
 
 def packed():
-    """One row: three documents, then padding."""
+    """Two equal rows of three documents, then padding; positions restart in the first row and run on in the second."""
     segments = np.repeat([0, 1, 2, -1], [*PACKED_LENGTHS, NUM_PADDING])
-    positions = np.concatenate([np.arange(length) for length in (*PACKED_LENGTHS, NUM_PADDING)])
-    return (
-        random_tokens(1, len(segments)),
-        jnp.asarray(positions, jnp.int32)[None],
-        jnp.asarray(segments, jnp.int32)[None],
-    )
+    restarting = np.concatenate([np.arange(length) for length in (*PACKED_LENGTHS, NUM_PADDING)])
+    positions = np.stack([restarting, np.arange(len(segments))])
+    tokens = jnp.tile(random_tokens(1, len(segments)), (2, 1))
+    return tokens, jnp.asarray(positions, jnp.int32), jnp.asarray(np.tile(segments, (2, 1)), jnp.int32)
 
 
-@pytest.mark.parametrize("with_positions", [True, False])
-def test_packed_documents_equal_each_document_alone(with_positions):
+def test_packed_documents_equal_each_document_alone():
     tokens, positions, segment_ids = packed()
-    logits = call(build(), tokens, positions=positions if with_positions else None, segment_ids=segment_ids)
+    logits = call(build(), tokens, positions=positions, segment_ids=segment_ids)
     start = 0
     for length in PACKED_LENGTHS:
-        alone = call(build(), tokens[:, start : start + length])
-        np.testing.assert_allclose(logits[:, start : start + length], alone, atol=2e-5)
+        document = slice(start, start + length)
+        np.testing.assert_allclose(logits[:, document], call(build(), tokens[:, document]), atol=5e-5)
         start += length
 
 
 def test_padding_is_finite_and_changes_no_gradient():
     tokens, positions, segment_ids = packed()
-    weights = (segment_ids >= 0).astype(jnp.float32)
+    has_target = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, :-1] >= 0)
 
     @jax.jit
-    def gradient(model, tokens):
+    def logits_and_gradient(model, tokens):
         def loss(model):
             logits = model(tokens, positions=positions, segment_ids=segment_ids)
-            return cross_entropy(logits, jnp.roll(tokens, -1, axis=1), weights).loss_sum
+            return cross_entropy(logits[:, :-1], tokens[:, 1:], has_target.astype(jnp.float32)).loss_sum, logits
 
-        return jax.grad(loss)(model)
+        gradient, logits = jax.grad(loss, has_aux=True)(model)
+        return logits, gradient
 
-    first = gradient(build(), tokens)
-    other = gradient(build(), jnp.where(segment_ids < 0, (tokens + 5) % CONFIG.vocab_size, tokens))
-    # The last weighted target is the first padding token: give both runs the same.
+    model = build(dataclasses.replace(CONFIG, num_layers=2))
+    first = logits_and_gradient(model, tokens)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(first))
-    assert jnp.all(jnp.isfinite(call(build(), tokens, segment_ids=jnp.full_like(segment_ids, -1))))
-    unlike = [leaf for leaf in jax.tree.leaves(jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), first, other))]
-    assert max(unlike) > 0
+    other_padding = jnp.where(segment_ids < 0, (tokens + 5) % CONFIG.vocab_size, tokens)
+    gradient, gradient_of_other = first[1], logits_and_gradient(model, other_padding)[1]
+    jax.tree.map(np.testing.assert_array_equal, gradient, gradient_of_other)
 
 
 def test_the_future_is_not_seen():
@@ -106,42 +111,33 @@ def test_decoding_step_by_step_equals_one_call():
 
 
 def test_scanned_layers_equal_the_layers_one_by_one():
-    """The scan against a plain loop over the same parameters, values and gradients."""
-    model, tokens = build(), random_tokens(2, 9)
-
-    def unrolled(model, tokens):
-        x = jnp.take(model.embedding[...], tokens, axis=0) * CONFIG.dim**0.5
-        for period in range(2):
-            for stacked in model.periods:
-                x = jax.tree.map(lambda leaf: leaf[period], stacked)(x)  # noqa: B023
-        (last,) = model.remainder
-        return model.final_norm(last(x)) @ model.embedding[...].T
-
-    cotangent = jax.random.normal(jax.random.key(3), (2, 9, CONFIG.vocab_size))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(function, model):
-        logits, vjp = jax.vjp(lambda model: function(model, tokens), model)
-        return logits, vjp(cotangent)
-
-    got, wanted = run(TransformerLM.__call__, model), run(unrolled, model)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4, rtol=1e-4), got, wanted)
+    model, tokens = build(dataclasses.replace(CONFIG, num_layers=5)), random_tokens(2, 9)
+    layer = jax.jit(Block.__call__)
+    x = jnp.take(model.embedding[...], tokens, axis=0) * CONFIG.dim**0.5
+    for period in range(2):
+        for stacked in model.periods:
+            x = layer(jax.tree.map(lambda leaf, period=period: leaf[period], stacked), x)
+    (last,) = model.remainder
+    wanted = model.final_norm(layer(last, x)) @ model.embedding[...].T
+    np.testing.assert_allclose(call(model, tokens), wanted, atol=1e-4)
 
 
-def count(jaxpr, counts=None):
-    """How often each primitive occurs in a jaxpr, bodies of loops counted once."""
-    counts = collections.Counter() if counts is None else counts
+def equations(jaxpr):
+    """Every equation of a jaxpr, bodies of loops once."""
     for equation in jaxpr.eqns:
-        counts[equation.primitive.name] += 1
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            count(inner, counts)
-    return counts
+        yield equation
+        is_jaxpr = lambda x: isinstance(x, Jaxpr | ClosedJaxpr)  # noqa: E731
+        for inner in filter(is_jaxpr, jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)):
+            yield from equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+
+
+def gradient_equations(**changes):
+    model = abstract(dataclasses.replace(CONFIG, **changes))
+    return list(equations(jax.make_jaxpr(jax.grad(loss_of))(model, random_tokens(1, 8)).jaxpr))
 
 
 def gradient_primitives(**changes):
-    config = dataclasses.replace(CONFIG, **changes)
-    model = nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))
-    return count(jax.make_jaxpr(jax.grad(loss_of))(model, random_tokens(1, 8)).jaxpr)
+    return collections.Counter(equation.primitive.name for equation in gradient_equations(**changes))
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -152,8 +148,10 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_remat_recomputes_what_it_says():
     """Matmuls in the gradient of one layer, beside those of the logits (1 forward, 2 backward)."""
-    one_layer = dict(num_layers=1, pattern=("global",), mixers={"global": CONFIG.mixers["global"]})
-    dots = {remat: gradient_primitives(remat=remat, **one_layer)["dot_general"] for remat in ("none", "dots", "full")}
+    dots = {
+        remat: gradient_primitives(remat=remat, num_layers=1, **ONE_MIXER)["dot_general"]
+        for remat in ("none", "dots", "full")
+    }
     projections, attention_forward, attention_backward = 7, 2, 5
     assert dots["none"] == 3 + 3 * projections + attention_forward + attention_backward
     assert dots["dots"] == dots["none"] + attention_forward
@@ -161,17 +159,19 @@ def test_remat_recomputes_what_it_says():
     assert dots["full"] == dots["none"] + attention_forward + projections - 1
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
-    tokens = random_tokens(1, 8)
-    recomputing = nnx.merge(nnx.graphdef(build(dataclasses.replace(CONFIG, remat=remat))), nnx.state(build()))
-    wanted, got = (nnx.state(jax.jit(jax.grad(loss_of))(model, tokens)) for model in (build(), recomputing))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5), got, wanted)
+def test_remat_changes_no_gradient():
+    def gradient(remat):
+        model = build(dataclasses.replace(CONFIG, num_layers=2, remat=remat, **ONE_MIXER))
+        return nnx.state(jax.jit(jax.grad(loss_of))(model, random_tokens(1, 8)))
+
+    wanted = gradient("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4, rtol=1e-4), gradient(remat), wanted)
 
 
 def test_initial_values_are_what_the_docstring_says():
     config = dataclasses.replace(CONFIG, dim=64, mlp_dim=96, num_layers=9, vocab_size=512, tie_embeddings=False)
-    model = build(config)
+    model = jax.jit(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))()
     residual_scale = 1 / np.sqrt(2 * 9)
     block = model.periods[1]
     wanted = {
@@ -189,28 +189,19 @@ def test_initial_values_are_what_the_docstring_says():
         assert np.max(np.abs(param[...])) < 2.4 * deviation, f"{name} is not truncated"
     assert jnp.all(model.final_norm.scale[...] == 1)
     assert not jnp.any(block.mixer.q.kernel[0] == block.mixer.q.kernel[1]), "periods share initial values"
-    loss = loss_of(model, random_tokens(2, 12)) / 24
+    loss = jax.jit(loss_of)(model, random_tokens(2, 12)) / 24
     assert abs(loss - np.log(512)) < 1
 
 
 def test_dtypes_are_what_the_config_says():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16", param_dtype="float16", tie_embeddings=False)
-    model = build(config)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float16")}
-    jaxpr = jax.make_jaxpr(jax.grad(lambda model: loss_of(model, random_tokens(1, 8))))(model)
-    operands = {
-        v.aval.dtype.name for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general" for v in e.invars
-    }
-    assert operands == {"bfloat16"}
-    assert jax.eval_shape(model, random_tokens(1, 8)).dtype == jnp.float32
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.init_cache(1, 4))} == {"bfloat16", "int32"}
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
+    changes = dict(dtype="bfloat16", param_dtype="float16", tie_embeddings=False)
+    model = abstract(dataclasses.replace(CONFIG, **changes))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"float16"}
+    matmuls = [equation for equation in gradient_equations(**changes) if equation.primitive.name == "dot_general"]
+    assert {operand.aval.dtype.name for matmul in matmuls for operand in matmul.invars} == {"bfloat16"}
+    assert jax.eval_shape(TransformerLM.__call__, model, random_tokens(1, 8)).dtype == jnp.float32
+    cache = jax.eval_shape(lambda: model.init_cache(1, 4))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(cache)} == {"bfloat16", "int32"}
 
 
 def test_logits_projection_gradient_is_that_of_the_matmul():
@@ -230,9 +221,9 @@ def test_soft_cap_bounds_the_logits():
 
 
 def test_tied_and_untied_embeddings():
-    assert build().unembedding is None
-    untied = build(dataclasses.replace(CONFIG, tie_embeddings=False))
-    tied_size, untied_size = (sum(leaf.size for leaf in jax.tree.leaves(model)) for model in (build(), untied))
+    tied, untied = abstract(CONFIG), abstract(dataclasses.replace(CONFIG, tie_embeddings=False))
+    assert tied.unembedding is None
+    tied_size, untied_size = (sum(leaf.size for leaf in jax.tree.leaves(model)) for model in (tied, untied))
     assert untied_size == tied_size + CONFIG.vocab_size * CONFIG.dim
 
 
@@ -240,9 +231,8 @@ def test_an_unknown_token_is_loud():
     assert jnp.all(jnp.isnan(call(build(), random_tokens(1, 8).at[0, 0].set(CONFIG.vocab_size))[0, 0]))
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_fewer_layers_than_two_periods(num_layers):
-    model = build(dataclasses.replace(CONFIG, num_layers=num_layers))
+def test_fewer_layers_than_a_period():
+    model = build(dataclasses.replace(CONFIG, num_layers=1))
     tokens = random_tokens(1, 6)
     cache = model.init_cache(1, 6)
     np.testing.assert_allclose(decode(model, tokens, cache)[0], call(model, tokens), atol=2e-5)
@@ -258,12 +248,11 @@ def test_schedules_are_shared_by_mask():
         "d": dataclasses.replace(attention, block_kv=8),
     }
     config = dataclasses.replace(CONFIG, mixers=mixers, pattern=tuple(mixers), num_layers=4)
-    model = nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))
-    assert len(model._schedules(8, None, None)) == 3
+    assert len(abstract(config)._schedules(8, None, None)) == 3
 
 
 def test_configs_compare_and_hash_by_value():
-    same = dataclasses.replace(CONFIG, mixers=dict(reversed(CONFIG.mixers.items())), pattern=list(CONFIG.pattern))
+    same = dataclasses.replace(CONFIG, mixers=dict(reversed(CONFIG.mixers.items())), pattern=("local", "global"))
     assert same == CONFIG and hash(same) == hash(CONFIG)
     other = dataclasses.replace(CONFIG, mixers={**CONFIG.mixers, "local": AttentionConfig(num_heads=4)})
     assert other != CONFIG and hash(other) != hash(CONFIG)
