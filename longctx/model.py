@@ -46,8 +46,9 @@ class ModelConfig:
     param_dtype: FloatDType = "float32"
     """Dtype that parameters are stored in."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: `none` nothing; `dots` all but the outputs of the projections and the MLP's
-    matmuls; `full` everything but the input of each layer. Later ones use less memory and more time."""
+    """What the backward pass recomputes. `none`: nothing. `dots`: norms, activations and attention, keeping the outputs
+    of the projections and of the MLP's matmuls. `full`: everything, keeping each layer's input. Each uses less memory
+    and more time than the one before."""
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", dict(self.mixers))
