@@ -113,7 +113,7 @@ def test_decoding_step_by_step_equals_one_call():
 def test_scanned_layers_equal_the_layers_one_by_one():
     model, tokens = build(dataclasses.replace(CONFIG, num_layers=5)), random_tokens(2, 9)
     layer = jax.jit(Block.__call__)
-    x = jnp.take(model.embedding[...], tokens, axis=0) * CONFIG.dim**0.5
+    x = jnp.take(model.embedding[...], tokens, axis=0)
     for period in range(2):
         for stacked in model.periods:
             x = layer(jax.tree.map(lambda leaf, period=period: leaf[period], stacked), x)
@@ -175,8 +175,8 @@ def test_initial_values_are_what_the_docstring_says():
     residual_scale = 1 / np.sqrt(2 * 9)
     block = model.periods[1]
     wanted = {
-        "embedding": (model.embedding, 64**-0.5),
-        "unembedding": (model.unembedding, 64**-0.5),
+        "embedding": (model.embedding, 0.02),
+        "unembedding": (model.unembedding, 0.02),
         "q": (block.mixer.q.kernel, 64**-0.5),
         "v": (block.mixer.v.kernel, 64**-0.5),
         "out": (block.mixer.out.kernel, 64**-0.5 * residual_scale),
@@ -208,7 +208,7 @@ def test_logits_projection_gradient_is_that_of_the_matmul():
     model, tokens = build(dataclasses.replace(CONFIG, num_layers=1, tie_embeddings=False)), random_tokens(2, 9)
     cotangent = jax.random.normal(jax.random.key(4), (2, 9, CONFIG.vocab_size))
     gradient = jax.jit(lambda model: jax.vjp(lambda m: m(tokens), model)[1](cotangent)[0])(model)
-    hidden = jax.jit(lambda m: m.final_norm(m.remainder[0](m.embedding[...][tokens] * CONFIG.dim**0.5)))(model)
+    hidden = jax.jit(lambda m: m.final_norm(m.remainder[0](m.embedding[...][tokens])))(model)
     np.testing.assert_allclose(
         gradient.unembedding[...], jnp.einsum("btv,btd->vd", cotangent, hidden), atol=1e-4, rtol=1e-4
     )

@@ -19,6 +19,7 @@ def test_public_names_are_pinned():
     assert sorted(longctx.__all__) == [
         "Attention",
         "AttentionConfig",
+        "AttentionSharding",
         "Block",
         "DecodeCache",
         "KVCache",

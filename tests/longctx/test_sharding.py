@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
     dim=16,
     num_layers=2,
     mlp_dim=24,
-    mixers={"attention": AttentionConfig(num_heads=4, num_kv_heads=2, window=6, block_q=4, block_kv=4)},
+    mixers={"attention": AttentionConfig(num_heads=8, num_kv_heads=4, window=6, block_q=4, block_kv=4)},
     pattern=("attention",),
     dtype="float32",
 )

@@ -1,0 +1,63 @@
+"""A stand-in language model and random batches, for tests of the trainer alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+VOCAB_SIZE = 16
+DIM = 8
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(0.3 * jax.random.normal(rngs.params(), (DIM, DIM)), logical_axes=("embed", "mlp"))
+        self.scale = nnx.Param(jnp.ones(DIM), logical_axes=("embed",))
+
+    def __call__(self, x_BTD):
+        return x_BTD + jnp.tanh(x_BTD @ self.kernel[...].astype(x_BTD.dtype)) * self.scale[...].astype(x_BTD.dtype)
+
+
+class StandIn(nnx.Module):
+    """The call signature of TransformerLM; each token sees itself and its position only."""
+
+    def __init__(self, rngs, *, param_dtype=jnp.float32):
+        table = 0.3 * jax.random.normal(rngs.params(), (VOCAB_SIZE, DIM))
+        self.embedding = nnx.Param(table.astype(param_dtype), logical_axes=("vocab", "embed"))
+        self.layers = nnx.List([Layer(rngs), Layer(rngs)])
+
+    def __call__(self, tokens_BT, *, positions=None, segment_ids=None):
+        table = self.embedding[...].astype(jnp.float32)
+        x_BTD = table[tokens_BT] + jnp.sin(positions.astype(jnp.float32))[..., None]
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        return x_BTD @ table.T
+
+
+@pytest.fixture
+def stand_in():
+    return StandIn
+
+
+@pytest.fixture
+def make_batch():
+    """make_batch(seed, rows, length): a random batch with unequal weights, several documents a row and
+    padding."""
+
+    def make(seed, rows=8, length=6):
+        rng = np.random.default_rng(seed)
+        segment_ids = np.sort(rng.integers(0, 3, (rows, length), dtype=np.int32), axis=1)
+        segment_ids[:, -1] = np.where(rng.random(rows) < 0.5, -1, segment_ids[:, -1])
+        weights = rng.random((rows, length), dtype=np.float32) * (segment_ids >= 0)
+        weights[: rows // 2] *= 0.1
+        return {
+            "tokens": rng.integers(0, VOCAB_SIZE, (rows, length), dtype=np.int32),
+            "targets": rng.integers(0, VOCAB_SIZE, (rows, length), dtype=np.int32),
+            "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+            "segment_ids": segment_ids,
+            "loss_weights": weights,
+            "num_bytes": rng.integers(1, 20, rows).astype(np.float32),
+        }
+
+    return make

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from train.flops import document_lengths, model_flops_utilization, peak_flops
+
+
+def test_document_lengths():
+    segment_ids = np.array([[0, 0, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0], [-1] * 6, [1, 0, 1, 0, 2, -1]], np.int32)
+    np.testing.assert_array_equal(document_lengths(segment_ids), [2, 3, 6, 2, 2, 1])
+    assert document_lengths(np.full((2, 3), -1, np.int32)).size == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_flops(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_model_flops_utilization():
+    # 1e15 forward FLOPs are 3e15 with the backward pass: 6 s on two devices of 989e12 use a quarter of
+    # 1.1868e16.
+    assert model_flops_utilization(1e15, 6.0, device_kind="NVIDIA H100 80GB HBM3", num_devices=2) == pytest.approx(
+        3e15 / 6.0 / (2 * 989e12)
+    )
+    assert model_flops_utilization(1e15, 6.0, device_kind="cpu", num_devices=2) is None

@@ -1,0 +1,66 @@
+import json
+
+import numpy as np
+import pytest
+
+from train.metrics import MetricsConfig, MetricsLog, draw_losses, drop_records_after, read_records
+
+
+def test_records_are_json_lines(tmp_path):
+    log = MetricsLog(tmp_path / "run", MetricsConfig(), step=0)
+    log.write(1, {"loss": np.float32(2.5), "finite": True})
+    log.write(2, {"loss": float("nan"), "grad_norm": float("inf"), "skipped_steps": np.int32(1)})
+    log.draw()
+    log.close()
+    assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 2.5, "finite": True},
+        {"step": 2, "loss": None, "grad_norm": None, "skipped_steps": 1},
+    ]
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_resuming_drops_what_lies_after_the_restored_step(tmp_path):
+    config = MetricsConfig(tensorboard=False, plot=False)
+    log = MetricsLog(tmp_path, config, step=0)
+    for step in (1, 2, 3, 4):
+        log.write(step, {"loss": float(step)})
+        if step == 2:
+            log.write(step, {"eval/loss": 0.5})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a crash
+    log = MetricsLog(tmp_path, config, step=2)
+    log.write(3, {"loss": 30.0})
+    log.draw()
+    log.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "eval/loss": 0.5},
+        {"step": 3, "loss": 30.0},
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_dropping_leaves_the_old_file_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def crash(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("train.metrics.os.replace", crash)
+    with pytest.raises(OSError, match="no space"):
+        drop_records_after(path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_run_without_records_draws_an_empty_plot(tmp_path):
+    draw_losses([], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_refused_settings():
+    with pytest.raises(ValueError, match="every: got 0, wanted 1 or more"):
+        MetricsConfig(every=0)

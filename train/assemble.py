@@ -1,0 +1,86 @@
+"""The parts of a run that training, evaluation and generation share, made from its config."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from longctx.model import ModelConfig, TransformerLM
+from longctx.sharding import make_mesh
+from train.config import ConfigError, TrainConfig, load_config
+from train.distributed import initialize
+
+
+def start_mesh(config: TrainConfig) -> Mesh:
+    """Starts JAX on the run's devices and arranges them.
+
+    Raises: ConfigError when the mesh does not fit the devices, or the batch does not fit the mesh.
+    """
+    devices = initialize(config.distributed)
+    try:
+        mesh = make_mesh(config.mesh, devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    rows = config.training.batch_size // config.training.accumulate_steps
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % row_devices:
+        raise ConfigError(
+            f"training.batch_size: got {config.training.batch_size} in {config.training.accumulate_steps} "
+            f"microbatch(es) of {rows} rows, wanted rows that the mesh's data x fsdp = {row_devices} "
+            "devices share "
+            "evenly; change batch_size or accumulate_steps"
+        )
+    context = mesh.shape["context_outer"] * mesh.shape["context_inner"]
+    if config.data.seq_len % context:
+        raise ConfigError(
+            f"data.seq_len: got {config.data.seq_len}, wanted a multiple of the mesh's context_outer x "
+            "context_inner "
+            f"= {context}; change seq_len or the mesh"
+        )
+    return mesh
+
+
+def resolved_model(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """The model's config with the tokenizer's vocabulary filled in.
+
+    Raises: ConfigError when the config names a vocabulary that is too small for the tokenizer.
+    """
+    if config.model.vocab_size is None:
+        return dataclasses.replace(config.model, vocab_size=vocab_size)
+    if config.model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: got {config.model.vocab_size}, wanted at least the tokenizer's {vocab_size}; "
+            "leave it out to take the tokenizer's"
+        )
+    return config.model
+
+
+def model_builder(config: ModelConfig) -> Callable[[nnx.Rngs], TransformerLM]:
+    """A function of the random keys that builds the model."""
+    return lambda rngs: TransformerLM(config, rngs=rngs)
+
+
+def config_of(source: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config that a config file or a run's folder holds; a run's folder may have moved since.
+
+    Args:
+      source: Config file or folder.
+      overrides: `a.b=c`, as for training.
+
+    Raises: ConfigError when there is none.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return load_config(path, overrides)
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{source}: holds no config.yaml, so it is no run's folder; pass run_dir or a config file")
+    return dataclasses.replace(load_config(path / "config.yaml", overrides), run_dir=source)
+
+
+def memory_in_use() -> float | None:
+    """Peak bytes in use on the fullest local device, or None where the platform does not say."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return max((s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s), default=None)

@@ -1,0 +1,293 @@
+"""Saving, resuming and initializing from checkpoints, on Orbax."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from train.state import TrainState
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used, on one line, with the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved and which checkpoints are kept."""
+
+    every: int | None = 1000
+    """Steps between checkpoints, or null. The last step and an interrupted one are saved in any case."""
+    keep_last: int = 2
+    """How many of the latest checkpoints are kept."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this. Default: none."""
+    dir: str | None = None
+    """Folder of the checkpoints. Default: checkpoints in run_dir."""
+
+    def __post_init__(self):
+        for name in ("every", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, wanted 1 or more, or null")
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last: got {self.keep_last}, wanted 1 or more")
+        if self.every is not None and self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every: got {self.keep_every}, which is no multiple of every={self.every}, so no such "
+                "step "
+                "would be saved; choose a multiple"
+            )
+
+    def directory(self, run_dir: str | Path) -> Path:
+        """Where the checkpoints of a run lie."""
+        return Path(self.dir) if self.dir is not None else Path(run_dir) / "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """What a checkpoint holds beside arrays."""
+
+    rows: int
+    """Training rows consumed: the whole state of the data."""
+    config: Mapping[str, Any]
+    """The resolved config of the run that saved it, as plain data."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: one folder a saved step, written in the background, complete or absent.
+
+    A step's folder has three items: `params`, `training` (optimizer state, step, key, skipped steps) and
+    `position` (JSON: rows consumed and the config).
+
+    Args:
+      directory: Folder of the run's checkpoints; made if it is not there.
+      config: What to keep.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        self.directory = directory
+        self._manager = _open(directory, config)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last complete checkpoint's step, or None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, *, step: int, rows: int, config: Mapping[str, Any]) -> None:
+        """Starts to save a step; returns once the state may be donated. A step already saved is left alone.
+
+        Args:
+          state: The state after `step` steps.
+          step: Its step.
+          rows: Training rows consumed so far.
+          config: The resolved config as plain data.
+        """
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                training=ocp.args.StandardSave(_without_params(state)),
+                position=ocp.args.JsonSave({"rows": rows, "config": dict(config)}),
+            ),
+        )
+
+    def check(self, abstract: TrainState) -> None:
+        """Compares the latest checkpoint with the state of this config, without reading arrays.
+
+        Raises: CheckpointError when this trainer did not write it, or when its parameters or optimizer state
+          are not those of this config; it names the first difference.
+        """
+        step = self.latest_step
+        for item, wanted in (("params", abstract.params), ("training", _without_params(abstract))):
+            try:
+                stored = _stored_shapes(self._manager, step, item)
+            except Exception as error:  # Orbax and tensorstore raise many types for damaged files
+                raise self._unreadable(step, _brief(error)) from error
+            if stored is None:
+                raise self._unreadable(step, f"it holds no {item}")
+            difference = _first_difference(stored, _shapes(wanted))
+            if difference is not None:
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: this config cannot resume from it: {difference}; choose "
+                    "another "
+                    f"run_dir, with init_from={self.directory} if only its weights are wanted"
+                )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Position]:
+        """The latest checkpoint, laid out as `abstract` asks; the mesh that saved it may have been another.
+
+        Args:
+          abstract: ShapeDtypeStructs with the shardings of the current mesh; `check` has passed.
+        Raises: CheckpointError when the checkpoint cannot be read.
+        """
+        step = self.latest_step
+        try:
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    training=ocp.args.StandardRestore(_without_params(abstract)),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+            position = Position(rows=items.position["rows"], config=items.position["config"])
+        except Exception as error:  # as in check
+            raise self._unreadable(step, _brief(error)) from error
+        return TrainState(params=items.params, **items.training), position
+
+    def wait(self) -> None:
+        """Blocks until every save that was started is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the saves and releases the threads."""
+        self._manager.close()
+
+    def _unreadable(self, step: int, reason: str) -> CheckpointError:
+        earlier = [other for other in self._manager.all_steps() if other < step]
+        remedy = (
+            f"delete that folder to go on from step {max(earlier)}"
+            if earlier
+            else "no earlier checkpoint exists: delete that folder to start again, or choose another run_dir"
+        )
+        return CheckpointError(
+            f"{self.directory / str(step)}: cannot be read as a checkpoint of this trainer ({reason}); {remedy}"
+        )
+
+
+def load_params(source: str | Path, abstract_params: Any) -> Any:
+    """The weights alone of another run's latest checkpoint, laid out as `abstract_params` asks.
+
+    Args:
+      source: A run's folder, its folder of checkpoints, or one checkpoint in it.
+      abstract_params: ShapeDtypeStructs with shardings.
+    Raises: CheckpointError when there is no checkpoint, or a parameter is missing, unknown or of another
+      shape; it names the first one.
+    """
+    directory, step = find_checkpoint(source)
+    manager = _open(directory, CheckpointConfig(), read_only=True)
+    try:
+        stored = _stored_shapes(manager, step, "params")
+        if stored is None:
+            raise CheckpointError(f"{directory / str(step)}: holds no parameters; pass a checkpoint of this trainer")
+        difference = _first_difference(stored, _shapes(abstract_params), dtypes=False)
+        if difference is not None:
+            raise CheckpointError(
+                f"{directory / str(step)}: its weights do not fit the model: {difference}; give the model "
+                "the shapes "
+                "of that run"
+            )
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
+        return manager.restore(step, args=args).params
+    except CheckpointError:
+        raise
+    except Exception as error:  # as in Checkpoints.check
+        raise CheckpointError(f"{directory / str(step)}: cannot be read ({_brief(error)})") from error
+    finally:
+        manager.close()
+
+
+def find_checkpoint(source: str | Path) -> tuple[Path, int]:
+    """The folder of checkpoints and the step that a path means; the latest step unless the path names one.
+
+    Raises: CheckpointError when there is none.
+    """
+    path = Path(source).resolve()
+    if path.name.isdecimal() and (path / "params").is_dir():
+        return path.parent, int(path.name)
+    for directory in (path / "checkpoints", path):
+        if directory.is_dir():
+            step = _open(directory, CheckpointConfig(), read_only=True).latest_step()
+            if step is not None:
+                return directory, step
+    raise CheckpointError(
+        f"{source}: holds no complete checkpoint; pass a run's folder, its folder of checkpoints, or one checkpoint"
+    )
+
+
+def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The settings in which two configs (as plain data) differ, as `key: old -> new`."""
+    old, new = _flat(stored), _flat(current)
+    return [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _open(directory: Path, config: CheckpointConfig, *, read_only: bool = False) -> ocp.CheckpointManager:
+    policies: list[Any] = [checkpoint_managers.LatestN(config.keep_last)]
+    if config.keep_every is not None:
+        policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
+    return ocp.CheckpointManager(
+        directory.resolve(),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+        ),
+        item_handlers={
+            "params": ocp.StandardCheckpointHandler(),
+            "training": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        },
+    )
+
+
+def _without_params(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "rng": state.rng,
+        "skipped_steps": state.skipped_steps,
+    }
+
+
+def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    flat = ocp.tree.to_flat_dict(tree, sep=".")
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in flat.items()}
+
+
+def _stored_shapes(manager: ocp.CheckpointManager, step: int, item: str):
+    metadata = manager.item_metadata(step)
+    return None if metadata.get(item) is None else _shapes(metadata[item].tree)
+
+
+def _first_difference(stored: Mapping, wanted: Mapping, *, dtypes: bool = True) -> str | None:
+    for name in sorted(wanted.keys() | stored.keys()):
+        if name not in stored:
+            return f"{name} is not in the checkpoint"
+        if name not in wanted:
+            return f"{name} is in the checkpoint but not in this config"
+        (old_shape, old_dtype), (shape, dtype) = stored[name], wanted[name]
+        if old_shape != shape:
+            return f"{name} has shape {list(old_shape)} in the checkpoint and {list(shape)} here"
+        if dtypes and old_dtype != dtype:
+            return f"{name} has dtype {old_dtype} in the checkpoint and {dtype} here"
+    return None
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, Mapping):
+        items = [(str(key), value) for key, value in data.items()]
+    elif isinstance(data, (list, tuple)):
+        items = [(str(index), value) for index, value in enumerate(data)]
+    else:
+        return {prefix: data}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,44 @@
+"""python -m train.evaluate RUN_DIR|CONFIG [a.b=c ...]: the latest checkpoint's loss on held-out data."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from train.assemble import config_of, model_builder, resolved_model, start_mesh
+from train.checkpoint import find_checkpoint, load_params
+from train.command import run_command
+from train.config import TrainConfig
+from train.data import open_data
+from train.evaluation import evaluate, make_eval_step
+from train.state import abstract_model, abstract_params
+
+
+def evaluate_run(config: TrainConfig) -> dict[str, float]:
+    """The step of the run's latest checkpoint, and its eval/loss, eval/bits_per_byte and eval/tokens."""
+    directory, step = find_checkpoint(config.checkpoint.directory(config.run_dir))
+    mesh = start_mesh(config)
+    with jax.set_mesh(mesh):
+        data = open_data(config.data, seed=config.seed)
+        build = model_builder(resolved_model(config, data.tokenizer.vocab_size))
+        params = load_params(directory / str(step), abstract_params(build, mesh))
+        batches = data.held_out_batches(
+            batch_size=config.training.batch_size // config.training.accumulate_steps,
+            max_batches=config.evaluation.max_batches,
+        )
+        return {"step": step} | evaluate(make_eval_step(abstract_model(build)[0]), params, batches, mesh)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line, prints one JSON object and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__)
+    parser.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or its config file")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys to change")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: print(json.dumps(evaluate_run(config_of(options.source, options.overrides)))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

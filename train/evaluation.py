@@ -1,0 +1,71 @@
+"""Held-out loss and bits per byte."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from longctx.losses import cross_entropy
+from train.step import Batch, bits_per_byte, place_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the model is measured on held-out data."""
+
+    every: int | None = 500
+    """Steps between evaluations, beside those before the first and after the last step. Null: no
+    evaluation."""
+    max_batches: int | None = None
+    """Evaluate on this many batches of held-out rows at most. Default: on all of them."""
+
+    def __post_init__(self):
+        for name in ("every", "max_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, wanted 1 or more, or null")
+
+
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
+    """Builds the jitted step(params, batch) -> float32 [3]: sums of weighted nll (nats), weights and source
+    bytes."""
+
+    def step(params, batch):
+        model = nnx.merge(graphdef, params)
+        logits_BTV = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        sums = cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"])
+        return jnp.stack([sums.nll_sum, sums.weight_sum, jnp.sum(batch["num_bytes"])])
+
+    return jax.jit(step)
+
+
+def evaluate(
+    eval_step: Callable[[Any, Batch], jax.Array],
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+) -> dict[str, float]:
+    """The loss over all batches together: sums are divided once, so that how rows are batched does not matter.
+
+    Args:
+      eval_step: From make_eval_step.
+      params: The model's parameters.
+      batches: Held-out batches; rows that only fill up the last one have weight 0.
+      mesh: Where the batches are placed.
+    Returns: eval/loss (nats a token), eval/bits_per_byte = nats / (ln 2 x source bytes), eval/tokens (total
+      weight).
+    """
+    nll, weight, num_bytes = sum(
+        (jax.device_get(eval_step(params, place_batch(batch, mesh))).astype(np.float64) for batch in batches),
+        start=np.zeros(3),
+    )
+    return {
+        "eval/loss": float(nll / weight),
+        "eval/bits_per_byte": float(bits_per_byte(nll, num_bytes)),
+        "eval/tokens": float(weight),
+    }

@@ -1,0 +1,247 @@
+"""One training run, from its config to its last line."""
+
+import dataclasses
+import math
+import os
+import time
+from collections import deque
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from longctx.model import ModelConfig, forward_flops
+from train.assemble import memory_in_use, model_builder, resolved_model, start_mesh
+from train.checkpoint import Checkpoints, changed_settings, load_params
+from train.config import ConfigError, TrainConfig, config_text
+from train.data import open_data
+from train.evaluation import evaluate, make_eval_step
+from train.flops import document_lengths, model_flops_utilization
+from train.metrics import MetricsLog
+from train.optimizer import make_optimizer, make_schedule
+from train.progress import Display, Throughput, duration
+from train.sampling import sample_text
+from train.schema import to_dict
+from train.signals import StopSignals
+from train.state import TrainState, abstract_model, abstract_state, create_state
+from train.step import Metrics, NonFiniteError, TrainingConfig, make_train_step, place_batch
+
+MAX_STEPS_IN_FLIGHT = 2  # more gain nothing, and XLA's CPU runtime aborts when many steps with collectives are queued
+
+
+def train(config: TrainConfig) -> None:
+    """Trains, or resumes, the run that the config describes; says so when it is done already.
+
+    Raises: ConfigError, DataError and CheckpointError for what the user can mend, before a file of an
+      earlier run is changed; NonFiniteError, with the step, where training.on_nonfinite is "stop".
+    """
+    started = time.monotonic()
+    mesh = start_mesh(config)
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        display = stack.enter_context(Display(config.training.steps))
+        data = open_data(config.data, seed=config.seed)
+        for note in data.notes:
+            display.note(note)
+
+        model_config = resolved_model(config, data.tokenizer.vocab_size)
+        build = model_builder(model_config)
+        graphdef, _ = abstract_model(build)
+        schedule = make_schedule(config.optimizer, total_steps=config.training.steps)
+        optimizer = make_optimizer(config.optimizer, schedule=schedule)
+        abstract = abstract_state(build, optimizer, mesh)
+        checkpoints = stack.enter_context(
+            closing(Checkpoints(config.checkpoint.directory(config.run_dir), config.checkpoint))
+        )
+
+        if checkpoints.latest_step is not None:
+            checkpoints.check(abstract)
+            if checkpoints.latest_step >= config.training.steps:
+                display.note(f"{config.run_dir} is done at step {checkpoints.latest_step}. {_next_steps(config)}")
+                return
+            state, rows = _resume(config, checkpoints, abstract, display)
+        else:
+            weights = load_params(config.init_from, abstract.params) if config.init_from else None
+            state, rows = create_state(build, optimizer, mesh, seed=config.seed), 0
+            if weights is not None:
+                state = dataclasses.replace(state, params=weights)
+                display.note(f"weights from {config.init_from}")
+
+        step = first = int(state.step)
+        _write_config(config)
+        log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step)))
+        in_flight = _StepsInFlight(config, model_config, mesh, log, display)
+        train_step = make_train_step(graphdef, optimizer, schedule, config.training, mesh)
+        eval_step = make_eval_step(graphdef)
+        eval_every = config.evaluation.every if len(data.held_out) else None
+        held_out: dict[str, float] = {}
+
+        def evaluate_now() -> None:
+            held_out.update(
+                evaluate(
+                    eval_step,
+                    state.params,
+                    data.held_out_batches(
+                        batch_size=config.training.batch_size // config.training.accumulate_steps,
+                        max_batches=config.evaluation.max_batches,
+                    ),
+                    mesh,
+                )
+            )
+            log.write(step, held_out)
+            log.draw()
+            display.note(
+                f"step {step}: held-out loss {held_out['eval/loss']:.4f}, "
+                f"{held_out['eval/bits_per_byte']:.4f} bits/byte"
+            )
+
+        def save() -> None:
+            checkpoints.save(state, step=step, rows=rows, config=to_dict(config))
+
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
+        axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+        display.note(f"{parameters / 1e6:.2f}M parameters on {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})")
+        if eval_every is not None and step == 0:
+            evaluate_now()
+        batches = stack.enter_context(
+            closing(data.batches(start_step=rows // config.training.batch_size, batch_size=config.training.batch_size))
+        )
+        signals = stack.enter_context(StopSignals())
+        display.start(step)
+        compile_started = time.monotonic()
+        while step < config.training.steps and signals.received is None:
+            batch = next(batches)
+            in_flight.wait(at_most=MAX_STEPS_IN_FLIGHT - 1)
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, place_batch(batch, mesh))
+            step, rows = step + 1, rows + config.training.batch_size
+            in_flight.add(step, metrics, batch["segment_ids"])
+
+            eval_due = eval_every is not None and (step % eval_every == 0 or step == config.training.steps)
+            save_due = config.checkpoint.every is not None and step % config.checkpoint.every == 0
+            if step == first + 1 or eval_due or save_due:
+                in_flight.wait(at_most=0)
+                if step == first + 1:
+                    display.note(f"first step, with compilation: {time.monotonic() - compile_started:.1f} s")
+                if eval_due:
+                    evaluate_now()
+                if save_due:
+                    save()
+                in_flight.restart_clock()
+        in_flight.wait(at_most=0)
+        save()
+        checkpoints.wait()
+        log.draw()
+        display.stop()
+
+        if step < config.training.steps:
+            display.note(
+                f"{signals.received}: saved step {step} of {config.training.steps} in "
+                f"{checkpoints.directory}; "
+                "run the same command again to go on"
+            )
+            return
+        if config.sample.num_tokens:
+            text = sample_text(graphdef, state.params, data.tokenizer, config.sample)
+            display.note(f"--- sample ---\n{config.sample.prompt}{text}\n--------------")
+        result = f", held-out {held_out['eval/bits_per_byte']:.3f} bits/byte" if held_out else ""
+        display.note(f"done: step {step} in {duration(time.monotonic() - started)}{result}. {_next_steps(config)}")
+
+
+def _resume(
+    config: TrainConfig, checkpoints: Checkpoints, abstract: TrainState, display: Display
+) -> tuple[TrainState, int]:
+    """The state of the latest checkpoint and the rows consumed until then."""
+    state, position = checkpoints.restore(abstract)
+    if position.rows % config.training.batch_size:
+        raise ConfigError(
+            f"training.batch_size: got {config.training.batch_size}, but the run has consumed "
+            f"{position.rows} rows, "
+            "which is no multiple of it; choose a divisor of that, or another run_dir"
+        )
+    display.note(f"resuming {config.run_dir} at step {int(state.step)}")
+    for change in changed_settings(position.config, to_dict(config)):
+        display.note(f"  changed since then: {change}")
+    return state, position.rows
+
+
+class _StepsInFlight:
+    """Steps that were dispatched and whose metrics are yet to be waited for, checked, shown and recorded."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, mesh: Mesh, log: MetricsLog, display: Display):
+        self._config, self._model_config, self._mesh = config, model_config, mesh
+        self._log, self._display = log, display
+        self._steps: deque[tuple[int, Metrics, np.ndarray]] = deque()
+        self._throughput = Throughput()
+
+    def add(self, step: int, metrics: Metrics, segment_ids: np.ndarray) -> None:
+        self._steps.append((step, metrics, segment_ids))
+
+    def restart_clock(self) -> None:
+        """Leaves what lies behind (compilation, evaluation, saving) out of the throughput."""
+        self._throughput.restart()
+
+    def wait(self, *, at_most: int) -> None:
+        """Waits for the oldest steps until at most so many are left."""
+        while len(self._steps) > at_most:
+            self._finish(*self._steps.popleft())
+
+    def _finish(self, step: int, metrics: Metrics, segment_ids: np.ndarray) -> None:
+        values: dict[str, Any] = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        lengths = document_lengths(segment_ids)
+        self._throughput.add(tokens=int(lengths.sum()), flops=forward_flops(self._model_config, lengths))
+        self._display.step(step)
+        finite = values["finite"]
+        if not finite or step % self._config.metrics.every == 0 or step == self._config.training.steps:
+            seconds_a_step = self._add_rates(values)
+            self._log.write(step, values)
+            left = None if seconds_a_step is None else seconds_a_step * (self._config.training.steps - step)
+            self._display.record(step, values, seconds_left=left)
+        if not finite:
+            _check_nonfinite(step, values, self._config.training, self._display)
+
+    def _add_rates(self, values: dict[str, Any]) -> float | None:
+        seconds, steps, tokens, forward = self._throughput.totals()
+        self._throughput.restart()
+        memory = memory_in_use()
+        if memory is not None:
+            values["memory_gib"] = memory / 2**30
+        values["tokens_per_second"] = tokens / seconds
+        mfu = model_flops_utilization(
+            forward, seconds, device_kind=self._mesh.devices.flat[0].device_kind, num_devices=self._mesh.size
+        )
+        if mfu is not None:
+            values["mfu"] = mfu
+        return seconds / steps
+
+
+def _check_nonfinite(step: int, values: dict[str, Any], config: TrainingConfig, display: Display) -> None:
+    what = f"step {step}: loss {values['loss']} and gradient norm {values['grad_norm']} are not both finite"
+    if config.on_nonfinite == "stop":
+        raise NonFiniteError(
+            f"{what}; stopped. Lower optimizer.learning_rate, or set training.on_nonfinite=skip to leave "
+            "out such "
+            "steps; running again goes on from the last checkpoint"
+        )
+    display.note(f"{what}; skipped, {values['skipped_steps']} so far")
+
+
+def _write_config(config: TrainConfig) -> None:
+    """Writes the resolved config into the run's folder, atomically."""
+    if jax.process_index() == 0:
+        path = Path(config.run_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(config_text(config), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _next_steps(config: TrainConfig) -> str:
+    return (
+        f"Everything is in {config.run_dir}: python -m train.generate {config.run_dir} --prompt TEXT "
+        "samples from it; "
+        f"python -m train {Path(config.run_dir) / 'config.yaml'} training.steps={2 * config.training.steps} "
+        "goes on"
+    )

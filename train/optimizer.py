@@ -1,0 +1,129 @@
+"""AdamW with warm-up, a decay schedule and clipping."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+UNDECAYED_NAMES = ("bias", "scale", "sinks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its learning-rate schedule and gradient clipping."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate, reached at the end of the warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up: cosine decay, a stable phase followed by a linear decay (wsd), or constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to its peak; the first one uses peak /
+    warmup_steps."""
+    decay_steps: int | None = None
+    """Length of the decay. Default: cosine, from the warm-up to the end of the run; wsd, its last tenth."""
+    final_lr_ratio: float = 0.1
+    """Learning rate after the decay, as a fraction of the peak."""
+    b1: float = 0.9
+    """Decay rate of the running mean of the gradients."""
+    b2: float = 0.95
+    """Decay rate of the running mean of the squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the second moment, against division by zero."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay. Vectors, and parameters named bias, scale or sinks, are not decayed."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; a larger one is scaled down to it. Null switches clipping off."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted a number above 0")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 <= {name} < 1")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"final_lr_ratio: got {self.final_lr_ratio}, wanted a fraction between 0 and 1")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm: got {self.clip_norm}, wanted a number above 0, or null for no clipping")
+        if self.decay_steps is not None and self.schedule == "constant":
+            raise ValueError(
+                f"decay_steps: got {self.decay_steps} with schedule=constant, which does not decay; "
+                "remove decay_steps or choose schedule=cosine or wsd"
+            )
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"decay_steps: got {self.decay_steps}, wanted 1 or more, or null for the default")
+
+
+def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Schedule:
+    """The learning rate as a function of the number of updates made so far.
+
+    With t = updates + 1 and w = warmup_steps: peak t / w for t <= w. Then, with p the fraction of the decay
+    done and r = final_lr_ratio, cosine: peak (r + (1 - r) (1 + cos(pi p)) / 2); wsd: peak until
+    total_steps - decay_steps, then peak (1 - (1 - r) p). By default the last step of the run has p = 1.
+
+    Args:
+      config: Shape and values.
+      total_steps: Steps of the whole run.
+    Raises: ValueError when warm-up and decay do not fit into the run.
+    """
+    peak, final, warmup = (
+        config.learning_rate,
+        config.learning_rate * config.final_lr_ratio,
+        config.warmup_steps,
+    )
+    if warmup >= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps: got {warmup}, wanted fewer than training.steps={total_steps}; shorten the warm-up"
+        )
+    if config.schedule == "constant":
+        phases, boundaries = [optax.constant_schedule(peak)], []
+    elif config.schedule == "cosine":
+        length = config.decay_steps or total_steps - warmup
+        phases, boundaries = [optax.cosine_decay_schedule(peak, length, alpha=config.final_lr_ratio)], []
+    else:
+        length = config.decay_steps or max(1, total_steps // 10)
+        if warmup + length > total_steps:
+            raise ValueError(
+                f"optimizer.decay_steps: got {length} after warmup_steps={warmup}, wanted a sum of at most "
+                f"training.steps={total_steps}; shorten one of them"
+            )
+        phases = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, length)]
+        boundaries = [total_steps - length]
+    if warmup:
+        phases, boundaries = [optax.linear_schedule(0.0, peak, warmup), *phases], [warmup, *boundaries]
+    joined = optax.join_schedules(phases, boundaries)
+    return lambda updates: joined(updates + 1)
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters weight decay touches: a tree of bool.
+
+    A parameter is decayed when it has two dims or more and its own name is none of bias, scale and sinks.
+    The name decides for vectors that a layer scan has stacked into [num_periods, D].
+    """
+
+    def is_decayed(path, leaf):
+        return leaf.ndim >= 2 and getattr(path[-1], "key", None) not in UNDECAYED_NAMES
+
+    return jax.tree.map_with_path(is_decayed, params)
+
+
+def make_optimizer(config: OptimizerConfig, *, schedule: Schedule) -> optax.GradientTransformation:
+    """Clipping, Adam, decoupled weight decay and the learning rate, in this order.
+
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101, Algorithm 2.
+    """
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -1,0 +1,109 @@
+"""What a run shows: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Throughput:
+    """Tokens/s and model FLOP/s since the last restart, which follows every record and every pause."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._steps, self._tokens, self._flops = time.monotonic(), 0, 0, 0.0
+
+    def add(self, *, tokens: int, flops: float) -> None:
+        """Counts one finished step."""
+        self._steps, self._tokens, self._flops = self._steps + 1, self._tokens + tokens, self._flops + flops
+
+    def totals(self) -> tuple[float, int, int, float]:
+        """Seconds, steps, tokens and forward FLOPs since the restart."""
+        return time.monotonic() - self._start, self._steps, self._tokens, self._flops
+
+
+class Display:
+    """Progress of a run on stdout; only process 0 shows anything.
+
+    Args:
+      total_steps: Steps of the whole run.
+      console: Where to; default the process's stdout.
+    """
+
+    def __init__(self, total_steps: int, *, console: Console | None = None):
+        self._total = total_steps
+        self._console = Console(highlight=False, soft_wrap=True) if console is None else console
+        self._silent = jax.process_index() != 0
+        self._bar = self._task = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self, step: int) -> None:
+        """Starts the bar at a step."""
+        if self._silent or not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[values]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("train", total=self._total, completed=step, values="compiling")
+        self._bar.start()
+
+    def stop(self) -> None:
+        """Ends the bar and leaves its last state on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def record(self, step: int, values: Mapping[str, Any], *, seconds_left: float | None) -> None:
+        """Shows the metrics of a step."""
+        text = summary(values)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, values=text)
+        elif not self._silent:
+            left = "-" if seconds_left is None else duration(seconds_left)
+            print(f"step {step}/{self._total}  {text}  left {left}", flush=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if not self._silent:
+            self._console.print(text, markup=False)
+
+
+def summary(values: Mapping[str, Any]) -> str:
+    """Loss, bits per byte, tokens/s and MFU in one short text; `-` where a value is not known."""
+
+    def text(name, form, scale=1.0):
+        value = values.get(name)
+        return "-" if value is None else form.format(value * scale)
+
+    return (
+        f"loss {text('loss', '{:.3f}')}  bits/byte {text('bits_per_byte', '{:.3f}')}  "
+        f"tokens/s {text('tokens_per_second', '{:,.0f}')}  MFU {text('mfu', '{:.1f}%', 100)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,153 @@
+"""One optimizer step as one jitted function over split state."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from longctx.losses import cross_entropy
+from longctx.sharding import batch_sharding
+from train.optimizer import Schedule
+from train.state import TrainState, float32
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient that is not finite stopped the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long to train, on how many rows a step, and what to do with a step that went wrong."""
+
+    steps: int
+    """Optimizer steps of the whole run; raise it to continue a finished run."""
+    batch_size: int
+    """Rows of data.seq_len tokens in a step, over all devices and microbatches."""
+    accumulate_steps: int = 1
+    """Microbatches that a step is cut into; their gradient sums are added in float32 before one update."""
+    z_loss: float = 0.0
+    """Weight of the penalty on the squared log-normalizer of the logits; 0 switches it off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a non-finite loss or gradient does: stop the run, or skip and count the step. It is never
+    applied."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss: got {self.z_loss}, wanted 0 or more")
+        if self.batch_size % self.accumulate_steps:
+            raise ValueError(
+                f"accumulate_steps: got {self.accumulate_steps}, which does not divide "
+                f"batch_size={self.batch_size}; "
+                "choose a divisor"
+            )
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The host's batch on the mesh: [B, T] arrays over (rows, tokens), [B] arrays over rows."""
+    shardings = {name: batch_sharding(mesh, array.ndim) for name, array in batch.items()}
+    return jax.device_put(dict(batch), shardings)
+
+
+def bits_per_byte(nll_sum, num_bytes):
+    """nats / (ln 2 x source bytes)."""
+    return nll_sum / (math.log(2.0) * num_bytes)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    config: TrainingConfig,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the jitted step; the state passed to it is donated.
+
+    The gradient is that of sum(weight x loss) / sum(weight) over the whole batch: microbatches add gradients
+    of sums in float32, and one division by the total weight follows, so how the batch is cut does not change
+    the update. The optimizer works in float32 whatever the dtype of the parameters.
+
+    Args:
+      graphdef: Static half of the model; it is merged with the parameters only while tracing.
+      optimizer: As make_optimizer builds it.
+      schedule: Learning rate by number of updates, for the metrics.
+      config: Accumulation, z-loss.
+      mesh: Where the batch lies.
+    Returns: step(state, batch) -> (state, metrics). Metrics are scalars: loss (mean nll in nats a token),
+      bits_per_byte, z_loss (when on), grad_norm (before clipping), learning_rate, tokens (total weight),
+      finite, skipped_steps. A step that is not finite leaves parameters and optimizer state as they were.
+    Memory: a float32 copy of the gradients beside the state.
+    """
+
+    def loss_sum(params, microbatch):
+        model = nnx.merge(graphdef, params)
+        logits_BTV = model(
+            microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"]
+        )
+        sums = cross_entropy(logits_BTV, microbatch["targets"], microbatch["loss_weights"], z_loss=config.z_loss)
+        return sums.loss_sum, (sums.loss_sum, sums.nll_sum, sums.weight_sum)
+
+    def split(array):
+        # Strided, so that every microbatch is spread over the same devices as the batch: no data moves.
+        parts = array.reshape(-1, config.accumulate_steps, *array.shape[1:]).swapaxes(0, 1)
+        spec = batch_sharding(mesh, array.ndim).spec
+        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, *spec))
+
+    def accumulate(params, batch):
+        def body(carry, microbatch):
+            (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, microbatch)
+            return jax.tree.map(jnp.add, carry, (sums, float32(gradients))), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        carry, _ = jax.lax.scan(body, ((jnp.float32(0.0),) * 3, zeros), {k: split(v) for k, v in batch.items()})
+        return carry
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, nll, weight), gradients = accumulate(state.params, batch)
+        divisor = jnp.where(weight > 0, weight, 1.0)
+        gradients = jax.tree.map(lambda g: g / divisor, gradients)
+        grad_norm = optax.tree_utils.tree_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        params = float32(state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counts with floats
+            updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+            learning_rate = schedule(state.step - state.skipped_steps)
+        params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
+
+        def keep_finite(new, old):
+            return jnp.where(finite, new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep_finite, params, state.params),
+            opt_state=jax.tree.map(keep_finite, opt_state, state.opt_state),
+            rng=state.rng,
+            skipped_steps=state.skipped_steps + jnp.where(finite, 0, 1).astype(jnp.int32),
+        )
+        metrics = {
+            "loss": nll / divisor,
+            "bits_per_byte": bits_per_byte(nll, jnp.sum(batch["num_bytes"])),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": weight,
+            "finite": finite,
+            "skipped_steps": new_state.skipped_steps,
+        }
+        if config.z_loss:
+            metrics["z_loss"] = (loss - nll) / divisor
+        return new_state, metrics
+
+    return jax.jit(step, donate_argnums=0)
