@@ -25,6 +25,6 @@ class BlockSizes:
 # busy, small ones stay in a CPU's cache.
 BLOCKWISE_ATTENTION = {
     "cpu": BlockSizes(block_q=256, block_kv=256),
-    "gpu": BlockSizes(block_q=512, block_kv=1024),
+    "gpu": BlockSizes(block_q=1024, block_kv=1024),
     "tpu": BlockSizes(block_q=512, block_kv=1024),
 }
