@@ -1,6 +1,6 @@
 """Softmax attention as a layer: projections, rotary positions and a KV cache around `blockwise_attention`."""
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,15 @@ _CAUSAL = masks.causal()
 _ROTARY = RotaryConfig()
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KVCache:
-    """The keys and values of the tokens decoded so far, in slots 0 .. length - 1 of S.
+class KVCache(NamedTuple):
+    """The keys and values of the tokens decoded so far, in slots 0 .. length - 1 of S."""
 
-    Attributes:
-      k: Keys, rotated.
-      v: Values.
-      length: Number of filled slots, which is also the position of the next token.
-    """
-
-    k: Float[Array, "*layers B S K H"]
-    v: Float[Array, "*layers B S K H"]
-    length: Int32[Array, "*layers"]
+    k: jax.Array
+    """Keys, rotated, `[B, S, K, H]`."""
+    v: jax.Array
+    """Values, `[B, S, K, H]`."""
+    length: jax.Array
+    """Number of filled slots, which is also the position of the next token; int32 scalar."""
 
     def extended(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
         """The cache with T more tokens."""

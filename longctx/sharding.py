@@ -46,9 +46,9 @@ class MeshConfig:
     """How many devices each mesh axis spans; their product is the number of devices used."""
 
     data: int = 1
-    """Devices that hold different rows of the batch and, of this axis, the same parameters; -1 takes the rest."""
+    """Devices that take different rows of the batch and keep the same parameters; -1 takes the rest."""
     fsdp: int = 1
-    """Devices that hold different rows of the batch and different shards of every parameter; -1 takes the rest."""
+    """Devices that take different rows of the batch and keep different parts of the parameters; -1 takes the rest."""
     context_outer: int = 1
     """Groups of devices between which a sequence is split, across slower links; -1 takes the rest."""
     context_inner: int = 1
