@@ -12,10 +12,10 @@ from train import schema, schema_docs
 from train.checkpoint import CheckpointConfig
 from train.data import DataConfig
 from train.distributed import DistributedConfig
-from train.evaluate import EvaluationConfig
-from train.generate import SampleConfig
+from train.evaluation import EvaluationConfig
+from train.sampling import SampleConfig
 from train.metrics import MetricsConfig
-from train.optimizer import OptimizerConfig
+from train.optimizer import OptimizerConfig, check_schedule
 from train.schema import ConfigError
 from train.step import TrainingConfig
 
@@ -52,6 +52,9 @@ class TrainConfig:
     """What is logged, how often, and where to."""
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     """The text that the trained model is asked to go on with."""
+
+    def __post_init__(self):
+        check_schedule(self.optimizer, total_steps=self.training.steps)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
