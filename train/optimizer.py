@@ -54,8 +54,8 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm: got {self.clip_norm}, wanted a number above 0, or null for no clipping")
         if self.decay_steps is not None and self.schedule == "constant":
             raise ValueError(
-                f"decay_steps: got {self.decay_steps} with schedule=constant, which does not decay; "
-                "remove decay_steps or choose schedule=cosine or wsd"
+                f"decay_steps: got {self.decay_steps} with schedule=constant, which does not decay; remove decay_steps "
+                "or choose schedule=cosine or wsd"
             )
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"decay_steps: got {self.decay_steps}, wanted 1 or more, or null for the default")

@@ -49,8 +49,7 @@ class TrainingConfig:
             raise ValueError(f"z_loss: got {self.z_loss}, wanted 0 or more")
         if self.batch_size % self.accumulate_steps:
             raise ValueError(
-                f"accumulate_steps: got {self.accumulate_steps}, which does not divide "
-                f"batch_size={self.batch_size}; "
+                f"accumulate_steps: got {self.accumulate_steps}, which does not divide batch_size={self.batch_size}; "
                 "choose a divisor"
             )
 

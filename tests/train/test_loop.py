@@ -113,8 +113,8 @@ def test_resuming_gives_the_same_losses_bit_for_bit(run, finished, tmp_path, cap
 
 def test_what_a_run_writes(finished):
     records = read_records(finished / "metrics.jsonl")
-    first = next(r for r in records if r["step"] == 2)
-    assert set(first) == {
+    second = next(r for r in records if r["step"] == 2)
+    assert set(second) == {
         "step", "loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens", "finite", "skipped_steps",
         "tokens_per_second",
     }  # fmt: skip
