@@ -4,6 +4,7 @@ from longctx import masks
 from longctx._version import __version__
 from longctx.attention import Attention, KVCache
 from longctx.block import Block
+from longctx.context_parallel import AttentionSharding
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
 from longctx.mixers.attention import AttentionConfig
@@ -16,6 +17,7 @@ from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, p
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "AttentionSharding",
     "Block",
     "DecodeCache",
     "KVCache",

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
+from longctx.context_parallel import AttentionSharding, sharded_attention
 from longctx.norms import RMSNorm
 from longctx.projections import projection
 from longctx.rotary import RotaryConfig, apply_rotary
@@ -64,6 +65,8 @@ class Attention(nnx.Module):
       out_init_scale: Multiplies the initial standard deviation of W_o.
       implementation: Passed to `blockwise_attention`; None lets it choose.
       block_sizes: Passed to `blockwise_attention`; None takes its table.
+      sharding: Names the axes of your own mesh that attention is split over (inside `jax.set_mesh`); None splits it
+        over those of `longctx.make_mesh` where such a mesh is in scope.
       rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
 
     Raises: ValueError where the numbers of heads and dims do not divide.
@@ -88,17 +91,16 @@ class Attention(nnx.Module):
         out_init_scale: float = 1.0,
         implementation: Implementation | None = None,
         block_sizes: BlockSizes | None = None,
+        sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if head_dim is None:
-            if dim % num_heads:
-                raise ValueError(f"head_dim: dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim")
-            head_dim = dim // num_heads
-        check_heads(num_heads, num_kv_heads, head_dim, rotary=rotary is not None)
+        check_heads(num_heads, num_kv_heads, head_dim, dim=dim, rotary=rotary is not None)
+        head_dim = dim // num_heads if head_dim is None else head_dim
         self.dim, self.num_kv_heads, self.head_dim = dim, num_kv_heads, head_dim
         self.mask, self.rotary, self.logits_soft_cap = mask, rotary, logits_soft_cap
         self.dtype, self.implementation, self.block_sizes = jnp.dtype(dtype), implementation, block_sizes
+        self.sharding = sharding
 
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
@@ -143,13 +145,14 @@ class Attention(nnx.Module):
         if positions is None:
             rotary_positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotary_positions)
-        attended_BTNH = blockwise_attention(
+        attended_BTNH = sharded_attention(
             q_BTNH,
             k_BTKH,
             v_BTKH,
             mask=self.mask,
             tokens=Tokens.self_attention(positions, segment_ids),
             schedule=schedule,
+            sharding=self.sharding,
             logits_soft_cap=self.logits_soft_cap,
             block_sizes=self.block_sizes,
             implementation=self.implementation,
@@ -212,15 +215,24 @@ class Attention(nnx.Module):
         return q_BTNH, k_BTKH, v_BTKH
 
 
-def check_heads(num_heads: int, num_kv_heads: int, head_dim: int, *, rotary: bool) -> None:
-    """Raises ValueError, naming the argument, unless these make a grouped-query attention."""
+def check_heads(
+    num_heads: int, num_kv_heads: int, head_dim: int | None, *, dim: int | None = None, rotary: bool
+) -> None:
+    """Raises ValueError, naming the argument, unless these make a grouped-query attention.
+
+    A head_dim of None stands for dim / num_heads, which is checked where `dim` is known.
+    """
     for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, wanted a number >= 1")
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_kv_heads: got {num_kv_heads}, wanted a divisor of num_heads={num_heads}; "
             "each kv head serves the same number of query heads"
         )
-    if rotary and head_dim % 2:
+    if head_dim is None and dim is not None:
+        if dim % num_heads:
+            raise ValueError(f"head_dim: dim={dim} is not a multiple of num_heads={num_heads}; set head_dim")
+        head_dim = dim // num_heads
+    if rotary and head_dim is not None and head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim}, wanted an even number for rotary positions; use {head_dim + 1}")

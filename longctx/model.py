@@ -18,6 +18,8 @@ from pallas_kernels import BlockSizes, Mask, Schedule, Tokens, make_schedule
 
 FloatDType = Literal["float32", "bfloat16", "float16"]
 
+_TABLE_STANDARD_DEVIATION = 0.02
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -104,13 +106,14 @@ class DecodeCache(NamedTuple):
 class TransformerLM(nnx.Module):
     """Decoder-only transformer.
 
-    x = sqrt(dim) E[tokens];  x = block_i(x) for every layer;  logits = soft_cap(norm(x) U^T),  U = E if tied
+    x = E[tokens];  x = block_i(x) for every layer;  logits = soft_cap(norm(x) U^T),  U = E if tied
 
     The layers of one position in the pattern are one Block whose parameters have a leading dim over the periods; a scan
     runs over whole periods, so compile time does not grow with depth, and the remaining layers follow one by one.
 
     Matrices start truncated normal with standard deviation 1 / sqrt(fan_in), the two of each block that write into the
-    residual another 1 / sqrt(2 num_layers) smaller, E and U with 1 / sqrt(dim); gains start at one.
+    residual another 1 / sqrt(2 num_layers) smaller, E and U with 0.02, so that with tied embeddings a token does not
+    start out predicting itself; gains start at one.
 
     Args:
       config: Its vocab_size must be set.
@@ -125,7 +128,7 @@ class TransformerLM(nnx.Module):
             raise ValueError("vocab_size: got None, wanted the number of token ids; set it with dataclasses.replace")
         self.config = config
         param_dtype = jnp.dtype(config.param_dtype)
-        table_init = jax.nn.initializers.truncated_normal(config.dim**-0.5)
+        table_init = jax.nn.initializers.truncated_normal(_TABLE_STANDARD_DEVIATION)
 
         def table():
             values = table_init(rngs.params(), (config.vocab_size, config.dim), param_dtype)
@@ -234,7 +237,7 @@ class TransformerLM(nnx.Module):
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         # Cast after the lookup, so that the gradients of a frequent token add up in the parameters' dtype.
         x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill").astype(self.config.dtype)
-        return constrain(x_BTD * self.config.dim**0.5, "batch", "sequence", None)
+        return constrain(x_BTD, "batch", "sequence", None)
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         table = self.embedding if self.unembedding is None else self.unembedding

@@ -141,10 +141,17 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
     Does nothing unless the mesh in scope has the five axes of `make_mesh`, of Auto type: not without a mesh, not under
     somebody else's, and not inside a shard_map over them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.axis_names != AXIS_NAMES or set(mesh.axis_types) != {AxisType.Auto}:
+    mesh = own_mesh_in_scope()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, _partition_spec(logical_axes, x.shape, ACTIVATION_AXES, mesh))
+
+
+def own_mesh_in_scope() -> AbstractMesh | None:
+    """The mesh in scope if it has the five axes of `make_mesh`, of Auto type, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    own = not mesh.empty and mesh.axis_names == AXIS_NAMES and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if own else None
 
 
 def _partition_spec(

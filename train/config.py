@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longctx.model import ModelConfig
-from longctx.sharding import MeshConfig
+from longctx.sharding import CONTEXT_AXES, MeshConfig
 from train import schema, schema_docs
 from train.checkpoint import CheckpointConfig
 from train.data import DataConfig
 from train.distributed import DistributedConfig
 from train.evaluation import EvaluationConfig
-from train.sampling import SampleConfig
 from train.metrics import MetricsConfig
-from train.optimizer import OptimizerConfig, check_schedule
+from train.optimizer import OptimizerConfig, make_schedule
+from train.sampling import SampleConfig
 from train.schema import ConfigError
 from train.step import TrainingConfig
 
@@ -54,7 +54,37 @@ class TrainConfig:
     """The text that the trained model is asked to go on with."""
 
     def __post_init__(self):
-        check_schedule(self.optimizer, total_steps=self.training.steps)
+        if not self.run_dir:
+            raise ValueError("run_dir: got empty text, wanted a folder for the run; name one, such as runs/NAME")
+        if self.init_from is not None and Path(self.init_from) == Path(self.run_dir):
+            raise ValueError(
+                f"init_from: got run_dir={self.run_dir} itself, wanted another run's folder; leave init_from out "
+                "to resume the run"
+            )
+        for axis in CONTEXT_AXES:
+            if (size := getattr(self.mesh, axis)) != 1:
+                raise ValueError(
+                    f"mesh.{axis}: got {size}, wanted 1; training with sequences split over devices is not built "
+                    "yet, split rows (data, fsdp) or heads (tensor)"
+                )
+        make_schedule(self.optimizer, total_steps=self.training.steps)  # refuses phases that outlast the run
+        self._check_rows()
+
+    def _check_rows(self):
+        """Each microbatch must split evenly over the devices that share the rows, where the config tells them."""
+        sizes = {"data": self.mesh.data, "fsdp": self.mesh.fsdp}
+        if self.distributed.virtual_cpu_devices is not None:
+            sizes = self.mesh.sizes(self.distributed.virtual_cpu_devices)
+        row_devices = sizes["data"] * sizes["fsdp"]
+        if row_devices < 0:
+            return  # one of them takes the machine's devices: known when the run starts
+        rows = self.training.batch_size // self.training.accumulate_steps
+        if rows % row_devices:
+            raise ValueError(
+                f"training.batch_size: got {self.training.batch_size} in {self.training.accumulate_steps} "
+                f"microbatch(es) of {rows} rows, wanted rows that mesh.data x mesh.fsdp = {row_devices} devices share "
+                "evenly; change batch_size, accumulate_steps or the mesh"
+            )
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

@@ -61,21 +61,6 @@ class OptimizerConfig:
             raise ValueError(f"decay_steps: got {self.decay_steps}, wanted 1 or more, or null for the default")
 
 
-def check_schedule(config: OptimizerConfig, *, total_steps: int) -> None:
-    """Raises ValueError when the warm-up and the decay do not fit into a run of `total_steps`."""
-    if config.warmup_steps >= total_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps: got {config.warmup_steps}, wanted fewer than training.steps={total_steps}; "
-            "shorten the warm-up"
-        )
-    length = _decay_steps(config, total_steps)
-    if config.schedule == "wsd" and config.warmup_steps + length > total_steps:
-        raise ValueError(
-            f"optimizer.decay_steps: got {length} after warmup_steps={config.warmup_steps}, wanted a sum of at most "
-            f"training.steps={total_steps}; shorten one of them"
-        )
-
-
 def _decay_steps(config: OptimizerConfig, total_steps: int) -> int:
     default = max(1, total_steps // 10) if config.schedule == "wsd" else total_steps - config.warmup_steps
     return default if config.decay_steps is None else config.decay_steps
@@ -91,9 +76,9 @@ def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Schedule:
     Args:
       config: Shape and values.
       total_steps: Steps of the whole run.
-    Raises: ValueError as check_schedule.
+    Raises: ValueError when warm-up and decay do not fit into the run.
     """
-    check_schedule(config, total_steps=total_steps)
+    _check_phases(config, total_steps)
     peak, ratio, warmup = config.learning_rate, config.final_lr_ratio, config.warmup_steps
     length = _decay_steps(config, total_steps)
     match config.schedule:
@@ -108,6 +93,20 @@ def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Schedule:
         phases, boundaries = [optax.linear_schedule(0.0, peak, warmup), *phases], [warmup, *boundaries]
     joined = optax.join_schedules(phases, boundaries)
     return lambda updates: joined(updates + 1)
+
+
+def _check_phases(config: OptimizerConfig, total_steps: int) -> None:
+    if config.warmup_steps >= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps: got {config.warmup_steps}, wanted fewer than training.steps={total_steps}; "
+            "shorten the warm-up"
+        )
+    length = _decay_steps(config, total_steps)
+    if config.schedule == "wsd" and config.warmup_steps + length > total_steps:
+        raise ValueError(
+            f"optimizer.decay_steps: got {length} after warmup_steps={config.warmup_steps}, wanted a sum of at most "
+            f"training.steps={total_steps}; shorten one of them"
+        )
 
 
 def decayed(params: Any) -> Any:

@@ -68,14 +68,20 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data):
         return True
 
+    def represent_list(self, data):
+        """Lists of plain values on one line, everything else in blocks."""
+        flow = not any(isinstance(item, dict | list) for item in data)
+        return self.represent_sequence(_TAG + "seq", data, flow_style=flow)
 
+
+_Dumper.add_representer(list, _Dumper.represent_list)
 _Dumper.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
 _Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 
 
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML text that `parse_yaml` reads back equal, keys in their order."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)
 
 
 def parse_yaml(text: str, *, source: str, path: str = "") -> Any:

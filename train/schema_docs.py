@@ -12,6 +12,8 @@ from typing import Any
 from train.plain_yaml import join, show
 from train.schema import default_of, fields_of, kinds_of, shape_of, to_dict, type_text
 
+REQUIRED = "required"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -20,7 +22,7 @@ class Entry:
     key: str  # dotted; NAME stands for a name of the user's choice, N for an index into a list
     kind: str = ""  # the kind whose key this is, in a tagged union
     type: str
-    default: str  # "" for a key that must be given, and for a section, whose keys have their own
+    default: str  # as in YAML; REQUIRED for a key that must be given, "" for a section, whose keys have their own
     doc: str  # the literal under the field, one paragraph a line
 
     @property
@@ -58,7 +60,7 @@ def help_text(cls: type) -> str:
     blocks = []
     for entry in describe(cls):
         kind = f" (kind: {entry.kind})" if entry.kind else ""
-        default = f" = {entry.default}" if entry.default else ""
+        default = {"": "", REQUIRED: ", required"}.get(entry.default, f" = {entry.default}")
         blocks.append(f"{entry.key}{kind}: {entry.type}{default}")
         blocks.append(textwrap.fill(entry.doc.replace("\n", " "), 100, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(blocks)
@@ -87,7 +89,7 @@ def markdown(cls: type) -> str:
 
 def _row(entry: Entry) -> str:
     key = f"`{entry.key}`" + (f" (kind: {entry.kind})" if entry.kind else "")
-    default = f"`{entry.default}`" if entry.default else ""
+    default = {"": "", REQUIRED: REQUIRED}.get(entry.default, f"`{entry.default}`")
     cells = [key, entry.type, default, entry.doc.replace("\n", " ")]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -106,7 +108,7 @@ def _fields(
             default is dataclasses.MISSING and shape_of(expected).form in ("section", "tagged")
         )
         required = default is dataclasses.MISSING
-        text = "" if is_section else "(required)" if required else _default_text(expected, default)
+        text = "" if is_section else REQUIRED if required else _default_text(expected, default)
         yield Entry(key=key, kind=kind, type=type_text(expected), default=text, doc=docs.get(name, ""))
         yield from _inside(expected, key, default)
 
@@ -132,7 +134,7 @@ def _inside(expected: Any, path: str, default: Any) -> Iterator[Entry]:
 def _variants(cls: type, path: str, default: Any) -> Iterator[Entry]:
     """The key `kind`, the keys that every variant has, then each variant's own."""
     kinds = kinds_of(cls)
-    default_kind = next((name for name, variant in kinds.items() if type(default) is variant), "(required)")
+    default_kind = next((name for name, variant in kinds.items() if type(default) is variant), REQUIRED)
     yield Entry(
         key=join(path, "kind"),
         type="|".join(kinds),

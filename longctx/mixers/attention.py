@@ -42,8 +42,7 @@ class AttentionConfig(MixerConfig):
 
     def __post_init__(self):
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        head_dim = 2 if self.head_dim is None else self.head_dim
-        check_heads(self.num_heads, num_kv_heads, head_dim, rotary=self.rope_theta is not None)
+        check_heads(self.num_heads, num_kv_heads, self.head_dim, rotary=self.rope_theta is not None)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window: got {self.window}, wanted null or a number of tokens >= 1")
         if self.rope_theta is not None and not self.rope_theta > 1:

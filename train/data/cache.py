@@ -63,6 +63,8 @@ def _publish(building: Path, folder: Path) -> None:
     except OSError:
         if (folder / _INDEX).exists():
             return  # somebody else has built the same in the meantime
+        if not folder.exists():
+            raise
         shutil.rmtree(folder)
         building.rename(folder)
 

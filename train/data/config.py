@@ -14,11 +14,11 @@ class DataConfig:
     """Number of tokens in a row."""
 
     sources: tuple[SourceConfig, ...]
-    """Where the documents come from. Rows of several sources are mixed by their weights."""
+    """Where the documents come from. The rows of several sources are mixed by their weights."""
 
     tokenizer: str = "bytes"
-    """How text becomes ids. "bytes", the path of a Hugging Face tokenizer.json, or "ids:N" for sources that
-    hold ids below N and no text."""
+    """How text becomes ids: "bytes", the path of a Hugging Face tokenizer.json, or "ids:N" for sources that
+    hold ids below N in place of text."""
 
     end_token: str | None = None
     """Token of the tokenizer.json that stands between documents. Default: a common one, such as
@@ -28,8 +28,8 @@ class DataConfig:
     """Folder that keeps tokenised sources. Its content may be deleted between runs."""
 
     held_out_fraction: float = 0.02
-    """Share of each source's documents held out of training, to evaluate on. 0 holds out nothing. Not used
-    when `held_out_sources` are given."""
+    """Share of each source's documents held out of training, to evaluate on. 0 holds out nothing. Where
+    `held_out_sources` are given, they take its place."""
 
     held_out_sources: tuple[SourceConfig, ...] = ()
     """Sources to evaluate on, all of them; `sources` are then trained on whole."""
@@ -49,6 +49,12 @@ class DataConfig:
             raise ValueError(f"seq_len: got {self.seq_len}, wanted >= 2; the shortest document fills two slots")
         if not self.sources:
             raise ValueError("sources: got none, wanted at least one; add one, such as {kind: stdlib}")
+        for source in self.held_out_sources:
+            if source.weight != 1.0:
+                raise ValueError(
+                    f"held_out_sources: got weight={source.weight} ({source.kind}), wanted none; leave it "
+                    "out, each is evaluated whole"
+                )
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(
                 f"held_out_fraction: got {self.held_out_fraction}, wanted 0 <= fraction < 1; 0 holds "

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class DocumentTable:
         return len(self.lengths)
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Documents in a fixed order.
 
@@ -37,7 +38,7 @@ class Corpus(Protocol):
     documents: DocumentTable
     notes: Sequence[str]
 
-    def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "tokens"]:
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
         """Tokens [start, stop) of a document; 0 <= start <= stop <= its length."""
         ...
 
@@ -60,7 +61,7 @@ class StoredCorpus:
         self._files = files
         self._starts = starts
 
-    def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "tokens"]:
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
         first = self._starts[document]
         return self._arrays[self._files[document]][first + start : first + stop]
 
@@ -90,7 +91,7 @@ class RepeatCorpus:
         self._max_period = max_period
         self._seed = seed
 
-    def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "tokens"]:
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
         rng = np.random.default_rng([self._seed, int(document)])
         period = rng.integers(self._min_period, self._max_period, endpoint=True)
         pattern = self._symbols[rng.integers(len(self._symbols), size=period)]

@@ -158,7 +158,7 @@ class Packing:
     """Which pieces lie in which row: row r holds pieces[row_starts[r] : row_starts[r + 1]], in that order."""
 
     pieces: Int[np.ndarray, "pieces"]
-    row_starts: Int[np.ndarray, "rows+1"]
+    row_starts: Int[np.ndarray, "row_bounds"]
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1

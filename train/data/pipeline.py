@@ -15,7 +15,7 @@ from train.data.rows import Row, build_row, empty_row, stack_rows
 from train.data.sources import SourceConfig
 from train.data.tokenizers import Tokenizer, open_tokenizer
 
-_SPLIT_STREAM = 1  # keeps the random numbers of the split apart from those of the packing
+_SPLIT_STREAM = (0, 1)  # apart from the random numbers of the packing, whose seeds are (seed, epoch)
 _HELD_OUT_SEED = 0  # every run with the same held-out documents sees the same rows
 
 
@@ -25,10 +25,13 @@ def open_data(config: DataConfig, *, seed: int) -> "Data":
     Args:
       config: The settings.
       seed: Seed of the split and of the order of the training rows, >= 0.
-    Returns: the data; `train` row i and every batch are pure functions of (config, files, seed, i).
-    Raises: DataError, on one line with the remedy, for whatever is wrong with the data.
+    Returns: the data; row i of `train` is a pure function of (config, files, seed, i), and so is every batch.
+    Raises: DataError, on one line with the remedy, for whatever is wrong with the data; ValueError for a
+    seed < 0.
     Cost: tokenises sources that the cache does not hold; O(documents) otherwise.
     """
+    if seed < 0:
+        raise ValueError(f"open_data: {seed=}, wanted >= 0")
     tokenizer = open_tokenizer(config.tokenizer, end_token=config.end_token)
     cache_dir = Path(config.cache_dir).expanduser()
     notes: list[str] = []
@@ -66,7 +69,7 @@ def split_documents(num_documents: int, fraction: float, *, seed: int, name: str
             "data.held_out_fraction=0, or name data.held_out_sources"
         )
     num_held_out = min(max(round(num_documents * fraction), 1), num_documents - 1)
-    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(num_documents)
+    order = np.random.default_rng([seed, *_SPLIT_STREAM]).permutation(num_documents)
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
@@ -85,7 +88,7 @@ class Data:
         config: DataConfig,
         *,
         tokenizer: Tokenizer,
-        train: Sequence[Row],
+        train: grain.MapDataset,
         held_out: Sequence[Row],
         notes: Sequence[str],
     ):
@@ -207,9 +210,9 @@ class HeldOutRows(Sequence):
         return len(self._order)
 
     def __getitem__(self, index: int) -> Row:
-        place = self._order[index]
+        place = int(self._order[index])
         part = int(np.searchsorted(self._part_starts, place, side="right")) - 1
-        return self._parts[part].row(self._packings[part].row(place - self._part_starts[part]))
+        return self._parts[part].row(self._packings[part].row(place - int(self._part_starts[part])))
 
 
 def _named(field: str, sources: Sequence[SourceConfig]) -> Iterable[tuple[str, SourceConfig]]:

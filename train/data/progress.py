@@ -15,7 +15,7 @@ class ByteProgress:
         self._console = Console(stderr=True) if console is None else console
         self._label = label
         self._total = total_bytes
-        self._done = 0.0
+        self._done = 0
         self._bar: Progress | None = None
         self._begin = time.monotonic()
 
@@ -26,7 +26,7 @@ class ByteProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, num_bytes: float) -> None:
+    def advance(self, num_bytes: int) -> None:
         self._done += num_bytes
         if self._bar is None:
             if not self._console.is_terminal or time.monotonic() - self._begin < _PATIENCE_SECONDS:

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class SourceConfig:
             raise ValueError(f"weight: got {self.weight}, wanted a finite number above 0; remove an unused source")
 
     @classmethod
-    def variants(cls) -> dict[str, type[Self]]:
+    def variants(cls) -> dict[str, type["SourceConfig"]]:
         """The config class of each kind."""
         return {source.kind: source for source in SourceConfig.__subclasses__()}
 
@@ -287,13 +287,11 @@ def expand_globs(patterns: Iterable[str]) -> list[Path]:
 
     Raises: DataError for a path that is not there, or a glob that matches no file.
     """
-    files: dict[Path, None] = {}
+    files: dict[str, Path] = {}
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        if os.path.isfile(pattern):
-            files[Path(pattern)] = None
-            continue
-        found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = [path for path in found if os.path.isfile(path)]
         if not found:
             problem = "the glob matches no file" if glob.has_magic(pattern) else "no such file"
             if os.path.isdir(pattern):
@@ -302,8 +300,9 @@ def expand_globs(patterns: Iterable[str]) -> list[Path]:
                 f"files: got {pattern!r}, {problem}; name a file or a glob that matches some, from the "
                 f"folder {os.getcwd()} or in full"
             )
-        files |= dict.fromkeys(map(Path, found))
-    return list(files)
+        for path in found:
+            files.setdefault(os.path.realpath(path), Path(path))
+    return list(files.values())
 
 
 def _open_text(
@@ -371,9 +370,8 @@ def _find_documents(
         if outside.any():
             place = int(np.argmax(outside))
             raise DataError(
-                f"{file}: id {chunk[place]} at position {start + place}, wanted ids from 0 to "
-                f"{vocab_size - 1}; "
-                "use the tokenizer that made the file, or tokenizer='ids:N' with N above every id"
+                f"{file}: id {chunk[place]} at position {start + place}, wanted 0 to {vocab_size - 1}; use "
+                "the tokenizer that made the file, or tokenizer='ids:N' with N above every id"
             )
         ends.append(np.flatnonzero(chunk == end_id) + start)
     ends = np.concatenate([*ends, [len(tokens)]])
@@ -383,8 +381,7 @@ def _find_documents(
 
 
 def _identity(files: list[Path], names: list[str]) -> str:
-    """Digest of the name, size and time of change of each file, which tell a changed file from the old
-    one."""
+    """Digest of the name, size and time of change of each file."""
     stats = [file.stat() for file in files]
     rows = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

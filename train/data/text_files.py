@@ -136,7 +136,7 @@ def _read_parquet(path: Path, fields: Fields, report: ReadReport, progress: Byte
                 raise DataError(f"{path}: field {name!r} is a {kind}, wanted a string; write it as text")
         bytes_per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(fields.names())):
-            progress.advance(bytes_per_row * batch.num_rows)
+            progress.advance(round(bytes_per_row * batch.num_rows))
             columns = [batch.column(name).to_pylist() for name in fields.names()]
             for values in zip(*columns, strict=True):
                 yield fields.document(["" if value is None else value for value in values])

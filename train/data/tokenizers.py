@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -20,6 +20,7 @@ END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<
 NUM_BYTE_VALUES = 256
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the data pipeline and the sampler need of a tokenizer.
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from train.data import DataConfig, DataError, SyntheticSource, TextSource
+from train.data import DataConfig, DataError, StdlibSource, SyntheticSource, TextSource
 from train.data.pipeline import split_documents
 
 SHORT = SyntheticSource(min_length=3, max_length=40, num_documents=60)
@@ -153,8 +153,10 @@ def test_held_out_sources_are_evaluated_whole_and_sources_trained_whole(open_sou
     other = SyntheticSource(min_length=31, max_length=31, num_documents=5, seed=9)
     same = SyntheticSource(min_length=31, max_length=31, num_documents=3)
     data = open_sources(same, held_out_sources=(other, same), held_out_fraction=0.5)
-    assert len(data.held_out) == 8
-    assert len({data.train[i]["tokens"].tobytes() for i in range(3)}) == 3
+    held_out = {row["tokens"].tobytes() for row in data.held_out}
+    assert len(data.held_out) == len(held_out) == 8
+    trained = {data.train[i]["tokens"].tobytes() for i in range(3)}
+    assert len(trained) == 3 and trained < held_out
 
 
 def test_nothing_held_out_says_so_when_evaluated(open_sources):
@@ -191,6 +193,10 @@ def test_the_notes_say_what_was_read(open_sources):
         ({"seq_len": 1}, "seq_len: got 1, wanted >= 2"),
         ({"sources": ()}, "sources: got none, wanted at least one"),
         ({"held_out_fraction": 1.0}, "held_out_fraction: got 1.0, wanted 0 <= fraction < 1"),
+        (
+            {"held_out_sources": (StdlibSource(weight=2.0),)},
+            r"held_out_sources: got weight=2.0 \(stdlib\), wanted none",
+        ),
         ({"held_out_fraction": float("nan")}, "held_out_fraction: got nan, wanted"),
         ({"tokenizer": "ids:many"}, "tokenizer: got 'ids:many', wanted 'ids:N' with N >= 2"),
         (
@@ -208,6 +214,8 @@ def test_settings_out_of_range_say_so(settings, message):
 
 
 def test_calls_out_of_range_say_so(open_sources):
+    with pytest.raises(ValueError, match="open_data: seed=-1, wanted >= 0"):
+        open_sources(SHORT, seed=-1)
     data = open_sources(SHORT, held_out_fraction=0.1)
     with pytest.raises(ValueError, match=r"start_step=-1, wanted >= 0"):
         data.batches(start_step=-1, batch_size=1)

@@ -96,8 +96,8 @@ def test_the_running_interpreter_has_a_standard_library(tmp_path):
     corpus = StdlibSource().open(BYTES, tmp_path / "cache")
     assert len(corpus.documents) > 500
     os_py = (Path(sysconfig.get_path("stdlib")) / "os.py").read_bytes()
-    (index,) = np.flatnonzero(corpus.documents.lengths == len(os_py))[:1]
-    assert len(corpus.read(index, 0, len(os_py))) == len(os_py)
+    same_size = np.flatnonzero(corpus.documents.lengths == len(os_py)).tolist()
+    assert os_py in [bytes(corpus.read(i, 0, len(os_py)).astype(np.uint8)) for i in same_size]
     assert corpus.documents.num_bytes.sum() == corpus.documents.lengths.sum()
 
 
@@ -143,7 +143,7 @@ def test_globs_are_sorted_and_files_taken_once(tmp_path):
     for name in ("b/1.txt", "a/2.txt", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert texts(open_text(tmp_path, "c.txt", "**/*.txt")) == ["c.txt", "a/2.txt", "b/1.txt"]
+    assert texts(open_text(tmp_path, "c.txt", "./a/../c.txt", "**/*.txt")) == ["c.txt", "a/2.txt", "b/1.txt"]
 
 
 def test_prompts_carry_no_loss(tmp_path, open_sources):
@@ -297,9 +297,7 @@ def test_ids_out_of_the_vocabulary_say_where(tmp_path, monkeypatch, bad, vocab_s
 
     monkeypatch.setattr(sources, "_SCAN_TOKENS", 3)
     np.save(tmp_path / "a.npy", np.array([1, 2, 256, 4, bad]))
-    with pytest.raises(
-        DataError, match=f"a.npy: id {bad} at position 4, wanted ids from 0 to {last}; use the tokenizer"
-    ):
+    with pytest.raises(DataError, match=f"a.npy: id {bad} at position 4, wanted 0 to {last}; use the tokenizer"):
         open_tokens(tmp_path, "a.npy", vocab_size=vocab_size)
 
 

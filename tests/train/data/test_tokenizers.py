@@ -8,7 +8,7 @@ import pytest
 from train.data import DataError, open_tokenizer
 
 
-def save_tokenizer(path, special_tokens=("<|endoftext|>",), **kwargs):
+def save_tokenizer(path, special_tokens=("<pad>", "<|endoftext|>")):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,8 +50,14 @@ def test_bytes_decode_whatever_a_model_says():
 
 def test_a_tokenizer_json_decodes_whatever_a_model_says(tmp_path):
     tokenizer = open_tokenizer(str(save_tokenizer(tmp_path / "tokenizer.json")))
-    ids = tokenizer.encode("the cat")
+    ids = tokenizer.encode("the cat").tolist()
     assert tokenizer.decode([*ids, tokenizer.end_id, tokenizer.vocab_size + 5]) == "the cat"
+
+
+def test_truncation_and_padding_of_the_file_are_put_aside(tmp_path):
+    tokenizer = open_tokenizer(str(save_tokenizer(tmp_path / "tokenizer.json")))
+    short, long = tokenizer.encode_batch(["cat", "cat dog " * 20])
+    assert len(short) < 8 < len(long)
 
 
 def test_a_folder_stands_for_its_tokenizer_json(tmp_path):

@@ -1,0 +1,133 @@
+"""The attention layer against the textbook formula, its cache, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx import Attention, RotaryConfig, apply_rotary, masks
+from pallas_kernels import BlockSizes, Tokens, make_schedule
+
+DIM, LENGTH = 16, 11
+WINDOW = masks.sliding_window(3) & masks.documents()
+VARIANTS = {
+    "plain": dict(num_heads=4),
+    "grouped": dict(num_heads=4, num_kv_heads=2, head_dim=6),
+    "one kv head, no rotary": dict(num_heads=4, num_kv_heads=1, rotary=None),
+    "qk-norm, soft cap, window": dict(num_heads=2, qk_norm=True, logits_soft_cap=2.0, mask=WINDOW),
+    "theta": dict(num_heads=2, rotary=RotaryConfig(theta=50.0), block_sizes=BlockSizes(block_q=4, block_kv=4)),
+}
+
+
+def build(**kwargs):
+    layer = Attention(DIM, **kwargs, rngs=nnx.Rngs(0))
+    for norm in (layer.q_norm, layer.k_norm):
+        if norm is not None:
+            norm.scale[...] = 1 + jax.random.normal(jax.random.key(9), norm.scale.shape)
+    return layer
+
+
+def inputs(batch_size=2):
+    return jax.random.normal(jax.random.key(1), (batch_size, LENGTH, DIM))
+
+
+def textbook(layer, x, positions, segment_ids, *, num_heads, **_):
+    """Plain attention in jnp: expanded heads, one [T, T] softmax."""
+    q, k, v = (jnp.einsum("btd,dnh->btnh", x, p.kernel[...]) for p in (layer.q, layer.k, layer.v))
+    if layer.q_norm is not None:
+        q, k = layer.q_norm(q), layer.k_norm(k)
+    if layer.rotary is not None:
+        q, k = (apply_rotary(y, positions, layer.rotary) for y in (q, k))
+    k, v = (jnp.repeat(y, num_heads // y.shape[2], axis=2) for y in (k, v))
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / jnp.sqrt(q.shape[-1])
+    if layer.logits_soft_cap is not None:
+        logits = layer.logits_soft_cap * jnp.tanh(logits / layer.logits_soft_cap)
+    allowed = layer.mask.dense(Tokens.self_attention(positions, segment_ids), LENGTH, LENGTH)
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], logits, -1e30), axis=-1)
+    return jnp.einsum("bnts,bsnh,nhd->btd", weights, v, layer.out.kernel[...])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layer_and_its_gradient_follow_the_formula(name):
+    layer, x = build(**VARIANTS[name]), inputs()
+    positions = jnp.asarray([[*range(7), *range(4)], range(3, 3 + LENGTH)], jnp.int32)
+    segment_ids = jnp.asarray([[0] * 7 + [1] * 4, [0] * LENGTH], jnp.int32) if layer.mask.uses_segments else None
+    cotangent = jax.random.normal(jax.random.key(2), x.shape)
+
+    def run(function):
+        y, vjp = jax.vjp(function, layer, x)
+        return y, vjp(cotangent)
+
+    got = jax.jit(lambda: run(lambda layer, x: layer(x, positions=positions, segment_ids=segment_ids)))()
+    wanted = jax.jit(lambda: run(lambda layer, x: textbook(layer, x, positions, segment_ids, **VARIANTS[name])))()
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=2e-5, rtol=2e-5), got, wanted)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_step_by_step_equals_one_call(name):
+    layer, x = build(**VARIANTS[name]), inputs()
+    decode = jax.jit(Attention.decode)
+    wanted, cache, pieces = layer(x), layer.init_cache(2, LENGTH + 3), []
+    for start, stop in [(0, 6), (6, 7), (7, 8), (8, 9), (9, LENGTH)]:
+        y, cache = decode(layer, x[:, start:stop], cache)
+        pieces.append(y)
+    assert cache.length == LENGTH
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), wanted, atol=1e-5)
+
+
+def test_a_full_cache_is_loud():
+    layer, x = build(num_heads=2), inputs()
+    y, cache = layer.decode(x[:, :4], layer.init_cache(2, 5))
+    assert jnp.all(jnp.isfinite(y))
+    y, _ = layer.decode(x[:, 4:6], cache)
+    assert jnp.all(jnp.isnan(y))
+    with pytest.raises(ValueError, match=r"decode: T=6 tokens do not fit a cache of 5; raise max_length in init_cache"):
+        layer.decode(x[:, :6], layer.init_cache(2, 5))
+
+
+def test_a_shared_schedule_changes_nothing():
+    layer, x = build(num_heads=2, mask=WINDOW), inputs()
+    segment_ids = jnp.asarray([[0] * 5 + [1] * 4 + [-1] * 2] * 2, jnp.int32)
+    tokens = Tokens.self_attention(segment_ids=segment_ids)
+    schedule = make_schedule(WINDOW, tokens, q_len=LENGTH, kv_len=LENGTH)
+    got = layer(x, segment_ids=segment_ids, schedule=schedule)
+    np.testing.assert_array_equal(got, layer(x, segment_ids=segment_ids))
+    np.testing.assert_array_equal(got[:, 9:], 0)
+
+
+def test_compute_and_parameter_dtypes_are_explicit():
+    layer = build(num_heads=2, dtype=jnp.bfloat16, param_dtype=jnp.float16, qk_norm=True)
+    assert {param.dtype for param in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype("float16")}
+    assert layer(inputs()).dtype == jnp.bfloat16
+    assert layer.init_cache(1, 4).k.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(num_heads=3), r"head_dim: dim=16 is not a multiple of num_heads=3; set head_dim"),
+        (
+            dict(num_heads=4, num_kv_heads=3),
+            r"num_kv_heads: got 3, wanted a divisor of num_heads=4; each kv head serves",
+        ),
+        (dict(num_heads=4, head_dim=5), r"head_dim: got 5, wanted an even number for rotary positions; use 6"),
+        (dict(num_heads=4, num_kv_heads=0), r"num_kv_heads: got 0, wanted a number >= 1"),
+        (dict(num_heads=0), r"num_heads: got 0, wanted a number >= 1"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Attention(DIM, **kwargs, rngs=nnx.Rngs(0))
+
+
+def test_segment_ids_that_the_mask_would_ignore_are_refused():
+    with pytest.raises(
+        ValueError, match=r"segment_ids: passed to an Attention whose mask .* build it with mask & docu"
+    ):
+        build(num_heads=2)(inputs(), segment_ids=jnp.zeros((2, LENGTH), jnp.int32))
+
+
+def test_an_input_of_another_dim_is_refused():
+    with pytest.raises(ValueError, match=r"x: got 8 dims in shape \(2, 11, 8\), wanted the layer's dim=16"):
+        build(num_heads=2)(inputs()[..., :8])

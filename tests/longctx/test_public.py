@@ -1,0 +1,81 @@
+"""The public surface: names, what importing costs, and that every config field says what it means."""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import runpy
+
+import jax
+import pytest
+
+import longctx
+
+PACKAGE = pathlib.Path(longctx.__file__).parent
+REPOSITORY = PACKAGE.parent
+
+
+def test_public_names_are_pinned():
+    assert sorted(longctx.__all__) == [
+        "Attention",
+        "AttentionConfig",
+        "Block",
+        "DecodeCache",
+        "KVCache",
+        "LossSums",
+        "MeshConfig",
+        "MixerConfig",
+        "ModelConfig",
+        "RMSNorm",
+        "RotaryConfig",
+        "SwiGLU",
+        "TransformerLM",
+        "apply_rotary",
+        "batch_sharding",
+        "constrain",
+        "cross_entropy",
+        "forward_flops",
+        "make_mesh",
+        "masks",
+        "param_shardings",
+        "register",
+    ]
+    assert all(hasattr(longctx, name) for name in longctx.__all__)
+
+
+def test_the_library_imports_nothing_that_only_the_trainer_needs():
+    imported = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    third_party = {"jax", "jaxtyping", "flax", "numpy", "pallas_kernels", "longctx"}
+    standard = {"abc", "collections", "dataclasses", "importlib", "math", "pkgutil", "typing"}
+    assert imported <= third_party | standard
+
+
+@pytest.mark.parametrize(
+    "config_class",
+    [longctx.ModelConfig, longctx.AttentionConfig, longctx.MeshConfig, longctx.RotaryConfig],
+    ids=lambda c: c.__name__,
+)
+def test_every_config_field_is_documented(config_class):
+    module = ast.parse(inspect.getsource(inspect.getmodule(config_class)))
+    (body,) = (n.body for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == config_class.__name__)
+    documented = {
+        field.target.id
+        for field, following in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+        and isinstance(following.value.value, str)
+    }
+    assert documented == {field.name for field in dataclasses.fields(config_class)}
+
+
+def test_the_layer_example_learns():
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes
+        losses = runpy.run_path(str(REPOSITORY / "docs" / "examples" / "attention_layer.py"))["losses"]
+    assert losses[0] > 1 and losses[-1] < 0.1
