@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> None:
         _write_config(config)
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step)))
         in_flight = _StepsInFlight(config, model_config, mesh, log, display)
-        train_step = make_train_step(graphdef, optimizer, schedule, config.training, mesh)
+        train_step = make_train_step(graphdef, abstract, optimizer, schedule, config.training, mesh)
         eval_step = make_eval_step(graphdef)
         eval_every = config.evaluation.every if len(data.held_out) else None
         held_out: dict[str, float] = {}
@@ -125,7 +125,9 @@ def train(config: TrainConfig) -> None:
             if step == first + 1 or eval_due or save_due:
                 in_flight.wait(at_most=0)
                 if step == first + 1:
-                    display.note(f"first step, with compilation: {time.monotonic() - compile_started:.1f} s")
+                    memory = memory_in_use()
+                    used = "" if memory is None else f"; {memory / 2**30:.2f} GiB of device memory at most"
+                    display.note(f"first step, with compilation: {time.monotonic() - compile_started:.1f} s{used}")
                 if eval_due:
                     evaluate_now()
                 if save_due:
