@@ -25,8 +25,9 @@ lint: $(VENV)/.installed-dev ## check style, imports and spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-docs: $(VENV)/.installed-train ## regenerate docs/config.md
+docs: $(VENV)/.installed-train ## regenerate docs/config.md and the README's support table
 	$(BIN)/python -m train.config
+	$(BIN)/python -m pallas_kernels.support README.md
 
 clean: ## remove .venv and what tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

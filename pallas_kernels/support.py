@@ -1,0 +1,141 @@
+"""What each implementation serves, found out by asking it: the table in the README.
+
+`python -m pallas_kernels.support README.md` writes the table between the markers of a file. Every cell is a call that
+was traced, so the table cannot promise what dispatch would refuse.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.blockwise import api
+from pallas_kernels.mask import Causal, Prefix, SameDocument, Window
+from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.tokens import Tokens
+
+BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
+
+
+def _call(
+    *,
+    q_len: int = 256,
+    kv_len: int = 256,
+    num_kv_heads: int = 4,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    dtype: str = "bfloat16",
+    tokens: bool = False,
+    **options,
+) -> tuple[tuple[jax.ShapeDtypeStruct, ...], dict]:
+    """Shapes of q, k, v, and the options of one call."""
+    shapes = (
+        (2, q_len, 4, head_dim),
+        (2, kv_len, num_kv_heads, head_dim),
+        (2, kv_len, num_kv_heads, value_dim or head_dim),
+    )
+    if tokens:
+        options["tokens"] = Tokens.self_attention(*(jnp.zeros((2, q_len), jnp.int32),) * 2)
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), {"mask": Causal()} | options
+
+
+FEATURES = {
+    "causal": _call(),
+    "sliding window": _call(mask=Causal() & Window(left=63)),
+    "packed documents": _call(mask=Causal() & SameDocument(), tokens=True),
+    "prefix LM, and any `&`, `\\|`, `~` of masks": _call(mask=(Causal() | Prefix(9)) & ~Window(left=3)),
+    "positions in any order (striped, zigzag)": _call(tokens=True),
+    "grouped and multi-query heads": _call(num_kv_heads=1),
+    "T != S, any lengths": _call(q_len=37, kv_len=1001),
+    "head dim 128": _call(head_dim=128),
+    "any head dim": _call(head_dim=40),
+    "values of another head dim": _call(value_dim=128),
+    "float16": _call(dtype="float16"),
+    "float32": _call(dtype="float32"),
+    "logit soft cap": _call(logits_soft_cap=30.0),
+    "attention sinks": _call(sinks=jnp.zeros(4)),
+    "additive bias": _call(bias=jnp.zeros((4, 256, 256))),
+    "attention dropout": _call(dropout=0.1),
+}
+
+
+def _serves(attend: Callable, qkv: tuple[jax.ShapeDtypeStruct, ...]) -> bool:
+    try:
+        jax.eval_shape(attend, *qkv)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _gradient(attend: Callable) -> Callable:
+    def run(q, k, v):
+        results, vjp = jax.vjp(attend, q, k, v)
+        return vjp(results)
+
+    return run
+
+
+def _carry_and_accumulate(implementation: str) -> str:
+    (q, k, v), options = _call()
+    carry = jax.eval_shape(lambda: SoftmaxCarry.empty(batch_size=2, q_len=256, num_heads=4, value_dim=64))
+    float32 = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v))
+
+    def forward(q, k, v, carry):
+        return api.blockwise_attention_forward(
+            q, k, v, carry=carry, return_carry=True, implementation=implementation, **options
+        )
+
+    def backward(q, k, v, lse, accumulate):
+        return api.blockwise_attention_backward(
+            q, k, v, q, lse, q, lse, accumulate=accumulate, implementation=implementation, **options
+        )
+
+    return _cell(_serves(forward, (q, k, v, carry)), _serves(backward, (q, k, v, carry.max, float32)))
+
+
+def _cell(forward: bool, gradient: bool) -> str:
+    return "forward, gradient" if forward and gradient else "forward" if forward else "-"
+
+
+def table() -> str:
+    """The support table of blockwise attention, as Markdown."""
+    names = [name for name in dispatch.IMPLEMENTATIONS if name in api.FORWARD]
+    rows = [["blockwise attention", *(f"`{name}`" for name in names)], ["---"] * (len(names) + 1)]
+    taken = {
+        name: [platform for platform, order in dispatch.PREFERENCE.items() if name in order] or ["only when named"]
+        for name in names
+    }
+    rows.append(["taken by default on", *(", ".join(taken[name]) for name in names)])
+    for feature, (qkv, options) in FEATURES.items():
+        cells = []
+        for name in names:
+
+            def attend(q, k, v, name=name, options=options):
+                return api.blockwise_attention(q, k, v, implementation=name, return_lse=True, **options)
+
+            cells.append(_cell(_serves(attend, qkv), _serves(_gradient(attend), qkv)))
+        rows.append([feature, *cells])
+    rows.append(["carry in and out, accumulate (for rings)", *map(_carry_and_accumulate, names)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def with_table(text: str) -> str:
+    """`text` with the table between its markers."""
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"support: found no markers, wanted a text with {BEGIN!r} and {END!r}; add them")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrites the table in the file named on the command line."""
+    path = Path(sys.argv[1])
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
