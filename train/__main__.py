@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
     parser.add_argument("--print-config", action="store_true", help="show the resolved config and stop")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def run() -> None:
         config = load_config(options.config, options.overrides)

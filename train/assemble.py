@@ -29,16 +29,8 @@ def start_mesh(config: TrainConfig) -> Mesh:
     if rows % row_devices:
         raise ConfigError(
             f"training.batch_size: got {config.training.batch_size} in {config.training.accumulate_steps} "
-            f"microbatch(es) of {rows} rows, wanted rows that the mesh's data x fsdp = {row_devices} "
-            "devices share "
+            f"microbatch(es) of {rows} rows, wanted rows that the mesh's data x fsdp = {row_devices} devices share "
             "evenly; change batch_size or accumulate_steps"
-        )
-    context = mesh.shape["context_outer"] * mesh.shape["context_inner"]
-    if config.data.seq_len % context:
-        raise ConfigError(
-            f"data.seq_len: got {config.data.seq_len}, wanted a multiple of the mesh's context_outer x "
-            "context_inner "
-            f"= {context}; change seq_len or the mesh"
         )
     return mesh
 
@@ -52,8 +44,8 @@ def resolved_model(config: TrainConfig, vocab_size: int) -> ModelConfig:
         return dataclasses.replace(config.model, vocab_size=vocab_size)
     if config.model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size: got {config.model.vocab_size}, wanted at least the tokenizer's {vocab_size}; "
-            "leave it out to take the tokenizer's"
+            f"model.vocab_size: got {config.model.vocab_size}, wanted at least the tokenizer's {vocab_size}; leave it "
+            "out to take the tokenizer's"
         )
     return config.model
 

@@ -38,9 +38,8 @@ class CheckpointConfig:
             raise ValueError(f"keep_last: got {self.keep_last}, wanted 1 or more")
         if self.every is not None and self.keep_every is not None and self.keep_every % self.every:
             raise ValueError(
-                f"keep_every: got {self.keep_every}, which is no multiple of every={self.every}, so no such "
-                "step "
-                "would be saved; choose a multiple"
+                f"keep_every: got {self.keep_every}, which is no multiple of every={self.every}, so no such step would "
+                "be saved; choose a multiple"
             )
 
     def directory(self, run_dir: str | Path) -> Path:
@@ -115,8 +114,7 @@ class Checkpoints:
             difference = _first_difference(stored, _shapes(wanted))
             if difference is not None:
                 raise CheckpointError(
-                    f"{self.directory / str(step)}: this config cannot resume from it: {difference}; choose "
-                    "another "
+                    f"{self.directory / str(step)}: this config cannot resume from it: {difference}; choose another "
                     f"run_dir, with init_from={self.directory} if only its weights are wanted"
                 )
 
@@ -180,8 +178,7 @@ def load_params(source: str | Path, abstract_params: Any) -> Any:
         difference = _first_difference(stored, _shapes(abstract_params), dtypes=False)
         if difference is not None:
             raise CheckpointError(
-                f"{directory / str(step)}: its weights do not fit the model: {difference}; give the model "
-                "the shapes "
+                f"{directory / str(step)}: its weights do not fit the model: {difference}; give the model the shapes "
                 "of that run"
             )
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))

@@ -21,8 +21,8 @@ class DistributedConfig:
     def __post_init__(self):
         if self.virtual_cpu_devices is not None and self.virtual_cpu_devices < 1:
             raise ValueError(
-                f"virtual_cpu_devices: got {self.virtual_cpu_devices}, wanted 1 or more, or null for the "
-                "machine's devices"
+                f"virtual_cpu_devices: got {self.virtual_cpu_devices}, wanted 1 or more, or null for the machine's "
+                "devices"
             )
 
 
@@ -46,8 +46,7 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
     devices = jax.devices()
     if devices[0].platform != "cpu" or len(devices) < wanted:
         raise DeviceError(
-            f"distributed.virtual_cpu_devices: got {wanted}, but JAX has already started on "
-            f"{len(devices)} {devices[0].platform} device(s); set it before the first JAX operation of the "
-            "process"
+            f"distributed.virtual_cpu_devices: got {wanted}, but JAX has already started on {len(devices)} "
+            f"{devices[0].platform} device(s); set it before the first JAX operation of the process"
         )
     return devices[:wanted]

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__)
     parser.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or its config file")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys to change")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     return run_command(lambda: print(json.dumps(evaluate_run(config_of(options.source, options.overrides)))))
 
 

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or its config file")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys to change, such as sample.seed=1")
     parser.add_argument("--prompt", metavar="TEXT", help="short for sample.prompt=TEXT")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     prompt = [] if options.prompt is None else [f"sample.prompt={json.dumps(options.prompt)}"]
 
     def run() -> None:

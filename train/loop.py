@@ -22,7 +22,7 @@ from train.evaluation import evaluate, make_eval_step
 from train.flops import document_lengths, model_flops_utilization
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, make_schedule
-from train.progress import Display, Throughput, duration
+from train.progress import Display, duration
 from train.sampling import sample_text
 from train.schema import to_dict
 from train.signals import StopSignals
@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> None:
             closing(Checkpoints(config.checkpoint.directory(config.run_dir), config.checkpoint))
         )
 
-        if checkpoints.latest_step is not None:
+        fresh = checkpoints.latest_step is None
+        if not fresh:
             checkpoints.check(abstract)
             if checkpoints.latest_step >= config.training.steps:
                 display.note(f"{config.run_dir} is done at step {checkpoints.latest_step}. {_next_steps(config)}")
@@ -73,7 +74,7 @@ def train(config: TrainConfig) -> None:
         _write_config(config)
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step)))
         in_flight = _StepsInFlight(config, model_config, mesh, log, display)
-        train_step = make_train_step(graphdef, optimizer, schedule, config.training, mesh)
+        train_step = make_train_step(graphdef, abstract, optimizer, schedule, config.training, mesh)
         eval_step = make_eval_step(graphdef)
         eval_every = config.evaluation.every if len(data.held_out) else None
         held_out: dict[str, float] = {}
@@ -93,8 +94,8 @@ def train(config: TrainConfig) -> None:
             log.write(step, held_out)
             log.draw()
             display.note(
-                f"step {step}: held-out loss {held_out['eval/loss']:.4f}, "
-                f"{held_out['eval/bits_per_byte']:.4f} bits/byte"
+                f"step {step}: held-out loss {held_out['eval/loss']:.4f}, {held_out['eval/bits_per_byte']:.4f} "
+                "bits/byte"
             )
 
         def save() -> None:
@@ -103,7 +104,7 @@ def train(config: TrainConfig) -> None:
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
         display.note(f"{parameters / 1e6:.2f}M parameters on {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})")
-        if eval_every is not None and step == 0:
+        if eval_every is not None and fresh:
             evaluate_now()
         batches = stack.enter_context(
             closing(data.batches(start_step=rows // config.training.batch_size, batch_size=config.training.batch_size))
@@ -124,7 +125,9 @@ def train(config: TrainConfig) -> None:
             if step == first + 1 or eval_due or save_due:
                 in_flight.wait(at_most=0)
                 if step == first + 1:
-                    display.note(f"first step, with compilation: {time.monotonic() - compile_started:.1f} s")
+                    memory = memory_in_use()
+                    used = "" if memory is None else f"; {memory / 2**30:.2f} GiB of device memory at most"
+                    display.note(f"first step, with compilation: {time.monotonic() - compile_started:.1f} s{used}")
                 if eval_due:
                     evaluate_now()
                 if save_due:
@@ -138,9 +141,8 @@ def train(config: TrainConfig) -> None:
 
         if step < config.training.steps:
             display.note(
-                f"{signals.received}: saved step {step} of {config.training.steps} in "
-                f"{checkpoints.directory}; "
-                "run the same command again to go on"
+                f"{signals.received}: saved step {step} of {config.training.steps} in {checkpoints.directory}; run the "
+                "same command again to go on"
             )
             return
         if config.sample.num_tokens:
@@ -157,11 +159,11 @@ def _resume(
     state, position = checkpoints.restore(abstract)
     if position.rows % config.training.batch_size:
         raise ConfigError(
-            f"training.batch_size: got {config.training.batch_size}, but the run has consumed "
-            f"{position.rows} rows, "
+            f"training.batch_size: got {config.training.batch_size}, but the run has consumed {position.rows} rows, "
             "which is no multiple of it; choose a divisor of that, or another run_dir"
         )
-    display.note(f"resuming {config.run_dir} at step {int(state.step)}")
+    unused = "; init_from is not used" if config.init_from else ""
+    display.note(f"resuming {config.run_dir} at step {int(state.step)}{unused}")
     for change in changed_settings(position.config, to_dict(config)):
         display.note(f"  changed since then: {change}")
     return state, position.rows
@@ -174,14 +176,14 @@ class _StepsInFlight:
         self._config, self._model_config, self._mesh = config, model_config, mesh
         self._log, self._display = log, display
         self._steps: deque[tuple[int, Metrics, np.ndarray]] = deque()
-        self._throughput = Throughput()
+        self._timed: _Timed | None = None
 
     def add(self, step: int, metrics: Metrics, segment_ids: np.ndarray) -> None:
         self._steps.append((step, metrics, segment_ids))
 
     def restart_clock(self) -> None:
-        """Leaves what lies behind (compilation, evaluation, saving) out of the throughput."""
-        self._throughput.restart()
+        """Measures the speed from now on: what lies behind (compilation, evaluation, saving) does not count."""
+        self._timed = _Timed(start=time.monotonic())
 
     def wait(self, *, at_most: int) -> None:
         """Waits for the oldest steps until at most so many are left."""
@@ -190,39 +192,55 @@ class _StepsInFlight:
 
     def _finish(self, step: int, metrics: Metrics, segment_ids: np.ndarray) -> None:
         values: dict[str, Any] = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        lengths = document_lengths(segment_ids)
-        self._throughput.add(tokens=int(lengths.sum()), flops=forward_flops(self._model_config, lengths))
+        if self._timed is not None:
+            self._timed.add(document_lengths(segment_ids), self._model_config)
         self._display.step(step)
-        finite = values["finite"]
-        if not finite or step % self._config.metrics.every == 0 or step == self._config.training.steps:
-            seconds_a_step = self._add_rates(values)
+        finite, total = values["finite"], self._config.training.steps
+        if not finite or step % self._config.metrics.every == 0 or step == total:
+            seconds_left = None
+            if self._timed is not None:
+                values |= self._timed.rates(self._mesh)
+                seconds_left = self._timed.seconds_a_step() * (total - step)
+                self.restart_clock()
+            memory = memory_in_use()
+            if memory is not None:
+                values["memory_gib"] = memory / 2**30
             self._log.write(step, values)
-            left = None if seconds_a_step is None else seconds_a_step * (self._config.training.steps - step)
-            self._display.record(step, values, seconds_left=left)
+            self._display.record(step, values, seconds_left=seconds_left)
         if not finite:
             _check_nonfinite(step, values, self._config.training, self._display)
 
-    def _add_rates(self, values: dict[str, Any]) -> float | None:
-        seconds, steps, tokens, forward = self._throughput.totals()
-        self._throughput.restart()
-        memory = memory_in_use()
-        if memory is not None:
-            values["memory_gib"] = memory / 2**30
-        values["tokens_per_second"] = tokens / seconds
-        mfu = model_flops_utilization(
-            forward, seconds, device_kind=self._mesh.devices.flat[0].device_kind, num_devices=self._mesh.size
-        )
-        if mfu is not None:
-            values["mfu"] = mfu
-        return seconds / steps
+
+@dataclasses.dataclass(kw_only=True)
+class _Timed:
+    """What was done since a moment without pauses."""
+
+    start: float
+    steps: int = 0
+    tokens: int = 0
+    forward_flops: float = 0.0
+
+    def add(self, lengths: np.ndarray, model_config: ModelConfig) -> None:
+        self.steps += 1
+        self.tokens += int(lengths.sum())
+        self.forward_flops += forward_flops(model_config, lengths)
+
+    def seconds_a_step(self) -> float:
+        return (time.monotonic() - self.start) / self.steps
+
+    def rates(self, mesh: Mesh) -> dict[str, float]:
+        """tokens_per_second (padding left out) and, where the peak of the device is known, mfu."""
+        seconds = time.monotonic() - self.start
+        device_kind = mesh.devices.flat[0].device_kind
+        mfu = model_flops_utilization(self.forward_flops, seconds, device_kind=device_kind, num_devices=mesh.size)
+        return {"tokens_per_second": self.tokens / seconds} | ({} if mfu is None else {"mfu": mfu})
 
 
 def _check_nonfinite(step: int, values: dict[str, Any], config: TrainingConfig, display: Display) -> None:
     what = f"step {step}: loss {values['loss']} and gradient norm {values['grad_norm']} are not both finite"
     if config.on_nonfinite == "stop":
         raise NonFiniteError(
-            f"{what}; stopped. Lower optimizer.learning_rate, or set training.on_nonfinite=skip to leave "
-            "out such "
+            f"{what}; stopped. Lower optimizer.learning_rate, or set training.on_nonfinite=skip to leave out such "
             "steps; running again goes on from the last checkpoint"
         )
     display.note(f"{what}; skipped, {values['skipped_steps']} so far")
@@ -240,8 +258,6 @@ def _write_config(config: TrainConfig) -> None:
 
 def _next_steps(config: TrainConfig) -> str:
     return (
-        f"Everything is in {config.run_dir}: python -m train.generate {config.run_dir} --prompt TEXT "
-        "samples from it; "
-        f"python -m train {Path(config.run_dir) / 'config.yaml'} training.steps={2 * config.training.steps} "
-        "goes on"
+        f"Everything is in {config.run_dir}: python -m train.generate {config.run_dir} --prompt TEXT samples from it; "
+        f"python -m train {Path(config.run_dir) / 'config.yaml'} training.steps={2 * config.training.steps} goes on"
     )

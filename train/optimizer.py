@@ -54,52 +54,59 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm: got {self.clip_norm}, wanted a number above 0, or null for no clipping")
         if self.decay_steps is not None and self.schedule == "constant":
             raise ValueError(
-                f"decay_steps: got {self.decay_steps} with schedule=constant, which does not decay; "
-                "remove decay_steps or choose schedule=cosine or wsd"
+                f"decay_steps: got {self.decay_steps} with schedule=constant, which does not decay; remove decay_steps "
+                "or choose schedule=cosine or wsd"
             )
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"decay_steps: got {self.decay_steps}, wanted 1 or more, or null for the default")
 
 
+def _decay_steps(config: OptimizerConfig, total_steps: int) -> int:
+    default = max(1, total_steps // 10) if config.schedule == "wsd" else total_steps - config.warmup_steps
+    return default if config.decay_steps is None else config.decay_steps
+
+
 def make_schedule(config: OptimizerConfig, *, total_steps: int) -> Schedule:
     """The learning rate as a function of the number of updates made so far.
 
-    With t = updates + 1 and w = warmup_steps: peak t / w for t <= w. Then, with p the fraction of the decay
-    done and r = final_lr_ratio, cosine: peak (r + (1 - r) (1 + cos(pi p)) / 2); wsd: peak until
-    total_steps - decay_steps, then peak (1 - (1 - r) p). By default the last step of the run has p = 1.
+    With t = updates + 1 and w = warmup_steps: peak t / w for t <= w. Then, with p the fraction of the decay done and
+    r = final_lr_ratio, cosine: peak (r + (1 - r) (1 + cos(pi p)) / 2); wsd: peak until total_steps - decay_steps, then
+    peak (1 - (1 - r) p). By default the last step of the run has p = 1.
 
     Args:
       config: Shape and values.
       total_steps: Steps of the whole run.
     Raises: ValueError when warm-up and decay do not fit into the run.
     """
-    peak, final, warmup = (
-        config.learning_rate,
-        config.learning_rate * config.final_lr_ratio,
-        config.warmup_steps,
-    )
-    if warmup >= total_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps: got {warmup}, wanted fewer than training.steps={total_steps}; shorten the warm-up"
-        )
-    if config.schedule == "constant":
-        phases, boundaries = [optax.constant_schedule(peak)], []
-    elif config.schedule == "cosine":
-        length = config.decay_steps or total_steps - warmup
-        phases, boundaries = [optax.cosine_decay_schedule(peak, length, alpha=config.final_lr_ratio)], []
-    else:
-        length = config.decay_steps or max(1, total_steps // 10)
-        if warmup + length > total_steps:
-            raise ValueError(
-                f"optimizer.decay_steps: got {length} after warmup_steps={warmup}, wanted a sum of at most "
-                f"training.steps={total_steps}; shorten one of them"
-            )
-        phases = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, length)]
-        boundaries = [total_steps - length]
+    _check_phases(config, total_steps)
+    peak, ratio, warmup = config.learning_rate, config.final_lr_ratio, config.warmup_steps
+    length = _decay_steps(config, total_steps)
+    match config.schedule:
+        case "constant":
+            phases, boundaries = [optax.constant_schedule(peak)], []
+        case "cosine":
+            phases, boundaries = [optax.cosine_decay_schedule(peak, length, alpha=ratio)], []
+        case "wsd":
+            phases = [optax.constant_schedule(peak), optax.linear_schedule(peak, peak * ratio, length)]
+            boundaries = [total_steps - length]
     if warmup:
         phases, boundaries = [optax.linear_schedule(0.0, peak, warmup), *phases], [warmup, *boundaries]
     joined = optax.join_schedules(phases, boundaries)
     return lambda updates: joined(updates + 1)
+
+
+def _check_phases(config: OptimizerConfig, total_steps: int) -> None:
+    if config.warmup_steps >= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps: got {config.warmup_steps}, wanted fewer than training.steps={total_steps}; "
+            "shorten the warm-up"
+        )
+    length = _decay_steps(config, total_steps)
+    if config.schedule == "wsd" and config.warmup_steps + length > total_steps:
+        raise ValueError(
+            f"optimizer.decay_steps: got {length} after warmup_steps={config.warmup_steps}, wanted a sum of at most "
+            f"training.steps={total_steps}; shorten one of them"
+        )
 
 
 def decayed(params: Any) -> Any:

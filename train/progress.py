@@ -1,30 +1,11 @@
 """What a run shows: a live bar on a terminal, plain lines elsewhere."""
 
-import time
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-
-class Throughput:
-    """Tokens/s and model FLOP/s since the last restart, which follows every record and every pause."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        self._start, self._steps, self._tokens, self._flops = time.monotonic(), 0, 0, 0.0
-
-    def add(self, *, tokens: int, flops: float) -> None:
-        """Counts one finished step."""
-        self._steps, self._tokens, self._flops = self._steps + 1, self._tokens + tokens, self._flops + flops
-
-    def totals(self) -> tuple[float, int, int, float]:
-        """Seconds, steps, tokens and forward FLOPs since the restart."""
-        return time.monotonic() - self._start, self._steps, self._tokens, self._flops
 
 
 class Display:
@@ -37,7 +18,7 @@ class Display:
 
     def __init__(self, total_steps: int, *, console: Console | None = None):
         self._total = total_steps
-        self._console = Console(highlight=False, soft_wrap=True) if console is None else console
+        self._console = Console(soft_wrap=True) if console is None else console
         self._silent = jax.process_index() != 0
         self._bar = self._task = None
 
@@ -86,7 +67,7 @@ class Display:
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
         if not self._silent:
-            self._console.print(text, markup=False)
+            self._console.print(text, markup=False, highlight=False)
 
 
 def summary(values: Mapping[str, Any]) -> str:
@@ -97,8 +78,8 @@ def summary(values: Mapping[str, Any]) -> str:
         return "-" if value is None else form.format(value * scale)
 
     return (
-        f"loss {text('loss', '{:.3f}')}  bits/byte {text('bits_per_byte', '{:.3f}')}  "
-        f"tokens/s {text('tokens_per_second', '{:,.0f}')}  MFU {text('mfu', '{:.1f}%', 100)}"
+        f"loss {text('loss', '{:.3f}')}  bits/byte {text('bits_per_byte', '{:.3f}')}  tokens/s "
+        f"{text('tokens_per_second', '{:,.0f}')}  MFU {text('mfu', '{:.1f}%', 100)}"
     )
 
 

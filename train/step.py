@@ -38,8 +38,7 @@ class TrainingConfig:
     z_loss: float = 0.0
     """Weight of the penalty on the squared log-normalizer of the logits; 0 switches it off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a non-finite loss or gradient does: stop the run, or skip and count the step. It is never
-    applied."""
+    """What a non-finite loss or gradient does: stop the run, or skip and count the step. Never is it applied."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate_steps"):
@@ -49,8 +48,7 @@ class TrainingConfig:
             raise ValueError(f"z_loss: got {self.z_loss}, wanted 0 or more")
         if self.batch_size % self.accumulate_steps:
             raise ValueError(
-                f"accumulate_steps: got {self.accumulate_steps}, which does not divide "
-                f"batch_size={self.batch_size}; "
+                f"accumulate_steps: got {self.accumulate_steps}, which does not divide batch_size={self.batch_size}; "
                 "choose a divisor"
             )
 
@@ -68,6 +66,7 @@ def bits_per_byte(nll_sum, num_bytes):
 
 def make_train_step(
     graphdef: nnx.GraphDef,
+    abstract: TrainState,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     config: TrainingConfig,
@@ -81,6 +80,8 @@ def make_train_step(
 
     Args:
       graphdef: Static half of the model; it is merged with the parameters only while tracing.
+      abstract: The state's shapes and shardings, from abstract_state; the new state has the same, and the gradients
+        are laid out like the parameters.
       optimizer: As make_optimizer builds it.
       schedule: Learning rate by number of updates, for the metrics.
       config: Accumulation, z-loss.
@@ -88,8 +89,9 @@ def make_train_step(
     Returns: step(state, batch) -> (state, metrics). Metrics are scalars: loss (mean nll in nats a token),
       bits_per_byte, z_loss (when on), grad_norm (before clipping), learning_rate, tokens (total weight),
       finite, skipped_steps. A step that is not finite leaves parameters and optimizer state as they were.
-    Memory: a float32 copy of the gradients beside the state.
+    Memory: a float32 copy of the gradients beside the state, sharded like the parameters.
     """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def loss_sum(params, microbatch):
         model = nnx.merge(graphdef, params)
@@ -108,9 +110,12 @@ def make_train_step(
     def accumulate(params, batch):
         def body(carry, microbatch):
             (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, microbatch)
-            return jax.tree.map(jnp.add, carry, (sums, float32(gradients))), None
+            # Named, because nothing else ties the sums to the parameters' layout: each device keeps its shard only.
+            gradients = jax.lax.with_sharding_constraint(float32(gradients), shardings.params)
+            return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = jax.lax.with_sharding_constraint(zeros, shardings.params)
         carry, _ = jax.lax.scan(body, ((jnp.float32(0.0),) * 3, zeros), {k: split(v) for k, v in batch.items()})
         return carry
 
@@ -150,4 +155,4 @@ def make_train_step(
             metrics["z_loss"] = (loss - nll) / divisor
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -120,6 +120,8 @@ def test_another_optimizer_is_named(tmp_path, stand_in, mesh, state):
         checkpoints.check(abstract_state(stand_in, optax.sgd(0.1, momentum=0.9), mesh))
 
 
+# Reads of the other arrays end after Orbax has given up, and find its event loop closed.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 def test_a_truncated_checkpoint_names_the_one_before(tmp_path, stand_in, mesh, state):
     checkpoints = save(tmp_path, state, [2, 4])
     for file in (tmp_path / "4" / "params").rglob("d/*"):
@@ -134,10 +136,9 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, stand_in, mesh):
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "model.bin").write_bytes(b"weights")
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    if checkpoints.latest_step is not None:
-        with pytest.raises(CheckpointError, match="7: cannot be read as a checkpoint of this trainer .*no earlier"):
-            checkpoints.check(abstract_state(stand_in, OPTIMIZER, mesh))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="7: cannot be read as a checkpoint of this trainer .*no earlier"):
+        checkpoints.check(abstract_state(stand_in, OPTIMIZER, mesh))
+    with pytest.raises(CheckpointError, match="7: holds no parameters; pass a checkpoint of this trainer"):
         load_params(tmp_path, abstract_params(stand_in, mesh))
 
 

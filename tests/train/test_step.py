@@ -22,13 +22,15 @@ def setup(build, *, mesh=MESH, optimizer=None, **training):
     optimizer = make_optimizer(optimizer_config, schedule=schedule)
     with jax.set_mesh(mesh):
         state = create_state(build, optimizer, mesh, seed=3)
-    step = make_train_step(abstract_model(build)[0], optimizer, schedule, config, mesh)
+    abstract = abstract_state(build, optimizer, mesh)
+    step = make_train_step(abstract_model(build)[0], abstract, optimizer, schedule, config, mesh)
 
     def run(state, batch):
         with jax.set_mesh(mesh):
             state, metrics = step(state, place_batch(batch, mesh))
             return state, jax.device_get(metrics)
 
+    run.num_compilations = step._cache_size
     return run, state
 
 
@@ -151,6 +153,8 @@ def test_the_state_is_donated_and_keeps_its_shardings(stand_in, make_batch):
     run, state = setup(stand_in)
     new, _ = run(state, make_batch(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    new, _ = run(new, make_batch(1))
+    assert run.num_compilations() == 1
     mesh = make_mesh(MESH, jax.devices()[:4])
     config = OptimizerConfig()
     optimizer = make_optimizer(config, schedule=make_schedule(config, total_steps=2))

@@ -1,0 +1,261 @@
+"""Whole runs of a tiny model, in this process and, for signals, in one of their own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from train.__main__ import main
+from train.checkpoint import find_checkpoint
+from train.evaluate import main as evaluate_main
+from train.generate import main as generate_main
+from train.metrics import read_records
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started():
+    """JAX starts with the eight devices of conftest.py before a run can ask for fewer."""
+    jax.devices()
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    """A config over two weighted sources of short texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    for name in ("letters", "digits"):
+        alphabet = "abcdefgh " if name == "letters" else "0123456789\n"
+        for index in range(30):
+            text = "".join(rng.choice(list(alphabet), rng.integers(5, 90)))
+            (folder / f"{name}{index}.txt").write_text(text)
+    config = {
+        "run_dir": "set by each test",
+        "model": {
+            "dim": 16,
+            "num_layers": 1,
+            "mlp_dim": 16,
+            "mixers": {"global": {"kind": "attention", "num_heads": 2}},
+            "pattern": ["global"],
+            "dtype": "float32",
+        },
+        "data": {
+            "seq_len": 64,
+            "cache_dir": str(folder / "cache"),
+            "held_out_fraction": 0.2,
+            "sources": [
+                {"kind": "text", "files": [str(folder / "letters*.txt")], "weight": 2.0},
+                {"kind": "text", "files": [str(folder / "digits*.txt")], "weight": 1.0},
+            ],
+        },
+        "training": {"steps": 20, "batch_size": 4},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 5, "decay_steps": 15},
+        "mesh": {"data": 2},
+        "distributed": {"virtual_cpu_devices": 2},
+        "evaluation": {"every": 10},
+        "checkpoint": {"every": 5},
+        "metrics": {"every": 1, "tensorboard": False, "plot": False},
+        "sample": {"num_tokens": 0},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config_file):
+    """run(run_dir, *overrides) -> exit code of `python -m train`."""
+    return lambda run_dir, *overrides: main([str(config_file), f"run_dir={run_dir}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """The folder of a finished run of 20 steps."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert run(run_dir) == 0
+    return run_dir
+
+
+def losses(run_dir):
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_records(run_dir / "metrics.jsonl") if "loss" in r]
+
+
+def final_arrays(run_dir):
+    import orbax.checkpoint as ocp
+
+    directory, step = find_checkpoint(run_dir)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return [checkpointer.restore(directory / str(step) / item) for item in ("params", "training")]
+
+
+def test_resuming_gives_the_same_losses_bit_for_bit(run, finished, tmp_path, capsys):
+    assert run(tmp_path, "training.steps=10") == 0
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 11))
+    capsys.readouterr()
+    assert run(tmp_path) == 0
+    output = capsys.readouterr().out
+    assert f"resuming {tmp_path} at step 10" in output
+    assert "changed since then: training.steps: 10 -> 20" in output
+    assert losses(tmp_path) == losses(finished)
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 21))
+    jax.tree.map(np.testing.assert_array_equal, final_arrays(tmp_path), final_arrays(finished))
+
+
+def test_what_a_run_writes(finished):
+    records = read_records(finished / "metrics.jsonl")
+    second = next(r for r in records if r["step"] == 2)
+    assert set(second) == {
+        "step", "loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens", "finite", "skipped_steps",
+        "tokens_per_second",
+    }  # fmt: skip
+    evaluations = [r for r in records if "eval/loss" in r]
+    assert [r["step"] for r in evaluations] == [0, 10, 20]
+    assert evaluations[-1]["eval/bits_per_byte"] < evaluations[0]["eval/bits_per_byte"]
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir() if p.name.isdecimal()) == ["15", "20"]
+    assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["steps"] == 20
+
+
+def test_a_finished_run_says_so(run, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert run(finished) == 0
+    output = capsys.readouterr().out
+    assert f"{finished} is done at step 20. Everything is in {finished}" in output
+    assert "training.steps=40 goes on" in output
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_cannot_resume(run, finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    assert run(finished, "model.mlp_dim=24", "training.steps=30") == 1
+    error = capsys.readouterr().err
+    assert re.search(
+        r"checkpoints/20: this config cannot resume from it: \S+ has shape \[.*16.*\] in the checkpoint and "
+        r"\[.*24.*\] here; choose another run_dir, with init_from=",
+        error,
+    )
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_batch_size_that_does_not_fit_the_rows_consumed(run, finished, capsys):
+    assert run(finished, "training.batch_size=12", "training.steps=30") == 2
+    assert "training.batch_size: got 12, but the run has consumed 80 rows" in capsys.readouterr().err
+
+
+def test_init_from_starts_from_the_weights_alone(run, finished, tmp_path, capsys):
+    assert run(tmp_path, f"init_from={finished}", "training.steps=1", "optimizer.warmup_steps=0") == 0
+    assert f"weights from {finished}" in capsys.readouterr().out
+    old = [r["eval/loss"] for r in read_records(finished / "metrics.jsonl") if "eval/loss" in r]
+    new = [r["eval/loss"] for r in read_records(tmp_path / "metrics.jsonl") if "eval/loss" in r]
+    assert new[0] == pytest.approx(old[-1], rel=1e-6)
+    assert run(tmp_path / "other", f"init_from={tmp_path / 'nothing'}") == 1
+    assert "nothing: holds no complete checkpoint" in capsys.readouterr().err
+
+
+def test_the_evaluate_command_repeats_the_last_evaluation(finished, capsys):
+    assert evaluate_main([str(finished)]) == 0
+    values = json.loads(capsys.readouterr().out)
+    record = [r for r in read_records(finished / "metrics.jsonl") if "eval/loss" in r][-1]
+    assert values == {name: pytest.approx(record[name], rel=1e-6) for name in values}
+    assert values["step"] == 20
+
+
+def test_the_generate_command(finished, capsys):
+    command = [str(finished), "--prompt", "abc: #1", "sample.num_tokens=5", "sample.temperature=0"]
+    assert generate_main(command) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("abc: #1") and len(text) > len("abc: #1\n")
+    assert generate_main([str(finished.parent)]) == 2
+    assert "holds no config.yaml, so it is no run's folder" in capsys.readouterr().err
+
+
+def test_a_non_finite_step_stops_the_run(run, tmp_path, capsys):
+    assert run(tmp_path, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"error: step 2: loss \S+ and gradient norm \S+ are not both finite; stopped\. Lower", error)
+    assert [
+        (r["step"], r["grad_norm"]) for r in read_records(tmp_path / "metrics.jsonl") if r.get("finite") is False
+    ] == [(2, None)]
+
+
+def test_a_non_finite_step_is_skipped_and_counted(run, tmp_path, capsys):
+    settings = ("optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "training.on_nonfinite=skip")
+    assert run(tmp_path, *settings, "training.steps=4", "evaluation.every=null", "metrics.every=100") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"step 4: loss \S+ and gradient norm nan are not both finite; skipped, 3 so far", output)
+    assert [r["skipped_steps"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.warmup_steps=20", "optimizer.warmup_steps: got 20, wanted fewer than training.steps=20"),
+        ("training.batch_size=3", r"training.batch_size: got 3 in 1 microbatch\(es\) of 3 rows, wanted rows that"),
+        ("mesh.data=3", "mesh: data=3 .* does not use exactly the 2 devices"),
+        ("distributed.virtual_cpu_devices=null mesh.fsdp=-1 training.batch_size=4", "4 rows, wanted rows that .* = 8"),
+        ("model.vocab_size=200", "model.vocab_size: got 200, wanted at least the tokenizer's 257"),
+        ("training.stepz=1", "training.stepz: unknown key"),
+    ],
+)
+def test_config_errors_leave_no_trace(run, tmp_path, capsys, override, message):
+    assert run(tmp_path / "run", *override.split()) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_and_help(config_file, tmp_path, capsys):
+    assert main([str(config_file), "--print-config", f"run_dir={tmp_path / 'run'}", "seed=3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "optimizer.clip_norm" in capsys.readouterr().out
+
+
+def start(config_file, run_dir, *overrides):
+    command = [sys.executable, "-m", "train", str(config_file), f"run_dir={run_dir}", *overrides]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_step(process, run_dir, step, *, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and any(r["step"] >= step for r in read_records(path)):
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"no record of step {step}: {process.communicate()}")
+
+
+def test_signals_save_and_running_again_goes_on(config_file, tmp_path):
+    endless = ("training.steps=1000000", "checkpoint.every=null", "evaluation.every=null")
+    last = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(config_file, tmp_path, *endless)
+        wait_for_step(process, tmp_path, last + 3)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert f"{number.name}: finishing this step, then saving" in errors
+        saved = re.search(rf"{number.name}: saved step (\d+) of 1000000 in \S+; run the same command again", output)
+        assert saved, output
+        if last:
+            assert f"resuming {tmp_path} at step {last}" in output
+        last = int(saved[1])
+        assert find_checkpoint(tmp_path)[1] == last
+    steps = [r["step"] for r in read_records(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, last + 1))

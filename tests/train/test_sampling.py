@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.mixers.attention import AttentionConfig
+from longctx.model import ModelConfig, TransformerLM
+from longctx.sharding import MeshConfig, make_mesh
+from train.data import open_tokenizer
+from train.sampling import SampleConfig, limited, sample_text, sample_tokens
+
+CONFIG = ModelConfig(
+    vocab_size=257,
+    dim=16,
+    num_layers=2,
+    mlp_dim=32,
+    mixers={
+        "local": AttentionConfig(num_heads=2, num_kv_heads=1, window=4),
+        "global": AttentionConfig(num_heads=2),
+    },
+    pattern=("local", "global"),
+    tie_embeddings=False,
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TransformerLM(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def split(model):
+    graphdef, params = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def test_greedy_sampling_equals_recomputation_without_a_cache(model, split):
+    prompt_BT = jnp.array([[256, 7, 80, 41, 3], [256, 100, 9, 9, 200]], jnp.int32)
+    config = SampleConfig(num_tokens=6, temperature=0.0)
+    sampled = sample_tokens(*split, prompt_BT, jax.random.key(0), config)
+    forward = jax.jit(lambda tokens: model(tokens))
+    # Padded to the final length, so that one compilation serves all steps; causal attention does not see the padding.
+    tokens = np.zeros((2, 11), np.int32)
+    tokens[:, :5] = prompt_BT
+    for length in range(5, 11):
+        tokens[:, length] = np.argmax(forward(jnp.asarray(tokens))[:, length - 1], axis=-1)
+    np.testing.assert_array_equal(sampled, tokens[:, 5:])
+    assert len(np.unique(sampled)) > 2
+
+
+def test_one_prompt_on_a_mesh_of_several_devices(split):
+    prompt_BT, config = jnp.array([[256, 7, 80]], jnp.int32), SampleConfig(num_tokens=4, temperature=0.0)
+    alone = sample_tokens(*split, prompt_BT, jax.random.key(0), config)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        spread = sample_tokens(*split, prompt_BT, jax.random.key(0), config)
+    np.testing.assert_array_equal(alone, spread)
+
+
+def test_text_depends_on_the_seed_and_ends_with_the_document(model, split, monkeypatch):
+    tokenizer = open_tokenizer("bytes")
+    texts = [sample_text(*split, tokenizer, SampleConfig(num_tokens=8, seed=seed)) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    tokens = np.array([[72, 105, tokenizer.end_id, 33]], np.int32)
+    monkeypatch.setattr("train.sampling.sample_tokens", lambda *_: tokens)
+    assert sample_text(*split, tokenizer, SampleConfig()) == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({"top_k": None, "top_p": None}, [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": None}, [1, 3]),
+        ({"top_k": 9, "top_p": None}, [0, 1, 2, 3]),
+        ({"top_k": None, "top_p": 0.45}, [1]),
+        ({"top_k": None, "top_p": 0.55}, [1, 3]),
+        ({"top_k": None, "top_p": 1.0}, [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.6}, [1]),  # of the two, token 1 has 5/8 of the probability
+    ],
+)
+def test_limits(limits, kept):
+    logits = jnp.log(jnp.array([0.08, 0.5, 0.12, 0.3]))
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(limited(logits, **limits))), kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: got -1.0, wanted 0 or more"),
+        ({"top_k": 0}, "top_k: got 0, wanted 1 or more"),
+        ({"top_p": 0.0}, "top_p: got 0.0, wanted 0 < top_p <= 1"),
+    ],
+)
+def test_refused_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(**settings)
