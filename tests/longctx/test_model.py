@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from longctx import AttentionConfig, Block, ModelConfig, TransformerLM, cross_entropy
 from longctx.model import _project_float32
+from pallas_kernels import make_schedule
 
 CONFIG = ModelConfig(
     vocab_size=29,
@@ -239,7 +240,7 @@ def test_fewer_layers_than_a_period():
     np.testing.assert_allclose(decode(model, tokens, cache)[0], call(model, tokens), atol=2e-5)
 
 
-def test_schedules_are_shared_by_mask():
+def test_one_schedule_is_built_for_each_distinct_mask():
     """Two mixers of one mask take one schedule between them; another mask or other blocks take their own."""
     attention = AttentionConfig(num_heads=2, block_q=4, block_kv=4)
     mixers = {
@@ -248,8 +249,11 @@ def test_schedules_are_shared_by_mask():
         "c": dataclasses.replace(attention, window=2),
         "d": dataclasses.replace(attention, block_kv=8),
     }
-    config = dataclasses.replace(CONFIG, mixers=mixers, pattern=tuple(mixers), num_layers=4)
-    assert len(abstract(config)._schedules(8, None, None)) == 3
+    model = abstract(dataclasses.replace(CONFIG, mixers=mixers, pattern=tuple(mixers), num_layers=9))
+    program = jax.make_jaxpr(TransformerLM.__call__)(model, random_tokens(1, 8))
+    one_schedule = jax.make_jaxpr(lambda: make_schedule(attention.mask, q_len=8, kv_len=8))()
+    marks = [sum(e.primitive.name == "cummax" for e in equations(jaxpr.jaxpr)) for jaxpr in (program, one_schedule)]
+    assert marks[1] > 0 and marks[0] == 3 * marks[1]
 
 
 def test_configs_compare_and_hash_by_value():
