@@ -1,0 +1,30 @@
+"""The README says what the code does: its table is the dispatch's, its example is the script that is run."""
+
+import re
+from pathlib import Path
+
+from pallas_kernels import support
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_support_table_is_current():
+    assert support.with_table(README) == README, "run `make docs`"
+
+
+def test_the_support_table_tells_refusals_apart():
+    rows = {row.split("|")[1].strip(): row for row in support.table().splitlines()}
+    assert rows["causal"].count("forward, gradient") == 2
+    assert rows["attention dropout"].count(" - ") == 2
+
+
+def test_the_layer_example_is_the_script():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = (ROOT / "docs/examples/attention_layer.py").read_text(encoding="utf-8")
+    assert blocks[0].strip() in script
+
+
+def test_the_configs_that_the_readme_names_exist():
+    for name in re.findall(r"configs/\w+\.yaml", README):
+        assert (ROOT / name).is_file(), name
