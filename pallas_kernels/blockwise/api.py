@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,9 @@ def blockwise_attention(
     schedule: Schedule | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sinks: None = None,
-    bias: None = None,
-    dropout: None = None,
+    sinks: Any = None,
+    bias: Any = None,
+    dropout: Any = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     return_lse: bool = False,
@@ -82,9 +82,9 @@ def blockwise_attention_forward(
     schedule: Schedule | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sinks: None = None,
-    bias: None = None,
-    dropout: None = None,
+    sinks: Any = None,
+    bias: Any = None,
+    dropout: Any = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     carry: SoftmaxCarry | None = None,
@@ -136,9 +136,9 @@ def blockwise_attention_backward(
     schedule: Schedule | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sinks: None = None,
-    bias: None = None,
-    dropout: None = None,
+    sinks: Any = None,
+    bias: Any = None,
+    dropout: Any = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     accumulate: tuple[Float32[Array, "B T N H"], Float32[Array, "B S K H"], Float32[Array, "B S K V"]] | None = None,
