@@ -62,9 +62,9 @@ FEATURES = {
 }
 
 
-def _serves(attend: Callable, qkv: tuple[jax.ShapeDtypeStruct, ...]) -> bool:
+def _serves(op: Callable, arguments: tuple) -> bool:
     try:
-        jax.eval_shape(attend, *qkv)
+        jax.eval_shape(op, *arguments)
     except NotImplementedError:
         return False
     return True
