@@ -70,7 +70,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, config: CheckpointConfig):
         self.directory = directory
-        self._manager = _open(directory, config)
+        self._manager = _open(directory, config, write=True)
 
     @property
     def latest_step(self) -> int | None:
@@ -170,7 +170,7 @@ def load_params(source: str | Path, abstract_params: Any) -> Any:
       shape; it names the first one.
     """
     directory, step = find_checkpoint(source)
-    manager = _open(directory, CheckpointConfig(), read_only=True)
+    manager = _open(directory, CheckpointConfig(), write=False)
     try:
         stored = _stored_shapes(manager, step, "params")
         if stored is None:
@@ -194,16 +194,17 @@ def load_params(source: str | Path, abstract_params: Any) -> Any:
 def find_checkpoint(source: str | Path) -> tuple[Path, int]:
     """The folder of checkpoints and the step that a path means; the latest step unless the path names one.
 
+    Does not start JAX.
+
     Raises: CheckpointError when there is none.
     """
     path = Path(source).resolve()
     if path.name.isdecimal() and (path / "params").is_dir():
         return path.parent, int(path.name)
     for directory in (path / "checkpoints", path):
-        if directory.is_dir():
-            step = _open(directory, CheckpointConfig(), read_only=True).latest_step()
-            if step is not None:
-                return directory, step
+        steps = [found.step for found in ocp.path.step.standard_name_format().find_all(directory)]
+        if steps:
+            return directory, max(steps)
     raise CheckpointError(
         f"{source}: holds no complete checkpoint; pass a run's folder, its folder of checkpoints, or one checkpoint"
     )
@@ -219,7 +220,7 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
     ]
 
 
-def _open(directory: Path, config: CheckpointConfig, *, read_only: bool = False) -> ocp.CheckpointManager:
+def _open(directory: Path, config: CheckpointConfig, *, write: bool) -> ocp.CheckpointManager:
     policies: list[Any] = [checkpoint_managers.LatestN(config.keep_last)]
     if config.keep_every is not None:
         policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
@@ -227,9 +228,8 @@ def _open(directory: Path, config: CheckpointConfig, *, read_only: bool = False)
         directory.resolve(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            read_only=read_only,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
+            create=write,
+            cleanup_tmp_directories=write,
         ),
         item_handlers={
             "params": ocp.StandardCheckpointHandler(),

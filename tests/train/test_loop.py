@@ -230,6 +230,12 @@ def start(config_file, run_dir, *overrides):
     )
 
 
+def test_a_command_starts_jax_on_the_devices_of_the_run(finished):
+    command = [sys.executable, "-m", "train.generate", str(finished), "sample.num_tokens=3"]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def wait_for_step(process, run_dir, step, *, seconds=120):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
