@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class Display:
@@ -33,13 +33,11 @@ class Display:
         if self._silent or not self._console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=None),  # takes what the terminal leaves
             TextColumn("{task.fields[values]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
             console=self._console,
+            expand=True,
         )
         self._task = self._bar.add_task("train", total=self._total, completed=step, values="compiling")
         self._bar.start()
@@ -57,12 +55,12 @@ class Display:
 
     def record(self, step: int, values: Mapping[str, Any], *, seconds_left: float | None) -> None:
         """Shows the metrics of a step."""
-        text = summary(values)
+        left = "-" if seconds_left is None else duration(seconds_left)
+        text = f"{summary(values)} left {left}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)
         elif not self._silent:
-            left = "-" if seconds_left is None else duration(seconds_left)
-            print(f"step {step}/{self._total}  {text}  left {left}", flush=True)
+            print(f"step {step}/{self._total} {text}", flush=True)
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -78,8 +76,8 @@ def summary(values: Mapping[str, Any]) -> str:
         return "-" if value is None else form.format(value * scale)
 
     return (
-        f"loss {text('loss', '{:.3f}')}  bits/byte {text('bits_per_byte', '{:.3f}')}  tokens/s "
-        f"{text('tokens_per_second', '{:,.0f}')}  MFU {text('mfu', '{:.1f}%', 100)}"
+        f"loss {text('loss', '{:.3f}')} bits/byte {text('bits_per_byte', '{:.3f}')} "
+        f"tokens/s {text('tokens_per_second', '{:,.0f}')} MFU {text('mfu', '{:.1f}%', 100)}"
     )
 
 

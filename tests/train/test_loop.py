@@ -179,7 +179,7 @@ def test_the_generate_command(finished, capsys):
 
 
 def test_a_non_finite_step_stops_the_run(run, tmp_path, capsys):
-    assert run(tmp_path, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0") == 1
+    assert run(tmp_path, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "evaluation.every=null") == 1
     error = capsys.readouterr().err
     assert re.search(r"error: step 2: loss \S+ and gradient norm \S+ are not both finite; stopped\. Lower", error)
     assert [

@@ -24,6 +24,9 @@ CONFIG = ModelConfig(
     dtype="float32",
 )
 
+PROMPT_BT = np.array([[256, 7, 80, 41, 3]], np.int32)
+GREEDY = SampleConfig(num_tokens=8, temperature=0.0)
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -37,24 +40,21 @@ def split(model):
 
 
 def test_greedy_sampling_equals_recomputation_without_a_cache(model, split):
-    prompt_BT = jnp.array([[256, 7, 80, 41, 3], [256, 100, 9, 9, 200]], jnp.int32)
-    config = SampleConfig(num_tokens=6, temperature=0.0)
-    sampled = sample_tokens(*split, prompt_BT, jax.random.key(0), config)
+    sampled = sample_tokens(*split, PROMPT_BT, jax.random.key(0), GREEDY)
     forward = jax.jit(lambda tokens: model(tokens))
     # Padded to the final length, so that one compilation serves all steps; causal attention does not see the padding.
-    tokens = np.zeros((2, 11), np.int32)
-    tokens[:, :5] = prompt_BT
-    for length in range(5, 11):
+    tokens = np.zeros((1, 13), np.int32)
+    tokens[:, :5] = PROMPT_BT
+    for length in range(5, 13):
         tokens[:, length] = np.argmax(forward(jnp.asarray(tokens))[:, length - 1], axis=-1)
     np.testing.assert_array_equal(sampled, tokens[:, 5:])
-    assert len(np.unique(sampled)) > 2
+    assert len(np.unique(sampled)) > 3
 
 
 def test_one_prompt_on_a_mesh_of_several_devices(split):
-    prompt_BT, config = jnp.array([[256, 7, 80]], jnp.int32), SampleConfig(num_tokens=4, temperature=0.0)
-    alone = sample_tokens(*split, prompt_BT, jax.random.key(0), config)
+    alone = sample_tokens(*split, PROMPT_BT, jax.random.key(0), GREEDY)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        spread = sample_tokens(*split, prompt_BT, jax.random.key(0), config)
+        spread = sample_tokens(*split, PROMPT_BT, jax.random.key(0), GREEDY)
     np.testing.assert_array_equal(alone, spread)
 
 
