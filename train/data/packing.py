@@ -65,9 +65,8 @@ def cut_documents(
         num_dropped = int(len(slots) - keep.sum())
         if num_dropped == len(slots):
             raise DataError(
-                f"{name}: data.long_documents='drop' leaves none of {len(slots)} documents, of which "
-                f"the shortest fills {slots.min()} slots, data.seq_len={seq_len}; raise seq_len or use "
-                "long_documents='split'"
+                f"{name}: data.long_documents='drop' leaves none of {len(slots)} documents, of which the shortest "
+                f"fills {slots.min()} slots, data.seq_len={seq_len}; raise seq_len or use long_documents='split'"
             )
         slots, documents = slots[keep], documents[keep]
     counts = -(-slots // seq_len)

@@ -260,9 +260,8 @@ class SyntheticSource(SourceConfig):
     def open(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:
         if self.num_symbols > tokenizer.vocab_size - 1:
             raise DataError(
-                f"synthetic source: num_symbols={self.num_symbols} exceeds the {tokenizer.vocab_size - 1} "
-                "ids of data.tokenizer but the end id; lower it or use "
-                f"tokenizer='ids:{self.num_symbols + 1}'"
+                f"synthetic source: num_symbols={self.num_symbols} exceeds the {tokenizer.vocab_size - 1} ids of "
+                f"data.tokenizer but the end id; lower it or use tokenizer='ids:{self.num_symbols + 1}'"
             )
         symbols = np.delete(np.arange(self.num_symbols + 1), min(tokenizer.end_id, self.num_symbols))
         return RepeatCorpus(

@@ -127,9 +127,8 @@ def _read_parquet(path: Path, fields: Fields, report: ReadReport, progress: Byte
         for name in fields.names():
             if name not in file.schema_arrow.names:
                 raise DataError(
-                    f"{path}: no field {name!r}, the file has "
-                    f"{', '.join(map(repr, file.schema_arrow.names))}; set the "
-                    "source's field, or prompt_field and completion_field"
+                    f"{path}: no field {name!r}, the file has {', '.join(map(repr, file.schema_arrow.names))}; set "
+                    "the source's field, or prompt_field and completion_field"
                 )
             kind = file.schema_arrow.field(name).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
