@@ -1,5 +1,6 @@
 """Saving, resuming and initializing from checkpoints, on Orbax."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Position:
 
     rows: int
     """Training rows consumed: the whole state of the data."""
+    data: str
+    """Fingerprint of the documents that the rows were made of."""
     config: Mapping[str, Any]
     """The resolved config of the run that saved it, as plain data."""
 
@@ -77,14 +80,13 @@ class Checkpoints:
         """The last complete checkpoint's step, or None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, *, step: int, rows: int, config: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, *, step: int, position: Position) -> None:
         """Starts to save a step; returns once the state may be donated. A step already saved is left alone.
 
         Args:
           state: The state after `step` steps.
           step: Its step.
-          rows: Training rows consumed so far.
-          config: The resolved config as plain data.
+          position: What else to save of it.
         """
         if step == self.latest_step:
             return
@@ -93,7 +95,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 training=ocp.args.StandardSave(_without_params(state)),
-                position=ocp.args.JsonSave({"rows": rows, "config": dict(config)}),
+                position=ocp.args.JsonSave(dataclasses.asdict(position)),
             ),
         )
 
@@ -135,7 +137,7 @@ class Checkpoints:
                     position=ocp.args.JsonRestore(),
                 ),
             )
-            position = Position(rows=items.position["rows"], config=items.position["config"])
+            position = Position(**items.position)
         except Exception as error:  # as in check
             raise self._unreadable(step, _brief(error)) from error
         return TrainState(params=items.params, **items.training), position

@@ -57,15 +57,14 @@ def evaluate(
       params: The model's parameters.
       batches: Held-out batches; rows that only fill up the last one have weight 0.
       mesh: Where the batches are placed.
-    Returns: eval/loss (nats a token), eval/bits_per_byte = nats / (ln 2 x source bytes), eval/tokens (total
-      weight).
+    Returns: eval/loss (nats a token), eval/tokens (total weight), and eval/bits_per_byte = nats / (ln 2 x source
+      bytes) unless the sources hold bare ids, which have no bytes.
     """
     nll, weight, num_bytes = sum(
         (jax.device_get(eval_step(params, place_batch(batch, mesh))).astype(np.float64) for batch in batches),
         start=np.zeros(3),
     )
-    return {
-        "eval/loss": float(nll / weight),
-        "eval/bits_per_byte": float(bits_per_byte(nll, num_bytes)),
-        "eval/tokens": float(weight),
-    }
+    results = {"eval/loss": float(nll / weight), "eval/tokens": float(weight)}
+    if num_bytes:
+        results["eval/bits_per_byte"] = float(bits_per_byte(nll, num_bytes))
+    return results

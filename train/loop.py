@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from jax.sharding import Mesh
 
 from longctx.model import ModelConfig, forward_flops
 from train.assemble import memory_in_use, model_builder, resolved_model, start_mesh
-from train.checkpoint import Checkpoints, changed_settings, load_params
+from train.checkpoint import Checkpoints, Position, changed_settings, load_params
 from train.config import ConfigError, TrainConfig, config_text
-from train.data import open_data
+from train.data import Data, open_data
 from train.evaluation import evaluate, make_eval_step
 from train.flops import document_lengths, model_flops_utilization
 from train.metrics import MetricsLog
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> None:
             if checkpoints.latest_step >= config.training.steps:
                 display.note(f"{config.run_dir} is done at step {checkpoints.latest_step}. {_next_steps(config)}")
                 return
-            state, rows = _resume(config, checkpoints, abstract, display)
+            state, rows = _resume(config, checkpoints, abstract, data, display)
         else:
             weights = load_params(config.init_from, abstract.params) if config.init_from else None
             state, rows = create_state(build, optimizer, mesh, seed=config.seed), 0
@@ -93,17 +94,15 @@ def train(config: TrainConfig) -> None:
             )
             log.write(step, held_out)
             log.draw()
-            display.note(
-                f"step {step}: held-out loss {held_out['eval/loss']:.4f}, {held_out['eval/bits_per_byte']:.4f} "
-                "bits/byte"
-            )
+            display.note(f"step {step}: {_held_out_text(held_out)}")
 
         def save() -> None:
-            checkpoints.save(state, step=step, rows=rows, config=to_dict(config))
+            position = Position(rows=rows, data=data.fingerprint, config=to_dict(config))
+            checkpoints.save(state, step=step, position=position)
 
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-        display.note(f"{parameters / 1e6:.2f}M parameters on {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})")
+        display.note(f"{parameters:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})")
         if eval_every is not None and fresh:
             evaluate_now()
         batches = stack.enter_context(
@@ -148,12 +147,12 @@ def train(config: TrainConfig) -> None:
         if config.sample.num_tokens:
             text = sample_text(graphdef, state.params, data.tokenizer, config.sample)
             display.note(f"--- sample ---\n{config.sample.prompt}{text}\n--------------")
-        result = f", held-out {held_out['eval/bits_per_byte']:.3f} bits/byte" if held_out else ""
+        result = f", {_held_out_text(held_out)}" if held_out else ""
         display.note(f"done: step {step} in {duration(time.monotonic() - started)}{result}. {_next_steps(config)}")
 
 
 def _resume(
-    config: TrainConfig, checkpoints: Checkpoints, abstract: TrainState, display: Display
+    config: TrainConfig, checkpoints: Checkpoints, abstract: TrainState, data: Data, display: Display
 ) -> tuple[TrainState, int]:
     """The state of the latest checkpoint and the rows consumed until then."""
     state, position = checkpoints.restore(abstract)
@@ -166,6 +165,8 @@ def _resume(
     display.note(f"resuming {config.run_dir} at step {int(state.step)}{unused}")
     for change in changed_settings(position.config, to_dict(config)):
         display.note(f"  changed since then: {change}")
+    if position.data != data.fingerprint:
+        display.note("  changed since then: the documents; the rows from here on are not those the run would have had")
     return state, position.rows
 
 
@@ -192,6 +193,8 @@ class _StepsInFlight:
 
     def _finish(self, step: int, metrics: Metrics, segment_ids: np.ndarray) -> None:
         values: dict[str, Any] = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(values["bits_per_byte"]):  # sources of bare ids have no bytes
+            del values["bits_per_byte"]
         if self._timed is not None:
             self._timed.add(document_lengths(segment_ids), self._model_config)
         self._display.step(step)
@@ -244,6 +247,11 @@ def _check_nonfinite(step: int, values: dict[str, Any], config: TrainingConfig, 
             "steps; running again goes on from the last checkpoint"
         )
     display.note(f"{what}; skipped, {values['skipped_steps']} so far")
+
+
+def _held_out_text(values: Mapping[str, float]) -> str:
+    bits = values.get("eval/bits_per_byte")
+    return f"held-out loss {values['eval/loss']:.4f}" + ("" if bits is None else f", {bits:.4f} bits/byte")
 
 
 def _write_config(config: TrainConfig) -> None:

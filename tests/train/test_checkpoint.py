@@ -9,6 +9,7 @@ from train.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     Checkpoints,
+    Position,
     changed_settings,
     find_checkpoint,
     load_params,
@@ -37,7 +38,8 @@ def state(stand_in, mesh):
 def save(directory, state, steps, config=None, **settings):
     checkpoints = Checkpoints(directory, CheckpointConfig(**settings))
     for step in steps:
-        checkpoints.save(state, step=step, rows=8 * step, config=config or {"seed": 0})
+        position = Position(rows=8 * step, data="documents", config=config or {"seed": 0})
+        checkpoints.save(state, step=step, position=position)
     checkpoints.close()
     return Checkpoints(directory, CheckpointConfig(**settings))
 
@@ -61,7 +63,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path, stand_in, mesh, state):
     before = jax.tree.map(lambda leaf: np.array(leaf), state)
     plus_one = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf + leaf.dtype.type(1), s), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save(state, step=1, rows=0, config={})
+    checkpoints.save(state, step=1, position=Position(rows=0, data="documents", config={}))
     for _ in range(3):
         state = plus_one(state)
     checkpoints.wait()

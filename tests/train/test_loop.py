@@ -111,6 +111,27 @@ def test_resuming_gives_the_same_losses_bit_for_bit(run, finished, tmp_path, cap
     jax.tree.map(np.testing.assert_array_equal, final_arrays(tmp_path), final_arrays(finished))
 
 
+def test_documents_that_changed_before_a_resume_are_noted(run, config_file, tmp_path, capsys):
+    text = tmp_path / "more.jsonl"
+    text.write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in range(5, 40)))
+    short = [f'data.sources=[{{kind: text, files: ["{text}"]}}]', "optimizer.warmup_steps=0", "optimizer.decay_steps=1"]
+    assert run(tmp_path / "run", *short, "training.steps=2") == 0
+    capsys.readouterr()
+    assert run(tmp_path / "run", *short, "training.steps=3") == 0
+    assert "the documents" not in capsys.readouterr().out
+    text.write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in range(5, 60)))
+    assert run(tmp_path / "run", *short, "training.steps=4") == 0
+    assert "changed since then: the documents; the rows from here on are not those" in capsys.readouterr().out
+
+
+def test_sources_of_bare_ids_have_no_bits_per_byte(run, tmp_path, capsys):
+    source = "{kind: synthetic, num_documents: 50, num_symbols: 32, min_length: 8, max_length: 60}"
+    assert run(tmp_path, f"data.sources=[{source}]", "data.tokenizer=ids:33") == 0
+    output = capsys.readouterr().out
+    assert "bits/byte -" in output and "inf" not in output
+    assert all("bits_per_byte" not in name for record in read_records(tmp_path / "metrics.jsonl") for name in record)
+
+
 def test_what_a_run_writes(finished):
     records = read_records(finished / "metrics.jsonl")
     second = next(r for r in records if r["step"] == 2)

@@ -1,5 +1,6 @@
 """The data pipeline: from a config to batches, any of which can be asked for by its number."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,11 +37,13 @@ def open_data(config: DataConfig, *, seed: int) -> "Data":
     cache_dir = Path(config.cache_dir).expanduser()
     notes: list[str] = []
     train, held_out = [], []
+    fingerprint = hashlib.sha256()
     for name, source in _named("sources", config.sources):
         corpus = source.open(tokenizer, cache_dir)
         fraction = 0.0 if config.held_out_sources else config.held_out_fraction
         ours, theirs = split_documents(len(corpus.documents), fraction, seed=seed, name=name)
         notes += [*corpus.notes, _summary(name, corpus, ours, theirs)]
+        fingerprint.update(np.ascontiguousarray(corpus.documents.lengths[ours]))
         train.append(_PackedDocuments(corpus, ours, config, tokenizer, f"the training part of {name}", notes))
         if len(theirs):
             held_out.append(_PackedDocuments(corpus, theirs, config, tokenizer, f"the held-out part of {name}", notes))
@@ -52,7 +55,14 @@ def open_data(config: DataConfig, *, seed: int) -> "Data":
     streams = [grain.MapDataset.source(_TrainRows(documents, seed)) for documents in train]
     weights = [source.weight for source in config.sources]
     mixed = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-    return Data(config, tokenizer=tokenizer, train=mixed, held_out=HeldOutRows(held_out), notes=notes)
+    return Data(
+        config,
+        tokenizer=tokenizer,
+        train=mixed,
+        held_out=HeldOutRows(held_out),
+        notes=notes,
+        fingerprint=fingerprint.hexdigest()[:16],
+    )
 
 
 def split_documents(num_documents: int, fraction: float, *, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +91,7 @@ class Data:
       train: The training rows, a random-access sequence without end; row i is `train[i]`.
       held_out: The held-out rows, a finite sequence; empty when nothing is held out.
       notes: Lines that the user should see once: what was read, replaced and left out.
+      fingerprint: Changes when documents of the training sources come, go or change in length.
     """
 
     def __init__(
@@ -91,11 +102,13 @@ class Data:
         train: grain.MapDataset,
         held_out: Sequence[Row],
         notes: Sequence[str],
+        fingerprint: str,
     ):
         self.tokenizer = tokenizer
         self.train = train
         self.held_out = held_out
         self.notes = tuple(notes)
+        self.fingerprint = fingerprint
         self._config = config
 
     def batches(self, *, start_step: int, batch_size: int) -> grain.DatasetIterator:
