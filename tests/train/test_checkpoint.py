@@ -122,8 +122,6 @@ def test_another_optimizer_is_named(tmp_path, stand_in, mesh, state):
         checkpoints.check(abstract_state(stand_in, optax.sgd(0.1, momentum=0.9), mesh))
 
 
-# Reads of the other arrays end after Orbax has given up, and find its event loop closed.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 def test_a_truncated_checkpoint_names_the_one_before(tmp_path, stand_in, mesh, state):
     checkpoints = save(tmp_path, state, [2, 4])
     for file in (tmp_path / "4" / "params").rglob("d/*"):
