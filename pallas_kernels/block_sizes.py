@@ -24,7 +24,7 @@ class BlockSizes:
 # XLA materialises one [B, N, block_q, block_kv] float32 tile of logits at a time: large tiles keep a GPU's matmuls
 # busy, small ones stay in a CPU's cache.
 BLOCKWISE_ATTENTION = {
-    "cpu": BlockSizes(block_q=256, block_kv=256),
+    "cpu": BlockSizes(block_q=128, block_kv=128),
     "gpu": BlockSizes(block_q=1024, block_kv=1024),
     "tpu": BlockSizes(block_q=512, block_kv=1024),
 }
