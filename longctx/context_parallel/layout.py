@@ -1,9 +1,9 @@
 """Layouts: which tokens of a sequence each device of the context axes holds.
 
-A layout is a permutation of the sequence, applied once, in the data, to tokens, targets, positions and segment ids; device
-d then holds the d-th equal part of the permuted sequence. Positions travel with the tokens, so masks and rotary
-embeddings need to know nothing of it. Under a causal mask the later tokens have more keys than the earlier ones: a
-contiguous layout leaves the last device P times the work of the first, zigzag and striped even it out.
+A layout is a permutation of the sequence, applied once, in the data, to tokens, targets, positions and segment ids.
+Device d then holds the d-th equal part of the permuted sequence. Positions travel with the tokens, so masks and rotary
+embeddings need to know nothing of it. Under a causal mask later tokens have more keys than earlier ones: contiguous
+leaves the last of P devices with 2 P - 1 times the work of the first, zigzag and striped even it out.
 """
 
 import dataclasses
