@@ -68,11 +68,11 @@ class ContextParallelConfig:
                 return places.reshape(-1, degree, self.stripe_size).swapaxes(0, 1).reshape(-1)
 
 
-def permute(x: np.ndarray, order: Int[np.ndarray, " length"], *, axis: int = 1) -> np.ndarray:
-    """`x` with its sequence in the layout's order. Works on JAX arrays too."""
+def permute[A](x: A, order: Int[np.ndarray, " length"], *, axis: int = 1) -> A:
+    """`x`, an array of NumPy's or JAX's, with its sequence in the layout's order."""
     return x.take(order, axis=axis)
 
 
-def unpermute(x: np.ndarray, order: Int[np.ndarray, " length"], *, axis: int = 1) -> np.ndarray:
+def unpermute[A](x: A, order: Int[np.ndarray, " length"], *, axis: int = 1) -> A:
     """The inverse of permute."""
     return x.take(np.argsort(order), axis=axis)
