@@ -1,23 +1,28 @@
 """The parts of a run that training, evaluation and generation share, made from its config."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from longctx.model import ModelConfig, TransformerLM
-from longctx.sharding import make_mesh
+from longctx.sharding import CONTEXT_AXES, make_mesh
 from train.config import ConfigError, TrainConfig, load_config
 from train.distributed import initialize
+from train.placement import BatchPlacement
 
 
 def start_mesh(config: TrainConfig) -> Mesh:
     """Starts JAX on the run's devices and arranges them.
 
-    Raises: ConfigError when the mesh does not fit the devices, or the batch does not fit the mesh.
+    Raises: ConfigError when the mesh does not fit the devices, or rows or tokens of a batch do not fit the mesh;
+      DeviceError when the devices or the other processes cannot be had.
     """
     devices = initialize(config.distributed)
     try:
@@ -32,7 +37,21 @@ def start_mesh(config: TrainConfig) -> Mesh:
             f"microbatch(es) of {rows} rows, wanted rows that the mesh's data x fsdp = {row_devices} devices share "
             "evenly; change batch_size or accumulate_steps"
         )
+    try:
+        _token_order(config, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return mesh
+
+
+def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> BatchPlacement:
+    """The placement of batches of this many rows, with their tokens in the layout of the run."""
+    return BatchPlacement(mesh, batch_size=batch_size, order=_token_order(config, mesh))
+
+
+def _token_order(config: TrainConfig, mesh: Mesh) -> Int[np.ndarray, " length"]:
+    degree = math.prod(mesh.shape[axis] for axis in CONTEXT_AXES)
+    return config.context_parallel.order(config.data.seq_len, degree)
 
 
 def resolved_model(config: TrainConfig, vocab_size: int) -> ModelConfig:

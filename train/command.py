@@ -1,12 +1,14 @@
 """What the commands have in common: errors as one line, and the exit code."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from train.checkpoint import CheckpointError
 from train.config import ConfigError
 from train.data import DataError
-from train.distributed import DeviceError
+from train.distributed import DeviceError, process_label
 from train.step import NonFiniteError
 
 
@@ -14,17 +16,34 @@ def run_command(run: Callable[[], None]) -> int:
     """Calls `run` and turns what the user can mend into lines on stderr.
 
     Returns: the exit code: 0; 1 for a run that failed; 2 for a wrong config; 130 for Ctrl-C before the first
-      step.
+      step. As one of several processes it does not return from a failure but ends the process: a regular exit would
+      wait for the others, which wait for this one.
     """
+    code = _outcome(run)
+    if code and process_label():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _outcome(run: Callable[[], None]) -> int:
     try:
         run()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except (CheckpointError, DataError, DeviceError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        label = process_label()
+        print(f"error ({label}): {error}" if label else f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted outside the training loop; nothing was saved", file=sys.stderr)
         return 130
+    except Exception:
+        if not process_label():
+            raise
+        traceback.print_exc()
+        print(f"error ({process_label()})", file=sys.stderr)
+        return 1
     return 0

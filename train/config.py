@@ -1,13 +1,15 @@
 """TrainConfig: everything one run is made of, read from a YAML file and `a.b=c` overrides."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from longctx.context_parallel import ContextParallelConfig
 from longctx.model import ModelConfig
-from longctx.sharding import CONTEXT_AXES, MeshConfig
+from longctx.sharding import AXIS_NAMES, CONTEXT_AXES, MeshConfig
 from train import schema, schema_docs
 from train.checkpoint import CheckpointConfig
 from train.data import DataConfig
@@ -42,6 +44,8 @@ class TrainConfig:
     """The update rule and its learning rate."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How the devices are arranged."""
+    context_parallel: ContextParallelConfig = dataclasses.field(default_factory=ContextParallelConfig)
+    """How a sequence is split over the context axes of the mesh, where they have more than one device."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """The processes and devices of the run."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -61,23 +65,20 @@ class TrainConfig:
                 f"init_from: got run_dir={self.run_dir} itself, wanted another run's folder; leave init_from out "
                 "to resume the run"
             )
-        for axis in CONTEXT_AXES:
-            if (size := getattr(self.mesh, axis)) != 1:
-                raise ValueError(
-                    f"mesh.{axis}: got {size}, wanted 1; training with sequences split over devices is not built "
-                    "yet, split rows (data, fsdp) or heads (tensor)"
-                )
         make_schedule(self.optimizer, total_steps=self.training.steps)  # refuses phases that outlast the run
-        self._check_rows()
-
-    def _check_rows(self):
-        """Each microbatch must split evenly over the devices that share the rows, where the config tells them."""
-        sizes = {"data": self.mesh.data, "fsdp": self.mesh.fsdp}
+        # An axis of -1 takes the machine's devices: what it is part of is checked when the run starts.
+        sizes = {name: getattr(self.mesh, name) for name in AXIS_NAMES}
         if self.distributed.virtual_cpu_devices is not None:
             sizes = self.mesh.sizes(self.distributed.virtual_cpu_devices)
         row_devices = sizes["data"] * sizes["fsdp"]
-        if row_devices < 0:
-            return  # one of them takes the machine's devices: known when the run starts
+        if row_devices > 0:
+            self._check_rows(row_devices)
+        degree = math.prod(sizes[axis] for axis in CONTEXT_AXES)
+        if degree > 0:
+            self.context_parallel.order(self.data.seq_len, degree)  # refuses a length that does not split evenly
+
+    def _check_rows(self, row_devices: int):
+        """Each microbatch must split evenly over the devices that share the rows."""
         rows = self.training.batch_size // self.training.accumulate_steps
         if rows % row_devices:
             raise ValueError(

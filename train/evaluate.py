@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from train.assemble import config_of, model_builder, resolved_model, start_mesh
+from train.assemble import batch_placement, config_of, model_builder, resolved_model, start_mesh
 from train.checkpoint import find_checkpoint, load_params
 from train.command import run_command
 from train.config import TrainConfig
@@ -24,11 +24,15 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
         data = open_data(config.data, seed=config.seed)
         build = model_builder(resolved_model(config, data.tokenizer.vocab_size))
         params = load_params(directory / str(step), abstract_params(build, mesh))
+        batch_size = config.training.batch_size // config.training.accumulate_steps
+        placement = batch_placement(config, mesh, batch_size=batch_size)
         batches = data.held_out_batches(
-            batch_size=config.training.batch_size // config.training.accumulate_steps,
+            batch_size=batch_size,
             max_batches=config.evaluation.max_batches,
+            rows=placement.rows,
+            slots=placement.slots,
         )
-        return {"step": step} | evaluate(make_eval_step(abstract_model(build)[0]), params, batches, mesh)
+        return {"step": step} | evaluate(make_eval_step(abstract_model(build)[0]), params, batches, placement)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or its config file")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
-    return run_command(lambda: print(json.dumps(evaluate_run(config_of(options.source, options.overrides)))))
+
+    def run() -> None:
+        values = evaluate_run(config_of(options.source, options.overrides))
+        if jax.process_index() == 0:
+            print(json.dumps(values))
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from longctx.losses import cross_entropy
-from train.step import Batch, bits_per_byte, place_batch
+from train.placement import BatchPlacement
+from train.step import Batch, bits_per_byte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,37 +31,36 @@ class EvaluationConfig:
                 raise ValueError(f"{name}: got {value}, wanted 1 or more, or null")
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
-    """Builds the jitted step(params, batch) -> float32 [3]: sums of weighted nll (nats), weights and source
-    bytes."""
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Builds the jitted step(params, batch) -> float32 sums of weighted nll (nats), weights and source bytes."""
 
     def step(params, batch):
         model = nnx.merge(graphdef, params)
         logits_BTV = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
         sums = cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"])
-        return jnp.stack([sums.nll_sum, sums.weight_sum, jnp.sum(batch["num_bytes"])])
+        return sums.nll_sum, sums.weight_sum, jnp.sum(batch["num_bytes"])
 
     return jax.jit(step)
 
 
 def evaluate(
-    eval_step: Callable[[Any, Batch], jax.Array],
+    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]],
     params: Any,
     batches: Iterable[Mapping[str, np.ndarray]],
-    mesh: Mesh,
+    placement: BatchPlacement,
 ) -> dict[str, float]:
     """The loss over all batches together: sums are divided once, so that how rows are batched does not matter.
 
     Args:
       eval_step: From make_eval_step.
       params: The model's parameters.
-      batches: Held-out batches; rows that only fill up the last one have weight 0.
-      mesh: Where the batches are placed.
+      batches: This process's part of the held-out batches; rows that only fill up the last one have weight 0.
+      placement: Places them.
     Returns: eval/loss (nats a token), eval/tokens (total weight), and eval/bits_per_byte = nats / (ln 2 x source
       bytes) unless the sources hold bare ids, which have no bytes.
     """
     nll, weight, num_bytes = sum(
-        (jax.device_get(eval_step(params, place_batch(batch, mesh))).astype(np.float64) for batch in batches),
+        (np.array(jax.device_get(eval_step(params, placement.place(batch))), np.float64) for batch in batches),
         start=np.zeros(3),
     )
     results = {"eval/loss": float(nll / weight), "eval/tokens": float(weight)}

@@ -1,7 +1,5 @@
 """Peak speeds and model FLOPs utilization."""
 
-import numpy as np
-
 PEAK_BF16_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -23,19 +21,6 @@ PEAK_BF16_FLOPS = {
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where the table has no entry (CPUs among them)."""
     return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_kind), None)
-
-
-def document_lengths(segment_ids: np.ndarray) -> np.ndarray:
-    """Tokens of every segment in a batch.
-
-    Args:
-      segment_ids: [B, T]; ids below 0 are padding and not counted. The slots of a segment need not be
-        contiguous.
-    Returns: int64 [number of segments], in order of (row, id).
-    """
-    rows = np.arange(segment_ids.shape[0])[:, None] * (segment_ids.max(initial=0) + 1)
-    counts = np.bincount((rows + segment_ids)[segment_ids >= 0])
-    return counts[counts > 0]
 
 
 def model_flops_utilization(

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         config = config_of(options.source, [*options.overrides, *prompt])
-        print(config.sample.prompt + generate(config))
+        text = generate(config)
+        if jax.process_index() == 0:
+            print(config.sample.prompt + text)
 
     return run_command(run)
 

@@ -14,22 +14,24 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from longctx.model import ModelConfig, forward_flops
-from train.assemble import memory_in_use, model_builder, resolved_model, start_mesh
+from train.assemble import batch_placement, memory_in_use, model_builder, resolved_model, start_mesh
 from train.checkpoint import Checkpoints, Position, changed_settings, load_params
 from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
 from train.evaluation import evaluate, make_eval_step
-from train.flops import document_lengths, model_flops_utilization
+from train.flops import model_flops_utilization
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, make_schedule
+from train.placement import one_flag_a_device
 from train.progress import Display, duration
 from train.sampling import sample_text
 from train.schema import to_dict
 from train.signals import StopSignals
 from train.state import TrainState, abstract_model, abstract_state, create_state
-from train.step import Metrics, NonFiniteError, TrainingConfig, make_train_step, place_batch
+from train.step import Metrics, NonFiniteError, TrainingConfig, make_train_step
 
 MAX_STEPS_IN_FLIGHT = 2  # more gain nothing, and XLA's CPU runtime aborts when many steps with collectives are queued
 
@@ -75,9 +77,13 @@ def train(config: TrainConfig) -> None:
         step = first = int(state.step)
         _write_config(config)
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step)))
-        in_flight = _StepsInFlight(config, model_config, mesh, log, display)
+        in_flight = _StepsInFlight(config, model_config, mesh, data, log, display)
         train_step = make_train_step(graphdef, abstract, optimizer, schedule, config.training, mesh)
         eval_step = make_eval_step(graphdef)
+        batch_size = config.training.batch_size
+        eval_batch_size = batch_size // config.training.accumulate_steps
+        placement = batch_placement(config, mesh, batch_size=batch_size)
+        eval_placement = batch_placement(config, mesh, batch_size=eval_batch_size)
         eval_every = config.evaluation.every if len(data.held_out) else None
         held_out: dict[str, float] = {}
 
@@ -87,10 +93,12 @@ def train(config: TrainConfig) -> None:
                     eval_step,
                     state.params,
                     data.held_out_batches(
-                        batch_size=config.training.batch_size // config.training.accumulate_steps,
+                        batch_size=eval_batch_size,
                         max_batches=config.evaluation.max_batches,
+                        rows=eval_placement.rows,
+                        slots=eval_placement.slots,
                     ),
-                    mesh,
+                    eval_placement,
                 )
             )
             log.write(step, held_out)
@@ -98,7 +106,7 @@ def train(config: TrainConfig) -> None:
             display.note(f"step {step}: {_held_out_text(held_out)}")
 
         def save() -> None:
-            position = Position(rows=rows, data=data.fingerprint, config=to_dict(config))
+            position = Position(rows=rows, data=data.fingerprint, config=to_dict(_recorded(config)))
             checkpoints.save(state, step=step, position=position)
 
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
@@ -107,18 +115,26 @@ def train(config: TrainConfig) -> None:
         if eval_every is not None and fresh:
             evaluate_now()
         batches = stack.enter_context(
-            closing(data.batches(start_step=rows // config.training.batch_size, batch_size=config.training.batch_size))
+            closing(
+                data.batches(
+                    start_step=rows // batch_size, batch_size=batch_size, rows=placement.rows, slots=placement.slots
+                )
+            )
         )
         signals = stack.enter_context(StopSignals())
+        several = jax.process_count() > 1
         display.start(step)
         compile_started = time.monotonic()
-        while step < config.training.steps and signals.received is None:
+        # Several processes stop where the metrics of a step say so: at the same step, whichever got the signal.
+        while step < config.training.steps and not (in_flight.stop if several else signals.received):
             batch = next(batches)
             in_flight.wait(at_most=MAX_STEPS_IN_FLIGHT - 1)
+            placed = placement.place(batch)
+            stop = one_flag_a_device(signals.received is not None, mesh) if several else None
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, place_batch(batch, mesh))
-            step, rows = step + 1, rows + config.training.batch_size
-            in_flight.add(step, metrics, batch["segment_ids"])
+                state, metrics = train_step(state, placed, stop)
+            in_flight.add(step + 1, metrics, data_step=rows // batch_size)
+            step, rows = step + 1, rows + batch_size
 
             eval_due = eval_every is not None and (step % eval_every == 0 or step == config.training.steps)
             save_due = config.checkpoint.every is not None and step % config.checkpoint.every == 0
@@ -140,8 +156,9 @@ def train(config: TrainConfig) -> None:
         display.stop()
 
         if step < config.training.steps:
+            reason = signals.received or "a signal to another process"
             display.note(
-                f"{signals.received}: saved step {step} of {config.training.steps} in {checkpoints.directory}; run the "
+                f"{reason}: saved step {step} of {config.training.steps} in {checkpoints.directory}; run the "
                 "same command again to go on"
             )
             return
@@ -164,7 +181,7 @@ def _resume(
         )
     unused = "; init_from is not used" if config.init_from else ""
     display.note(f"resuming {config.run_dir} at step {int(state.step)}{unused}")
-    for change in changed_settings(position.config, to_dict(config)):
+    for change in changed_settings(position.config, to_dict(_recorded(config))):
         display.note(f"  changed since then: {change}")
     if position.data != data.fingerprint:
         display.note("  changed since then: the documents; the rows from here on are not those the run would have had")
@@ -174,14 +191,26 @@ def _resume(
 class _StepsInFlight:
     """Steps that were dispatched and whose metrics are yet to be waited for, checked, shown and recorded."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, mesh: Mesh, log: MetricsLog, display: Display):
-        self._config, self._model_config, self._mesh = config, model_config, mesh
+    stop = False
+    """Whether the metrics of a finished step say that a process was asked to stop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        data: Data,
+        log: MetricsLog,
+        display: Display,
+    ):
+        self._config, self._model_config, self._mesh, self._data = config, model_config, mesh, data
         self._log, self._display = log, display
-        self._steps: deque[tuple[int, Metrics, np.ndarray]] = deque()
+        self._steps: deque[tuple[int, Metrics, int]] = deque()
         self._timed: _Timed | None = None
 
-    def add(self, step: int, metrics: Metrics, segment_ids: np.ndarray) -> None:
-        self._steps.append((step, metrics, segment_ids))
+    def add(self, step: int, metrics: Metrics, *, data_step: int) -> None:
+        """Adds a step; `data_step` is the number of its batch in the data."""
+        self._steps.append((step, metrics, data_step))
 
     def restart_clock(self) -> None:
         """Measures the speed from now on: what lies behind (compilation, evaluation, saving) does not count."""
@@ -192,12 +221,15 @@ class _StepsInFlight:
         while len(self._steps) > at_most:
             self._finish(*self._steps.popleft())
 
-    def _finish(self, step: int, metrics: Metrics, segment_ids: np.ndarray) -> None:
+    def _finish(self, step: int, metrics: Metrics, data_step: int) -> None:
         values: dict[str, Any] = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self.stop |= values.pop("stop", False)
         if not math.isfinite(values["bits_per_byte"]):  # sources of bare ids have no bytes
             del values["bits_per_byte"]
         if self._timed is not None:
-            self._timed.add(document_lengths(segment_ids), self._model_config)
+            # Of the whole batch, of which this process may have read a part only.
+            lengths = self._data.document_lengths(step=data_step, batch_size=self._config.training.batch_size)
+            self._timed.add(lengths, self._model_config)
         self._display.step(step)
         finite, total = values["finite"], self._config.training.steps
         if not finite or step % self._config.metrics.every == 0 or step == total:
@@ -224,7 +256,7 @@ class _Timed:
     tokens: int = 0
     forward_flops: float = 0.0
 
-    def add(self, lengths: np.ndarray, model_config: ModelConfig) -> None:
+    def add(self, lengths: Int[np.ndarray, " documents"], model_config: ModelConfig) -> None:
         self.steps += 1
         self.tokens += int(lengths.sum())
         self.forward_flops += forward_flops(model_config, lengths)
@@ -255,13 +287,19 @@ def _held_out_text(values: Mapping[str, float]) -> str:
     return f"held-out loss {values['eval/loss']:.4f}" + ("" if bits is None else f", {bits:.4f} bits/byte")
 
 
+def _recorded(config: TrainConfig) -> TrainConfig:
+    """The config without what is true of one process of one start only."""
+    here = {"coordinator_address": None, "num_processes": None, "process_id": None}
+    return dataclasses.replace(config, distributed=dataclasses.replace(config.distributed, **here))
+
+
 def _write_config(config: TrainConfig) -> None:
     """Writes the resolved config into the run's folder, atomically."""
     if jax.process_index() == 0:
         path = Path(config.run_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(config_text(config), encoding="utf-8")
+        temporary.write_text(config_text(_recorded(config)), encoding="utf-8")
         os.replace(temporary, path)
 
 

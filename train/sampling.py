@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from train.data import Tokenizer
 
@@ -99,8 +100,7 @@ def sample_tokens(
 def sample_text(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, config: SampleConfig) -> str:
     """The continuation of config.prompt, without the prompt, up to the end of the document."""
     prompt = np.concatenate([[tokenizer.end_id], tokenizer.encode(config.prompt)]).astype(np.int32)
-    tokens = np.asarray(
-        sample_tokens(graphdef, params, jnp.asarray(prompt)[None], jax.random.key(config.seed), config)
-    )[0]
+    sampled = sample_tokens(graphdef, params, prompt[None], jax.random.key(config.seed), config)
+    tokens = multihost_utils.process_allgather(sampled, tiled=True)[0]
     ends = np.flatnonzero(tokens == tokenizer.end_id)
     return tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)

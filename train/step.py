@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -53,12 +52,6 @@ class TrainingConfig:
             )
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The host's batch on the mesh: [B, T] arrays over (rows, tokens), [B] arrays over rows."""
-    shardings = {name: batch_sharding(mesh, array.ndim) for name, array in batch.items()}
-    return jax.device_put(dict(batch), shardings)
-
-
 def bits_per_byte(nll_sum, num_bytes):
     """nats / (ln 2 x source bytes)."""
     return nll_sum / (math.log(2.0) * num_bytes)
@@ -71,7 +64,7 @@ def make_train_step(
     schedule: Schedule,
     config: TrainingConfig,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted step; the state passed to it is donated.
 
     The gradient is that of sum(weight x loss) / sum(weight) over the whole batch: microbatches add gradients
@@ -86,9 +79,10 @@ def make_train_step(
       schedule: Learning rate by number of updates, for the metrics.
       config: Accumulation, z-loss.
       mesh: Where the batch lies.
-    Returns: step(state, batch) -> (state, metrics). Metrics are scalars: loss (mean nll in nats a token),
+    Returns: step(state, batch, stop=None) -> (state, metrics). Metrics are scalars: loss (mean nll in nats a token),
       bits_per_byte, z_loss (when on), grad_norm (before clipping), learning_rate, tokens (total weight),
-      finite, skipped_steps. A step that is not finite leaves parameters and optimizer state as they were.
+      finite, skipped_steps, and, where `stop` is given (bool [devices]), stop: whether any of it is true, by which
+      processes agree. A step that is not finite leaves parameters and optimizer state as they were.
     Memory: a float32 copy of the gradients beside the state, sharded like the parameters.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -119,7 +113,7 @@ def make_train_step(
         carry, _ = jax.lax.scan(body, ((jnp.float32(0.0),) * 3, zeros), {k: split(v) for k, v in batch.items()})
         return carry
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, stop: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         (loss, nll, weight), gradients = accumulate(state.params, batch)
         divisor = jnp.where(weight > 0, weight, 1.0)
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
@@ -153,6 +147,8 @@ def make_train_step(
         }
         if config.z_loss:
             metrics["z_loss"] = (loss - nll) / divisor
+        if stop is not None:
+            metrics["stop"] = jnp.any(stop)
         return new_state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -65,8 +65,19 @@ def test_the_printed_config_reads_back_equal(base, tmp_path):
         (["training.steps=0"], r"training\.steps: got 0, wanted 1 or more"),
         (["run_dir=''"], r"run_dir: got empty text, wanted a folder"),
         (["init_from=runs/test/"], r"init_from: got run_dir=runs/test itself, wanted another run's folder"),
-        (["mesh.context_inner=2"], r"mesh\.context_inner: got 2, wanted 1; .* not built yet"),
-        (["mesh.context_outer=-1"], r"mesh\.context_outer: got -1, wanted 1; .* not built yet"),
+        (
+            ["mesh.context_inner=2", "mesh.context_outer=3"],
+            r"context_parallel\.layout: zigzag over 6 devices splits a sequence into parts of a multiple of 12 tokens, "
+            r"got 64; change seq_len, the mesh or the layout",
+        ),
+        (
+            ["mesh.context_inner=-1", "distributed.virtual_cpu_devices=3", "context_parallel.layout=contiguous"],
+            r"context_parallel\.layout: contiguous over 3 devices .* got 64",
+        ),
+        (
+            ["context_parallel.stripe_size=4"],
+            r"context_parallel\.stripe_size: got 4 with layout=zigzag, which has no stripes",
+        ),
         (["optimizer.warmup_steps=10"], r"optimizer\.warmup_steps: got 10, wanted fewer than training\.steps=10"),
         (
             ["mesh.data=8"],

@@ -8,6 +8,7 @@ from flax import nnx
 
 from longctx.sharding import MeshConfig, make_mesh
 from train.evaluation import EvaluationConfig, evaluate, make_eval_step
+from train.placement import BatchPlacement
 from train.state import abstract_model
 
 
@@ -19,7 +20,8 @@ def test_equals_a_direct_computation_over_all_tokens(stand_in, make_batch):
         array[2:] = -1 if name == "segment_ids" else 0
     mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
     with jax.set_mesh(mesh):
-        values = evaluate(make_eval_step(abstract_model(stand_in)[0]), params, batches, mesh)
+        placement = BatchPlacement(mesh, batch_size=4, order=np.arange(6))
+        values = evaluate(make_eval_step(abstract_model(stand_in)[0]), params, batches, placement)
 
     together = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     logits = model(together["tokens"], positions=together["positions"], segment_ids=together["segment_ids"])

@@ -1,13 +1,6 @@
-import numpy as np
 import pytest
 
-from train.flops import document_lengths, model_flops_utilization, peak_flops
-
-
-def test_document_lengths():
-    segment_ids = np.array([[0, 0, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0], [-1] * 6, [1, 0, 1, 0, 2, -1]], np.int32)
-    np.testing.assert_array_equal(document_lengths(segment_ids), [2, 3, 6, 2, 2, 1])
-    assert document_lengths(np.full((2, 3), -1, np.int32)).size == 0
+from train.flops import model_flops_utilization, peak_flops
 
 
 @pytest.mark.parametrize(

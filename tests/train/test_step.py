@@ -8,8 +8,9 @@ from flax import nnx
 
 from longctx.sharding import MeshConfig, make_mesh
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from train.placement import BatchPlacement, one_flag_a_device
 from train.state import abstract_model, abstract_state, create_state
-from train.step import TrainingConfig, make_train_step, place_batch
+from train.step import TrainingConfig, make_train_step
 
 MESH = MeshConfig(data=2, fsdp=2)
 
@@ -25,9 +26,12 @@ def setup(build, *, mesh=MESH, optimizer=None, **training):
     abstract = abstract_state(build, optimizer, mesh)
     step = make_train_step(abstract_model(build)[0], abstract, optimizer, schedule, config, mesh)
 
-    def run(state, batch):
+    def run(state, batch, stop=None):
+        rows, length = batch["tokens"].shape
         with jax.set_mesh(mesh):
-            state, metrics = step(state, place_batch(batch, mesh))
+            flags = None if stop is None else one_flag_a_device(stop, mesh)
+            placement = BatchPlacement(mesh, batch_size=rows, order=np.arange(length))
+            state, metrics = step(state, placement.place(batch), flags)
             return state, jax.device_get(metrics)
 
     run.num_compilations = step._cache_size
@@ -109,6 +113,14 @@ def test_learning_rate_of_the_step_at_hand(stand_in, make_batch):
     for wanted in (0.1, 0.2):
         state, metrics = run(state, make_batch(0))
         np.testing.assert_allclose(metrics["learning_rate"], wanted, rtol=1e-6)
+
+
+def test_processes_agree_on_stopping_by_a_metric(stand_in, make_batch):
+    run, state = setup(stand_in)
+    for stop in (True, False):
+        state, metrics = run(state, make_batch(0), stop)
+        assert metrics["stop"] == stop
+    assert "stop" not in run(state, make_batch(0))[1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

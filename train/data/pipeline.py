@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from train.data.config import DataConfig
 from train.data.corpus import Corpus
@@ -52,13 +53,13 @@ def open_data(config: DataConfig, *, seed: int) -> "Data":
         every = np.arange(len(corpus.documents))
         notes += [*corpus.notes, _summary(name, corpus, every[:0], every)]
         held_out.append(_PackedDocuments(corpus, every, config, tokenizer, name, notes))
-    streams = [grain.MapDataset.source(_TrainRows(documents, seed)) for documents in train]
+    streams = [_TrainRows(documents, seed) for documents in train]
     weights = [source.weight for source in config.sources]
-    mixed = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
     return Data(
         config,
         tokenizer=tokenizer,
-        train=mixed,
+        train=_mixed(streams, weights),
+        train_lengths=_mixed([_TrainLengths(stream) for stream in streams], weights),
         held_out=HeldOutRows(held_out),
         notes=notes,
         fingerprint=fingerprint.hexdigest()[:16],
@@ -100,18 +101,27 @@ class Data:
         *,
         tokenizer: Tokenizer,
         train: grain.MapDataset,
+        train_lengths: grain.MapDataset,
         held_out: Sequence[Row],
         notes: Sequence[str],
         fingerprint: str,
     ):
         self.tokenizer = tokenizer
         self.train = train
+        self._train_lengths = train_lengths
         self.held_out = held_out
         self.notes = tuple(notes)
         self.fingerprint = fingerprint
         self._config = config
 
-    def batches(self, *, start_step: int, batch_size: int) -> grain.DatasetIterator:
+    def batches(
+        self,
+        *,
+        start_step: int,
+        batch_size: int,
+        rows: Sequence[int] | None = None,
+        slots: Int[np.ndarray, "slots"] | None = None,
+    ) -> grain.DatasetIterator:
         """The batches of steps start_step, start_step + 1, ... of training.
 
         The batch of step s holds the rows s * batch_size to (s + 1) * batch_size - 1.
@@ -119,28 +129,43 @@ class Data:
         Args:
           start_step: First step; the batches are those that an uninterrupted run would have from there on.
           batch_size: Rows of a batch.
+          rows: Which rows of each batch to read, by their number in it. Default: all.
+          slots: Which slots of each row to give, in this order. Default: all, in their own.
         Returns: an endless iterator that prepares batches ahead; its `close()` ends the threads.
         """
-        _check_batch_size(batch_size)
+        rows = _checked_rows(rows, batch_size)
         if start_step < 0:
             raise ValueError(f"Data.batches: {start_step=}, wanted >= 0")
 
         def fetch(step: int) -> Row:
-            return stack_rows([self.train[row] for row in range(step * batch_size, (step + 1) * batch_size)])
+            return stack_rows([_cut(self.train[step * batch_size + int(row)], slots) for row in rows])
 
         return iter(self._prefetched(range(start_step, sys.maxsize // batch_size), fetch))
 
-    def held_out_batches(self, *, batch_size: int, max_batches: int | None = None) -> Iterable[Row]:
+    def document_lengths(self, *, step: int, batch_size: int) -> Int[np.ndarray, "documents"]:
+        """Slots of every piece in the whole batch of a step, padding left out, without reading a token."""
+        _check_batch_size(batch_size)
+        return np.concatenate([self._train_lengths[step * batch_size + row] for row in range(batch_size)])
+
+    def held_out_batches(
+        self,
+        *,
+        batch_size: int,
+        max_batches: int | None = None,
+        rows: Sequence[int] | None = None,
+        slots: Int[np.ndarray, "slots"] | None = None,
+    ) -> Iterable[Row]:
         """The held-out rows, each once; the last batch is filled up with empty rows.
 
         Args:
           batch_size: Rows of a batch.
           max_batches: Stop after so many. The rows of all sources are shuffled together, so that the first
             ones are a sample of all.
+          rows, slots: As for `batches`.
         Returns: batches, which can be gone through again and again.
         Raises: DataError when nothing is held out.
         """
-        _check_batch_size(batch_size)
+        rows = _checked_rows(rows, batch_size)
         if max_batches is not None and max_batches < 1:
             raise ValueError(f"Data.held_out_batches: {max_batches=}, wanted >= 1 or None for all")
         if not len(self.held_out):
@@ -152,12 +177,13 @@ class Data:
             num_batches = min(num_batches, max_batches)
 
         def fetch(batch: int) -> Row:
-            numbers = range(batch * batch_size, (batch + 1) * batch_size)
-            rows = [self.held_out[row] for row in numbers if row < len(self.held_out)]
-            rows += [empty_row(self._config.seq_len)] * (batch_size - len(rows))
-            return stack_rows(rows)
+            numbers = [batch * batch_size + int(row) for row in rows]
+            return stack_rows([_cut(self._held_out_row(number), slots) for number in numbers])
 
         return self._prefetched(range(num_batches), fetch)
+
+    def _held_out_row(self, number: int) -> Row:
+        return self.held_out[number] if number < len(self.held_out) else empty_row(self._config.seq_len)
 
     def _prefetched(self, steps: range, fetch: Callable[[int], Row]) -> grain.IterDataset:
         threads = self._config.num_threads
@@ -209,6 +235,22 @@ class _TrainRows:
     def __getitem__(self, index: int) -> Row:
         return self._documents.row(self._stream.row(index))
 
+    def lengths(self, index: int) -> np.ndarray:
+        return self._documents.pieces.length[self._stream.row(index)]
+
+
+class _TrainLengths:
+    """The lengths of the pieces in each of the rows, as a source of Grain's, so that they are mixed as the rows are."""
+
+    def __init__(self, rows: _TrainRows):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._rows.lengths(index)
+
 
 class HeldOutRows(Sequence):
     """The held-out rows of all sources, shuffled together; the same in every run with the same documents."""
@@ -228,6 +270,11 @@ class HeldOutRows(Sequence):
         return self._parts[part].row(self._packings[part].row(place - int(self._part_starts[part])))
 
 
+def _mixed(streams: Sequence[Sequence], weights: Sequence[float]) -> grain.MapDataset:
+    datasets = [grain.MapDataset.source(stream) for stream in streams]
+    return grain.MapDataset.mix(datasets, weights) if len(datasets) > 1 else datasets[0]
+
+
 def _named(field: str, sources: Sequence[SourceConfig]) -> Iterable[tuple[str, SourceConfig]]:
     for number, source in enumerate(sources):
         yield f"data.{field}[{number}] ({source.kind})", source
@@ -240,6 +287,19 @@ def _summary(name: str, corpus: Corpus, train: np.ndarray, held_out: np.ndarray)
         f"train {len(train):,} documents, {int(lengths[train].sum()):,} tokens; "
         f"held out {len(held_out):,} documents, {int(lengths[held_out].sum()):,} tokens"
     )
+
+
+def _cut(row: Row, slots: np.ndarray | None) -> Row:
+    return row if slots is None else {name: array[slots] if array.ndim else array for name, array in row.items()}
+
+
+def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
+    _check_batch_size(batch_size)
+    if rows is None:
+        return range(batch_size)
+    if not len(rows) or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows: got {list(rows)}, wanted one or more numbers from 0 to {batch_size=} - 1")
+    return rows
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -59,6 +59,31 @@ def test_a_batch_holds_its_rows_in_order(open_sources):
             assert_same({name: array[place] for name, array in batch.items()}, data.train[3 * step + place])
 
 
+def test_chosen_rows_and_slots_are_those_of_the_whole_batch(open_sources):
+    data = open_sources(SHORT, held_out_fraction=0.4)
+    rows, slots = np.array([1, 3]), np.array([5, 4, 31, 0])
+
+    def assert_part(part, whole):
+        assert_same(
+            part, {name: array[rows][:, slots] if array.ndim == 2 else array[rows] for name, array in whole.items()}
+        )
+
+    batches = data.batches(start_step=3, batch_size=4, rows=rows, slots=slots)
+    for part, whole in zip(itertools.islice(batches, 4), take(data, 4, start_step=3), strict=True):
+        assert_part(part, whole)
+    batches.close()
+    wholes = data.held_out_batches(batch_size=4)
+    for part, whole in zip(data.held_out_batches(batch_size=4, rows=rows, slots=slots), wholes, strict=True):
+        assert_part(part, whole)
+
+
+def test_document_lengths_are_those_of_the_batch(open_sources):
+    data = open_sources(SHORT, SyntheticSource(min_length=1, max_length=9, num_documents=7, weight=0.3, seed=5))
+    for step, batch in enumerate(take(data, 30)):
+        counts = [np.bincount(ids[ids >= 0]) for ids in batch["segment_ids"]]
+        np.testing.assert_array_equal(data.document_lengths(step=step, batch_size=4), np.concatenate(counts))
+
+
 def test_shapes_and_types(open_sources):
     (batch,) = take(open_sources(SHORT), 1)
     for name in ("tokens", "targets", "positions", "segment_ids"):
@@ -221,6 +246,8 @@ def test_calls_out_of_range_say_so(open_sources):
         data.batches(start_step=-1, batch_size=1)
     with pytest.raises(ValueError, match=r"batch_size=0, wanted >= 1"):
         data.batches(start_step=0, batch_size=0)
+    with pytest.raises(ValueError, match=r"rows: got \[0, 4\], wanted one or more numbers from 0 to batch_size=4 - 1"):
+        data.batches(start_step=0, batch_size=4, rows=[0, 4])
     with pytest.raises(ValueError, match=r"batch_size=0, wanted >= 1"):
         data.held_out_batches(batch_size=0)
     with pytest.raises(ValueError, match=r"max_batches=0, wanted >= 1 or None"):

@@ -1,0 +1,148 @@
+"""python -m train.launch local --num-processes N CONFIG [a.b=c ...]: N processes of one run on this machine."""
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from train.command import run_command
+from train.config import load_config
+
+_POLL_SECONDS = 0.05
+_SECONDS_TO_STOP = 3.0  # for a child whose peer is gone; it may hang in a collective
+_LAST_LINES = 15
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Child:
+    """One process of the run. Rank 0 shows its output as it is; lines of the others begin with their rank."""
+
+    def __init__(self, rank: int, command: Sequence[str]):
+        self.rank = rank
+        # In a session of its own, so that Ctrl-C in a terminal reaches it once only, from here.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=None if rank == 0 else subprocess.PIPE,
+            stderr=subprocess.PIPE if rank == 0 else subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._relay = threading.Thread(target=self._relay_lines, daemon=True)
+        self._relay.start()
+
+    def _relay_lines(self) -> None:
+        prefix = "" if self.rank == 0 else f"[rank {self.rank}] "
+        for line in self.process.stderr if self.rank == 0 else self.process.stdout:
+            if "Expected number of connected peer ranks" in line:  # said for every group of CPU devices
+                continue
+            self.last_lines.append(line)
+            print(prefix + line, end="", file=sys.stderr, flush=True)
+
+    def send(self, number: int) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def finish(self, deadline: float) -> None:
+        """Waits for the end, until the deadline, then enforces it."""
+        try:
+            self.process.wait(timeout=max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._relay.join(timeout=1)
+
+    def ending(self) -> str:
+        code = self.process.returncode
+        how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+        lines = "".join(f"  {line.rstrip()}\n" for line in self.last_lines) or "  (none)\n"
+        return f"rank {self.rank} on {socket.gethostname()} ended {how}; its last lines:\n{lines}"
+
+
+def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
+    """Runs `python -m train` with these arguments in as many processes, until all have ended or one has failed.
+
+    SIGINT, SIGTERM and SIGHUP are passed on. When a process fails, the others are stopped within seconds, and stderr
+    tells which one it was, how it ended and its last lines.
+
+    Returns: 0, or the exit code of the process that failed first (1 if a signal ended it).
+    """
+    command = [sys.executable, "-m", "train", *arguments]
+    common = [
+        f"distributed.coordinator_address=127.0.0.1:{_free_port()}",
+        f"distributed.num_processes={num_processes}",
+    ]
+    children: list[_Child] = []
+    pending: list[int] = []  # signals that came before every child was there
+
+    def forward(number: int, _) -> None:
+        pending.append(number)
+        for child in children:
+            child.send(number)
+
+    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        for rank in range(num_processes):
+            children.append(_Child(rank, [*command, *common, f"distributed.process_id={rank}"]))
+            for number in pending:
+                children[-1].send(number)
+        while True:
+            codes = [child.process.poll() for child in children]
+            failed = [child for child, code in zip(children, codes, strict=True) if code]
+            if failed or None not in codes:
+                break
+            time.sleep(_POLL_SECONDS)
+        if failed:
+            for child in children:
+                child.send(signal.SIGTERM)
+    finally:
+        deadline = time.monotonic() + _SECONDS_TO_STOP
+        for child in children:
+            child.finish(deadline)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if not failed:
+        return 0
+    for child in failed:
+        print(f"error: {child.ending()}", end="", file=sys.stderr)
+    print(f"error: stopped the run of {num_processes} processes", file=sys.stderr)
+    return max(failed[0].process.returncode, 1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train.launch", description="Runs one run in several processes.")
+    places = parser.add_subparsers(dest="place", required=True)
+    local = places.add_parser("local", help="several processes on this machine")
+    local.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    local.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
+    local.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
+    local.add_argument(
+        "--timeout", type=int, metavar="S", help="seconds in which all must have started; default: the config's"
+    )
+    options = parser.parse_args(arguments)
+    if options.num_processes < 1:
+        local.error(f"--num-processes: got {options.num_processes}, wanted 1 or more")
+    overrides = list(options.overrides)
+    if options.timeout is not None:
+        overrides.append(f"distributed.initialization_timeout={options.timeout}")
+    # Here first, so that a wrong config is told once and not by every process.
+    code = run_command(lambda: load_config(options.config, overrides))
+    return code or launch_local([options.config, *overrides], num_processes=options.num_processes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

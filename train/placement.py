@@ -1,0 +1,63 @@
+"""Which part of a batch this process reads, and how it gets onto the mesh.
+
+Every device holds some rows and, of these, the tokens of its place in the context layout. A process reads no other rows
+than those of its devices, cuts them to the tokens of its devices, and hands each device its piece.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from longctx.sharding import batch_sharding
+
+
+class BatchPlacement:
+    """Places batches of one size.
+
+    Args:
+      mesh: Where the batches lie.
+      batch_size: Rows of a whole batch, over all processes.
+      order: Entry i is the slot of a row that stands at i in the layout: `ContextParallelConfig.order`.
+
+    Attributes:
+      rows: Numbers of the rows of a batch that this process must read, ascending.
+      slots: The slots of these rows that it must read, in the layout's order; None for all of them in their own.
+    """
+
+    def __init__(self, mesh: Mesh, *, batch_size: int, order: Int[np.ndarray, " length"]):
+        self._shape = (batch_size, len(order))
+        self._shardings = {ndim: batch_sharding(mesh, ndim) for ndim in (1, 2)}
+        indices = self._shardings[2].addressable_devices_indices_map(self._shape).values()
+        self.rows, self._places = (
+            np.unique(np.concatenate([np.arange(*part.indices(size)) for part in {index[dim] for index in indices}]))
+            for dim, size in enumerate(self._shape)
+        )
+        slots = order[self._places]
+        self.slots = None if np.array_equal(slots, np.arange(len(order))) else slots
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The batch on the mesh: [B, T] arrays over (rows, tokens), [B] arrays over rows.
+
+        Args:
+          batch: This process's part: its `rows`, cut to its `slots`.
+        Returns: the whole batch as global arrays.
+        """
+        return {name: self._place(array) for name, array in batch.items()}
+
+    def _place(self, array: np.ndarray) -> jax.Array:
+        numbers = (self.rows, self._places)[: array.ndim]
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = (part.indices(size)[:2] for part, size in zip(index, self._shape, strict=False))
+            return array[tuple(slice(*np.searchsorted(held, ends)) for held, ends in zip(numbers, bounds, strict=True))]
+
+        return jax.make_array_from_callback(self._shape[: array.ndim], self._shardings[array.ndim], piece)
+
+
+def one_flag_a_device(flag: bool, mesh: Mesh) -> jax.Array:
+    """bool [devices], in which the devices of each process hold that process's flag."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([flag]))
