@@ -143,8 +143,8 @@ def ring_backward(q, k, v, out, lse, dout, dlse, tokens: Tokens, schedule: RingS
         dq, dkv = attend(hop, kv, dq)
         return (next_kv, dq, gathered + dkv), None
 
-    # Without the barrier XLA takes these permutes for the forward pass's and keeps all its results until now: the memory
-    # of an all-gather.
+    # Without the barrier XLA takes these permutes for the forward pass's and keeps all of their results until now: the
+    # memory of an all-gather.
     kv = jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1))
     next_kv = _to_next(kv, axes)
     dq, gathered = attend(0, kv, jnp.zeros(q.shape, jnp.float32))
