@@ -53,7 +53,7 @@ def test_collectives_of_a_training_step():
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     found = re.findall(rf"= (\(?\w+\[.*?) ({kinds})(?:-start)?\(", program)
 
-    # The two layers are one loop: P - 1 permutes of keys and values forward, P - 1 again backward, P of their gradients.
+    # The two layers are one loop: P - 1 permutes of keys and values forward, P - 1 backward, and P of their gradients.
     permutes = [re.sub(r"\{.*", "", result) for result, kind in found if kind == "collective-permute"]
     assert permutes == [f"f32[{ROWS},{LENGTH // DEGREE},{KV_HEADS},{2 * HEAD_DIM}]"] * (3 * DEGREE - 2)
 
