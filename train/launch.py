@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from train.command import run_command
 from train.config import load_config
 
+_TRAIN = (sys.executable, "-m", "train")
 _POLL_SECONDS = 0.05
 _SECONDS_TO_STOP = 3.0  # for a child whose peer is gone; it may hang in a collective
 _LAST_LINES = 15
@@ -40,11 +41,12 @@ class _Child:
 
     def _relay_lines(self) -> None:
         prefix = "" if self.rank == 0 else f"[rank {self.rank}] "
-        for line in self.process.stderr if self.rank == 0 else self.process.stdout:
-            if "Expected number of connected peer ranks" in line:  # said for every group of CPU devices
-                continue
-            self.last_lines.append(line)
-            print(prefix + line, end="", file=sys.stderr, flush=True)
+        with self.process.stderr if self.rank == 0 else self.process.stdout as stream:
+            for line in stream:
+                if "Expected number of connected peer ranks" in line:  # said for every group of CPU devices
+                    continue
+                self.last_lines.append(line)
+                print(prefix + line, end="", file=sys.stderr, flush=True)
 
     def send(self, number: int) -> None:
         if self.process.poll() is None:
@@ -74,8 +76,8 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
 
     Returns: 0, or the exit code of the process that failed first (1 if a signal ended it).
     """
-    command = [sys.executable, "-m", "train", *arguments]
     common = [
+        *arguments,
         f"distributed.coordinator_address=127.0.0.1:{_free_port()}",
         f"distributed.num_processes={num_processes}",
     ]
@@ -90,7 +92,7 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
     previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         for rank in range(num_processes):
-            children.append(_Child(rank, [*command, *common, f"distributed.process_id={rank}"]))
+            children.append(_Child(rank, [*_TRAIN, *common, f"distributed.process_id={rank}"]))
             for number in pending:
                 children[-1].send(number)
         while True:

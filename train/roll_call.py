@@ -4,6 +4,7 @@ XLA ends a process from C++, without a Python error, when the coordinator or a p
 at the coordinator's address until every other rank has called, and each of them waits for its answer.
 """
 
+import os
 import socket
 import time
 
@@ -74,8 +75,8 @@ def _listen(address: str, who: str) -> socket.socket:
         )
     except OSError as error:
         raise RollCallError(
-            f"distributed.coordinator_address: {who} cannot listen at {address} ({error.strerror}); end what holds the "
-            "port, or choose another one for all ranks"
+            f"distributed.coordinator_address: {who} cannot listen at {address} ({os.strerror(error.errno)}); end what "
+            "holds the port, or choose another one for all ranks"
         ) from None
 
 

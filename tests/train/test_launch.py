@@ -1,0 +1,114 @@
+"""The launcher over small scripts in place of the trainer; tests/multihost has real runs."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from train import launch
+
+ROOT = Path(__file__).parents[2]
+HOST = socket.gethostname()
+
+PRELUDE = """
+import signal, sys, time
+overrides = dict(argument.split("=", 1) for argument in sys.argv[2:])
+rank = int(overrides["distributed.process_id"])
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(code, n) -> (exit code, seconds) of n processes that run this code."""
+
+    def run(code, num_processes):
+        script = tmp_path / "child.py"
+        script.write_text(PRELUDE + textwrap.dedent(code))
+        monkeypatch.setattr(launch, "_TRAIN", (sys.executable, str(script)))
+        started = time.monotonic()
+        return launch.launch_local(["CONFIG", "a.b=c"], num_processes=num_processes), time.monotonic() - started
+
+    return run
+
+
+def test_all_processes_get_one_address_and_their_rank(run, capfd):
+    code = """
+    assert sys.argv[1] == "CONFIG" and overrides["a.b"] == "c"
+    print(rank, overrides["distributed.num_processes"], overrides["distributed.coordinator_address"], flush=True)
+    print("warning", file=sys.stderr)
+    """
+    assert run(code, 3)[0] == 0
+    output, errors = capfd.readouterr()
+    address = re.fullmatch(r"0 3 (127\.0\.0\.1:\d+)\n", output)[1]
+    lines = [f"[rank {rank}] {text}" for rank in (1, 2) for text in (f"{rank} 3 {address}", "warning")]
+    assert sorted(errors.splitlines()) == sorted([*lines, "warning"])
+
+
+def test_a_process_that_fails_stops_the_others_and_is_named(run, capfd):
+    code = """
+    if rank == 1:
+        print("first"); print("something broke", file=sys.stderr)
+        sys.exit(3)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as if it hung
+    time.sleep(60)
+    """
+    exit_code, seconds = run(code, 3)
+    assert exit_code == 3 and seconds < 8
+    errors = capfd.readouterr().err
+    assert f"error: rank 1 on {HOST} ended with exit code 3; its last lines:\n" in errors
+    assert "  something broke\n" in errors and errors.endswith("error: stopped the run of 3 processes\n")
+
+
+def test_a_process_that_a_signal_ends_is_named(run, capfd):
+    exit_code, seconds = run("import os\nif rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 2)
+    assert exit_code == 1 and seconds < 8
+    assert f"error: rank 0 on {HOST} ended by SIGKILL; its last lines:\n  (none)\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_passed_on(run, capfd, number):
+    code = """
+    def stop(number, frame):
+        print("saved after", signal.Signals(number).name)
+        sys.exit(0)
+    signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+    """
+    threading.Timer(1.0, os.kill, [os.getpid(), number]).start()
+    previous = signal.getsignal(number)
+    exit_code, seconds = run(code, 2)
+    assert exit_code == 0 and seconds < 8
+    assert signal.getsignal(number) is previous
+    output, errors = capfd.readouterr()
+    assert output == f"saved after {number.name}\n" and f"[rank 1] saved after {number.name}\n" in errors
+
+
+def test_the_command_line(capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch, "launch_local", lambda *call, **options: calls.append((call, options)) or 0)
+    config = str(ROOT / "configs/quickstart.yaml")
+    command = ["local", "--num-processes", "2", "--timeout", "5", config, "training.steps=300"]
+    assert launch.main(command) == 0
+    arguments = [config, "training.steps=300", "distributed.initialization_timeout=5"]
+    assert calls == [((arguments,), {"num_processes": 2})]
+    assert launch.main(["local", "--num-processes", "2", config, "training.stepz=3"]) == 2
+    assert "training.stepz: unknown key" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        launch.main(["local", "--num-processes", "0", config])
+    assert "--num-processes: got 0, wanted 1 or more" in capsys.readouterr().err
+    assert len(calls) == 1
+
+
+def test_help_starts_nothing():
+    command = [sys.executable, "-m", "train.launch", "local", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--num-processes N" in result.stdout
