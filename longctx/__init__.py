@@ -4,7 +4,7 @@ from longctx import masks
 from longctx._version import __version__
 from longctx.attention import Attention, KVCache
 from longctx.block import Block
-from longctx.context_parallel import AttentionSharding
+from longctx.context_parallel import AttentionSharding, ContextParallelConfig
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
 from longctx.mixers.attention import AttentionConfig
@@ -19,6 +19,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionSharding",
     "Block",
+    "ContextParallelConfig",
     "DecodeCache",
     "KVCache",
     "LossSums",

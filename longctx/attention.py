@@ -8,12 +8,12 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
-from longctx.context_parallel import AttentionSharding, sharded_attention
+from longctx.context_parallel import AnySchedule, AttentionSharding, sharded_attention
 from longctx.norms import RMSNorm
 from longctx.projections import projection
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import constrain
-from pallas_kernels import BlockSizes, Implementation, Mask, Schedule, Tokens, blockwise_attention
+from pallas_kernels import BlockSizes, Implementation, Mask, Tokens, blockwise_attention
 
 _CAUSAL = masks.causal()
 _ROTARY = RotaryConfig()
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
         *,
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "#B T"] | None = None,
-        schedule: Schedule | None = None,
+        schedule: AnySchedule | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends within x.
 
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
           x_BTD: The tokens.
           positions: Position of each token, for rotary and for the mask; default 0, 1, 2, ...
           segment_ids: Document of each token, negative for padding; the mask must read them.
-          schedule: `make_schedule` of this layer's mask and these tokens, where the caller shares it between layers.
+          schedule: `sharded_schedule` of this layer's mask and these tokens, where the caller shares it between layers.
 
         Returns: y in the layer's dtype; zero where a token may attend to nothing.
         Raises: ValueError on segment_ids that the mask would ignore, and on an x of another dim.

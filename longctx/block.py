@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
+from longctx.context_parallel import AnySchedule
 from longctx.mixers.registry import MixerConfig
 from longctx.mlp import SwiGLU
 from longctx.norms import RMSNorm
 from longctx.sharding import constrain
-from pallas_kernels import Schedule
 
 
 class Block(nnx.Module):
@@ -54,7 +54,7 @@ class Block(nnx.Module):
         *,
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "#B T"] | None = None,
-        schedule: Schedule | None = None,
+        schedule: AnySchedule | None = None,
     ) -> Float[Array, "B T D"]:
         """One layer; the arguments are the mixer's."""
         mixed = self.mixer(self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule)

@@ -11,10 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
 
 from longctx.block import Block
+from longctx.context_parallel import AnySchedule, sharded_schedule
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
 from longctx.sharding import constrain
-from pallas_kernels import BlockSizes, Mask, Schedule, Tokens, make_schedule
+from pallas_kernels import BlockSizes, Mask, Tokens
 
 FloatDType = Literal["float32", "bfloat16", "float16"]
 
@@ -162,7 +163,7 @@ class TransformerLM(nnx.Module):
 
         Returns: logits, float32.
         """
-        config, schedules = self.config, self._schedules(tokens_BT.shape[1], positions, segment_ids)
+        config, schedules = self.config, self._schedules(tokens_BT.shape, positions, segment_ids)
 
         def layer(block: Block, name: str, x_BTD: jax.Array, *, prevent_cse: bool) -> jax.Array:
             def run(block, x_BTD):
@@ -228,13 +229,20 @@ class TransformerLM(nnx.Module):
         return self._logits(x_BTD), DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
 
     def _schedules(
-        self, length: int, positions: jax.Array | None, segment_ids: jax.Array | None
-    ) -> dict[_ScheduleKey, Schedule]:
+        self, shape: tuple[int, int], positions: jax.Array | None, segment_ids: jax.Array | None
+    ) -> dict[_ScheduleKey, AnySchedule]:
         """One schedule for each distinct mask, shared by all layers that have it."""
         keys = {_schedule_key(mixer) for mixer in self.config.mixers.values()} - {None}
-        tokens = Tokens.self_attention(positions, segment_ids)
+        batch_size, length = shape
         return {
-            key: make_schedule(key.mask, tokens, q_len=length, kv_len=length, block_sizes=key.block_sizes)
+            key: sharded_schedule(
+                key.mask,
+                Tokens.self_attention(positions, segment_ids),
+                batch_size=batch_size,
+                q_len=length,
+                kv_len=length,
+                block_sizes=key.block_sizes,
+            )
             for key in keys
         }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -305,7 +306,10 @@ def _write_config(config: TrainConfig) -> None:
 
 
 def _next_steps(config: TrainConfig) -> str:
+    # The interpreter as the user could type it: the one of a virtual environment that is not activated, say.
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
     return (
-        f"Everything is in {config.run_dir}: python -m train.generate {config.run_dir} --prompt TEXT samples from it; "
-        f"python -m train {Path(config.run_dir) / 'config.yaml'} training.steps={2 * config.training.steps} goes on"
+        f"Everything is in {config.run_dir}: "
+        f"{python} -m train.generate {config.run_dir} --prompt TEXT samples from it; "
+        f"{python} -m train {Path(config.run_dir) / 'config.yaml'} training.steps={2 * config.training.steps} goes on"
     )

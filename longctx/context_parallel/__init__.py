@@ -1,6 +1,6 @@
 """Attention over a mesh."""
 
-from longctx.context_parallel.api import AttentionSharding, sharded_attention
+from longctx.context_parallel.api import AnySchedule, AttentionSharding, sharded_attention, sharded_schedule
 from longctx.context_parallel.layout import ContextParallelConfig
 
-__all__ = ["AttentionSharding", "ContextParallelConfig", "sharded_attention"]
+__all__ = ["AnySchedule", "AttentionSharding", "ContextParallelConfig", "sharded_attention", "sharded_schedule"]

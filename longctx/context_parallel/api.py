@@ -1,28 +1,33 @@
-"""Runs the attention op on each device's shard of a mesh: the one place that wraps it in shard_map.
+"""Runs attention on each device's shard of a mesh: the one place that wraps a strategy in shard_map.
 
 Kernels cannot be cut up by XLA's partitioner, and loops whose bounds depend on the rows of a batch should not be: each
-device runs the op on its own rows and its own heads, which need nothing from the others.
+device runs the op on its own rows and heads, which need nothing from the others, and where the sequence is split too, a
+strategy says how queries meet the keys of other devices.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from longctx.context_parallel.ring import RingSchedule, ring_backward, ring_forward, ring_schedule
 from longctx.sharding import ACTIVATION_AXES, own_mesh_in_scope
 from pallas_kernels import (
+    BlockSizes,
     Mask,
     Schedule,
     Tokens,
     blockwise_attention,
     blockwise_attention_backward,
     blockwise_attention_forward,
+    make_schedule,
 )
+
+AnySchedule = Schedule | RingSchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +37,58 @@ class AttentionSharding:
     Attributes:
       batch: Axes that split the rows of the batch.
       heads: Axes that split the heads; their size must divide the number of kv heads.
+      sequence: Axes that split the tokens, queries and keys alike; their size must divide both lengths.
+      strategy: How queries meet the keys of other devices, where `sequence` splits anything.
     """
 
     batch: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    strategy: Literal["ring"] = "ring"
 
 
-_OWN_AXES = AttentionSharding(batch=ACTIVATION_AXES["batch"], heads=ACTIVATION_AXES["heads"])
+_OWN_AXES = AttentionSharding(
+    batch=ACTIVATION_AXES["batch"], heads=ACTIVATION_AXES["heads"], sequence=ACTIVATION_AXES["sequence"]
+)
+
+
+def sharded_schedule(
+    mask: Mask,
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    q_len: int,
+    kv_len: int,
+    block_sizes: BlockSizes | None = None,
+    sharding: AttentionSharding | None = None,
+) -> AnySchedule:
+    """The schedule that `sharded_attention` takes; to be built once a step per distinct mask, for all layers.
+
+    Args:
+      mask, block_sizes: As `pallas_kernels.make_schedule`.
+      tokens: Global, as for `sharded_attention`.
+      batch_size, q_len, kv_len: Global.
+      sharding: As for `sharded_attention`.
+    Raises: ValueError where an axis is not of the mesh, or the sequence axes do not divide the lengths.
+    """
+    split = _Split.of(sharding, batch_size)
+    if split is None or split.ring_size == 1:
+        return make_schedule(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
+    tokens = split.filled(tokens, q_len, kv_len)
+
+    def shard(tokens):
+        return ring_schedule(
+            mask,
+            tokens,
+            q_len=q_len // split.ring_size,
+            kv_len=kv_len // split.ring_size,
+            block_sizes=block_sizes,
+            axes=split.sequence,
+        )
+
+    return jax.shard_map(
+        shard, in_specs=(split.rows(tokens),), out_specs=split.hops(tokens.q_positions), check_vma=False
+    )(tokens)
 
 
 def sharded_attention(
@@ -48,75 +98,180 @@ def sharded_attention(
     *,
     mask: Mask,
     tokens: Tokens,
-    schedule: Schedule | None,
-    sharding: AttentionSharding | None,
+    schedule: AnySchedule | None = None,
+    sharding: AttentionSharding | None = None,
     **options,
 ) -> jax.Array:
-    """`blockwise_attention` over the mesh in scope; it moves nothing between devices.
+    """`blockwise_attention` over the mesh in scope.
 
     Args:
       q, k, v: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`, global.
-      mask, tokens, schedule, **options: As `blockwise_attention`; tokens and schedule are global too.
+      mask, **options: As `blockwise_attention`.
+      tokens: Global; where the sequence is split and permuted (layout.py), its positions are those of the permuted
+        tokens.
+      schedule: From `sharded_schedule` with the same mask, tokens and sharding; None builds it here.
       sharding: The mesh axes to split over; None means those of `longctx.make_mesh` where such a mesh is in scope,
         and otherwise calls the op directly.
     Returns: out `[B, T, N, V]`, split as q.
-    Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads.
-    Cost: no communication. A batch that the batch axes do not divide is computed by each of their devices in full.
+    Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads or the lengths.
+    Cost: what the strategy states (ring.py); nothing moves where the sequence is not split. A batch that the batch axes
+      do not divide is computed by each of their devices in full.
     """
-    if sharding is None and own_mesh_in_scope() is not None:
-        sharding = _OWN_AXES
-    if sharding is None:
+    split = _Split.of(sharding, q.shape[0])
+    if split is None:
         return blockwise_attention(q, k, v, mask=mask, tokens=tokens, schedule=schedule, **options)
-    call = _Call(mask=mask, sharding=sharding, options=tuple(options.items()))
+    split.check_heads(k.shape[2])
+    if split.ring_size > 1:
+        tokens = split.filled(tokens, q.shape[1], k.shape[1])
+        if schedule is None:
+            schedule = sharded_schedule(
+                mask,
+                tokens,
+                batch_size=q.shape[0],
+                q_len=q.shape[1],
+                kv_len=k.shape[1],
+                block_sizes=options.get("block_sizes"),
+                sharding=sharding,
+            )
+    call = _Call(split=split, options=(("mask", mask), *options.items()))
     return _attention(call, q, k, v, tokens, schedule)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Split:
+    """How one call is split over the mesh in scope; hashable."""
+
+    batch_size: int
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    heads_size: int
+    sequence: tuple[str, ...]
+    ring_size: int
+
+    @classmethod
+    def of(cls, sharding: AttentionSharding | None, batch_size: int) -> "_Split | None":
+        """None where there is nothing to split over."""
+        if sharding is None:
+            if own_mesh_in_scope() is None:
+                return None
+            sharding = _OWN_AXES
+        mesh = jax.sharding.get_abstract_mesh()
+        divides = batch_size % _axes_size("batch", sharding.batch, mesh) == 0
+        ring_size = _axes_size("sequence", sharding.sequence, mesh)
+        return cls(
+            batch_size=batch_size,
+            batch=sharding.batch if divides else (),
+            heads=sharding.heads,
+            heads_size=_axes_size("heads", sharding.heads, mesh),
+            sequence=sharding.sequence if ring_size > 1 else (),
+            ring_size=ring_size,
+        )
+
+    def check_heads(self, num_kv_heads: int) -> None:
+        if num_kv_heads % self.heads_size:
+            raise ValueError(
+                f"sharded_attention: {num_kv_heads} kv heads do not split over the {self.heads_size} devices of mesh "
+                f"axes {self.heads}; make those axes smaller or num_kv_heads a multiple"
+            )
+
+    def filled(self, tokens: Tokens, q_len: int, kv_len: int) -> Tokens:
+        """The tokens with nothing None and one number of rows: a shard cannot know its place in the sequence."""
+        for name, length in (("T", q_len), ("S", kv_len)):
+            if length % self.ring_size:
+                raise ValueError(
+                    f"sharded_attention: {name}={length} does not split over the {self.ring_size} devices of mesh axes "
+                    f"{self.sequence}; pad it to a multiple"
+                )
+        sides = (*tokens.queries(q_len), *tokens.keys(kv_len))
+        num_rows = max(x.shape[0] for x in sides)
+        q_positions, q_segment_ids, kv_positions, kv_segment_ids = (
+            jnp.broadcast_to(x, (num_rows, x.shape[1])) for x in sides
+        )
+        return Tokens(
+            q_positions=q_positions,
+            q_segment_ids=q_segment_ids,
+            kv_positions=kv_positions,
+            kv_segment_ids=kv_segment_ids,
+        )
+
+    @property
+    def heads_spec(self) -> PartitionSpec:
+        """Of `[B, T, N, H]` arrays."""
+        return PartitionSpec(self.batch, self.sequence, self.heads)
+
+    @property
+    def lse_spec(self) -> PartitionSpec:
+        """Of `[B, N, T]` arrays."""
+        return PartitionSpec(self.batch, self.heads, self.sequence)
+
+    def rows(self, tree: Any) -> Any:
+        """Of a tree of tokens, or of schedules where the sequence is whole: `[B or 1, ...]`."""
+        return jax.tree.map(lambda x: PartitionSpec(self._batch_of(x.shape[0]), self.sequence), tree)
+
+    def hops(self, positions: jax.Array) -> PartitionSpec:
+        """Of every array of a ring's schedule, `[hops, B or 1, ...]`, made of tokens with these positions."""
+        return PartitionSpec(None, self._batch_of(positions.shape[0]), self.sequence)
+
+    def schedule_spec(self, schedule: AnySchedule | None) -> Any:
+        if isinstance(schedule, RingSchedule):
+            return self.hops(schedule.kv_positions[0])
+        return self.rows(schedule)
+
+    def _batch_of(self, num_rows: int) -> tuple[str, ...]:
+        return self.batch if num_rows == self.batch_size else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
     """What is static of a call; hashable."""
 
-    mask: Mask
-    sharding: AttentionSharding
+    split: _Split
     options: tuple[tuple[str, Any], ...]
-
-    def arguments(self) -> dict[str, Any]:
-        return {"mask": self.mask, **dict(self.options)}
 
 
 # Differentiated here and not inside the shard_map, whose transpose would add a reduction over every axis that its
-# inputs are not split over.
+# inputs are not split over; and a ring's backward is not the derivative of its hops.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: _Call, q, k, v, tokens, schedule):
     return _attention_fwd(call, q, k, v, tokens, schedule)[0]
 
 
 def _attention_fwd(call: _Call, q, k, v, tokens, schedule):
-    heads, lse, rows = _specs(call.sharding, q, k)
+    split, options = call.split, dict(call.options)
 
     def shard(q, k, v, tokens, schedule):
-        return blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **call.arguments())
+        if split.sequence:
+            return ring_forward(q, k, v, tokens, schedule, axes=split.sequence, **options)
+        return blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **options)
 
+    heads = split.heads_spec
     out, lse = jax.shard_map(
         shard,
-        in_specs=(heads, heads, heads, rows(tokens), rows(schedule)),
-        out_specs=(heads, lse),
+        in_specs=(heads, heads, heads, split.rows(tokens), split.schedule_spec(schedule)),
+        out_specs=(heads, split.lse_spec),
         check_vma=False,  # the op's loops start from constants, which that check would have to be told of
     )(q, k, v, tokens, schedule)
     return out, (q, k, v, out, lse, tokens, schedule)
 
 
 def _attention_bwd(call: _Call, residuals, dout):
-    q, k, v, out, lse, tokens, schedule = residuals
-    heads, lse_spec, rows = _specs(call.sharding, q, k)
+    split, options = call.split, dict(call.options)
 
     def shard(q, k, v, out, lse, dout, tokens, schedule):
-        return blockwise_attention_backward(
-            q, k, v, out, lse, dout, jnp.zeros_like(lse), tokens=tokens, schedule=schedule, **call.arguments()
-        )
+        dlse = jnp.zeros_like(lse)
+        if split.sequence:
+            return ring_backward(q, k, v, out, lse, dout, dlse, tokens, schedule, axes=split.sequence, **options)
+        return blockwise_attention_backward(q, k, v, out, lse, dout, dlse, tokens=tokens, schedule=schedule, **options)
 
+    q, k, v, out, lse, tokens, schedule = residuals
+    heads = split.heads_spec
     gradients = jax.shard_map(
         shard,
-        in_specs=(heads, heads, heads, heads, lse_spec, heads, rows(tokens), rows(schedule)),
+        in_specs=(
+            *(heads, heads, heads, heads, split.lse_spec, heads),
+            split.rows(tokens),
+            split.schedule_spec(schedule),
+        ),
         out_specs=(heads, heads, heads),
         check_vma=False,  # as in the forward
     )(q, k, v, out, lse, dout, tokens, schedule)
@@ -124,24 +279,6 @@ def _attention_bwd(call: _Call, residuals, dout):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _specs(sharding: AttentionSharding, q: jax.Array, k: jax.Array) -> tuple[PartitionSpec, PartitionSpec, Callable]:
-    """Specs of `[B, T, N, H]` arrays, of lse, and of a tree of tokens or schedules over the mesh in scope."""
-    mesh = jax.sharding.get_abstract_mesh()
-    heads_size = _axes_size("heads", sharding.heads, mesh)
-    if k.shape[2] % heads_size:
-        raise ValueError(
-            f"sharded_attention: {k.shape[2]} kv heads do not split over the {heads_size} devices of mesh axes "
-            f"{sharding.heads}; make those axes smaller or num_kv_heads a multiple"
-        )
-    batch = sharding.batch if q.shape[0] % _axes_size("batch", sharding.batch, mesh) == 0 else ()
-
-    def rows(tree: Any) -> Any:
-        # The first dim of tokens and schedules is the batch, or 1 for what all rows share.
-        return jax.tree.map(lambda x: PartitionSpec(batch if x.shape[0] == q.shape[0] else ()), tree)
-
-    return PartitionSpec(batch, None, sharding.heads), PartitionSpec(batch, sharding.heads), rows
 
 
 def _axes_size(name: str, axes: tuple[str, ...], mesh: AbstractMesh) -> int:

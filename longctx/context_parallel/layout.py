@@ -1,9 +1,9 @@
 """Layouts: which tokens of a sequence each device of the context axes holds.
 
-A layout is a permutation of the sequence, applied once, in the data, to tokens, targets, positions and segment ids; device
-d then holds the d-th equal part of the permuted sequence. Positions travel with the tokens, so masks and rotary
-embeddings need to know nothing of it. Under a causal mask the later tokens have more keys than the earlier ones: a
-contiguous layout leaves the last device P times the work of the first, zigzag and striped even it out.
+A layout is a permutation of the sequence, applied once, in the data, to tokens, targets, positions and segment ids.
+Device d then holds the d-th equal part of the permuted sequence. Positions travel with the tokens, so masks and rotary
+embeddings need to know nothing of it. Under a causal mask later tokens have more keys than earlier ones: contiguous
+leaves the last of P devices with 2 P - 1 times the work of the first, zigzag and striped even it out.
 """
 
 import dataclasses
@@ -68,11 +68,11 @@ class ContextParallelConfig:
                 return places.reshape(-1, degree, self.stripe_size).swapaxes(0, 1).reshape(-1)
 
 
-def permute(x: np.ndarray, order: Int[np.ndarray, " length"], *, axis: int = 1) -> np.ndarray:
-    """`x` with its sequence in the layout's order. Works on JAX arrays too."""
+def permute[A](x: A, order: Int[np.ndarray, " length"], *, axis: int = 1) -> A:
+    """`x`, an array of NumPy's or JAX's, with its sequence in the layout's order."""
     return x.take(order, axis=axis)
 
 
-def unpermute(x: np.ndarray, order: Int[np.ndarray, " length"], *, axis: int = 1) -> np.ndarray:
+def unpermute[A](x: A, order: Int[np.ndarray, " length"], *, axis: int = 1) -> A:
     """The inverse of permute."""
     return x.take(np.argsort(order), axis=axis)

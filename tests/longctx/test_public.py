@@ -22,6 +22,7 @@ def test_public_names_are_pinned():
         "AttentionConfig",
         "AttentionSharding",
         "Block",
+    "ContextParallelConfig",
         "DecodeCache",
         "KVCache",
         "LossSums",

@@ -70,7 +70,7 @@ def test_axes_of_another_mesh(inputs):
         got, _ = run(inputs, Tokens(), attend)
     np.testing.assert_allclose(got["out"], want["out"], atol=1e-6)
 
-    with pytest.raises(ValueError, match="heads axis 'cores' is not of the mesh in scope, whose axes are \\(\\)"):
+    with pytest.raises(ValueError, match="batch axis 'rows' is not of the mesh in scope, whose axes are \\(\\)"):
         attend(inputs["q"], inputs["k"], inputs["v"], mask=MASK, tokens=Tokens(), schedule=None)
 
 
