@@ -32,15 +32,14 @@ def config_file(tmp_path_factory):
     rng = np.random.default_rng(0)
     for index in range(40):
         (folder / f"{index}.txt").write_text("".join(rng.choice(list("abcdefgh "), rng.integers(5, 90))))
-    attention = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2}
     config = {
         "run_dir": "set by each test",
         "model": {
             "dim": 16,
-            "num_layers": 2,
+            "num_layers": 1,
             "mlp_dim": 32,
-            "mixers": {"local": {**attention, "window": 12}, "global": attention},
-            "pattern": ["local", "global"],
+            "mixers": {"local": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "window": 12}},
+            "pattern": ["local"],
             "dtype": "float32",
         },
         "data": {
