@@ -22,7 +22,7 @@ def test_public_names_are_pinned():
         "AttentionConfig",
         "AttentionSharding",
         "Block",
-    "ContextParallelConfig",
+        "ContextParallelConfig",
         "DecodeCache",
         "KVCache",
         "LossSums",
