@@ -1,6 +1,7 @@
 """The parts of a run that training, evaluation and generation share, made from its config."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,12 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int
 
 from longctx.model import ModelConfig, TransformerLM
 from longctx.sharding import CONTEXT_AXES, make_mesh
-from train.config import ConfigError, TrainConfig, load_config
+from train.checkpoint import CheckpointError, Checkpoints
+from train.config import ConfigError, TrainConfig, config_text, load_config
+from train.data import Data, DataError
 from train.distributed import initialize
 from train.placement import BatchPlacement
 
@@ -52,6 +56,28 @@ def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> Batc
 def _token_order(config: TrainConfig, mesh: Mesh) -> Int[np.ndarray, " length"]:
     degree = math.prod(mesh.shape[axis] for axis in CONTEXT_AXES)
     return config.context_parallel.order(config.data.seq_len, degree)
+
+
+def check_agreement(config: TrainConfig, data: Data, checkpoints: Checkpoints) -> None:
+    """Compares what decides the course of a run between its processes.
+
+    Raises: ConfigError, DataError or CheckpointError, on every process, where they differ.
+    """
+    texts = (config_text(config), data.fingerprint, str(checkpoints.latest_step))
+    digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts])
+    differ = (multihost_utils.process_allgather(digests) != digests).any(axis=(0, 2))
+    if differ[0]:
+        raise ConfigError("config: the processes have different settings; start all with the same file and overrides")
+    if differ[1]:
+        raise DataError(
+            f"data.sources: the processes read different documents, {data.fingerprint} by their lengths here; give "
+            "every host the same files"
+        )
+    if differ[2]:
+        raise CheckpointError(
+            f"{checkpoints.directory}: the processes see different checkpoints, step {checkpoints.latest_step} as the "
+            "last one here; put run_dir and checkpoint.dir on a file system that all hosts share"
+        )
 
 
 def resolved_model(config: TrainConfig, vocab_size: int) -> ModelConfig:

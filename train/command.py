@@ -31,11 +31,13 @@ def _outcome(run: Callable[[], None]) -> int:
     try:
         run()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"{_label()}{error}", file=sys.stderr)
         return 2
-    except (CheckpointError, DataError, DeviceError, NonFiniteError) as error:
-        label = process_label()
-        print(f"error ({label}): {error}" if label else f"error: {error}", file=sys.stderr)
+    except (CheckpointError, DataError, NonFiniteError) as error:
+        print(f"error: {_label()}{error}", file=sys.stderr)
+        return 1
+    except DeviceError as error:  # names host and rank itself
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted outside the training loop; nothing was saved", file=sys.stderr)
@@ -44,6 +46,10 @@ def _outcome(run: Callable[[], None]) -> int:
         if not process_label():
             raise
         traceback.print_exc()
-        print(f"error ({process_label()})", file=sys.stderr)
+        print(f"error: {_label()}see above", file=sys.stderr)
         return 1
     return 0
+
+
+def _label() -> str:
+    return f"{process_label()}: " if process_label() else ""

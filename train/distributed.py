@@ -251,6 +251,7 @@ def _join(processes: Processes, config: DistributedConfig) -> None:
         )
     except RollCallError as error:
         raise DeviceError(str(error)) from None
+    _leave_signals_alone()
     jax.distributed.initialize(
         coordinator_address=processes.coordinator_address,
         num_processes=processes.num_processes,
@@ -273,6 +274,7 @@ def _join_cluster_known_to_jax(config: DistributedConfig) -> None:
         return
     if not known and not _has_tpu_chips():
         return
+    _leave_signals_alone()
     try:
         jax.distributed.initialize(
             initialization_timeout=config.initialization_timeout, heartbeat_timeout_seconds=config.heartbeat_timeout
@@ -285,6 +287,11 @@ def _join_cluster_known_to_jax(config: DistributedConfig) -> None:
             ) from error
         return  # a single host with TPUs
     _set_label(jax.process_index(), jax.process_count())
+
+
+def _leave_signals_alone() -> None:
+    """Keeps jax.distributed from swallowing SIGTERM, by which it would announce a preemption to the other processes."""
+    jax.config.update("jax_enable_preemption_service", False)
 
 
 def _set_label(rank: int, size: int) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from longctx.model import ModelConfig, forward_flops
-from train.assemble import batch_placement, memory_in_use, model_builder, resolved_model, start_mesh
+from train.assemble import batch_placement, check_agreement, memory_in_use, model_builder, resolved_model, start_mesh
 from train.checkpoint import Checkpoints, Position, changed_settings, load_params
 from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
@@ -60,6 +60,8 @@ def train(config: TrainConfig) -> None:
             closing(Checkpoints(config.checkpoint.directory(config.run_dir), config.checkpoint))
         )
 
+        if jax.process_count() > 1:
+            check_agreement(_recorded(config), data, checkpoints)
         fresh = checkpoints.latest_step is None
         if not fresh:
             checkpoints.check(abstract)

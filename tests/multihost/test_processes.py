@@ -1,0 +1,169 @@
+"""Runs of real processes on this machine: two with four virtual devices each, and one with eight."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from train.__main__ import main
+from train.checkpoint import find_checkpoint
+from train.metrics import read_records
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    source = {"kind": "synthetic", "num_documents": 60, "num_symbols": 32, "min_length": 8, "max_length": 40}
+    config = {
+        "run_dir": "set by each test",
+        "model": {
+            "dim": 16,
+            "num_layers": 1,
+            "mlp_dim": 16,
+            "mixers": {"global": {"kind": "attention", "num_heads": 2}},
+            "pattern": ["global"],
+            "dtype": "float32",
+        },
+        "data": {
+            "seq_len": 32,
+            "tokenizer": "ids:33",
+            "cache_dir": str(folder / "cache"),
+            "held_out_fraction": 0.1,
+            "sources": [source],
+        },
+        "training": {"steps": 12, "batch_size": 4},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "decay_steps": 2},
+        "distributed": {"virtual_cpu_devices": 8, "initialization_timeout": 30},
+        "evaluation": {"every": 4, "max_batches": 2},
+        "checkpoint": {"every": 4},
+        "metrics": {"every": 1, "tensorboard": False, "plot": False},
+        "sample": {"num_tokens": 0},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def start_rank(rank, address, *arguments, num_processes=2):
+    here = (f"coordinator_address={address}", f"num_processes={num_processes}", f"process_id={rank}")
+    return start("train", *arguments, *(f"distributed.{setting}" for setting in here))
+
+
+def wait_for_step(run_dir, step, *processes, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and any(record["step"] >= step for record in read_records(path)):
+            return
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    pytest.fail(f"no record of step {step}: {[process.communicate() for process in processes]}")
+
+
+def losses(run_dir, *, until):
+    names = ("loss", "grad_norm", "tokens", "eval/loss", "eval/tokens")
+    return {
+        (record["step"], name): record[name]
+        for record in read_records(run_dir / "metrics.jsonl")
+        for name in names
+        if name in record and record["step"] <= until
+    }
+
+
+def test_two_processes_train_one_goes_on_and_two_again(config_file, tmp_path):
+    """Three meshes; the last leg is ended by a signal that only one of its processes gets."""
+    jax.devices()
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    one_process = ("mesh.data=2", "mesh.context_inner=4")
+    assert main([str(config_file), f"run_dir={undisturbed}", *one_process]) == 0
+
+    rows_over_processes = ("mesh.data=2", "mesh.fsdp=2", "mesh.context_inner=2")
+    command = ("train.launch", "local", "--num-processes", 2, config_file, f"run_dir={run_dir}", *rows_over_processes)
+    launched = start(*command, "training.steps=4", "sample.num_tokens=3")
+    output, errors = launched.communicate(timeout=150)
+    assert launched.returncode == 0, errors
+    assert "--- sample ---" in output and "done: step 4" in output
+    assert "[rank 1] " not in output and "done: step 4" not in errors
+    stored = yaml.safe_load((run_dir / "config.yaml").read_text())["distributed"]
+    assert (stored["num_processes"], stored["process_id"], stored["coordinator_address"]) == (None, None, None)
+
+    assert main([str(config_file), f"run_dir={run_dir}", *one_process, "training.steps=8"]) == 0
+
+    tokens_over_processes = ("mesh.context_outer=2", "mesh.context_inner=2", "mesh.tensor=2")
+    address = free_address()
+    endless = (config_file, f"run_dir={run_dir}", *tokens_over_processes, "training.steps=1000000")
+    ranks = [start_rank(rank, address, *endless) for rank in range(2)]
+    wait_for_step(run_dir, 12, *ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    (output, errors), (silence, _) = (rank.communicate(timeout=60) for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert f"resuming {run_dir} at step 8" in output and "distributed" not in output
+    saved = re.search(r"a signal to another process: saved step (\d+) of 1000000 in", output)
+    assert saved and find_checkpoint(run_dir)[1] == int(saved[1]) >= 12
+    assert "step" not in silence
+
+    got, wanted = losses(run_dir, until=12), losses(undisturbed, until=12)
+    assert got.keys() == wanted.keys() and len(got) == 12 * 3 + 4 * 2
+    for key, value in wanted.items():
+        np.testing.assert_allclose(got[key], value, rtol=2e-5, err_msg=str(key))
+
+
+def test_a_peer_that_dies_ends_the_run_with_its_name(config_file, tmp_path):
+    endless = (f"run_dir={tmp_path}", "mesh.data=4", "mesh.tensor=2", "training.steps=1000000", "checkpoint.every=null")
+    launcher = start("train.launch", "local", "--num-processes", 2, config_file, *endless, "evaluation.every=null")
+    wait_for_step(tmp_path, 2, launcher)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and time.monotonic() - killed < 20
+    assert f"error: rank 1 on {socket.gethostname()} ended by SIGKILL; its last lines:" in errors
+
+
+def test_a_coordinator_or_a_peer_that_never_comes_is_named_in_time(config_file, tmp_path):
+    arguments = (config_file, f"run_dir={tmp_path / 'run'}", "mesh.data=4", "mesh.tensor=2")
+    host, started = socket.gethostname(), time.monotonic()
+    dead_peer, dead_coordinator = free_address(), free_address()
+    without_peer = start_rank(0, dead_peer, *arguments, "distributed.initialization_timeout=2")
+    without_coordinator = start_rank(1, dead_coordinator, *arguments, "distributed.initialization_timeout=2")
+    (_, no_peer), (_, no_coordinator) = (p.communicate(timeout=60) for p in (without_peer, without_coordinator))
+    assert time.monotonic() - started < 40
+    assert without_peer.returncode == without_coordinator.returncode == 1
+    assert no_peer.startswith(
+        f"error: distributed.num_processes: rank 0 of 2 on {host} waited 2 s at {dead_peer}, but rank(s) 1 did not come"
+    )
+    assert no_coordinator.startswith(
+        f"error: distributed.coordinator_address: rank 1 of 2 on {host} did not reach rank 0 at "
+        f"{dead_coordinator} within 2 s (Connection refused); check that"
+    )
+    assert not (tmp_path / "run").exists()
