@@ -47,6 +47,11 @@ class Mask(abc.ABC):
         """Whether the answer depends on segment ids."""
         return False
 
+    @property
+    def within_documents(self) -> bool:
+        """Whether every allowed pair is of one document, so that padding takes part in none."""
+        return False
+
     @abc.abstractmethod
     def allowed(
         self,
@@ -162,6 +167,10 @@ class SameDocument(Mask):
     def uses_segments(self):
         return True
 
+    @property
+    def within_documents(self):
+        return True
+
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         return (q_segment_ids == kv_segment_ids) & (q_segment_ids >= 0)
 
@@ -209,6 +218,10 @@ class _Pair(Mask):
 class And(_Pair):
     """Pairs that both masks allow."""
 
+    @property
+    def within_documents(self):
+        return self.left.within_documents or self.right.within_documents
+
     def allowed(self, *pair):
         return self.left.allowed(*pair) & self.right.allowed(*pair)
 
@@ -220,6 +233,10 @@ class And(_Pair):
 @dataclasses.dataclass(frozen=True)
 class Or(_Pair):
     """Pairs that at least one of the masks allows."""
+
+    @property
+    def within_documents(self):
+        return self.left.within_documents and self.right.within_documents
 
     def allowed(self, *pair):
         return self.left.allowed(*pair) | self.right.allowed(*pair)

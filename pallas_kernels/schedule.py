@@ -7,9 +7,11 @@ first range holds no pair that may attend; a block inside it may still turn out 
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels import block_sizes as block_sizes_lib
 from pallas_kernels import dispatch
@@ -87,25 +89,22 @@ def make_schedule(
     sizes = block_sizes or block_sizes_lib.BLOCKWISE_ATTENTION[dispatch.current_platform()]
     sizes = sizes.fit(q_len, kv_len)
     tokens = tokens or Tokens()
-    q = _block_bounds(tokens.queries(q_len), sizes.block_q)
-    kv = _block_bounds(tokens.keys(kv_len), sizes.block_kv)
+    q = _blocks(tokens.queries(q_len), sizes.block_q, mask)
+    kv = _blocks(tokens.keys(kv_len), sizes.block_kv, mask)
+    num_q_blocks, num_kv_blocks = q.whole.shape[1], kv.whole.shape[1]
     # The pair test is also what keeps a ragged last block's missing keys out, so that block is never full. Missing
     # queries need no such care: their rows are dropped, and their cotangents are zero.
-    num_kv_blocks = kv.position_min.shape[1]
-    kv_is_whole = jnp.arange(num_kv_blocks) < kv_len // sizes.block_kv
+    kv = kv._replace(whole=kv.whole & (jnp.arange(num_kv_blocks) < kv_len // sizes.block_kv))
 
-    def verdict_of_q_rows(q_rows: Bounds) -> TileVerdict:
-        some, every = mask.tile(_outer(q_rows, rows=True), _outer(kv, rows=False))
-        return TileVerdict(some, every & kv_is_whole)
+    def verdict_of_q_rows(q_rows: _Blocks) -> TileVerdict:
+        return _verdict(mask, _outer(q_rows, rows=True), _outer(kv, rows=False))
 
-    def verdict_of_kv_rows(kv_rows_and_whole: tuple[Bounds, jax.Array]) -> TileVerdict:
-        kv_rows, whole = kv_rows_and_whole
-        some, every = mask.tile(_outer(q, rows=False), _outer(kv_rows, rows=True))
-        return TileVerdict(some, every & whole[..., None])
+    def verdict_of_kv_rows(kv_rows: _Blocks) -> TileVerdict:
+        return _verdict(mask, _outer(q, rows=False), _outer(kv_rows, rows=True))
 
     return Schedule(
         kv_blocks=_ranges(verdict_of_q_rows, q, num_columns=num_kv_blocks),
-        q_blocks=_ranges(verdict_of_kv_rows, (kv, kv_is_whole[None]), num_columns=q.position_min.shape[1]),
+        q_blocks=_ranges(verdict_of_kv_rows, kv, num_columns=num_q_blocks),
         mask=mask,
         q_len=q_len,
         kv_len=kv_len,
@@ -113,24 +112,82 @@ def make_schedule(
     )
 
 
-def _block_bounds(axis: TokenAxis, block: int) -> Bounds:
-    """Bounds of each block, `[B or 1, blocks]`; a ragged last block counts only the tokens it has."""
+class _Blocks(NamedTuple):
+    """The blocks of one side, every array `[B or 1, blocks]`; under a mask within documents, of all but padding.
 
-    def reduce(x, reduction):
-        length = x.shape[1]
-        x = jnp.pad(x, ((0, 0), (0, -length % block)), mode="edge")
-        return reduction(x.reshape(x.shape[0], -1, block), axis=-1)
+    Attributes:
+      bounds: Bounds of each block.
+      first_position: The least position among the tokens of the least segment.
+      last_position: The greatest position among the tokens of the greatest segment.
+      occupied: Whether the block has any token.
+      whole: Whether nothing was left out of the block.
+    """
 
-    return Bounds(
-        position_min=reduce(axis.positions, jnp.min),
-        position_max=reduce(axis.positions, jnp.max),
-        segment_min=reduce(axis.segment_ids, jnp.min),
-        segment_max=reduce(axis.segment_ids, jnp.max),
+    bounds: Bounds
+    first_position: jax.Array
+    last_position: jax.Array
+    occupied: jax.Array
+    whole: jax.Array
+
+
+def _blocks(axis: TokenAxis, block: int, mask: Mask) -> _Blocks:
+    positions, segments = jnp.broadcast_arrays(*(_split(x, block) for x in axis))
+    counts = segments >= 0 if mask.within_documents else jnp.ones_like(segments, bool)
+    least, greatest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+
+    def min_where(condition, x):
+        return jnp.min(jnp.where(condition, x, greatest), axis=-1)
+
+    def max_where(condition, x):
+        return jnp.max(jnp.where(condition, x, least), axis=-1)
+
+    bounds = Bounds(
+        position_min=min_where(counts, positions),
+        position_max=max_where(counts, positions),
+        segment_min=min_where(counts, segments),
+        segment_max=max_where(counts, segments),
+    )
+    return _Blocks(
+        bounds=bounds,
+        first_position=min_where(counts & (segments == bounds.segment_min[..., None]), positions),
+        last_position=max_where(counts & (segments == bounds.segment_max[..., None]), positions),
+        occupied=counts.any(axis=-1),
+        whole=counts.all(axis=-1),
     )
 
 
-def _outer(bounds: Bounds, *, rows: bool) -> Bounds:
-    return Bounds(*(x[:, :, None] if rows else x[:, None, :] for x in bounds))
+def _split(x: ArrayLike, block: int) -> jax.Array:
+    """`[B or 1, length]` to `[B or 1, blocks, block]`; a ragged last block repeats its last token."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge")
+    return x.reshape(x.shape[0], -1, block)
+
+
+def _outer(blocks: _Blocks, *, rows: bool) -> _Blocks:
+    return jax.tree.map(lambda x: x[:, :, None] if rows else x[:, None, :], blocks)
+
+
+def _verdict(mask: Mask, q: _Blocks, kv: _Blocks) -> TileVerdict:
+    """The verdict on each tile of `q` rows or columns against `kv` columns or rows."""
+    q_bounds, kv_bounds = q.bounds, kv.bounds
+    if mask.within_documents:
+        # Positions restart in every document, so the bounds of a block that holds the end of one and the start of the
+        # next are loose. Two blocks in order share at most one document, the last of one and the first of the other;
+        # then only its positions count.
+        shared = jnp.maximum(q_bounds.segment_min, kv_bounds.segment_min)
+        single = shared == jnp.minimum(q_bounds.segment_max, kv_bounds.segment_max)
+        q_bounds, kv_bounds = (_of_document(blocks, shared, single) for blocks in (q, kv))
+    some, every = mask.tile(q_bounds, kv_bounds)
+    return TileVerdict(some & q.occupied & kv.occupied, every & q.whole & kv.whole)
+
+
+def _of_document(blocks: _Blocks, document: jax.Array, single: jax.Array) -> Bounds:
+    """The bounds, with the positions those of `document` where it is the `single` one that counts."""
+    bounds = blocks.bounds
+    first, last = (single & (document == x) for x in (bounds.segment_min, bounds.segment_max))
+    return bounds._replace(
+        position_min=jnp.where(first, blocks.first_position, bounds.position_min),
+        position_max=jnp.where(last, blocks.last_position, bounds.position_max),
+    )
 
 
 def _ranges(verdict_of_rows: Callable, rows, *, num_columns: int) -> BlockRanges:

@@ -90,11 +90,15 @@ LENGTH, BLOCK = 96, 8
         (Window(left=10, right=30), None),
         (Causal() | Prefix(30), None),
         (SameDocument(), ((40, 8, 48),)),
+        (Causal() & SameDocument(), ((40, 8, 48),)),
+        (Causal() & SameDocument(), ((27, 1, 41, 9), (3, 88), (96,), (5, 5, 5, 30))),
+        (Causal() & Window(left=11) & SameDocument(), ((27, 1, 41, 9), (3, 88), (96,), (5, 5, 5, 30))),
+        (SameDocument() & Window(left=20, right=9), ((50, 30), (7, 70))),
     ],
     ids=str,
 )
 def test_interval_masks_are_exact(mask: Mask, documents):
-    """Causal, window, prefix and document masks in token order visit no empty block and test no full one."""
+    """Causal, window, prefix and document masks, packed and padded, visit no empty block and test no full one."""
     tokens = packed_tokens(documents, LENGTH) if documents else None
     built = make_schedule(
         mask, tokens, q_len=LENGTH, kv_len=LENGTH, block_sizes=BlockSizes(block_q=BLOCK, block_kv=BLOCK)
