@@ -33,7 +33,7 @@ class DistributedConfig:
     """Processes of the run. Default: what the environment tells."""
     process_id: int | None = None
     """Rank of this process, from 0. Default: what the environment tells."""
-    initialization_timeout: int = 60
+    initialization_timeout: int = 50
     """Seconds that the processes wait for each other at the start."""
     heartbeat_timeout: int = 100
     """Seconds without a sign of life after which a process counts as dead and the others end."""

@@ -64,8 +64,10 @@ class _Child:
     def ending(self) -> str:
         code = self.process.returncode
         how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
-        lines = "".join(f"  {line.rstrip()}\n" for line in self.last_lines) or "  (none)\n"
-        return f"rank {self.rank} on {socket.gethostname()} ended {how}; its last lines:\n{lines}"
+        return f"rank {self.rank} on {socket.gethostname()} ended {how}"
+
+    def last_words(self) -> str:
+        return "".join(f"  {line.rstrip()}\n" for line in self.last_lines) or "  (none)\n"
 
 
 def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
@@ -82,10 +84,10 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
         f"distributed.num_processes={num_processes}",
     ]
     children: list[_Child] = []
-    pending: list[int] = []  # signals that came before every child was there
+    passed_on: list[int] = []
 
     def forward(number: int, _) -> None:
-        pending.append(number)
+        passed_on.append(number)
         for child in children:
             child.send(number)
 
@@ -93,7 +95,7 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
     try:
         for rank in range(num_processes):
             children.append(_Child(rank, [*_TRAIN, *common, f"distributed.process_id={rank}"]))
-            for number in pending:
+            for number in passed_on:  # what came before this child was there
                 children[-1].send(number)
         while True:
             codes = [child.process.poll() for child in children]
@@ -113,7 +115,9 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
     if not failed:
         return 0
     for child in failed:
-        print(f"error: {child.ending()}", end="", file=sys.stderr)
+        # Whoever asked for the end by a signal need not read how far each process had come.
+        last_words = "" if passed_on else f"; its last lines:\n{child.last_words()}".rstrip()
+        print(f"error: {child.ending()}{last_words}", file=sys.stderr)
     print(f"error: stopped the run of {num_processes} processes", file=sys.stderr)
     return max(failed[0].process.returncode, 1)
 

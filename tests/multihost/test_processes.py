@@ -145,6 +145,7 @@ def test_two_processes_train_one_goes_on_and_two_again(config_file, tmp_path):
         np.testing.assert_allclose(got[key], value, rtol=2e-5, err_msg=str(key))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
 def test_a_peer_that_dies_ends_the_run_with_its_name(config_file, tmp_path):
     endless = (f"run_dir={tmp_path}", "mesh.data=4", "mesh.tensor=2", "training.steps=1000000", "checkpoint.every=null")
     launcher = start("train.launch", "local", "--num-processes", 2, config_file, *endless, "evaluation.every=null")

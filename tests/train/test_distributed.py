@@ -127,7 +127,7 @@ def test_clusters_that_jax_knows_are_left_to_it(monkeypatch, environment):
         DeviceError, match=r"JAX did not find the processes of this cluster on .* \(no metadata\); pass"
     ):
         initialize(DistributedConfig())
-    assert calls == [{"initialization_timeout": 60, "heartbeat_timeout_seconds": 100}]
+    assert calls == [{"initialization_timeout": 50, "heartbeat_timeout_seconds": 100}]
 
 
 def test_the_compilation_cache_is_off_unless_named(tmp_path):

@@ -92,6 +92,14 @@ def test_signals_are_passed_on(run, capfd, number):
     assert output == f"saved after {number.name}\n" and f"[rank 1] saved after {number.name}\n" in errors
 
 
+def test_a_signal_before_the_processes_are_ready_for_it(run, capfd):
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    exit_code, seconds = run("time.sleep(60)", 2)
+    assert exit_code == 1 and seconds < 8
+    lines = capfd.readouterr().err.splitlines()
+    assert f"error: rank 0 on {HOST} ended by SIGTERM" in lines and "last lines" not in "".join(lines)
+
+
 def test_the_command_line(capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(launch, "launch_local", lambda *call, **options: calls.append((call, options)) or 0)

@@ -30,6 +30,35 @@ def test_each_device_holds_its_rows_and_its_tokens_of_the_layout(layout):
         np.testing.assert_array_equal(shard.data, batch["tokens"][3 * data : 3 * data + 3, order[first : first + 6]])
 
 
+class OfOneProcess:
+    """A sharding of which this process holds two pieces only: rows 2 and 3, the second and the last quarter."""
+
+    def addressable_devices_indices_map(self, shape):
+        return {place: (slice(2, 4), slice(place * 6, place * 6 + 6)) for place in (1, 3)}
+
+
+def test_a_process_reads_its_rows_and_its_tokens_only(monkeypatch):
+    monkeypatch.setattr("train.placement.batch_sharding", lambda mesh, ndim: OfOneProcess())
+    pieces = {}
+
+    def make(shape, sharding, piece):
+        indices = sharding.addressable_devices_indices_map(shape).items()
+        pieces.update({(len(shape), place): piece(index[: len(shape)]) for place, index in indices})
+        return shape
+
+    monkeypatch.setattr("jax.make_array_from_callback", make)
+    order = ContextParallelConfig(layout="zigzag").order(LENGTH, 4)
+    placement = BatchPlacement(None, batch_size=6, order=order)
+    np.testing.assert_array_equal(placement.rows, [2, 3])
+    np.testing.assert_array_equal(placement.slots, [*order[6:12], *order[18:24]])
+    batch = batch_of(6)
+    part = {"tokens": batch["tokens"][2:4, placement.slots], "num_bytes": batch["num_bytes"][2:4]}
+    assert placement.place(part) == {"tokens": (6, LENGTH), "num_bytes": (6,)}
+    for place in (1, 3):
+        np.testing.assert_array_equal(pieces[2, place], batch["tokens"][2:4, order[place * 6 : place * 6 + 6]])
+        np.testing.assert_array_equal(pieces[1, place], batch["num_bytes"][2:4])
+
+
 def test_a_flag_a_device():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     for flag in (True, False):
