@@ -131,17 +131,16 @@ def _free_port() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train.launch", description="Runs one run in several processes.")
-    places = parser.add_subparsers(dest="place", required=True)
-    local = places.add_parser("local", help="several processes on this machine")
-    local.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    local.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
-    local.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
-    local.add_argument(
+    parser.add_argument("place", choices=["local"], help="local: on this machine")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
+    parser.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
+    parser.add_argument(
         "--timeout", type=int, metavar="S", help="seconds in which all must have started; default: the config's"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.num_processes < 1:
-        local.error(f"--num-processes: got {options.num_processes}, wanted 1 or more")
+        parser.error(f"--num-processes: got {options.num_processes}, wanted 1 or more")
     overrides = list(options.overrides)
     if options.timeout is not None:
         overrides.append(f"distributed.initialization_timeout={options.timeout}")
