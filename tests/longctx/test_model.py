@@ -177,8 +177,8 @@ def test_initial_values_are_what_the_docstring_says():
     residual_scale = 1 / np.sqrt(2 * 9)
     (block,) = model.periods
     wanted = {
-        "embedding": (model.embedding, 0.02),
-        "unembedding": (model.unembedding, 0.02),
+        "embedding": (model.embedding, 0.64 * 64**-0.5),
+        "unembedding": (model.unembedding, 0.64 * 64**-0.5),
         "q": (block.mixer.q.kernel, 64**-0.5),
         "v": (block.mixer.v.kernel, 64**-0.5),
         "out": (block.mixer.out.kernel, 64**-0.5 * residual_scale),
