@@ -91,7 +91,9 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
         for child in children:
             child.send(number)
 
-    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # A SIGHUP that is ignored, as under nohup, stays so.
+    forwarded = [n for n in _FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in forwarded}
     try:
         for rank in range(num_processes):
             children.append(_Child(rank, [*_TRAIN, *common, f"distributed.process_id={rank}"]))

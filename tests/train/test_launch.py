@@ -100,6 +100,15 @@ def test_a_signal_before_the_processes_are_ready_for_it(run, capfd):
     assert f"error: rank 0 on {HOST} ended by SIGTERM" in lines and "last lines" not in "".join(lines)
 
 
+def test_nohup_is_respected(run):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGHUP]).start()
+        assert run("time.sleep(1)", 2)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 def test_the_command_line(capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(launch, "launch_local", lambda *call, **options: calls.append((call, options)) or 0)
