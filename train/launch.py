@@ -91,7 +91,9 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
         for child in children:
             child.send(number)
 
-    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # A SIGHUP that is ignored, as under nohup, stays so.
+    forwarded = [n for n in _FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in forwarded}
     try:
         for rank in range(num_processes):
             children.append(_Child(rank, [*_TRAIN, *common, f"distributed.process_id={rank}"]))
@@ -131,17 +133,16 @@ def _free_port() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train.launch", description="Runs one run in several processes.")
-    places = parser.add_subparsers(dest="place", required=True)
-    local = places.add_parser("local", help="several processes on this machine")
-    local.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    local.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
-    local.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
-    local.add_argument(
+    parser.add_argument("place", choices=["local"], help="local: on this machine")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
+    parser.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
+    parser.add_argument(
         "--timeout", type=int, metavar="S", help="seconds in which all must have started; default: the config's"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.num_processes < 1:
-        local.error(f"--num-processes: got {options.num_processes}, wanted 1 or more")
+        parser.error(f"--num-processes: got {options.num_processes}, wanted 1 or more")
     overrides = list(options.overrides)
     if options.timeout is not None:
         overrides.append(f"distributed.initialization_timeout={options.timeout}")

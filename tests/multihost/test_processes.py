@@ -19,7 +19,17 @@ from train.checkpoint import find_checkpoint
 from train.metrics import read_records
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compile time is what these runs cost."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

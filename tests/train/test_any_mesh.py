@@ -26,6 +26,14 @@ LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout
 AXES = ("data", "fsdp", "context_outer", "context_inner", "tensor")
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compile time is what these runs cost."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("any_mesh")
@@ -97,6 +105,7 @@ def numbers(run_dir):
     }
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_mesh_to_mesh(config_file, tmp_path, rows_read, capsys):
     jax.devices()  # the eight of conftest.py
     one, moving = tmp_path / "one", tmp_path / "moving"

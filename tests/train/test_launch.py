@@ -100,23 +100,35 @@ def test_a_signal_before_the_processes_are_ready_for_it(run, capfd):
     assert f"error: rank 0 on {HOST} ended by SIGTERM" in lines and "last lines" not in "".join(lines)
 
 
+def test_nohup_is_respected(run):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGHUP]).start()
+        assert run("time.sleep(1)", 2)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 def test_the_command_line(capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(launch, "launch_local", lambda *call, **options: calls.append((call, options)) or 0)
     config = str(ROOT / "configs/quickstart.yaml")
-    command = ["local", "--num-processes", "2", "--timeout", "5", config, "training.steps=300"]
-    assert launch.main(command) == 0
+    for command in (
+        ["local", "--num-processes", "2", "--timeout", "5", config, "training.steps=300"],
+        ["local", config, "--num-processes", "2", "training.steps=300", "--timeout", "5"],
+    ):
+        assert launch.main(command) == 0
     arguments = [config, "training.steps=300", "distributed.initialization_timeout=5"]
-    assert calls == [((arguments,), {"num_processes": 2})]
+    assert calls == [((arguments,), {"num_processes": 2})] * 2
     assert launch.main(["local", "--num-processes", "2", config, "training.stepz=3"]) == 2
     assert "training.stepz: unknown key" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         launch.main(["local", "--num-processes", "0", config])
     assert "--num-processes: got 0, wanted 1 or more" in capsys.readouterr().err
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_help_starts_nothing():
-    command = [sys.executable, "-m", "train.launch", "local", "--help"]
+    command = [sys.executable, "-m", "train.launch", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--num-processes N" in result.stdout
