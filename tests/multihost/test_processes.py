@@ -19,7 +19,6 @@ from train.checkpoint import find_checkpoint
 from train.metrics import read_records
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
