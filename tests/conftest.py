@@ -1,6 +1,7 @@
 """Every test runs on eight virtual CPU devices, with strict dtype promotion and checked shape annotations."""
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_platforms", "cpu")
@@ -8,3 +9,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 install_import_hook(["pallas_kernels", "longctx"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """Compiles small programs with few optimisations, in half the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int
 
 from longctx.model import ModelConfig, TransformerLM
 from longctx.sharding import CONTEXT_AXES, make_mesh
@@ -31,18 +30,7 @@ def start_mesh(config: TrainConfig) -> Mesh:
     devices = initialize(config.distributed)
     try:
         mesh = make_mesh(config.mesh, devices)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    rows = config.training.batch_size // config.training.accumulate_steps
-    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % row_devices:
-        raise ConfigError(
-            f"training.batch_size: got {config.training.batch_size} in {config.training.accumulate_steps} "
-            f"microbatch(es) of {rows} rows, wanted rows that the mesh's data x fsdp = {row_devices} devices share "
-            "evenly; change batch_size or accumulate_steps"
-        )
-    try:
-        _token_order(config, mesh)
+        config.check_mesh(mesh.shape)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return mesh
@@ -50,12 +38,9 @@ def start_mesh(config: TrainConfig) -> Mesh:
 
 def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> BatchPlacement:
     """The placement of batches of this many rows, with their tokens in the layout of the run."""
-    return BatchPlacement(mesh, batch_size=batch_size, order=_token_order(config, mesh))
-
-
-def _token_order(config: TrainConfig, mesh: Mesh) -> Int[np.ndarray, " length"]:
     degree = math.prod(mesh.shape[axis] for axis in CONTEXT_AXES)
-    return config.context_parallel.order(config.data.seq_len, degree)
+    order = config.context_parallel.order(config.data.seq_len, degree)
+    return BatchPlacement(mesh, batch_size=batch_size, order=order)
 
 
 def check_agreement(config: TrainConfig, data: Data, checkpoints: Checkpoints) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,22 +70,24 @@ class TrainConfig:
         sizes = {name: getattr(self.mesh, name) for name in AXIS_NAMES}
         if self.distributed.virtual_cpu_devices is not None:
             sizes = self.mesh.sizes(self.distributed.virtual_cpu_devices)
-        row_devices = sizes["data"] * sizes["fsdp"]
-        if row_devices > 0:
-            self._check_rows(row_devices)
-        degree = math.prod(sizes[axis] for axis in CONTEXT_AXES)
-        if degree > 0:
-            self.context_parallel.order(self.data.seq_len, degree)  # refuses a length that does not split evenly
+        self.check_mesh(sizes)
 
-    def _check_rows(self, row_devices: int):
-        """Each microbatch must split evenly over the devices that share the rows."""
+    def check_mesh(self, sizes: Mapping[str, int]) -> None:
+        """Refuses rows or tokens that do not split evenly over a mesh of these sizes; an axis of -1 is left unchecked.
+
+        Raises: ValueError naming the key.
+        """
+        row_devices = sizes["data"] * sizes["fsdp"]
         rows = self.training.batch_size // self.training.accumulate_steps
-        if rows % row_devices:
+        if row_devices > 0 and rows % row_devices:
             raise ValueError(
                 f"training.batch_size: got {self.training.batch_size} in {self.training.accumulate_steps} "
                 f"microbatch(es) of {rows} rows, wanted rows that mesh.data x mesh.fsdp = {row_devices} devices share "
                 "evenly; change batch_size, accumulate_steps or the mesh"
             )
+        degree = math.prod(sizes[axis] for axis in CONTEXT_AXES)
+        if degree > 0:
+            self.context_parallel.order(self.data.seq_len, degree)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

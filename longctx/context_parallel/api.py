@@ -46,6 +46,10 @@ class AttentionSharding:
     sequence: tuple[str, ...] = ()
     strategy: Literal["ring"] = "ring"
 
+    def __post_init__(self):
+        if self.strategy != "ring":
+            raise ValueError(f"AttentionSharding: strategy={self.strategy!r}, wanted 'ring', the one there is so far")
+
 
 _OWN_AXES = AttentionSharding(
     batch=ACTIVATION_AXES["batch"], heads=ACTIVATION_AXES["heads"], sequence=ACTIVATION_AXES["sequence"]

@@ -1,12 +1,8 @@
-"""Compiles the small programs of this folder with few optimisations, in half the time."""
+"""Compile time is most of what the tests of this folder cost."""
 
-import jax
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def always_compile_quickly(compile_quickly):
+    """Applies to every module of the folder."""

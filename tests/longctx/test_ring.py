@@ -179,6 +179,12 @@ def test_axes_of_another_mesh():
             assert_close(name, x, y, "float32")
 
 
+def test_a_strategy_that_is_not_there_is_refused():
+    unchecked = getattr(AttentionSharding.__init__, "__wrapped__", AttentionSharding.__init__)
+    with pytest.raises(ValueError, match="AttentionSharding: strategy='ulysses', wanted 'ring'"):
+        unchecked(object.__new__(AttentionSharding), strategy="ulysses")
+
+
 def test_lengths_must_split_over_the_ring():
     arrays = inputs(q_len=90)
     with (

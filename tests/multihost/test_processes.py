@@ -23,12 +23,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA
 ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compile time is what these runs cost."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,7 @@ LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout
 AXES = ("data", "fsdp", "context_outer", "context_inner", "tensor")
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compile time is what these runs cost."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")
