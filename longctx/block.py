@@ -57,7 +57,8 @@ class Block(nnx.Module):
         schedule: AnySchedule | None = None,
     ) -> Float[Array, "B T D"]:
         """One layer; the arguments are the mixer's."""
-        mixed = self.mixer(self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule)
+        with jax.named_scope("mixer"):
+            mixed = self.mixer(self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule)
         return self._feed_forward(x_BTD, mixed)
 
     def init_cache(self, batch_size: int, max_length: int) -> Any:
@@ -71,4 +72,5 @@ class Block(nnx.Module):
 
     def _feed_forward(self, x_BTD: jax.Array, mixed: jax.Array) -> jax.Array:
         x_BTD = constrain(x_BTD + mixed, "batch", "sequence", None)
-        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "sequence", None)
+        with jax.named_scope("mlp"):
+            return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "sequence", None)

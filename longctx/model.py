@@ -168,7 +168,8 @@ class TransformerLM(nnx.Module):
         def layer(block: Block, name: str, x_BTD: jax.Array, *, prevent_cse: bool) -> jax.Array:
             def run(block, x_BTD):
                 schedule = schedules.get(_schedule_key(config.mixers[name]))
-                return block(x_BTD, positions=positions, segment_ids=segment_ids, schedule=schedule)
+                with jax.named_scope(f"layer.{name}"):
+                    return block(x_BTD, positions=positions, segment_ids=segment_ids, schedule=schedule)
 
             return _rematerialised(run, config.remat, prevent_cse)(block, x_BTD)
 
@@ -248,12 +249,14 @@ class TransformerLM(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         # Cast after the lookup, so that the gradients of a frequent token add up in the parameters' dtype.
-        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill").astype(self.config.dtype)
+        with jax.named_scope("embedding"):
+            x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill").astype(self.config.dtype)
         return constrain(x_BTD, "batch", "sequence", None)
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         table = self.embedding if self.unembedding is None else self.unembedding
-        logits_BTV = _project_float32(self.final_norm(x_BTD), table[...].astype(self.config.dtype))
+        with jax.named_scope("logits"):
+            logits_BTV = _project_float32(self.final_norm(x_BTD), table[...].astype(self.config.dtype))
         if self.config.logits_soft_cap is not None:
             logits_BTV = self.config.logits_soft_cap * jnp.tanh(logits_BTV / self.config.logits_soft_cap)
         return constrain(logits_BTV, "batch", "sequence", "vocab")

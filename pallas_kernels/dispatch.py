@@ -10,7 +10,7 @@ import contextvars
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -66,21 +66,18 @@ def run[R](
             raise NotImplementedError(
                 f"{op}: there is no {implementation!r} implementation; there are {tuple(implementations)}"
             )
-        result = implementations[implementation](*args, **kwargs)
-        _record(op, implementation)
-        return result
+        return _call(op, implementation, implementations[implementation], args, kwargs)
     platform = current_platform()
     refusals: list[NotImplementedError] = []
     for name in PREFERENCE.get(platform, ("xla",)):
         if name not in implementations:
             continue
         try:
-            result = implementations[name](*args, **kwargs)
+            result = _call(op, name, implementations[name], args, kwargs)
         except NotImplementedError as refusal:
             refusals.append(refusal)
             continue
         _log_choice(op, platform, name, tuple(str(refusal) for refusal in refusals))
-        _record(op, name)
         return result
     raise ExceptionGroup(f"{op}: no implementation serves this call on {platform}", refusals)
 
@@ -94,6 +91,14 @@ def record() -> Iterator[list[tuple[str, str]]]:
         yield taken
     finally:
         _recorded.reset(token)
+
+
+def _call(op: str, name: str, function: Callable[..., Any], args, kwargs) -> Any:
+    # The scope tells in a compiled program or a profile which op an instruction belongs to, and who implements it.
+    with jax.named_scope(f"{op}.{name}"):
+        result = function(*args, **kwargs)
+    _record(op, name)
+    return result
 
 
 def _record(op: str, implementation: str) -> None:

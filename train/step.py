@@ -92,7 +92,8 @@ def make_train_step(
         logits_BTV = model(
             microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"]
         )
-        sums = cross_entropy(logits_BTV, microbatch["targets"], microbatch["loss_weights"], z_loss=config.z_loss)
+        with jax.named_scope("loss"):
+            sums = cross_entropy(logits_BTV, microbatch["targets"], microbatch["loss_weights"], z_loss=config.z_loss)
         return sums.loss_sum, (sums.loss_sum, sums.nll_sum, sums.weight_sum)
 
     def split(array):
@@ -121,7 +122,10 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         params = float32(state.params)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counts with floats
+        with (
+            jax.named_scope("optimizer"),
+            jax.numpy_dtype_promotion("standard"),
+        ):  # optax mixes its int32 counts with floats
             updates, opt_state = optimizer.update(gradients, state.opt_state, params)
             learning_rate = schedule(state.step - state.skipped_steps)
         params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)

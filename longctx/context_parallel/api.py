@@ -28,6 +28,7 @@ from pallas_kernels import (
 )
 
 AnySchedule = Schedule | RingSchedule
+HOP_SCOPE = "context_parallel"  # names, in a compiled program, the collectives that a strategy sends for each layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +246,8 @@ def _attention_fwd(call: _Call, q, k, v, tokens, schedule):
 
     def shard(q, k, v, tokens, schedule):
         if split.sequence:
-            return ring_forward(q, k, v, tokens, schedule, axes=split.sequence, **options)
+            with jax.named_scope(HOP_SCOPE):
+                return ring_forward(q, k, v, tokens, schedule, axes=split.sequence, **options)
         return blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **options)
 
     heads = split.heads_spec
@@ -264,7 +266,8 @@ def _attention_bwd(call: _Call, residuals, dout):
     def shard(q, k, v, out, lse, dout, tokens, schedule):
         dlse = jnp.zeros_like(lse)
         if split.sequence:
-            return ring_backward(q, k, v, out, lse, dout, dlse, tokens, schedule, axes=split.sequence, **options)
+            with jax.named_scope(HOP_SCOPE):
+                return ring_backward(q, k, v, out, lse, dout, dlse, tokens, schedule, axes=split.sequence, **options)
         return blockwise_attention_backward(q, k, v, out, lse, dout, dlse, tokens=tokens, schedule=schedule, **options)
 
     q, k, v, out, lse, tokens, schedule = residuals
