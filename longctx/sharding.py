@@ -96,7 +96,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def param_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+def param_shardings(abstract_state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of every array of a state.
 
     Works on any pytree of nnx Variables and arrays or ShapeDtypeStructs: model states, and optimizer states too, since
@@ -124,7 +124,7 @@ def param_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of_node, abstract_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, ndim: int = 2) -> NamedSharding:
     """The sharding of an array of a batch: rows over (data, fsdp), tokens over the context axes.
 
     Args:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from longctx.model import ModelConfig, TransformerLM
 from longctx.sharding import CONTEXT_AXES, make_mesh
@@ -18,7 +19,10 @@ from train.checkpoint import CheckpointError, Checkpoints
 from train.config import ConfigError, TrainConfig, config_text, load_config
 from train.data import Data, DataError
 from train.distributed import initialize
+from train.optimizer import make_optimizer, make_schedule
 from train.placement import BatchPlacement
+from train.state import ModelBuilder, TrainState, abstract_model, abstract_state
+from train.step import Metrics, make_train_step
 
 
 def start_mesh(config: TrainConfig) -> Mesh:
@@ -34,6 +38,39 @@ def start_mesh(config: TrainConfig) -> Mesh:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run computes with; nothing of it is allocated."""
+
+    model: ModelConfig
+    build: ModelBuilder
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+
+
+def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int) -> Parts:
+    """The model, the optimizer, the state and the training step that a config describes, for a mesh.
+
+    Raises: ConfigError when the config names a vocabulary that is too small for the tokenizer's `vocab_size`.
+    """
+    model = resolved_model(config, vocab_size)
+    build = model_builder(model)
+    graphdef, _ = abstract_model(build)
+    schedule = make_schedule(config.optimizer, total_steps=config.training.steps)
+    optimizer = make_optimizer(config.optimizer, schedule=schedule)
+    abstract = abstract_state(build, optimizer, mesh)
+    return Parts(
+        model=model,
+        build=build,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        abstract=abstract,
+        train_step=make_train_step(graphdef, abstract, optimizer, schedule, config.training, mesh),
+    )
 
 
 def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> BatchPlacement:

@@ -17,21 +17,20 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from longctx.model import ModelConfig, forward_flops
-from train.assemble import batch_placement, check_agreement, memory_in_use, model_builder, resolved_model, start_mesh
+from train.assemble import assemble, batch_placement, check_agreement, memory_in_use, start_mesh
 from train.checkpoint import Checkpoints, Position, changed_settings, load_params
 from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
+from train.devices import model_flops_utilization
 from train.evaluation import evaluate, make_eval_step
-from train.flops import model_flops_utilization
 from train.metrics import MetricsLog
-from train.optimizer import make_optimizer, make_schedule
 from train.placement import one_flag_a_device
 from train.progress import Display, duration
 from train.sampling import sample_text
 from train.schema import to_dict
 from train.signals import StopSignals
-from train.state import TrainState, abstract_model, abstract_state, create_state
-from train.step import Metrics, NonFiniteError, TrainingConfig, make_train_step
+from train.state import TrainState, create_state
+from train.step import Metrics, NonFiniteError, TrainingConfig
 
 MAX_STEPS_IN_FLIGHT = 2  # more gain nothing, and XLA's CPU runtime aborts when many steps with collectives are queued
 
@@ -50,12 +49,8 @@ def train(config: TrainConfig) -> None:
         for note in data.notes:
             display.note(note)
 
-        model_config = resolved_model(config, data.tokenizer.vocab_size)
-        build = model_builder(model_config)
-        graphdef, _ = abstract_model(build)
-        schedule = make_schedule(config.optimizer, total_steps=config.training.steps)
-        optimizer = make_optimizer(config.optimizer, schedule=schedule)
-        abstract = abstract_state(build, optimizer, mesh)
+        parts = assemble(config, mesh, vocab_size=data.tokenizer.vocab_size)
+        abstract = parts.abstract
         checkpoints = stack.enter_context(
             closing(Checkpoints(config.checkpoint.directory(config.run_dir), config.checkpoint))
         )
@@ -71,7 +66,7 @@ def train(config: TrainConfig) -> None:
             state, rows = _resume(config, checkpoints, abstract, data, display)
         else:
             weights = load_params(config.init_from, abstract.params) if config.init_from else None
-            state, rows = create_state(build, optimizer, mesh, seed=config.seed), 0
+            state, rows = create_state(parts.build, parts.optimizer, mesh, seed=config.seed), 0
             if weights is not None:
                 state = dataclasses.replace(state, params=weights)
                 display.note(f"weights from {config.init_from}")
@@ -79,9 +74,8 @@ def train(config: TrainConfig) -> None:
         step = first = int(state.step)
         _write_config(config)
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step)))
-        in_flight = _StepsInFlight(config, model_config, mesh, data, log, display)
-        train_step = make_train_step(graphdef, abstract, optimizer, schedule, config.training, mesh)
-        eval_step = make_eval_step(graphdef)
+        in_flight = _StepsInFlight(config, parts.model, mesh, data, log, display)
+        eval_step = make_eval_step(parts.graphdef)
         batch_size = config.training.batch_size
         eval_batch_size = batch_size // config.training.accumulate_steps
         placement = batch_placement(config, mesh, batch_size=batch_size)
@@ -134,7 +128,7 @@ def train(config: TrainConfig) -> None:
             placed = placement.place(batch)
             stop = one_flag_a_device(signals.received is not None, mesh) if several else None
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, placed, stop)
+                state, metrics = parts.train_step(state, placed, stop)
             in_flight.add(step + 1, metrics, data_step=rows // batch_size)
             step, rows = step + 1, rows + batch_size
 
@@ -165,7 +159,7 @@ def train(config: TrainConfig) -> None:
             )
             return
         if config.sample.num_tokens:
-            text = sample_text(graphdef, state.params, data.tokenizer, config.sample)
+            text = sample_text(parts.graphdef, state.params, data.tokenizer, config.sample)
             display.note(f"--- sample ---\n{config.sample.prompt}{text}\n--------------")
         result = f", {_held_out_text(held_out)}" if held_out else ""
         display.note(f"done: step {step} in {duration(time.monotonic() - started)}{result}. {_next_steps(config)}")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from longctx.sharding import param_shardings
 
@@ -49,7 +49,7 @@ def abstract_model(build: ModelBuilder) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, params
 
 
-def abstract_params(build: ModelBuilder, mesh: Mesh) -> Any:
+def abstract_params(build: ModelBuilder, mesh: Mesh | AbstractMesh) -> Any:
     """The parameters as ShapeDtypeStructs with the shardings of longctx.sharding.param_shardings."""
     _, params = abstract_model(build)
     pure = nnx.to_pure_dict(params)
@@ -61,7 +61,9 @@ def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def abstract_state(build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """The state as ShapeDtypeStructs that carry the mesh's shardings: for restoring and for planning.
 
     Parameters follow longctx.sharding.param_shardings; whatever in the optimizer state mirrors a parameter

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from longctx.losses import cross_entropy
 from longctx.sharding import batch_sharding
@@ -63,7 +63,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     config: TrainingConfig,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted step; the state passed to it is donated.
 

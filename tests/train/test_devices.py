@@ -1,6 +1,6 @@
 import pytest
 
-from train.flops import model_flops_utilization, peak_flops
+from train.devices import device_table, model_flops_utilization
 
 
 @pytest.mark.parametrize(
@@ -13,12 +13,15 @@ from train.flops import model_flops_utilization, peak_flops
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
         ("TPU v6 lite", 918e12),
+        ("TPU v5", 459e12),
+        ("TPU7x", 1153.5e12),  # JAX's devices are the cores, of which a chip has two
         ("cpu", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
 def test_peak_flops(kind, peak):
-    assert peak_flops(kind) == peak
+    found = device_table().of_kind(kind)
+    assert (found and found[1].peak_flops) == peak
 
 
 def test_model_flops_utilization():

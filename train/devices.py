@@ -1,0 +1,91 @@
+"""What a device of each kind does: the table behind MFU and predicted times."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from train import schema
+
+ASSUMED_MATMUL_SHARE = 0.85  # of the peak, where no matmul was measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSpeed:
+    """TFLOP/s of an implementation over the tiles that it visits."""
+
+    forward: float
+    backward: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceSpec:
+    """One kind of device; devices.yaml explains each figure."""
+
+    device_kinds: tuple[str, ...]
+    peak_tflops: float
+    matmul_tflops: float | None = None
+    attention: Mapping[str, AttentionSpeed] = dataclasses.field(default_factory=dict)
+    memory_gib: float | None = None
+    memory_gb_per_s: float | None = None
+    link: Literal["torus", "switch"] | None = None
+    link_gb_per_s: float | None = None
+    link_domain: int | None = None
+    network_gb_per_s: float | None = None
+    latency_us: float = 0.0
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s of the datasheet."""
+        return self.peak_tflops * 1e12
+
+    @property
+    def matmul_flops(self) -> float:
+        """FLOP/s that a large bfloat16 matmul reaches."""
+        return 1e12 * (self.matmul_tflops or ASSUMED_MATMUL_SHARE * self.peak_tflops)
+
+    def attention_flops(self, implementation: str, phase: Literal["forward", "backward"]) -> float:
+        """FLOP/s over visited tiles; that of a matmul where the table has no figure."""
+        speed = self.attention.get(implementation)
+        return self.matmul_flops if speed is None else 1e12 * getattr(speed, phase)
+
+    @property
+    def has_speeds(self) -> bool:
+        """Whether times can be predicted."""
+        return None not in (self.memory_gb_per_s, self.link, self.link_gb_per_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceTable:
+    """All kinds of devices, by the name that `train.plan --devices` takes."""
+
+    devices: Mapping[str, DeviceSpec]
+
+    def of_kind(self, device_kind: str) -> tuple[str, DeviceSpec] | None:
+        """Name and entry of what JAX calls `device_kind`; None where the table has none (CPUs among them)."""
+        for name, spec in self.devices.items():
+            if any(part in device_kind for part in spec.device_kinds):
+                return name, spec
+        return None
+
+
+@functools.cache
+def device_table(path: str | None = None) -> DeviceTable:
+    """The table of a file, or the one that comes with the package.
+
+    Raises: ConfigError with one line a problem.
+    """
+    return schema.load(DeviceTable, path or Path(__file__).with_name("devices.yaml"))
+
+
+def model_flops_utilization(
+    forward_flops: float, seconds: float, *, device_kind: str, num_devices: int
+) -> float | None:
+    """MFU = 3 x forward FLOPs / seconds / (devices x peak); None where the table does not list the device.
+
+    The backward pass counts twice the forward one; recomputation (remat) counts nothing.
+    Reference: Chowdhery et al., PaLM, arXiv:2204.02311, Appendix B.
+    """
+    found = device_table().of_kind(device_kind)
+    return None if found is None else 3 * forward_flops / seconds / (num_devices * found[1].peak_flops)
