@@ -1,0 +1,370 @@
+"""Runs a compiled program on paper: when each instruction would run, and which collectives the compute hides.
+
+Instructions run one after the other in the order of the schedule, each for as long as its matmuls take at the device's
+matmul speed or its bytes at the memory's, whichever is longer. A collective runs beside them from its start to its
+done, and after the collectives that were started before it; what is still missing at its done is waited for: that part
+is exposed. A synchronous collective is exposed as a whole.
+
+Attention over a schedule of blocks is a loop whose length only the data knows. Its calls are recognised by the scope
+that `pallas_kernels.dispatch` gives them, and cost what the caller says, hop by hop of the ring: a hop without work
+hides nothing. Where a loop runs over hops, its times are the mean over them.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from longctx.context_parallel.api import HOP_SCOPE
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+from train.devices import DeviceSpec
+from train.planning.hlo import Computation, Instruction, Module
+from train.planning.links import KINDS, Links, groups_of
+from train.planning.work import Work, is_kernel
+
+HIDDEN_SHARE = 0.05  # a collective counts as hidden if at most this part of its time is waited for
+
+_OP = re.compile(rf"\w+_(forward|backward)\.({'|'.join(IMPLEMENTATIONS)})\b")
+_LAYER = re.compile(r"\blayer\.(\w+)")
+_KIND = re.compile(rf"({'|'.join(KINDS)})(-start|-done)?$")
+_NOISE = re.compile(r"jit\(\w*\)|jvp\(\)|transpose\(jvp\(\)\)|eval_jaxpr|while|body|cond|branch_\d+_fun|shard_map|checkpoint|rematted_computation|closed_call")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Executions of one collective instruction in a step.
+
+    Attributes:
+      kind: One of links.KINDS.
+      name: Where it comes from.
+      phase: "forward", "recompute", "backward" or "update".
+      is_hop: Whether a context-parallel strategy sends it for a layer.
+      asynchronous: Whether compute may run beside it.
+      count: Executions in a step.
+      num_bytes: What one device sends in one execution.
+      seconds: Of one execution on its links, mean.
+      overlapped: Seconds of compute between its start and its done, mean.
+      exposed: Seconds of one execution that are waited for, mean.
+      links: The links that it takes.
+      group_size: Devices that take part together.
+    """
+
+    kind: str
+    name: str
+    phase: str
+    is_hop: bool
+    asynchronous: bool
+    count: int
+    num_bytes: int
+    seconds: float
+    overlapped: float
+    exposed: float
+    links: str
+    group_size: int
+
+    @property
+    def is_exposed(self) -> bool:
+        return self.exposed > HIDDEN_SHARE * self.seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """A step on paper.
+
+    Attributes:
+      seconds: Of the step.
+      compute: Seconds by (part, phase).
+      flops: FLOPs by (part, phase), of one device.
+      collectives: All of the step.
+      notes: What could not be known.
+    """
+
+    seconds: float
+    compute: Mapping[tuple[str, str], float]
+    flops: Mapping[tuple[str, str], float]
+    collectives: Sequence[Collective]
+    notes: Sequence[str] = ()
+
+    @property
+    def exposed(self) -> float:
+        """Seconds that the step waits for collectives."""
+        return sum(c.exposed * c.count for c in self.collectives)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpCall:
+    """One call of an attention op on one device.
+
+    Attributes:
+      seconds: By hop, of the device with most work in it; `[hops]`.
+      flops: By hop, mean over devices; `[hops]`.
+    """
+
+    seconds: np.ndarray
+    flops: np.ndarray
+
+
+def run(
+    module: Module, spec: DeviceSpec, links: Links, num_devices: int, calls: Mapping[tuple[str, str], OpCall]
+) -> Timeline:
+    """Runs a program on paper.
+
+    Args:
+      module: The program of one device.
+      spec: Its speeds; must have `spec.has_speeds`.
+      links: Of the mesh.
+      num_devices: Of the mesh.
+      calls: Calls of attention ops by (mixer's name, "forward" or "backward").
+    """
+    runner = _Runner(module, spec, links, num_devices, calls)
+    result = runner.computation(module.entry.name)
+    return Timeline(
+        seconds=result.seconds,
+        compute=dict(result.compute),
+        flops=dict(result.flops),
+        collectives=result.collectives,
+        notes=tuple(dict.fromkeys(runner.notes)),
+    )
+
+
+@dataclasses.dataclass
+class _Result:
+    """Of one execution of a computation."""
+
+    clock: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
+    compute: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    flops: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return float(np.mean(self.clock))
+
+    def add(self, other: "_Result", times: int) -> None:
+        """Adds executions of a called computation, which take their mean each."""
+        self.clock = self.clock + (other.clock if times == 1 else times * other.seconds)
+        for key, value in other.compute.items():
+            self.compute[key] += times * value
+        for key, value in other.flops.items():
+            self.flops[key] += times * value
+        self.collectives += [dataclasses.replace(c, count=times * c.count) for c in other.collectives]
+
+    def work(self, key: tuple[str, str], seconds, flops) -> None:
+        self.clock = self.clock + seconds
+        self.compute[key] += float(np.mean(seconds))
+        self.flops[key] += float(np.mean(flops))
+
+
+@dataclasses.dataclass
+class _InFlight:
+    instruction: Instruction
+    started: np.ndarray
+    finished: np.ndarray
+    draft: Collective
+
+
+class _Runner:
+    def __init__(self, module, spec, links, num_devices, calls):
+        self._module, self._spec, self._links, self._num_devices = module, spec, links, num_devices
+        self._calls = calls
+        self._work = Work(module)
+        self._results: dict[str, _Result] = {}
+        self.notes: list[str] = []
+
+    def computation(self, name: str) -> _Result:
+        if name not in self._results:
+            self._results[name] = self._run(self._module.computations[name])
+        return self._results[name]
+
+    def _run(self, computation: Computation) -> _Result:
+        result, in_flight = _Result(), {}
+        fused = self._fused_collectives(computation)
+        links_free = np.zeros(1)
+        for instruction in computation.instructions:
+            kind = _KIND.match(instruction.opcode)
+            begins = kind is not None and kind[2] == "-start"
+            begins |= instruction.opcode == "async-start" and self._wrapped(instruction) is not None
+            if instruction.name in fused.starts:
+                for collective in fused.starts[instruction.name]:
+                    links_free = self._start(collective, collective.name, result, in_flight, links_free)
+            if begins:
+                collective = self._wrapped(instruction) or instruction
+                links_free = self._start(collective, instruction.name, result, in_flight, links_free)
+            elif instruction.opcode.endswith("-done") and instruction.operands[0] in in_flight:
+                self._finish(in_flight.pop(instruction.operands[0]), result)
+            elif kind is not None and kind[2] is None:
+                self._synchronous(instruction, result)
+            else:
+                self._instruction(instruction, computation, result)
+            for name in fused.ends.get(instruction.name, ()):
+                self._finish(in_flight.pop(name), result)
+        for open_collective in in_flight.values():  # ends in a later iteration; waited for here at the latest
+            self._finish(open_collective, result)
+        return result
+
+    # --- compute ---
+
+    def _instruction(self, instruction: Instruction, computation: Computation, result: _Result) -> None:
+        called = instruction.called
+        if self._is_op_call(instruction):
+            self._op_call(instruction, result)
+        elif instruction.opcode == "while":
+            times = self._module.trip_count(instruction, computation)
+            if times is None:
+                self.notes.append(f"a loop of unknown length counts once: {readable(instruction.op_name)}")
+            result.add(self.computation(called["body"][0]), 1 if times is None else times)
+        elif instruction.opcode == "conditional":
+            branches = [self.computation(name) for name in called["branches"]]
+            result.add(max(branches, key=lambda branch: branch.seconds), 1)
+        elif instruction.opcode in ("call", "async-start") and called:
+            result.add(self.computation(next(iter(called.values()))[0]), 1)
+        else:
+            flops = self._work.flops(instruction, computation)
+            num_bytes = self._work.main_memory_bytes(instruction, computation)
+            seconds = max(flops / self._spec.matmul_flops, num_bytes / (self._spec.memory_gb_per_s * 1e9))
+            if seconds:
+                result.work((part_of(instruction.op_name), phase_of(instruction.op_name)), seconds, flops)
+
+    def _is_op_call(self, instruction: Instruction) -> bool:
+        if not _OP.search(instruction.op_name):
+            return False
+        if instruction.opcode == "while":
+            return self._work.has_matmul(instruction.called["body"][0])
+        return is_kernel(instruction)
+
+    def _op_call(self, instruction: Instruction, result: _Result) -> None:
+        phase = _OP.search(instruction.op_name)[1]
+        layer = _LAYER.search(instruction.op_name)
+        call = self._calls.get((layer[1] if layer else "", phase))
+        if call is None:
+            self.notes.append(f"an attention op of unknown cost counts nothing: {readable(instruction.op_name)}")
+            return
+        part = f"{layer[1]} attention"
+        result.work((part, phase_of(instruction.op_name)), call.seconds, call.flops)
+
+    # --- collectives ---
+
+    def _draft(self, instruction: Instruction) -> Collective:
+        kind = _KIND.match(instruction.opcode)[1]
+        groups = groups_of(instruction.attributes, self._num_devices)
+        num_bytes = _bytes_sent(kind, instruction, max(map(len, groups)))
+        seconds, links = self._links.seconds(kind, num_bytes, groups)
+        return Collective(
+            kind=kind,
+            name=readable(instruction.op_name),
+            phase=phase_of(instruction.op_name),
+            is_hop=f"/{HOP_SCOPE}/" in instruction.op_name and not _OP.search(instruction.op_name),
+            asynchronous=True,
+            count=1,
+            num_bytes=num_bytes,
+            seconds=seconds,
+            overlapped=0.0,
+            exposed=seconds,
+            links=links,
+            group_size=max(map(len, groups)),
+        )
+
+    def _start(self, collective: Instruction, key: str, result: _Result, in_flight, links_free) -> np.ndarray:
+        draft = self._draft(collective)
+        finished = np.maximum(result.clock, links_free) + draft.seconds
+        in_flight[key] = _InFlight(collective, result.clock, finished, draft)
+        return finished
+
+    def _finish(self, flight: _InFlight, result: _Result) -> None:
+        waited = np.maximum(0.0, flight.finished - result.clock)
+        overlapped = result.clock - flight.started
+        result.collectives.append(
+            dataclasses.replace(flight.draft, overlapped=float(np.mean(overlapped)), exposed=float(np.mean(waited)))
+        )
+        result.clock = result.clock + waited
+
+    def _synchronous(self, instruction: Instruction, result: _Result) -> None:
+        draft = dataclasses.replace(self._draft(instruction), asynchronous=False)
+        result.clock = result.clock + draft.seconds
+        result.collectives.append(draft)
+
+    def _wrapped(self, instruction: Instruction) -> Instruction | None:
+        """The collective in the computation that an async-start calls."""
+        if instruction.opcode != "async-start":
+            return None
+        return next((c for c in self._collectives_in(instruction)), None)
+
+    def _collectives_in(self, instruction: Instruction) -> list[Instruction]:
+        names = instruction.called.get("calls", ()) + instruction.called.get("called_computations", ())
+        return [i for name in names for i in self._module.computations[name].instructions if _KIND.match(i.opcode)]
+
+    def _fused_collectives(self, computation: Computation) -> "_Fused":
+        """Collectives that a TPU program runs in steps inside fusions: one channel, from its first fusion to its last."""
+        first, last, starts, ends = {}, {}, collections.defaultdict(list), collections.defaultdict(list)
+        for instruction in computation.instructions:
+            if instruction.opcode == "fusion":
+                for collective in self._collectives_in(instruction):
+                    channel = re.search(r"channel_id=(\d+)", collective.attributes)
+                    key = channel[1] if channel else collective.name
+                    first.setdefault(key, (instruction.name, collective))
+                    last[key] = instruction.name
+        for key, (name, collective) in first.items():
+            starts[name].append(collective)
+            ends[last[key]].append(collective.name)
+        return _Fused(starts, ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fused:
+    """Collectives inside fusions by the fusion before which they start; their names by the one after which they end."""
+
+    starts: Mapping[str, list[Instruction]]
+    ends: Mapping[str, list[str]]
+
+
+def _bytes_sent(kind: str, instruction: Instruction, group_size: int) -> int:
+    """What one device sends, were every byte sent once: operand or result, less the part that stays."""
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # (operands, results, ...): the operands come first, and a permute's may be followed by context.
+        shapes = [s for s in shapes if s.dims or s.dtype not in ("u32", "s32")]
+        half = len(shapes) // 2
+        shapes = shapes[half:] if len(shapes) > 1 else shapes
+    elif instruction.opcode.endswith("-start"):
+        shapes = shapes[: max(1, len(instruction.operands))]
+    total = sum(shape.data_bytes for shape in shapes)
+    rest = group_size - 1
+    match kind:
+        case "collective-permute" | "collective-broadcast":
+            return total
+        case "all-gather":
+            return total * rest // group_size
+        case "reduce-scatter":
+            return total * rest
+        case "all-reduce":
+            return 2 * total * rest // group_size
+        case _:
+            return total * rest // group_size
+
+
+def phase_of(op_name: str) -> str:
+    """forward, recompute, backward or update."""
+    if "rematted_computation" in op_name:
+        return "recompute"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name or _LAYER.search(op_name) else "update"
+
+
+def part_of(op_name: str) -> str:
+    """The part of the model that an instruction belongs to."""
+    layer = _LAYER.search(op_name)
+    if layer:
+        return f"{layer[1]} mixer" if "/mixer" in op_name else "mlp" if "/mlp" in op_name else f"{layer[1]} other"
+    for part in ("embedding", "logits", "loss", "optimizer"):
+        if re.search(rf"\b{part}\b", op_name):
+            return part
+    return "other"
+
+
+def readable(op_name: str) -> str:
+    """A name of JAX's without what only the compiler needs."""
+    parts = [part for part in op_name.replace("(jvp(", "(").split("/") if not _NOISE.fullmatch(part)]
+    return " ".join(parts) or "unnamed"
