@@ -1,0 +1,137 @@
+"""A run's training step, compiled ahead of time for devices that need not be there."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from longctx.sharding import batch_sharding
+from pallas_kernels import dispatch
+from train.assemble import Parts, assemble
+from train.config import ConfigError, TrainConfig
+from train.data import open_tokenizer
+from train.planning.target import Target
+
+_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class DoesNotFit(RuntimeError):
+    """The compiler found that the program needs more memory than the device has.
+
+    Attributes:
+      used: Bytes that the program needs, as far as the compiler says.
+    """
+
+    def __init__(self, message: str, used: int | None):
+        super().__init__(message)
+        self.used = used
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A config on a target: everything but the compiled program."""
+
+    config: TrainConfig
+    target: Target
+    mesh: Mesh | AbstractMesh
+    parts: Parts
+
+    @property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return abstract_batch(self.config, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled training step.
+
+    Attributes:
+      text: The scheduled program of one device.
+      stats: The compiler's memory figures, jax's CompiledMemoryStats.
+      implementations: Implementation by op, of the attention ops that were traced.
+      seconds: What compiling took, tracing and lowering included.
+    """
+
+    text: str
+    stats: Any
+    implementations: Mapping[str, str]
+    seconds: float
+
+
+def plan_run(config: TrainConfig, target: Target) -> Run:
+    """The config on the target.
+
+    Raises: ConfigError where mesh, rows or tokens do not fit the devices; DataError where the tokenizer cannot be had.
+    """
+    try:
+        mesh = target.mesh(config.mesh)
+        config.check_mesh(mesh.shape)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    vocab_size = open_tokenizer(config.data.tokenizer, end_token=config.data.end_token).vocab_size
+    return Run(config=config, target=target, mesh=mesh, parts=assemble(config, mesh, vocab_size=vocab_size))
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of training rows as ShapeDtypeStructs, laid out as train.placement lays it out."""
+    rows, length = config.training.batch_size, config.data.seq_len
+
+    def struct(*shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
+
+    return {name: struct(rows, length, dtype=jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")} | {
+        "loss_weights": struct(rows, length, dtype=jnp.float32),
+        "num_bytes": struct(rows, dtype=jnp.float32),
+    }
+
+
+def compile_step(run: Run) -> Program:
+    """Compiles the step that training would run.
+
+    Raises: DoesNotFit where the compiler refuses because of memory.
+    Cost: tens of seconds to minutes; about the same for 8 and for 512 devices.
+    """
+    mesh = run.mesh
+    stop = None
+    if len({device.process_index for device in mesh.devices.flat}) > 1:  # as train.loop does with several processes
+        stop = jax.ShapeDtypeStruct((mesh.size,), bool, sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    started = time.monotonic()
+    with jax.set_mesh(mesh), dispatch.record() as taken:
+        lowered = run.parts.train_step.lower(run.parts.abstract, run.batch, stop)
+        try:
+            compiled = lowered.compile(compiler_options=_compiler_options(mesh))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFit(str(error), used_bytes(str(error))) from error
+    return Program(
+        text=compiled.as_text(),
+        stats=compiled.memory_analysis(),
+        implementations=dict(taken),
+        seconds=time.monotonic() - started,
+    )
+
+
+def used_bytes(message: str) -> int | None:
+    """The bytes that an out-of-memory message says a program needs."""
+    found = re.search(r"[Uu]sed ([\d.]+)([BKMGT])\w* of", message)
+    return round(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, str]:
+    # Without a GPU nothing can be timed, so XLA must not try to.
+    device = mesh.devices.flat[0]
+    ahead_of_time = device.platform == "gpu" and device not in jax.local_devices(backend="cpu")
+    return {"xla_gpu_autotune_level": "0"} if ahead_of_time and not _is_here(device) else {}
+
+
+def _is_here(device: jax.Device) -> bool:
+    try:
+        return device in jax.local_devices(backend=device.platform)
+    except RuntimeError:
+        return False
