@@ -263,12 +263,21 @@ class TransformerLM(nnx.Module):
 
 
 def forward_flops(config: ModelConfig, document_lengths: Int[np.ndarray, " documents"]) -> float:
-    """Floating-point operations of a forward pass over documents of these lengths.
+    """Floating-point operations of a forward pass over documents of these lengths: the sum of `flops_by_part`.
 
-    sum over layers (mixer + 6 tokens dim mlp_dim) + 2 tokens dim vocab_size
+    A training step is customarily three times this.
+    """
+    return sum(flops_by_part(config, document_lengths).values())
 
-    Matmuls count 2 m n k; norms, activations, the embedding lookup and pairs that a mask forbids count nothing. A
-    training step is customarily three times this.
+
+def flops_by_part(config: ModelConfig, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
+    """Floating-point operations of a forward pass over documents of these lengths, by the part that spends them.
+
+    NAME.PART  a part of the mixer called NAME, over all layers of that mixer
+    mlp        6 tokens dim mlp_dim num_layers
+    logits     2 tokens dim vocab_size
+
+    Matmuls count 2 m n k; norms, activations, the embedding lookup and pairs that a mask forbids count nothing.
 
     Args:
       config: Its vocab_size must be set.
@@ -281,10 +290,13 @@ def forward_flops(config: ModelConfig, document_lengths: Int[np.ndarray, " docum
     num_tokens = float(np.sum(document_lengths, dtype=np.float64))
     layers = config.pattern * config.num_periods + config.remainder
     flops = {
-        name: mixer.forward_flops(config.dim, document_lengths) + 6 * num_tokens * config.dim * config.mlp_dim
+        f"{name}.{part}": layers.count(name) * of_a_layer
         for name, mixer in config.mixers.items()
+        for part, of_a_layer in mixer.flops_by_part(config.dim, document_lengths).items()
     }
-    return sum(flops[name] for name in layers) + 2 * num_tokens * config.dim * config.vocab_size
+    flops["mlp"] = 6 * num_tokens * config.dim * config.mlp_dim * config.num_layers
+    flops["logits"] = 2 * num_tokens * config.dim * config.vocab_size
+    return flops
 
 
 def _schedule_key(mixer: MixerConfig) -> _ScheduleKey | None:

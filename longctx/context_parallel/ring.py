@@ -9,8 +9,8 @@ query here may see computes nothing.
 Traffic, per device and layer, in bytes, b the size of q's dtype:
   forward   P - 1 permutes of B (S / P) K (H + V) b
   backward  P - 1 permutes of B (S / P) K (H + V) b, and P of B (S / P) K (H + V) 4 (float32)
-Each permute holds one dtype, keys and values in one buffer, kv heads only. Once a step and distinct mask, positions and
-segment ids of the keys are gathered: 8 B S bytes.
+Each permute holds one dtype, keys and values in one buffer, kv heads only; `ring_transfers` says the same in numbers.
+Once a step and distinct mask, positions and segment ids of the keys are gathered: 8 B S bytes.
 
 Preconditions: P divides T and S. Any mask, any order of tokens, T != S.
 
@@ -19,10 +19,13 @@ are in layout.py.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
+from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import (
     BlockSizes,
     Mask,
@@ -155,6 +158,32 @@ def ring_backward(q, k, v, out, lse, dout, dlse, tokens: Tokens, schedule: RingS
     dq, dkv = attend(size - 1, kv, dq)
     dkv = _to_next(gathered + dkv, axes)
     return dq.astype(q.dtype), dkv[..., :key_dim].astype(k.dtype), dkv[..., key_dim:].astype(v.dtype)
+
+
+def ring_transfers(
+    *, batch_size: int, kv_len: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike, size: int
+) -> tuple[Transfer, ...]:
+    """What one device sends for one layer, as the head of this file states it; nothing where it is alone.
+
+    Args:
+      batch_size: Rows of this device, B.
+      kv_len: Keys of the whole sequence, S.
+      num_kv_heads: Kv heads of this device, K.
+      key_dim, value_dim: Dims of a head, H and V.
+      dtype: Of q, k and v.
+      size: Devices on the ring, P.
+    """
+    if size == 1:
+        return ()
+    num_values = batch_size * (kv_len // size) * num_kv_heads * (key_dim + value_dim)
+    of_keys = num_values * jnp.dtype(dtype).itemsize
+    of_gradients = num_values * jnp.dtype(jnp.float32).itemsize
+    permute = functools.partial(Transfer, kind="collective-permute")
+    return (
+        permute(phase="forward", count=size - 1, num_bytes=of_keys),
+        permute(phase="backward", count=size - 1, num_bytes=of_keys),
+        permute(phase="backward", count=size, num_bytes=of_gradients),
+    )
 
 
 def _to_next(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -96,12 +96,12 @@ class AttentionConfig(MixerConfig):
             rngs=rngs,
         )
 
-    def forward_flops(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> float:
-        """Projections 2 tokens dim H (2 N + 2 K), and 4 H N for each (query, key) pair that the mask allows."""
+    def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
+        """Projections 2 tokens dim H (2 N + 2 K), attention 4 H N for each (query, key) pair that the mask allows."""
         lengths = document_lengths.astype(np.float64)
         head_dim = dim // self.num_heads if self.head_dim is None else self.head_dim
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         projections = 2 * lengths.sum() * dim * head_dim * (2 * self.num_heads + 2 * num_kv_heads)
         window = lengths if self.window is None else np.minimum(lengths, self.window)
         pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
-        return float(projections + 4 * pairs * self.num_heads * head_dim)
+        return {"projections": float(projections), "attention": float(4 * pairs * self.num_heads * head_dim)}

@@ -61,11 +61,16 @@ class MixerConfig(abc.ABC):
         """
 
     @abc.abstractmethod
-    def forward_flops(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> float:
-        """Floating-point operations of a forward pass over documents of these lengths.
+    def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
+        """Floating-point operations of a forward pass over documents of these lengths, by the part that spends them.
 
-        2 m n k for a matmul of [m, k] by [k, n]; pairs of tokens that the mask forbids count nothing.
+        2 m n k for a matmul of [m, k] by [k, n]; pairs of tokens that the mask forbids count nothing. The names of the
+        parts are the mixer's own.
         """
+
+    def forward_flops(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> float:
+        """Floating-point operations of a forward pass over documents of these lengths: the sum of `flops_by_part`."""
+        return float(sum(self.flops_by_part(dim, document_lengths).values()))
 
     @classmethod
     def variants(cls) -> dict[str, type["MixerConfig"]]:

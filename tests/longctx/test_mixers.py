@@ -11,6 +11,7 @@ from flax import nnx
 
 from longctx import AttentionConfig, MixerConfig, ModelConfig, TransformerLM, forward_flops, masks, register
 from longctx.mixers import registry
+from longctx.model import flops_by_part
 from pallas_kernels import BlockSizes, Tokens
 
 NEW_MECHANISM = '''
@@ -49,8 +50,8 @@ class RunningMeanConfig(MixerConfig):
     def build(self, dim, *, dtype, param_dtype, norm_eps, out_init_scale, rngs):
         return RunningMean(dim, dtype, param_dtype)
 
-    def forward_flops(self, dim, document_lengths):
-        return 0.0
+    def flops_by_part(self, dim, document_lengths):
+        return {"gain": 2.0 * dim * float(document_lengths.sum())}
 '''
 
 
@@ -84,7 +85,7 @@ def test_a_new_mechanism_lands_in_one_file(new_mechanism):
         piece, cache = jax.jit(TransformerLM.decode)(model, tokens[:, start:stop], cache)
         pieces.append(piece)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), logits, atol=1e-5)
-    assert forward_flops(config, np.array([6])) > 0
+    assert flops_by_part(config, np.array([6]))["mean.gain"] == 2 * 2 * 8 * 6
 
 
 def test_registered_kinds():
@@ -148,7 +149,9 @@ def test_attention_flops_count_the_allowed_pairs(window):
     segment_ids = jnp.asarray(np.repeat(np.arange(4), lengths), jnp.int32)[None]
     pairs = config.mask.dense(Tokens.self_attention(segment_ids=segment_ids), 19, 19).sum()
     projections = 2 * 19 * 16 * 6 * (4 + 2 + 2 + 4)
-    assert config.forward_flops(16, lengths) == projections + 4 * int(pairs) * 4 * 6
+    attention = 4 * int(pairs) * 4 * 6
+    assert config.flops_by_part(16, lengths) == {"projections": projections, "attention": attention}
+    assert config.forward_flops(16, lengths) == projections + attention
 
 
 def test_model_flops_add_up_the_layers():
@@ -163,6 +166,15 @@ def test_model_flops_add_up_the_layers():
     )
     lengths = np.array([7, 12])
     mixers = 4 * local.forward_flops(16, lengths) + everywhere.forward_flops(16, lengths)
-    assert forward_flops(config, lengths) == mixers + 5 * 19 * 2 * 3 * 16 * 24 + 19 * 2 * 16 * 50
+    mlp, logits = 5 * 19 * 2 * 3 * 16 * 24, 19 * 2 * 16 * 50
+    assert forward_flops(config, lengths) == mixers + mlp + logits
+    assert flops_by_part(config, lengths) == {
+        "local.projections": 4 * local.flops_by_part(16, lengths)["projections"],
+        "local.attention": 4 * local.flops_by_part(16, lengths)["attention"],
+        "global.projections": everywhere.flops_by_part(16, lengths)["projections"],
+        "global.attention": everywhere.flops_by_part(16, lengths)["attention"],
+        "mlp": mlp,
+        "logits": logits,
+    }
     with pytest.raises(ValueError, match=r"vocab_size: got None, wanted the number of token ids; set it with"):
         forward_flops(dataclasses.replace(config, vocab_size=None), lengths)

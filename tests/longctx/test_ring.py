@@ -221,16 +221,21 @@ def collectives(program: str) -> list[tuple[str, str, int]]:
     return found
 
 
-def test_the_compiled_program_sends_what_the_docstring_says():
-    degree, batch_size, length, heads, kv_heads = 4, 2, 4096, 4, 2
+def lowered_ring(degree: int, length: int, *, value_dim: int = 8, dtype: str = "float32") -> jax.stages.Lowered:
+    """The forward and backward pass of one layer: 2 rows, 4 heads over 2 kv heads of 8 dims."""
     mesh = make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])
     spec = jax.NamedSharding(mesh, jax.P(None, ("context_outer", "context_inner")))
     arrays = [
-        jax.ShapeDtypeStruct((batch_size, length, n, 8), jnp.float32, sharding=spec)
-        for n in (heads, kv_heads, kv_heads, heads)
+        jax.ShapeDtypeStruct((2, length, heads, head_dim), dtype, sharding=spec)
+        for heads, head_dim in ((4, 8), (2, 8), (2, value_dim), (4, value_dim))
     ]
     with jax.set_mesh(mesh):
-        program = ring(masks.causal(), tokens_of(False, length, length), arrays).lower(*arrays).compile().as_text()
+        return ring(masks.causal(), tokens_of(False, length, length), arrays).lower(*arrays)
+
+
+def test_the_compiled_program_sends_what_the_docstring_says():
+    degree, batch_size, length, kv_heads = 4, 2, 4096, 2
+    program = lowered_ring(degree, length).compile().as_text()
     found = collectives(program)
     kv_bytes = batch_size * length // degree * kv_heads * (8 + 8) * 4  # float32 inputs: b = 4
     permutes = [(dtype, size) for kind, dtype, size in found if kind == "collective-permute"]
@@ -241,3 +246,32 @@ def test_the_compiled_program_sends_what_the_docstring_says():
     assert all(kind == "all-gather" and dtype == "s32" and size == 4 * length for kind, dtype, size in others)
     assert len(others) <= 2
     assert f"{length},{length}" not in program
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_transfers_are_the_permutes_of_the_program(degree, dtype, monkeypatch):
+    """Of the program before it is compiled, which has the dtypes: XLA's CPU compiler widens bfloat16 permutes."""
+    monkeypatch.setattr(ring_module, "MAX_UNROLLED_HOPS", degree)  # every hop is written out, none is in a loop
+    program = lowered_ring(degree, 96, value_dim=24, dtype=dtype).as_text()
+    size_of = {"f32": 4, "bf16": 2}
+    sent = [
+        int(np.prod([int(n) for n in dims.split("x")[:-1]])) * size_of[dims.split("x")[-1]]
+        for dims in re.findall(r"collective_permute.*: \(tensor<([\w]+)>\)", program)
+    ]
+    transfers = ring_module.ring_transfers(
+        batch_size=2, kv_len=96, num_kv_heads=2, key_dim=8, value_dim=24, dtype=dtype, size=degree
+    )
+
+    def stated(phase):
+        return sorted(t.num_bytes for t in transfers if t.phase == phase for _ in range(t.count))
+
+    assert {t.kind for t in transfers} == {"collective-permute"}
+    assert sent[: degree - 1] == stated("forward")
+    assert sorted(sent[degree - 1 :]) == stated("backward")
+    assert sum(t.total_bytes for t in transfers) == sum(sent)
+
+
+def test_a_device_alone_sends_nothing():
+    shape = dict(batch_size=2, kv_len=96, num_kv_heads=2, key_dim=8, value_dim=8, dtype="float32")
+    assert ring_module.ring_transfers(**shape, size=1) == ()

@@ -1,0 +1,23 @@
+"""What a context-parallel strategy sends, in numbers: for planning, and for tests that compare it with a program."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Equal collectives of one layer: how often a device takes part, and what it sends each time."""
+
+    kind: Literal["collective-permute", "all-gather", "reduce-scatter", "all-to-all", "all-reduce"]
+    """The collective, by XLA's name."""
+    phase: Literal["forward", "backward"]
+    """The pass that it belongs to; a layer that is recomputed runs its forward pass twice."""
+    count: int
+    """Collectives of this kind and size in one pass over the layer."""
+    num_bytes: int
+    """Bytes that one device sends in one such collective."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that one device sends in all of them."""
+        return self.count * self.num_bytes
