@@ -25,6 +25,7 @@ from train.devices import model_flops_utilization
 from train.evaluation import evaluate, make_eval_step
 from train.metrics import MetricsLog
 from train.placement import one_flag_a_device
+from train.planning.startup import MemoryWatch
 from train.progress import Display, duration
 from train.sampling import sample_text
 from train.schema import to_dict
@@ -39,7 +40,8 @@ def train(config: TrainConfig) -> None:
     """Trains, or resumes, the run that the config describes; says so when it is done already.
 
     Raises: ConfigError, DataError and CheckpointError for what the user can mend, before a file of an
-      earlier run is changed; NonFiniteError, with the step, where training.on_nonfinite is "stop".
+      earlier run is changed; NonFiniteError, with the step, where training.on_nonfinite is "stop"; OutOfDeviceMemory,
+      with what would have helped.
     """
     started = time.monotonic()
     mesh = start_mesh(config)
@@ -51,6 +53,8 @@ def train(config: TrainConfig) -> None:
 
         parts = assemble(config, mesh, vocab_size=data.tokenizer.vocab_size)
         abstract = parts.abstract
+        memory = MemoryWatch(config, mesh, parts)
+        stack.enter_context(memory.helping())
         checkpoints = stack.enter_context(
             closing(Checkpoints(config.checkpoint.directory(config.run_dir), config.checkpoint))
         )
@@ -108,6 +112,9 @@ def train(config: TrainConfig) -> None:
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
         display.note(f"{parameters:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})")
+        warning = memory.warning()
+        if warning:
+            display.note(warning)
         if eval_every is not None and fresh:
             evaluate_now()
         batches = stack.enter_context(
@@ -137,8 +144,8 @@ def train(config: TrainConfig) -> None:
             if step == first + 1 or eval_due or save_due:
                 in_flight.wait(at_most=0)
                 if step == first + 1:
-                    memory = memory_in_use()
-                    used = "" if memory is None else f"; {memory / 2**30:.2f} GiB of device memory at most"
+                    in_use = memory_in_use()
+                    used = "" if in_use is None else f"; {in_use / 2**30:.2f} GiB of device memory at most"
                     display.note(f"first step, with compilation: {time.monotonic() - compile_started:.1f} s{used}")
                 if eval_due:
                     evaluate_now()

@@ -121,25 +121,22 @@ def make_train_step(
         grad_norm = optax.tree_utils.tree_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        params = float32(state.params)
-        with (
-            jax.named_scope("optimizer"),
-            jax.numpy_dtype_promotion("standard"),
-        ):  # optax mixes its int32 counts with floats
-            updates, opt_state = optimizer.update(gradients, state.opt_state, params)
-            learning_rate = schedule(state.step - state.skipped_steps)
-        params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
-
         def keep_finite(new, old):
             return jnp.where(finite, new, old)
 
-        new_state = TrainState(
-            step=state.step + 1,
-            params=jax.tree.map(keep_finite, params, state.params),
-            opt_state=jax.tree.map(keep_finite, opt_state, state.opt_state),
-            rng=state.rng,
-            skipped_steps=state.skipped_steps + jnp.where(finite, 0, 1).astype(jnp.int32),
-        )
+        with jax.named_scope("optimizer"):
+            params = float32(state.params)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counts with floats
+                updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+                learning_rate = schedule(state.step - state.skipped_steps)
+            params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
+            new_state = TrainState(
+                step=state.step + 1,
+                params=jax.tree.map(keep_finite, params, state.params),
+                opt_state=jax.tree.map(keep_finite, opt_state, state.opt_state),
+                rng=state.rng,
+                skipped_steps=state.skipped_steps + jnp.where(finite, 0, 1).astype(jnp.int32),
+            )
         metrics = {
             "loss": nll / divisor,
             "bits_per_byte": bits_per_byte(nll, jnp.sum(batch["num_bytes"])),

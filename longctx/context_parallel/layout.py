@@ -36,6 +36,12 @@ class ContextParallelConfig:
                 "leave it out or choose layout=striped"
             )
 
+    def multiple(self, degree: int) -> int:
+        """What the length of a sequence over `degree` devices must be a multiple of."""
+        if degree == 1:
+            return 1
+        return {"contiguous": degree, "zigzag": 2 * degree, "striped": degree * self.stripe_size}[self.layout]
+
     def order(self, length: int, degree: int) -> Int[np.ndarray, " length"]:
         """The permutation: entry i is the place in the sequence of the token that stands at i in the layout.
 
@@ -52,7 +58,7 @@ class ContextParallelConfig:
         places = np.arange(length)
         if degree == 1:
             return places
-        multiple = {"contiguous": degree, "zigzag": 2 * degree, "striped": degree * self.stripe_size}[self.layout]
+        multiple = self.multiple(degree)
         if length % multiple:
             raise ValueError(
                 f"context_parallel.layout: {self.layout} over {degree} devices splits a sequence into parts of a "

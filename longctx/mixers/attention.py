@@ -9,6 +9,8 @@ from jaxtyping import DTypeLike, Int
 
 from longctx import masks
 from longctx.attention import Attention, check_heads
+from longctx.context_parallel.ring import ring_transfers
+from longctx.context_parallel.traffic import Transfer
 from longctx.mixers.registry import MixerConfig, register
 from longctx.rotary import RotaryConfig
 from pallas_kernels import BlockSizes, Implementation, Mask
@@ -99,9 +101,25 @@ class AttentionConfig(MixerConfig):
     def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
         """Projections 2 tokens dim H (2 N + 2 K), attention 4 H N for each (query, key) pair that the mask allows."""
         lengths = document_lengths.astype(np.float64)
-        head_dim = dim // self.num_heads if self.head_dim is None else self.head_dim
-        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        head_dim, num_kv_heads = self._head_dim(dim), self.num_kv_heads or self.num_heads
         projections = 2 * lengths.sum() * dim * head_dim * (2 * self.num_heads + 2 * num_kv_heads)
         window = lengths if self.window is None else np.minimum(lengths, self.window)
         pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
         return {"projections": float(projections), "attention": float(4 * pairs * self.num_heads * head_dim)}
+
+    def transfers(
+        self, dim: int, *, rows: int, seq_len: int, heads_split: int, ring_size: int, dtype: DTypeLike
+    ) -> tuple[Transfer, ...]:
+        head_dim = self._head_dim(dim)
+        return ring_transfers(
+            batch_size=rows,
+            kv_len=seq_len,
+            num_kv_heads=(self.num_kv_heads or self.num_heads) // heads_split,
+            key_dim=head_dim,
+            value_dim=head_dim,
+            dtype=dtype,
+            size=ring_size,
+        )
+
+    def _head_dim(self, dim: int) -> int:
+        return dim // self.num_heads if self.head_dim is None else self.head_dim

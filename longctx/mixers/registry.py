@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike, Int
 
+from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Mask
 
 _VARIANTS: dict[str, type["MixerConfig"]] = {}
@@ -71,6 +72,21 @@ class MixerConfig(abc.ABC):
     def forward_flops(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> float:
         """Floating-point operations of a forward pass over documents of these lengths: the sum of `flops_by_part`."""
         return float(sum(self.flops_by_part(dim, document_lengths).values()))
+
+    def transfers(
+        self, dim: int, *, rows: int, seq_len: int, heads_split: int, ring_size: int, dtype: DTypeLike
+    ) -> tuple[Transfer, ...]:
+        """What one device sends for one layer where a sequence is split over devices: nothing, unless a mixer says so.
+
+        Args:
+          dim: Model dim.
+          rows: Rows of a device.
+          seq_len: Tokens of a whole row.
+          heads_split: Devices that share the heads of a row.
+          ring_size: Devices that share the tokens of a row.
+          dtype: Compute dtype.
+        """
+        return ()
 
     @classmethod
     def variants(cls) -> dict[str, type["MixerConfig"]]:

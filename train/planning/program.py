@@ -84,7 +84,9 @@ def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> dict[str, 
     def struct(*shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
 
-    return {name: struct(rows, length, dtype=jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")} | {
+    return {
+        name: struct(rows, length, dtype=jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")
+    } | {
         "loss_weights": struct(rows, length, dtype=jnp.float32),
         "num_bytes": struct(rows, dtype=jnp.float32),
     }
@@ -119,7 +121,7 @@ def compile_step(run: Run) -> Program:
 
 def used_bytes(message: str) -> int | None:
     """The bytes that an out-of-memory message says a program needs."""
-    found = re.search(r"[Uu]sed ([\d.]+)([BKMGT])\w* of", message)
+    found = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([BKMGT])", message)
     return round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 

@@ -19,7 +19,7 @@ from train.planning.links import Place
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("h100", "h200")
-_GPUS_A_HOST = 8
+GPUS_A_HOST = 8
 _CORES_A_CHIP = {"tpu7x": 2}
 _GIB = 2**30
 
@@ -120,10 +120,10 @@ def _tpu_target(kind: str, size: str, table: DeviceTable) -> Target:
 
 
 def _gpu_target(kind: str, size: str, table: DeviceTable) -> Target:
-    if "x" in size or (int(size) > _GPUS_A_HOST and int(size) % _GPUS_A_HOST):
-        raise ConfigError(f"--devices: got {kind}:{size}, wanted up to {_GPUS_A_HOST} GPUs, or whole hosts of as many")
+    if "x" in size or (int(size) > GPUS_A_HOST and int(size) % GPUS_A_HOST):
+        raise ConfigError(f"--devices: got {kind}:{size}, wanted up to {GPUS_A_HOST} GPUs, or whole hosts of as many")
     count, spec = int(size), table.devices[kind]
-    hosts = max(1, count // _GPUS_A_HOST)
+    hosts = max(1, count // GPUS_A_HOST)
     fraction = _preallocated_fraction()
     common = dict(
         name=f"{kind}:{size}",

@@ -29,7 +29,10 @@ HIDDEN_SHARE = 0.05  # a collective counts as hidden if at most this part of its
 _OP = re.compile(rf"\w+_(forward|backward)\.({'|'.join(IMPLEMENTATIONS)})\b")
 _LAYER = re.compile(r"\blayer\.(\w+)")
 _KIND = re.compile(rf"({'|'.join(KINDS)})(-start|-done)?$")
-_NOISE = re.compile(r"jit\(\w*\)|jvp\(\)|transpose\(jvp\(\)\)|eval_jaxpr|while|body|cond|branch_\d+_fun|shard_map|checkpoint|rematted_computation|closed_call")  # fmt: skip
+_NOISE = re.compile(
+    r"jit\(\w*\)|jvp\(\)|transpose\(jvp\(\)\)|eval_jaxpr|while|body|cond|branch_\d+_fun|shard_map|checkpoint|"
+    r"rematted_computation|closed_call"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Collective:
     Attributes:
       kind: One of links.KINDS.
       name: Where it comes from.
+      part: The part of the model that it belongs to.
       phase: "forward", "recompute", "backward" or "update".
       is_hop: Whether a context-parallel strategy sends it for a layer.
       asynchronous: Whether compute may run beside it.
@@ -53,6 +57,7 @@ class Collective:
 
     kind: str
     name: str
+    part: str
     phase: str
     is_hop: bool
     asynchronous: bool
@@ -254,6 +259,7 @@ class _Runner:
         return Collective(
             kind=kind,
             name=readable(instruction.op_name),
+            part=part_of(instruction.op_name),
             phase=phase_of(instruction.op_name),
             is_hop=f"/{HOP_SCOPE}/" in instruction.op_name and not _OP.search(instruction.op_name),
             asynchronous=True,
@@ -296,7 +302,7 @@ class _Runner:
         return [i for name in names for i in self._module.computations[name].instructions if _KIND.match(i.opcode)]
 
     def _fused_collectives(self, computation: Computation) -> "_Fused":
-        """Collectives that a TPU program runs in steps inside fusions: one channel, from its first fusion to its last."""
+        """Collectives that a TPU runs in steps inside fusions: one channel, from its first fusion to its last."""
         first, last, starts, ends = {}, {}, collections.defaultdict(list), collections.defaultdict(list)
         for instruction in computation.instructions:
             if instruction.opcode == "fusion":
@@ -366,5 +372,8 @@ def part_of(op_name: str) -> str:
 
 def readable(op_name: str) -> str:
     """A name of JAX's without what only the compiler needs."""
-    parts = [part for part in op_name.replace("(jvp(", "(").split("/") if not _NOISE.fullmatch(part)]
-    return " ".join(parts) or "unnamed"
+    of_several = op_name.split(":")  # what XLA merged
+    parts = [part for part in of_several[0].lstrip("(").split("/") if not _NOISE.fullmatch(part)]
+    parts = [re.sub(r"transpose\(|jvp\(|\)", "", part) for part in parts]
+    more = f" and {len(of_several) - 1} more" if len(of_several) > 1 else ""
+    return (" ".join(parts) or "unnamed") + more

@@ -8,10 +8,11 @@ import numpy as np
 
 from train.planning.hlo import Computation, Instruction, Module, Shape
 
-# Results that are views, constants, or are counted where they are computed.
+# Views, constants, and what is counted where it is computed. The copies that a TPU program starts ahead of their use
+# run beside the compute.
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id iota opt-barrier "
-    "copy-done slice-done dynamic-slice-done fusion-done async-done custom-call-done".split()
+    "copy-start copy-done slice-start slice-done dynamic-slice-start dynamic-slice-done fusion-done async-done".split()
 )
 
 
@@ -43,9 +44,7 @@ class Work:
             return 2 * written
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * operands[1].num_bytes
-        if instruction.opcode.endswith("-start"):  # the result holds the operand too
-            return 2 * sum(_in_main_memory(operand) for operand in operands)
-        if instruction.opcode != "fusion":
+        if instruction.opcode not in ("fusion", "fusion-start"):
             return written + sum(_in_main_memory(operand) for operand in operands)
         touched = self._touched(instruction.called["calls"][0])
         read = sum(
@@ -62,7 +61,9 @@ class Work:
         @functools.cache
         def found(name: str) -> bool:
             return any(
-                i.opcode in ("dot", "convolution") or is_kernel(i) or any(found(c) for cs in i.called.values() for c in cs)
+                i.opcode in ("dot", "convolution")
+                or is_kernel(i)
+                or any(found(c) for cs in i.called.values() for c in cs)
                 for i in self._module.computations[name].instructions
             )
 

@@ -1,0 +1,158 @@
+"""Programs on paper: what runs when, and what is waited for."""
+
+import numpy as np
+import pytest
+
+from train.devices import AttentionSpeed, DeviceSpec
+from train.planning import hlo
+from train.planning.links import Links, Place
+from train.planning.timeline import OpCall, part_of, phase_of, readable, run
+
+# A device that multiplies 1 GFLOP in a second, reads a GB in one, and sends a MB in one.
+SPEC = DeviceSpec(
+    device_kinds=("x",),
+    peak_tflops=1e-3,
+    matmul_tflops=1e-3,
+    attention={"xla": AttentionSpeed(forward=1e-3, backward=1e-3)},
+    memory_gb_per_s=1.0,
+    link="switch",
+    link_gb_per_s=1e-3,
+)
+LINKS = Links(SPEC, [Place(0, (i,)) for i in range(4)])
+RING = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+
+
+def on_paper(body, *computations, calls=None):
+    text = "\n".join(
+        ["HloModule m, is_scheduled=true", *computations, "ENTRY %main (p: f32[1]) -> f32[1] {", body, "}"]
+    )
+    return run(hlo.parse(text), SPEC, LINKS, 4, calls or {})
+
+
+# 2 x 500 x 500 x 1000 FLOPs take half a second; their bytes take less than 10 ms.
+DOT = """
+  %a = f32[500,1000]{1,0} parameter(0)
+  %b = f32[1000,500]{1,0} parameter(1)
+  %dot = f32[500,500]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/jvp(logits)/dot_general"}"""  # noqa: E501
+
+
+def test_a_matmul_takes_its_flops_and_a_copy_its_bytes():
+    timeline = on_paper(DOT + "\n  %c = f32[500,1000]{1,0} copy(%a)")
+    assert timeline.flops[("logits", "forward")] == 5e8
+    assert timeline.compute[("logits", "forward")] == pytest.approx(0.5)
+    assert timeline.compute[("other", "update")] == pytest.approx(2 * 2e6 / 1e9)
+    assert timeline.seconds == pytest.approx(0.504)
+    assert timeline.exposed == 0
+
+
+def permute(size, *, between):
+    return f"""
+  %x = f32[{size}]{{0}} parameter(2)
+  %s = (f32[{size}]{{0}}, f32[{size}]{{0}}, u32[], u32[]) collective-permute-start(%x), channel_id=1, {RING}, metadata={{op_name="jit(step)/jvp()/while/body/layer.a/mixer/shard_map/context_parallel/ppermute"}}
+{between}
+  %d = f32[{size}]{{0}} collective-permute-done(%s)"""  # noqa: E501
+
+
+def test_compute_between_start_and_done_hides_a_permute():
+    (hop,) = on_paper(permute(100_000, between=DOT)).collectives
+    assert hop.kind == "collective-permute" and hop.is_hop and hop.asynchronous and not hop.is_exposed
+    assert (hop.count, hop.num_bytes, hop.part, hop.phase) == (1, 400_000, "a mixer", "forward")
+    assert hop.seconds == pytest.approx(0.4) and hop.overlapped == pytest.approx(0.5) and hop.exposed == 0
+
+
+def test_what_compute_does_not_cover_is_exposed():
+    timeline = on_paper(permute(200_000, between=DOT))
+    (hop,) = timeline.collectives
+    assert hop.is_exposed and hop.exposed == pytest.approx(0.3)
+    assert timeline.seconds == pytest.approx(0.8) and timeline.exposed == pytest.approx(0.3)
+
+
+def test_compute_before_the_start_hides_nothing():
+    (hop,) = on_paper(DOT + permute(100_000, between="")).collectives
+    assert hop.exposed == pytest.approx(0.4)
+
+
+def test_collectives_in_flight_at_once_share_the_links():
+    second = permute(100_000, between=DOT).replace("%x", "%y").replace("%s", "%t").replace("%d ", "%e ")
+    timeline = on_paper(permute(100_000, between=second.replace("parameter(2)", "parameter(3)")))
+    # The inner one waits for the outer: done at 0.8 s, of which 0.5 s are covered.
+    assert timeline.seconds == pytest.approx(0.8)
+
+
+def test_a_synchronous_collective_is_exposed_as_a_whole():
+    reduce = """
+  %x = f32[100000]{0} parameter(2)
+  %r = f32[100000]{0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%sum"""
+    (collective,) = on_paper(reduce).collectives
+    assert not collective.asynchronous and collective.is_exposed and not collective.is_hop
+    assert collective.num_bytes == 2 * 400_000 * 3 // 4  # a scatter and a gather
+
+
+@pytest.mark.parametrize(
+    ("instruction", "num_bytes"),
+    [
+        ("%r = f32[400]{0} all-gather(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}", 1200),
+        ("%r = f32[25]{0} reduce-scatter(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%s", 300),
+        ("%r = f32[100]{0} all-to-all(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}", 300),
+    ],
+)  # fmt: skip
+def test_bytes_that_a_device_sends(instruction, num_bytes):
+    (collective,) = on_paper(f"  %x = f32[100]{{0}} parameter(0)\n  {instruction}").collectives
+    assert collective.num_bytes == num_bytes and collective.group_size == 4
+
+
+LOOP = (
+    "%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {\n"
+    "  %s = (s32[], f32[8]) parameter(0)\n  %i = s32[] get-tuple-element(%s), index=0\n"
+    "  %v = f32[8]{0} get-tuple-element(%s), index=1\n  %one = s32[] constant(1)\n"
+    f"{DOT}\n  %next = s32[] add(%i, %one)\n  ROOT %t = (s32[], f32[8]) tuple(%next, %v)\n}}",
+    "%condition (s: (s32[], f32[8])) -> pred[] {\n  %s = (s32[], f32[8]) parameter(0)\n"
+    "  %i = s32[] get-tuple-element(%s), index=0\n  %n = s32[] constant(6)\n"
+    "  ROOT %lt = pred[] compare(%i, %n), direction=LT\n}",
+)
+
+
+def loop(start="constant(0)", op_name=""):
+    return (
+        f"  %zero = s32[] {start}\n  %v = f32[8]{{0}} parameter(1)\n  %init = (s32[], f32[8]) tuple(%zero, %v)\n"
+        "  %loop = (s32[], f32[8]) while(%init), condition=%condition, body=%body, "
+        f'metadata={{op_name="{op_name}"}}'
+    )
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    timeline = on_paper(loop(), *LOOP)
+    assert timeline.seconds == pytest.approx(6 * 0.5) and timeline.flops[("logits", "forward")] == 6 * 5e8
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_noted():
+    timeline = on_paper(loop(start="parameter(2)", op_name="jit(step)/somewhere/while"), *LOOP)
+    assert timeline.seconds == pytest.approx(0.5)
+    assert timeline.notes == ("a loop of unknown length counts once: somewhere",)
+
+
+SCOPE = "jit(step)/jvp()/while/body/layer.a/mixer/context_parallel/blockwise_attention_forward.xla/while"
+
+
+def test_a_call_of_an_attention_op_costs_what_the_caller_says_hop_by_hop():
+    calls = {("a", "forward"): OpCall(seconds=np.array([1.0, 0.0]), flops=np.array([4.0, 2.0]))}
+    timeline = on_paper(permute(200_000, between=loop(start="parameter(3)", op_name=SCOPE)), *LOOP, calls=calls)
+    assert timeline.compute[("a attention", "forward")] == 0.5 and timeline.flops[("a attention", "forward")] == 3.0
+    # The hop with work hides the permute of 0.8 s, the one without does not.
+    (hop,) = timeline.collectives
+    assert hop.exposed == pytest.approx(0.4) and timeline.seconds == pytest.approx((1.0 + 0.8) / 2)
+
+
+def test_an_attention_op_of_unknown_cost_is_noted():
+    timeline = on_paper(loop(start="parameter(3)", op_name=SCOPE), *LOOP)
+    assert timeline.seconds == 0 and "unknown cost" in timeline.notes[0]
+
+
+def test_names():
+    backward = "jit(step)/while/body/transpose(jvp())/while/body/checkpoint/layer.far/mlp/dot_general"
+    again = "jit(step)/transpose(jvp())/while/body/checkpoint/rematted_computation/layer.far/mixer/add"
+    assert (part_of(backward), phase_of(backward)) == ("mlp", "backward")
+    assert (part_of(again), phase_of(again)) == ("far mixer", "recompute")
+    assert (part_of("jit(step)/optimizer/mul"), phase_of("jit(step)/optimizer/mul")) == ("optimizer", "update")
+    assert readable(backward) == "layer.far mlp dot_general"
+    assert readable(f"({backward}:{again})") == "layer.far mlp dot_general and 1 more"

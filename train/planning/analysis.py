@@ -1,0 +1,167 @@
+"""Makes the plan of a run: from its compiled step, or by formulas where there is no compiler."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from longctx.model import flops_by_part
+from train.devices import DeviceSpec
+from train.planning import hlo, memory
+from train.planning.attention_work import AttentionWork
+from train.planning.estimate import run_by_formula
+from train.planning.formulas import memory_by_formula, parameter_count
+from train.planning.links import Links
+from train.planning.plan import PartTime, Plan
+from train.planning.program import Program, Run
+from train.planning.target import places
+from train.planning.timeline import Collective, Timeline
+from train.planning.timeline import run as run_on_paper
+from train.planning.verdict import judge
+
+# Stands in where the table has no speeds: collectives are still counted, their times are left out.
+_NO_SPEEDS = DeviceSpec(device_kinds=(), peak_tflops=1.0, memory_gb_per_s=1.0, link="switch", link_gb_per_s=1.0)
+
+
+def analyse(run: Run, program: Program) -> Plan:
+    """The plan of a run whose step was compiled.
+
+    Cost: seconds for a program of 10 MB; the tiles of each hop take some seconds more at 10M tokens.
+    """
+    module = hlo.parse(program.text)
+    work = AttentionWork(run, program.implementations)
+    spec, has_speeds = _spec(run)
+    num_devices = run.mesh.size
+    links = Links(spec, places(list(run.mesh.devices.flat)))
+    timeline = run_on_paper(module, spec, links, num_devices, work.calls(spec))
+    peak = memory.peak(module, parameter_shapes=_parameter_shapes(run))
+    return _plan(
+        run,
+        source="compiler",
+        source_note="",
+        compile_seconds=program.seconds,
+        memory=memory.memory_by_class(peak, program.stats, _state_bytes(run)),
+        buffers=peak.buffers,
+        timeline=timeline,
+        has_speeds=has_speeds,
+        work=work,
+        implementations=program.implementations,
+    )
+
+
+def estimate(run: Run, note: str) -> Plan:
+    """The plan of a run by formulas alone; `note` says why."""
+    implementations = {f"blockwise_attention_{phase}": "xla" for phase in ("forward", "backward")}
+    work = AttentionWork(run, implementations)
+    spec, has_speeds = _spec(run)
+    return _plan(
+        run,
+        source="formula",
+        source_note=note,
+        compile_seconds=None,
+        memory=_memory_by_formula(run),
+        buffers=(),
+        timeline=run_by_formula(run, spec, work.calls(spec)),
+        has_speeds=has_speeds,
+        work=work,
+        implementations={},
+    )
+
+
+def _plan(run: Run, *, memory, timeline: Timeline, has_speeds: bool, work: "AttentionWork", **fields) -> Plan:
+    config, model, target = run.config, run.parts.model, run.target
+    rows = config.training.batch_size
+    lengths = np.full(rows, config.data.seq_len)
+    model_flops = 3 * sum(flops_by_part(model, lengths).values())
+    seconds = timeline.seconds if has_speeds else None
+    plan = Plan(
+        devices=target.name,
+        device_kind=target.device_kind,
+        num_devices=run.mesh.size,
+        mesh=dict(run.mesh.shape),
+        seq_len=config.data.seq_len,
+        batch_size=rows,
+        parameters=parameter_count(run.parts.abstract),
+        memory=memory,
+        memory_limit=target.memory_bytes,
+        memory_note=target.memory_note,
+        collectives=_together(timeline.collectives, has_speeds),
+        parts=[
+            PartTime(part=part, phase=phase, flops=timeline.flops.get((part, phase), 0.0), seconds=seconds)
+            for (part, phase), seconds in sorted(timeline.compute.items(), key=lambda item: -item[1])
+        ]
+        if has_speeds
+        else [],
+        compute_seconds=sum(timeline.compute.values()) if has_speeds else None,
+        exposed_seconds=timeline.exposed if has_speeds else None,
+        step_seconds=seconds,
+        mfu=seconds and model_flops / seconds / (run.mesh.size * target.spec.peak_flops),
+        tokens_per_second=seconds and lengths.sum() / seconds,
+        imbalance=work.imbalance,
+        problems=[],
+        advice=[],
+        notes=list(timeline.notes),
+        **fields,
+    )
+    return dataclasses.replace(plan, **judge(run, plan))
+
+
+def _spec(run: Run) -> tuple[DeviceSpec, bool]:
+    """The speeds of the target, and whether they are known."""
+    spec = run.target.spec
+    return (spec, True) if spec is not None and spec.has_speeds else (_NO_SPEEDS, False)
+
+
+def _together(collectives: Sequence[Collective], has_speeds: bool) -> list[Collective]:
+    """Equal collectives as one, with mean times; the costliest first."""
+    groups: dict[tuple, list[Collective]] = {}
+    for c in collectives:
+        key = (c.kind, c.part, c.phase, c.is_hop, c.asynchronous, c.num_bytes, c.links, c.is_exposed)
+        groups.setdefault(key, []).append(c)
+
+    def mean(group: list[Collective], field: str) -> float | None:
+        total = sum(getattr(c, field) * c.count for c in group)
+        return total / max(1, sum(c.count for c in group)) if has_speeds else None
+
+    together = [
+        dataclasses.replace(
+            group[0],
+            count=sum(c.count for c in group),
+            **{field: mean(group, field) for field in ("seconds", "overlapped", "exposed")},
+        )
+        for group in groups.values()
+    ]
+    return sorted(together, key=lambda c: (-(c.seconds or 0) * c.count, -c.num_bytes * c.count))
+
+
+def _state_bytes(run: Run) -> dict[str, int]:
+    """Exact bytes of a device's arguments by class."""
+    state = run.parts.abstract
+    rest = (state.step, state.rng, state.skipped_steps)
+    return {
+        "parameters": _bytes_of_shards(state.params),
+        "optimizer": _bytes_of_shards(state.opt_state),
+        "batch": _bytes_of_shards((run.batch, rest)),
+    }
+
+
+def _bytes_of_shards(tree) -> int:
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _parameter_shapes(run: Run) -> frozenset[tuple[int, ...]]:
+    return frozenset(leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(run.parts.abstract.params))
+
+
+def _memory_by_formula(run: Run) -> Mapping[str, int]:
+    training = run.config.training
+    return memory_by_formula(
+        run.parts.model,
+        run.parts.abstract,
+        mesh=run.mesh.shape,
+        rows=training.batch_size // training.accumulate_steps,
+        seq_len=run.config.data.seq_len,
+    )

@@ -1,0 +1,83 @@
+"""What calls of attention ops cost on a run's devices, hop by hop."""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int
+
+from longctx.context_parallel.balance import hop_tiles, imbalance
+from longctx.mixers.registry import MixerConfig
+from longctx.sharding import CONTEXT_AXES
+from pallas_kernels import BlockSizes
+from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION
+from train.devices import DeviceSpec
+from train.planning.program import Run
+from train.planning.timeline import OpCall
+
+_BACKWARD_MATMULS = 5 / 2  # of a tile, over those of the forward pass
+
+
+class AttentionWork:
+    """The work of the attention ops of a run whose rows are one document each, which is the most there can be.
+
+    Args:
+      run: The run.
+      implementations: Implementation by op, from dispatch.record: which of the table's speeds counts.
+    """
+
+    def __init__(self, run: Run, implementations: Mapping[str, str]):
+        self._run = run
+        self._implementations = implementations
+        shape = run.mesh.shape
+        self.ring_size = math.prod(shape[axis] for axis in CONTEXT_AXES)
+        training = run.config.training
+        self.rows = training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
+        self.heads_split = shape["tensor"]
+
+    def calls(self, spec: DeviceSpec) -> dict[tuple[str, str], OpCall]:
+        """The cost of one call by (mixer's name, "forward" or "backward"), with the device's speeds."""
+        return {
+            (name, phase): self._call(mixer, phase, spec)
+            for name, mixer in self._run.parts.model.mixers.items()
+            for phase in ("forward", "backward")
+        }
+
+    @property
+    def imbalance(self) -> dict[str, float]:
+        """Of the layout under each mixer's mask, as balance.imbalance counts it."""
+        if self.ring_size == 1:
+            return {}
+        mixers = self._run.parts.model.mixers
+        return {name: imbalance(self._tiles(mixer)) for name, mixer in mixers.items() if mixer.mask is not None}
+
+    def _call(self, mixer: MixerConfig, phase: str, spec: DeviceSpec) -> OpCall:
+        implementation = next((name for op, name in self._implementations.items() if op.endswith(phase)), "xla")
+        flops = self._forward_flops(mixer) * (1.0 if phase == "forward" else _BACKWARD_MATMULS)
+        return OpCall(seconds=flops.max(axis=0) / spec.attention_flops(implementation, phase), flops=flops.mean(axis=0))
+
+    def _forward_flops(self, mixer: MixerConfig) -> np.ndarray:
+        """Of every device at every hop, `[devices, hops]`."""
+        dim, share = self._run.parts.model.dim, self.rows / self.heads_split
+        if mixer.mask is None:  # no pairs of tokens are visited: even over the devices
+            whole = mixer.flops_by_part(dim, np.array([self._run.config.data.seq_len])).get("attention", 0.0)
+            return np.full((1, 1), share * whole / self.ring_size)
+        blocks = self._blocks(mixer)
+        of_a_pair = mixer.flops_by_part(dim, np.array([1]))["attention"]  # a document of one token has one pair
+        return share * of_a_pair * blocks.block_q * blocks.block_kv * self._tiles(mixer)
+
+    def _tiles(self, mixer: MixerConfig) -> Int[np.ndarray, "devices hops"]:
+        config = self._run.config
+        order = config.context_parallel.order(config.data.seq_len, self.ring_size)
+        return _cached_tiles(mixer.mask, order.tobytes(), self.ring_size, self._blocks(mixer))
+
+    def _blocks(self, mixer: MixerConfig) -> BlockSizes:
+        platform = {"torus": "tpu", "switch": "gpu"}.get(getattr(self._run.target.spec, "link", None), "cpu")
+        length = self._run.config.data.seq_len // self.ring_size
+        return (mixer.block_sizes or BLOCKWISE_ATTENTION[platform]).fit(length, length)
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_tiles(mask, order: bytes, degree: int, blocks: BlockSizes) -> Int[np.ndarray, "devices hops"]:
+    return hop_tiles(mask, np.frombuffer(order, np.int64), degree, blocks)

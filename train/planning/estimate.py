@@ -1,0 +1,165 @@
+"""A step on paper without a compiler: time by part and collectives from formulas.
+
+Layers one after the other; hops of a ring under the attention of the hop before; parameters gathered once a pass and
+gradients scattered once a step, under the compute of the pass.
+"""
+
+import collections
+
+import jax
+import numpy as np
+
+from longctx.model import flops_by_part
+from train.devices import DeviceSpec
+from train.planning.links import Links, Place
+from train.planning.program import Run
+from train.planning.target import GPUS_A_HOST
+from train.planning.timeline import Collective, OpCall, Timeline
+
+
+def run_by_formula(run: Run, spec: DeviceSpec, calls: dict[tuple[str, str], OpCall]) -> Timeline:
+    """The timeline of a run whose rows are one document each.
+
+    Args:
+      run: The run.
+      spec: Speeds.
+      calls: Calls of attention ops, from AttentionWork.
+    """
+    compute, flops = collections.Counter(), collections.Counter()
+    for (part, phase), (work, seconds) in _work_by_part(run, spec, calls).items():
+        flops[part, phase] += work
+        compute[part, phase] += seconds
+    hops = _hops(run, spec, calls)
+    shards = _parameter_collectives(run, spec, compute)
+    return Timeline(
+        seconds=sum(compute.values()) + sum(c.exposed * c.count for c in hops + shards),
+        compute=compute,
+        flops=flops,
+        collectives=hops + shards,
+    )
+
+
+def _work_by_part(run: Run, spec: DeviceSpec, calls) -> dict[tuple[str, str], tuple[float, float]]:
+    """FLOPs and seconds of one device by (part, phase)."""
+    model, training = run.parts.model, run.config.training
+    lengths = np.full(training.batch_size, run.config.data.seq_len)
+    work = {}
+    for part, total in flops_by_part(model, lengths).items():
+        name, _, of_mixer = part.partition(".")
+        forward = total / run.mesh.size
+        phases = {"forward": 1.0, "backward": 2.0}
+        if model.remat == "full" and part != "logits":
+            phases["recompute"] = 1.0
+        for phase, times in phases.items():
+            if of_mixer != "attention":
+                work[part.replace(".", " "), phase] = (times * forward, times * forward / spec.matmul_flops)
+    for name in model.mixers:
+        executions = _layers(run, name) * training.accumulate_steps
+        for phase in ("forward", "backward") + (() if model.remat == "none" else ("recompute",)):
+            call = calls[name, "backward" if phase == "backward" else "forward"]
+            work[f"{name} attention", phase] = (executions * call.flops.sum(), executions * call.seconds.sum())
+    return work
+
+
+def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
+    """What the strategy sends for each layer, in every pass over it."""
+    links, pairs = _links(run, spec), _ring_pairs(run)
+    hops = []
+    for name, transfer, phase, count in expected_transfers(run):
+        seconds, where = links.seconds(transfer.kind, transfer.num_bytes, pairs)
+        call = calls[name, "backward" if phase == "backward" else "forward"]
+        hops.append(
+            Collective(
+                kind=transfer.kind,
+                name=f"layer.{name}",
+                part=f"{name} mixer",
+                phase=phase,
+                is_hop=True,
+                asynchronous=True,
+                count=count,
+                num_bytes=transfer.num_bytes,
+                seconds=seconds,
+                overlapped=float(np.mean(call.seconds)),
+                exposed=float(np.mean(np.maximum(0.0, seconds - call.seconds))),
+                links=where,
+                group_size=2,
+            )
+        )
+    return hops
+
+
+def expected_transfers(run: Run) -> list[tuple]:
+    """(mixer's name, Transfer, phase, count in a step) of everything that the strategy states for this run."""
+    model, training, shape = run.parts.model, run.config.training, run.mesh.shape
+    ring_size = shape["context_outer"] * shape["context_inner"]
+    rows = training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
+    expected = []
+    for name, mixer in model.mixers.items():
+        executions = _layers(run, name) * training.accumulate_steps
+        for transfer in mixer.transfers(
+            model.dim,
+            rows=rows,
+            seq_len=run.config.data.seq_len,
+            heads_split=shape["tensor"],
+            ring_size=ring_size,
+            dtype=model.dtype,
+        ):
+            expected.append((name, transfer, transfer.phase, executions * transfer.count))
+            if transfer.phase == "forward" and model.remat != "none":
+                expected.append((name, transfer, "recompute", executions * transfer.count))
+    return expected
+
+
+def _parameter_collectives(run: Run, spec: DeviceSpec, compute) -> list[Collective]:
+    """Gathers of the parameters in each pass over the layers, and the scatter of their gradients."""
+    model, links = run.parts.model, _links(run, spec)
+    leaves = jax.tree.leaves(run.parts.abstract.params)
+    shape = run.mesh.shape
+    size = run.mesh.size // shape["data"] // shape["tensor"]
+    if size == 1:
+        return []
+    whole = sum(leaf.size for leaf in leaves) // shape["tensor"] * np.dtype(jax.numpy.dtype(model.dtype)).itemsize
+    num_bytes = whole * (size - 1) // size
+    passes = {"forward": "all-gather", "backward": "reduce-scatter"}
+    if model.remat == "full":
+        passes["recompute"] = "all-gather"
+    found = []
+    for phase, kind in passes.items():
+        seconds, where = links.seconds(kind, num_bytes, [list(range(size))])
+        beside = sum(value for (_, of_phase), value in compute.items() if of_phase == phase)
+        found.append(
+            Collective(
+                kind=kind,
+                name="parameters" if kind == "all-gather" else "gradients",
+                part="parameters",
+                phase=phase,
+                is_hop=False,
+                asynchronous=True,
+                count=run.config.training.accumulate_steps,
+                num_bytes=num_bytes,
+                seconds=seconds,
+                overlapped=beside / run.config.training.accumulate_steps,
+                exposed=max(0.0, seconds - beside / run.config.training.accumulate_steps),
+                links=where,
+                group_size=size,
+            )
+        )
+    return found
+
+
+def _layers(run: Run, name: str) -> int:
+    model = run.parts.model
+    return (model.pattern * model.num_periods + model.remainder).count(name)
+
+
+def _links(run: Run, spec: DeviceSpec) -> Links:
+    # Without a compiler nobody knows where the mesh puts its devices: in order, with neighbours next to each other.
+    return Links(spec, [Place(i // GPUS_A_HOST if spec.link == "switch" else 0, (i,)) for i in range(run.mesh.size)])
+
+
+def _ring_pairs(run: Run) -> list[tuple[int, int]]:
+    shape = run.mesh.shape
+    size, stride = shape["context_outer"] * shape["context_inner"], shape["tensor"]
+    if run.target.spec is None or run.target.spec.link != "switch":
+        return [(0, stride)]
+    return [(i * stride, (i + 1) % size * stride) for i in range(size)]

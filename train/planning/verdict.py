@@ -1,0 +1,134 @@
+"""What is wrong with a plan, and what to change."""
+
+import collections
+import math
+
+import jax
+
+from longctx.sharding import CONTEXT_AXES
+from train.planning.estimate import expected_transfers
+from train.planning.plan import Plan
+from train.planning.program import Run
+
+_UNEVEN = 1.2  # from here on a layout's imbalance is worth a word
+_WHOLE = 1.5  # times the even share: from here on parameters count as replicated
+
+
+def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
+    """The plan's problems, advice and notes."""
+    problems, advice, notes = [], [], list(plan.notes)
+    if plan.fits is False:
+        problems.append(
+            f"does not fit: {_gib(plan.memory_total)} of {_gib(plan.memory_limit)} a device ({plan.memory_note})"
+        )
+        advice += memory_levers(run, plan)
+    elif plan.fits is None:
+        notes.append("whether it fits is not known: nobody says how much memory a device has")
+    problems += _replicated_parameters(run, plan)
+    if plan.step_seconds is not None:
+        problems += _exposed_hops(plan)
+        notes += _exposed_rest(plan)
+    else:
+        notes.append(f"no times: train/devices.yaml has no speeds for {plan.device_kind}")
+    problems += _unexpected_hops(run, plan)
+    for name, uneven in plan.imbalance.items():
+        if uneven > _UNEVEN:
+            layout = run.config.context_parallel.layout
+            notes.append(
+                f"{name}: the {layout} layout makes the ring {uneven:.2f} times as slow as even work would"
+                + ("; try context_parallel.layout=zigzag or striped" if layout == "contiguous" else "")
+            )
+    return {"problems": problems, "advice": advice, "notes": notes}
+
+
+def memory_levers(run: Run, plan: Plan) -> list[str]:
+    """What would lower the memory, most effective first."""
+    model, training, shape = run.parts.model, run.config.training, run.mesh.shape
+    rows = training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
+    shards = run.mesh.size // shape["data"]
+    of = collections.Counter(plan.memory)
+    state = of["parameters"] + of["optimizer"] + of["gradients"]
+    levers = []
+    if model.remat != "full":
+        step = "dots or full" if model.remat == "none" else "full"
+        levers.append((plan.memory_total - state, f"model.remat={step}: recompute activations instead of keeping them"))
+    if rows > 1:
+        parts = training.accumulate_steps * rows
+        levers.append(
+            (plan.memory_total - state, f"training.accumulate_steps={parts}: one row of a device at a time, not {rows}")
+        )
+    if shape["data"] > 1:
+        levers.append(
+            (state, f"mesh.fsdp in place of mesh.data: each device then keeps 1 / {shape['data']} of the state")
+        )
+    context = math.prod(shape[axis] for axis in CONTEXT_AXES)
+    levers.append(
+        (
+            (plan.memory_total - state) / 2,
+            f"a larger mesh.context_inner (now {context} devices a sequence): activations shrink with it, and the "
+            f"state with all {shards} devices that share it",
+        )
+    )
+    if model.param_dtype == "float32":
+        levers.append((state / 4, "model.param_dtype=bfloat16: half of the parameters' memory, at a cost in precision"))
+    if run.target.device_kind.startswith("NVIDIA") and "MEM_FRACTION" in plan.memory_note:
+        levers.append(
+            (plan.memory_total, "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment: more of the GPU for JAX")
+        )
+    return [text for _, text in sorted(levers, key=lambda lever: -lever[0])]
+
+
+def _replicated_parameters(run: Run, plan: Plan) -> list[str]:
+    shape = run.mesh.shape
+    shards = run.mesh.size // shape["data"]
+    leaves = jax.tree.leaves(run.parts.abstract.params)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    if shards == 1 or plan.memory["parameters"] <= _WHOLE * total / shards:
+        return []
+    whole = [leaf for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in whole)
+    return [
+        f"parameters are replicated: a device keeps {_gib(plan.memory['parameters'])}, an even share of {shards} "
+        f"devices is {_gib(total / shards)}; {_gib(size)} lie whole on every device: choose dims that fsdp x context "
+        "devices divide"
+    ]
+
+
+def _exposed_hops(plan: Plan) -> list[str]:
+    hops = [c for c in plan.collectives if c.is_hop and c.is_exposed]
+    return [
+        f"exposed hops: {c.count} {c.kind}s of {c.part} ({c.phase}, {_mib(c.num_bytes)}) take {1e3 * c.seconds:.3f} ms "
+        + (f"each, of which {1e3 * c.exposed:.3f} ms are waited for" if c.asynchronous else "each and are synchronous")
+        for c in hops
+    ]
+
+
+def _exposed_rest(plan: Plan) -> list[str]:
+    rest = sum(c.exposed * c.count for c in plan.collectives if not c.is_hop)
+    if rest < 0.02 * plan.step_seconds:
+        return []
+    return [f"collectives of parameters and gradients are waited for {1e3 * rest:.1f} ms a step"]
+
+
+def _unexpected_hops(run: Run, plan: Plan) -> list[str]:
+    """Where the program sends other than the strategy states."""
+    stated, found = collections.Counter(), collections.Counter()
+    for _, transfer, phase, count in expected_transfers(run):
+        stated[phase] += count * transfer.num_bytes
+    for c in plan.collectives:
+        if c.is_hop:
+            found[c.phase] += c.count * c.num_bytes
+    return [
+        f"the program sends {_mib(found[phase])} a device in the {phase} pass, the strategy states "
+        f"{_mib(stated[phase])}"
+        for phase in sorted(stated | found)
+        if stated[phase] != found[phase]
+    ]
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.2f} MiB"
