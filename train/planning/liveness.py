@@ -17,7 +17,8 @@ Leaf = tuple[str, int]
 """One of a computation's arrays: the name of its instruction, its index among that one's shapes."""
 
 _NO_MEMORY = {"parameter", "constant", "iota"}
-_NO_WORK = {"get-tuple-element", "tuple", "bitcast", "opt-barrier"}
+NO_WORK = {"get-tuple-element", "tuple", "bitcast", "opt-barrier"}
+"""Instructions that only rename arrays."""
 _ALIASING = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}")
 
 
@@ -50,6 +51,7 @@ class Array:
 class Moment:
     """The run of one instruction, and the arrays in memory then, of all computations that are under way."""
 
+    computation: hlo.Computation
     instruction: hlo.Instruction
     arrays: tuple[Array, ...]
 
@@ -79,7 +81,7 @@ class Liveness:
         if computation.name not in self._owners:
             owners: dict[Leaf, Leaf] = {}
             for instruction in computation.instructions:
-                shared = self._shared(instruction, computation)
+                shared = self.shared(instruction, computation)
                 for leaf in leaves(instruction):
                     owners[leaf] = owners[shared[leaf[1]]] if leaf[1] in shared else leaf
             self._owners[computation.name] = owners
@@ -105,8 +107,14 @@ class Liveness:
             parameters = [leaf for number in range(len(given)) for leaf in leaves(callee.parameter(number))]
             yield callee, dict(zip(parameters, itertools.chain(*map(leaves, given)), strict=True))
 
-    def _shared(self, instruction: hlo.Instruction, computation: hlo.Computation) -> dict[int, Leaf]:
-        """Those arrays of a result, by index, that lie in an operand's memory, and where."""
+    def behind_names(self, computation: hlo.Computation, leaf: Leaf) -> Leaf:
+        """The array that instructions which only rename arrays have this one from."""
+        while (instruction := computation.by_name[leaf[0]]).opcode in NO_WORK:
+            leaf = self.shared(instruction, computation)[leaf[1]]
+        return leaf
+
+    def shared(self, instruction: hlo.Instruction, computation: hlo.Computation) -> dict[int, Leaf]:
+        """Those arrays of a result, by index, that lie in an operand's memory, and which of its arrays they are."""
         operands = [computation.by_name[name] for name in instruction.operands]
         given = [leaf for operand in operands for leaf in leaves(operand)]
         match instruction.opcode:
@@ -121,9 +129,9 @@ class Liveness:
             case "conditional" | "call":
                 return self._handed_through(instruction, computation)
             case opcode if opcode.endswith("-done"):
-                shared = given[_num_operands_returned(operands[0], computation) :]
+                shared = given[num_operands_returned(operands[0], computation) :]
             case _:
-                shared = given[: _num_operands_returned(instruction, computation)]
+                shared = given[: num_operands_returned(instruction, computation)]
         by_index = dict(zip(range(len(instruction.shapes)), shared, strict=False))
         return by_index | self._updated(instruction, computation) | _declared(instruction, operands)
 
@@ -142,7 +150,7 @@ class Liveness:
         if instruction.opcode not in ("fusion", "fusion-start"):
             return {}
         fused = self._module.computations[instruction.called["calls"][0]]
-        first = _num_operands_returned(instruction, computation)
+        first = num_operands_returned(instruction, computation)
         return {first + index: (instruction.operands[number], 0) for index, number in _slice_updates(fused)}
 
     def _fullest_moment(self, computation: hlo.Computation, returned: Mapping[int, Leaf | None]) -> Moment:
@@ -153,20 +161,24 @@ class Liveness:
             parameter's array, or None where the computation does not see what that memory holds.
         """
         arrays = self._arrays(computation, returned)
-        changes = [0] * (2 * len(computation.instructions) + 2)
+        instructions = computation.instructions
+        changes = [0] * (2 * len(instructions) + 2)
         for array in arrays:
             changes[array.start] += array.shape.num_bytes
             changes[array.end + 1] -= array.shape.num_bytes
-        fullest, most = None, -1
-        for time, num_bytes in enumerate(itertools.accumulate(changes[:-2])):
-            instruction = computation.instructions[time // 2]
-            inside = None if time % 2 else self._inside(instruction, computation)
-            num_bytes += inside.num_bytes if inside else 0
-            if num_bytes > most:
-                fullest, most = (time, inside or Moment(instruction=instruction, arrays=())), num_bytes
-        time, inside = fullest
+        totals = list(itertools.accumulate(changes[:-2]))
+        insides = {}
+        for position, instruction in enumerate(instructions):
+            inside = self._inside(instruction, computation)
+            if inside is not None:
+                insides[2 * position] = inside
+                totals[2 * position] += inside.num_bytes
+        time = totals.index(max(totals))
         live = tuple(array for array in arrays if array.start <= time <= array.end)
-        return Moment(instruction=inside.instruction, arrays=live + inside.arrays)
+        inside = insides.get(time)
+        if inside is None:
+            return Moment(computation=computation, instruction=instructions[time // 2], arrays=live)
+        return dataclasses.replace(inside, arrays=live + inside.arrays)
 
     def _inside(self, instruction: hlo.Instruction, computation: hlo.Computation) -> Moment | None:
         """The fullest moment of the computations that an instruction runs."""
@@ -217,7 +229,7 @@ def _takes_memory(instruction: hlo.Instruction, index: int) -> bool:
 
 def _read(instruction: hlo.Instruction, computation: hlo.Computation) -> list[Leaf]:
     """The arrays that must be in memory while an instruction runs."""
-    if instruction.opcode in _NO_WORK:
+    if instruction.opcode in NO_WORK:
         return []
     operands = [computation.by_name[name] for name in instruction.operands]
     if instruction.opcode.endswith("-done"):
@@ -226,7 +238,7 @@ def _read(instruction: hlo.Instruction, computation: hlo.Computation) -> list[Le
     return [leaf for operand in operands for leaf in leaves(operand)]
 
 
-def _num_operands_returned(instruction: hlo.Instruction, computation: hlo.Computation) -> int:
+def num_operands_returned(instruction: hlo.Instruction, computation: hlo.Computation) -> int:
     """How many arrays of a result are the operands, which come first in what an asynchronous start returns."""
     if not instruction.opcode.endswith("-start"):
         return 0
