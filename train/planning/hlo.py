@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
 _LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_TOKEN = re.compile(rf"[()]|{_LEAF.pattern}")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -66,11 +67,15 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-    """One instruction. `shapes` are the arrays of its result, those of nested tuples in order."""
+    """One instruction. `shapes` are the arrays of its result, those of nested tuples in order.
+
+    `elements` says how many of them belong to each element of a tuple; () where the result is no tuple.
+    """
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
+    elements: tuple[int, ...]
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
@@ -95,6 +100,11 @@ class Instruction:
     @property
     def num_bytes(self) -> int:
         return sum(shape.num_bytes for shape in self.shapes)
+
+    @property
+    def tuple_index(self) -> int:
+        """Of a get-tuple-element: which element of its operand it is."""
+        return int(re.search(r"index=(\d+)", self.attributes)[1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,7 +147,7 @@ class Module:
         counter, bound = (condition.by_name[name] for name in test.operands)
         if counter.opcode != "get-tuple-element":
             return None
-        index = _tuple_index(counter)
+        index = counter.tuple_index
         stop = self._constant(bound, condition, body, loop, within)
         start = self._constant_of_operand(loop, within, index)
         if stop is None or start is None:
@@ -150,9 +160,9 @@ class Module:
         if bound.opcode != "get-tuple-element":
             return None
         # A bound that travels in the loop's state counts if the body passes it on as it is.
-        index = _tuple_index(bound)
+        index = bound.tuple_index
         passed_on = body.by_name.get(body.root.operands[index]) if body.root.opcode == "tuple" else None
-        if passed_on is None or passed_on.opcode != "get-tuple-element" or _tuple_index(passed_on) != index:
+        if passed_on is None or passed_on.opcode != "get-tuple-element" or passed_on.tuple_index != index:
             return None
         return self._constant_of_operand(loop, within, index)
 
@@ -218,12 +228,14 @@ def _parse_instruction(line: str) -> Instruction:
     shape_text, rest = right[:end], right[end + 1 :]
     opcode, rest = rest.split("(", 1)
     close = _closing(rest, 0)
+    shapes, elements = _result(shape_text)
     arguments, attributes = rest[:close], rest[close + 1 :]
     operands = () if opcode in ("constant", "parameter", "iota") else tuple(_operand_names(arguments))
     return Instruction(
         name=left.removeprefix("ROOT ").removeprefix("%"),
         opcode=opcode,
-        shapes=tuple(_shapes(shape_text)),
+        shapes=shapes,
+        elements=elements,
         operands=operands,
         attributes=attributes,
         is_root=is_root,
@@ -231,9 +243,24 @@ def _parse_instruction(line: str) -> Instruction:
     )
 
 
-def _shapes(text: str) -> Iterator[Shape]:
-    for dtype, dims, layout in _LEAF.findall(re.sub(r"/\*.*?\*/", "", text)):
-        yield Shape(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim), layout)
+def _result(text: str) -> tuple[tuple[Shape, ...], tuple[int, ...]]:
+    """The arrays of a result and how many each element of a tuple has."""
+    shapes, elements, depth = [], [], 0
+    for token in _TOKEN.finditer(re.sub(r"/\*.*?\*/", "", text)):
+        if token[0] == "(":
+            depth += 1
+            if depth == 2:
+                elements.append(0)
+        elif token[0] == ")":
+            depth -= 1
+        else:
+            dtype, dims, layout = token.groups("")
+            shapes.append(Shape(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim), layout))
+            if depth == 1:
+                elements.append(1)
+            elif depth > 1:
+                elements[-1] += 1
+    return tuple(shapes), tuple(elements)
 
 
 def _operand_names(arguments: str) -> Iterator[str]:
@@ -265,7 +292,3 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return found.start()
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
-
-
-def _tuple_index(instruction: Instruction) -> int:
-    return int(re.search(r"index=(\d+)", instruction.attributes)[1])

@@ -1,0 +1,247 @@
+"""Where the arrays of a compiled program come from, in the words of the JAX program."""
+
+import collections
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from train.planning import hlo
+from train.planning.liveness import NO_WORK, Array, Leaf, Liveness, leaves, num_operands_returned
+
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-(permute|broadcast))(-start|-done)?"
+)
+_WRAPPER = re.compile(r"(\w+)\((.*)\)")
+_NO_SCOPE = re.compile(
+    r"while|body|cond|branch_\d+_fun|eval_jaxpr|closed_call|shard_map|checkpoint|rematted_computation|_\w*|"
+    r"(?!layer)[\w\-]+\.\d+|"  # a name that XLA made up
+)
+_LOOP_SLICE = re.compile(r"/body/(jit\(dynamic_\w+\)/\w+|dynamic_slice|dynamic_update_slice|squeeze|broadcast_in_dim)$")
+
+_LAYER = re.compile(r"[/(]layer\.")
+"""In the op_name of everything that is part of a layer."""
+
+_Place = tuple[hlo.Computation, Leaf]
+
+
+def is_collective(instruction: hlo.Instruction) -> bool:
+    """Whether it moves data between devices."""
+    return bool(_COLLECTIVE.fullmatch(instruction.opcode))
+
+
+def is_telling(op_name: str) -> bool:
+    """Whether it says what is computed: some are only a name that XLA made up, or a loop's access to its arrays."""
+    return "/" in op_name and not _LOOP_SLICE.search(op_name)
+
+
+def is_forward(op_name: str) -> bool:
+    """Whether JAX says that it is of the forward pass; of some of that it says nothing."""
+    return "jvp(" in _first(op_name) and not is_backward(op_name)
+
+
+def is_backward(op_name: str) -> bool:
+    """Whether it is of the backward pass, recomputation included."""
+    return "transpose(" in _first(op_name)
+
+
+def readable(op_name: str) -> str:
+    """JAX's scopes and the primitive, without the control flow around them.
+
+    "jit(step)/transpose(jvp())/while/body/checkpoint/layer.local/mlp/dot_general" becomes
+    "gradient of layer.local mlp dot_general".
+    """
+    if "/" not in op_name:
+        return op_name
+    parts = _first(op_name).split("/")
+    words, wrappers = [], set()
+    # The first is the compiled function itself.
+    for part in parts[parts[0].startswith("jit(") :]:
+        while wrapped := _WRAPPER.fullmatch(part):
+            wrappers.add(wrapped[1])
+            part = wrapped[2]
+        if not _NO_SCOPE.fullmatch(part) and part not in words[-1:]:
+            words.append(part)
+    if "rematted_computation" in parts:
+        return " ".join(["recomputed", *words])
+    return " ".join(["gradient of", *words] if "transpose" in wrappers else words)
+
+
+def argument(op_name: str) -> str:
+    """The name of a program's argument: "state.params.embedding" of "state.params['embedding']"."""
+    return re.sub(r"[\[\]\\']+", ".", op_name).strip(".")
+
+
+def _first(op_name: str) -> str:
+    """The first of those that XLA merged: "a/b/c" of "a/(b/c:d/e)" and of "a/b/c;d/e"."""
+    common, found, merged = op_name.split(";")[0].partition("/(")
+    return f"{common}/{merged.split(':')[0]}" if found else common
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a program does with an array's memory.
+
+    Args:
+      computed: The instruction whose result lies there, or of which it is a copy.
+      written: What computes the values that are written there later on, or else the first ones.
+      last_work: The op_name of the last instruction that works on it or on a copy; "" where none does.
+      is_layer_state: Whether a loop over layers carries it and changes it.
+    """
+
+    computed: hlo.Instruction
+    written: hlo.Instruction
+    last_work: str
+    is_layer_state: bool
+
+
+class Origins:
+    """Finds the instruction that computed what an array holds: behind copies, updated slices and the state of loops."""
+
+    def __init__(self, module: hlo.Module, liveness: Liveness):
+        self._module = module
+        self._liveness = liveness
+        self._shared: dict[str, dict[Leaf, list[Leaf]]] = {}
+        self._callers = {
+            callee: (computation, instruction)
+            for computation in module.computations.values()
+            for instruction in computation.instructions
+            for names in instruction.called.values()
+            for callee in names
+        }
+
+    def history(self, array: Array) -> History:
+        return History(
+            computed=self._follow(array.computation, _leaf(array), self._copied_from),
+            written=self._written(array),
+            last_work=self._last_work(array),
+            is_layer_state=self._is_layer_state(array),
+        )
+
+    def origin(self, computation: hlo.Computation, leaf: Leaf) -> hlo.Instruction:
+        """What computed an array. An instruction that does not say where it is from is taken for a copy."""
+        return self._follow(computation, leaf, lambda *place: self._copied_from(*place) or self._moved_from(*place))
+
+    def _written(self, array: Array) -> hlo.Instruction:
+        written = (leaf for leaf in self._sharing(array) if self._is_written(array.computation, leaf))
+        return self.origin(array.computation, next(written, _leaf(array)))
+
+    def _last_work(self, array: Array) -> str:
+        computation, instruction = array.computation, array.last_use
+        while instruction and "/" not in instruction.op_name and instruction.opcode not in ("fusion", "while"):
+            readers = (reader for reader in reversed(computation.instructions) if instruction.name in reader.operands)
+            instruction = next(readers, None)
+        if instruction is None or "/" in instruction.op_name:
+            return instruction.op_name if instruction else ""
+        return self.origin(computation, (instruction.name, 0)).op_name
+
+    def _is_layer_state(self, array: Array) -> bool:
+        return any(
+            self._is_layer_loop(array.computation.by_name[leaf[0]]) and self._is_written(array.computation, leaf)
+            for leaf in self._sharing(array)
+        )
+
+    def _sharing(self, array: Array) -> Sequence[Leaf]:
+        """The other arrays that lie in its memory later on."""
+        name = array.computation.name
+        if name not in self._shared:
+            self._shared[name] = collections.defaultdict(list)
+            for leaf, owner in self._liveness.owners(array.computation).items():
+                if leaf != owner:
+                    self._shared[name][owner].append(leaf)
+        return self._shared[name][_leaf(array)]
+
+    @staticmethod
+    def _follow(
+        computation: hlo.Computation, leaf: Leaf, step: Callable[[hlo.Computation, Leaf], _Place | None]
+    ) -> hlo.Instruction:
+        """Goes from array to array as far as `step` leads, but only once round a loop."""
+        seen = set()
+        place: _Place | None = (computation, leaf)
+        while place is not None and (place[0].name, place[1]) not in seen:
+            computation, leaf = place
+            seen.add((computation.name, leaf))
+            place = step(computation, leaf)
+        return computation.by_name[leaf[0]]
+
+    def _copied_from(self, computation: hlo.Computation, leaf: Leaf) -> _Place | None:
+        """The array that this one is a copy of; also the collective's where a fusion wraps one."""
+        instruction = computation.by_name[leaf[0]]
+        if instruction.opcode in ("copy", "copy-start"):
+            return computation, (instruction.operands[0], 0)
+        if instruction.opcode in NO_WORK or instruction.opcode.endswith("-done"):
+            return computation, self._liveness.shared(instruction, computation)[leaf[1]]
+        inside = self._inside_fusion(computation, leaf)
+        return inside if inside and is_collective(_instruction(inside)) else None
+
+    def _moved_from(self, computation: hlo.Computation, leaf: Leaf) -> _Place | None:
+        """The array whose values this one holds, in a slice or in another form, unless its op_name tells what it is."""
+        instruction = computation.by_name[leaf[0]]
+        if instruction.opcode == "parameter":
+            return self._given(computation, leaf)
+        if instruction.opcode == "dynamic-update-slice":
+            return computation, (instruction.operands[1], 0)
+        if instruction.opcode == "while":
+            body = self._body(instruction)
+            if self._is_written(computation, leaf):
+                return body, leaves(body.root)[leaf[1]]
+            return computation, self._liveness.shared(instruction, computation)[leaf[1]]
+        inside = self._inside_fusion(computation, leaf)
+        if inside and _instruction(inside).opcode == "dynamic-update-slice":
+            return inside
+        if is_telling(instruction.op_name) or not instruction.operands:
+            return None
+        operands = [computation.by_name[name] for name in instruction.operands]
+        return inside or (computation, leaves(max(operands, key=lambda operand: operand.num_bytes))[0])
+
+    def _is_layer_loop(self, instruction: hlo.Instruction) -> bool:
+        if instruction.opcode != "while" or _LAYER.search(instruction.op_name):
+            return False
+        return any(_LAYER.search(inside.op_name) for inside in self._body(instruction).instructions)
+
+    def _body(self, loop: hlo.Instruction) -> hlo.Computation:
+        return self._module.computations[loop.called["body"][0]]
+
+    def _given(self, computation: hlo.Computation, leaf: Leaf) -> _Place | None:
+        """What a computation's parameter holds: in a loop what its body computed, otherwise the caller's array."""
+        if computation.name not in self._callers:
+            return None
+        outside, caller = self._callers[computation.name]
+        if caller.opcode == "while" and self._is_written(outside, (caller.name, leaf[1])):
+            body = self._body(caller)
+            return body, leaves(body.root)[leaf[1]]
+        if caller.opcode in ("fusion", "fusion-start"):
+            return outside, (caller.operands[int(computation.by_name[leaf[0]].arguments)], 0)
+        for callee, given in self._liveness.callees(caller, outside):
+            if callee is computation:
+                return outside, given[leaf]
+        return None
+
+    def _inside_fusion(self, computation: hlo.Computation, leaf: Leaf) -> _Place | None:
+        """The array of a fusion's own computation that it returns as this one."""
+        instruction = computation.by_name[leaf[0]]
+        index = leaf[1] - num_operands_returned(instruction, computation)
+        if instruction.opcode not in ("fusion", "fusion-start") or index < 0:
+            return None
+        fused = self._module.computations[instruction.called["calls"][0]]
+        return fused, self._liveness.behind_names(fused, leaves(fused.root)[index])
+
+    def _is_written(self, computation: hlo.Computation, leaf: Leaf) -> bool:
+        """Whether an instruction that returns an operand's memory puts other values there."""
+        instruction = computation.by_name[leaf[0]]
+        if instruction.opcode == "while":
+            body = self._body(instruction)
+            name, index = self._liveness.behind_names(body, leaves(body.root)[leaf[1]])
+            return body.by_name[name].opcode != "parameter" or index != leaf[1]
+        inside = self._inside_fusion(computation, leaf)
+        return instruction.opcode in ("dynamic-update-slice", "conditional", "call") or (
+            inside is not None and _instruction(inside).opcode != "parameter"
+        )
+
+
+def _instruction(place: _Place) -> hlo.Instruction:
+    computation, leaf = place
+    return computation.by_name[leaf[0]]
+
+
+def _leaf(array: Array) -> Leaf:
+    return array.instruction.name, array.index
