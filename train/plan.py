@@ -102,7 +102,9 @@ def _refused(run: Run, refusal: DoesNotFit) -> Plan:
     if refusal.used is not None:
         state = sum(plan.memory[name] for name in ("parameters", "optimizer", "batch"))
         exact = {name: plan.memory[name] for name in ("parameters", "optimizer", "batch")}
-        plan = dataclasses.replace(plan, memory=exact | {"temporaries": max(0, refusal.used - state)})
+        plan = dataclasses.replace(
+            plan, memory=exact | {"temporaries": max(0, refusal.used - state)}, memory_total=max(refusal.used, state)
+        )
     problem = f"does not fit: {str(refusal).splitlines()[0]}"
     others = [text for text in plan.problems if not text.startswith("does not fit")]
     return dataclasses.replace(plan, problems=[problem, *others])

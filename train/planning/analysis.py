@@ -11,7 +11,7 @@ from train.devices import DeviceSpec
 from train.planning import hlo, memory
 from train.planning.attention_work import AttentionWork
 from train.planning.estimate import run_by_formula
-from train.planning.formulas import memory_by_formula, parameter_count
+from train.planning.formulas import memory_by_formula, parameter_count, peak_bytes
 from train.planning.links import Links
 from train.planning.plan import PartTime, Plan
 from train.planning.program import Program, Run
@@ -36,12 +36,14 @@ def analyse(run: Run, program: Program) -> Plan:
     links = Links(spec, places(list(run.mesh.devices.flat)))
     timeline = run_on_paper(module, spec, links, num_devices, work.calls(spec))
     peak = memory.peak(module, parameter_shapes=_parameter_shapes(run))
+    by_class = memory.memory_by_class(peak, program.stats, _state_bytes(run))
     return _plan(
         run,
         source="compiler",
         source_note="",
         compile_seconds=program.seconds,
-        memory=memory.memory_by_class(peak, program.stats, _state_bytes(run)),
+        memory=by_class,
+        memory_total=sum(by_class.values()),
         buffers=peak.buffers,
         timeline=timeline,
         has_speeds=has_speeds,
@@ -55,12 +57,14 @@ def estimate(run: Run, note: str) -> Plan:
     implementations = {f"blockwise_attention_{phase}": "xla" for phase in ("forward", "backward")}
     work = AttentionWork(run, implementations)
     spec, has_speeds = _spec(run)
+    by_formula = _memory_by_formula(run)
     return _plan(
         run,
         source="formula",
         source_note=note,
         compile_seconds=None,
-        memory=_memory_by_formula(run),
+        memory=by_formula,
+        memory_total=peak_bytes(by_formula),
         buffers=(),
         timeline=run_by_formula(run, spec, work.calls(spec)),
         has_speeds=has_speeds,
@@ -82,7 +86,7 @@ def _plan(run: Run, *, memory, timeline: Timeline, has_speeds: bool, work: "Atte
         mesh=dict(run.mesh.shape),
         seq_len=config.data.seq_len,
         batch_size=rows,
-        parameters=parameter_count(run.parts.abstract),
+        parameters=parameter_count(run.parts.abstract.params),
         memory=memory,
         memory_limit=target.memory_bytes,
         memory_note=target.memory_note,
@@ -101,7 +105,7 @@ def _plan(run: Run, *, memory, timeline: Timeline, has_speeds: bool, work: "Atte
         imbalance=work.imbalance,
         problems=[],
         advice=[],
-        notes=list(timeline.notes),
+        notes=list(timeline.notes) if has_speeds else [],
         **fields,
     )
     return dataclasses.replace(plan, **judge(run, plan))
@@ -161,7 +165,8 @@ def _memory_by_formula(run: Run) -> Mapping[str, int]:
     return memory_by_formula(
         run.parts.model,
         run.parts.abstract,
-        mesh=run.mesh.shape,
+        mesh_sizes=run.mesh.shape,
         rows=training.batch_size // training.accumulate_steps,
         seq_len=run.config.data.seq_len,
+        accumulate_steps=training.accumulate_steps,
     )

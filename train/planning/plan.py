@@ -31,6 +31,7 @@ class Plan:
       source: "compiler", or "formula" where there was none; `source_note` says why.
       compile_seconds: None for a formula.
       memory: Bytes of a device by class.
+      memory_total: The most that a device holds at once; a formula's classes are not all held at once.
       memory_limit: Bytes that a program may use; None where nobody knows.
       memory_note: Where the limit comes from.
       buffers: What is largest at the fullest moment.
@@ -57,6 +58,7 @@ class Plan:
     source_note: str
     compile_seconds: float | None
     memory: Mapping[str, int]
+    memory_total: int
     memory_limit: int | None
     memory_note: str
     buffers: Sequence[Buffer]
@@ -74,14 +76,10 @@ class Plan:
     notes: Sequence[str]
 
     @property
-    def memory_total(self) -> int:
-        return sum(self.memory.values())
-
-    @property
     def fits(self) -> bool | None:
         """None where the limit is not known."""
         return None if self.memory_limit is None else self.memory_total <= self.memory_limit
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, in SI units: bytes, seconds, FLOPs."""
-        return dataclasses.asdict(self) | {"memory_total": self.memory_total, "fits": self.fits}
+        return dataclasses.asdict(self) | {"fits": self.fits}

@@ -66,10 +66,15 @@ def _memory(plan: Plan) -> Table:
 
 
 def _buffers(plan: Plan) -> Table:
-    table = _table("Largest at the fullest moment", ("tensor", "shape", "kind", "GiB"))
-    for buffer in plan.buffers[:_ROWS]:
-        if buffer.num_bytes >= 0.01 * plan.memory_total:
-            table.add_row(buffer.name, buffer.shape, buffer.kind, f"{buffer.num_bytes / 2**30:.3f}")
+    table = _table("Largest at the fullest moment", ("tensor", "shape", "times", "kind", "GiB"))
+    equal = collections.Counter()
+    for buffer in plan.buffers:
+        equal[buffer.name, buffer.shape, buffer.kind] += buffer.num_bytes
+    count = collections.Counter((buffer.name, buffer.shape, buffer.kind) for buffer in plan.buffers)
+    for key, num_bytes in equal.most_common(_ROWS):
+        if num_bytes >= 0.01 * plan.memory_total:
+            name, shape, kind = key
+            table.add_row(name, shape, str(count[key]), kind, f"{num_bytes / 2**30:.3f}")
     return table
 
 

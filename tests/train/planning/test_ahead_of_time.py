@@ -1,22 +1,16 @@
 """The real training step, compiled for devices that are not there."""
 
-import dataclasses
 import importlib.util
 import io
 
-import jax
-import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from longctx import sharding
-from longctx.context_parallel import api
-from pallas_kernels import blockwise_attention_forward
 from train.config import TrainConfig
 from train.devices import device_table
 from train.plan import make_plan
 from train.planning.estimate import expected_transfers
-from train.planning.program import abstract_batch, compile_step, plan_run
+from train.planning.program import plan_run
 from train.planning.target import named_target
 from train.schema import parse
 
