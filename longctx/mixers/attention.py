@@ -68,6 +68,14 @@ class AttentionConfig(MixerConfig):
             return None
         return BlockSizes(block_q=self.block_q, block_kv=self.block_kv)
 
+    def resolved(self, dim: int) -> "AttentionConfig":
+        """The same with num_kv_heads and head_dim as they are for this model dim, neither None."""
+        return dataclasses.replace(
+            self,
+            num_kv_heads=self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
+            head_dim=dim // self.num_heads if self.head_dim is None else self.head_dim,
+        )
+
     def build(
         self,
         dim: int,
@@ -99,8 +107,8 @@ class AttentionConfig(MixerConfig):
     def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
         """Projections 2 tokens dim H (2 N + 2 K), attention 4 H N for each (query, key) pair that the mask allows."""
         lengths = document_lengths.astype(np.float64)
-        head_dim = dim // self.num_heads if self.head_dim is None else self.head_dim
-        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        resolved = self.resolved(dim)
+        head_dim, num_kv_heads = resolved.head_dim, resolved.num_kv_heads
         projections = 2 * lengths.sum() * dim * head_dim * (2 * self.num_heads + 2 * num_kv_heads)
         window = lengths if self.window is None else np.minimum(lengths, self.window)
         pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
