@@ -1,7 +1,10 @@
 """What a context-parallel strategy sends, in numbers: for planning, and for tests that compare it with a program."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
+
+Phase = Literal["forward", "backward"]
+PHASES: tuple[str, ...] = get_args(Phase)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -10,7 +13,7 @@ class Transfer:
 
     kind: Literal["collective-permute", "all-gather", "reduce-scatter", "all-to-all", "all-reduce"]
     """The collective, by XLA's name."""
-    phase: Literal["forward", "backward"]
+    phase: Phase
     """The pass that it belongs to; a layer that is recomputed runs its forward pass twice."""
     count: int
     """Collectives of this kind and size in one pass over the layer."""

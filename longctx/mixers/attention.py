@@ -70,6 +70,14 @@ class AttentionConfig(MixerConfig):
             return None
         return BlockSizes(block_q=self.block_q, block_kv=self.block_kv)
 
+    def resolved(self, dim: int) -> "AttentionConfig":
+        """The same with num_kv_heads and head_dim as they are for this model dim, neither None."""
+        return dataclasses.replace(
+            self,
+            num_kv_heads=self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
+            head_dim=dim // self.num_heads if self.head_dim is None else self.head_dim,
+        )
+
     def build(
         self,
         dim: int,
@@ -101,7 +109,8 @@ class AttentionConfig(MixerConfig):
     def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
         """Projections 2 tokens dim H (2 N + 2 K), attention 4 H N for each (query, key) pair that the mask allows."""
         lengths = document_lengths.astype(np.float64)
-        head_dim, num_kv_heads = self._head_dim(dim), self.num_kv_heads or self.num_heads
+        resolved = self.resolved(dim)
+        head_dim, num_kv_heads = resolved.head_dim, resolved.num_kv_heads
         projections = 2 * lengths.sum() * dim * head_dim * (2 * self.num_heads + 2 * num_kv_heads)
         window = lengths if self.window is None else np.minimum(lengths, self.window)
         pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
@@ -110,16 +119,13 @@ class AttentionConfig(MixerConfig):
     def transfers(
         self, dim: int, *, rows: int, seq_len: int, heads_split: int, ring_size: int, dtype: DTypeLike
     ) -> tuple[Transfer, ...]:
-        head_dim = self._head_dim(dim)
+        resolved = self.resolved(dim)
         return ring_transfers(
             batch_size=rows,
             kv_len=seq_len,
-            num_kv_heads=(self.num_kv_heads or self.num_heads) // heads_split,
-            key_dim=head_dim,
-            value_dim=head_dim,
+            num_kv_heads=resolved.num_kv_heads // heads_split,
+            key_dim=resolved.head_dim,
+            value_dim=resolved.head_dim,
             dtype=dtype,
             size=ring_size,
         )
-
-    def _head_dim(self, dim: int) -> int:
-        return dim // self.num_heads if self.head_dim is None else self.head_dim

@@ -102,6 +102,12 @@ def test_attention_mask_and_block_sizes():
     assert AttentionConfig(num_heads=2, block_q=8, block_kv=16).block_sizes == BlockSizes(block_q=8, block_kv=16)
 
 
+def test_resolved():
+    given = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6)
+    assert given.resolved(16) == given
+    assert AttentionConfig(num_heads=4).resolved(16) == AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4)
+
+
 def test_every_option_reaches_the_layer():
     config = AttentionConfig(
         num_heads=4,

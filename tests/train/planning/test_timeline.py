@@ -91,13 +91,14 @@ def test_a_synchronous_collective_is_exposed_as_a_whole():
 @pytest.mark.parametrize(
     ("instruction", "num_bytes"),
     [
-        ("%r = f32[400]{0} all-gather(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}", 1200),
-        ("%r = f32[25]{0} reduce-scatter(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%s", 300),
-        ("%r = f32[100]{0} all-to-all(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}", 300),
+        ("%r = f32[400]{0} all-gather(%x)", 1200),
+        ("%r = f32[25]{0} reduce-scatter(%x)", 300),
+        ("%r = f32[100]{0} all-to-all(%x)", 300),
     ],
-)  # fmt: skip
+)
 def test_bytes_that_a_device_sends(instruction, num_bytes):
-    (collective,) = on_paper(f"  %x = f32[100]{{0}} parameter(0)\n  {instruction}").collectives
+    groups = "channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}"
+    (collective,) = on_paper(f"  %x = f32[100]{{0}} parameter(0)\n  {instruction}, {groups}").collectives
     assert collective.num_bytes == num_bytes and collective.group_size == 4
 
 

@@ -1,0 +1,160 @@
+"""The memory formulas: exact where they say so, and what was read off programs that XLA compiled for TPU v5e."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from longctx import AttentionConfig, MeshConfig, ModelConfig, TransformerLM, make_mesh
+from longctx.sharding import batch_sharding
+from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from train.planning.formulas import memory_by_formula, parameter_count, peak_bytes
+from train.state import abstract_model, abstract_state
+from train.step import TrainingConfig, make_train_step
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    dim=16,
+    num_layers=3,
+    mlp_dim=24,
+    mixers={
+        "local": AttentionConfig(num_heads=4, num_kv_heads=2, window=8),
+        "global": AttentionConfig(num_heads=2, head_dim=24),
+    },
+    pattern=("local", "global"),
+    remat="full",
+)
+LARGE = ModelConfig(
+    vocab_size=32768,
+    dim=1024,
+    num_layers=4,
+    mlp_dim=3072,
+    mixers={"attention": AttentionConfig(num_heads=8, num_kv_heads=2)},
+    pattern=("attention",),
+)
+SCHEDULE = make_schedule(OptimizerConfig(), total_steps=4)
+OPTIMIZER = make_optimizer(OptimizerConfig(), schedule=SCHEDULE)
+RING = MeshConfig(context_inner=8)
+MIB = 2**20
+
+
+def build(model):
+    return lambda rngs: TransformerLM(model, rngs=rngs)
+
+
+def memory(model, mesh, *, rows, seq_len, accumulate_steps=1):
+    mesh = make_mesh(mesh)
+    state = abstract_state(build(model), OPTIMIZER, mesh)
+    return memory_by_formula(
+        model, state, mesh_sizes=mesh.shape, rows=rows, seq_len=seq_len, accumulate_steps=accumulate_steps
+    )
+
+
+def test_parameters_optimizer_and_batch_are_the_arguments_of_the_step(compile_quickly):
+    rows, length, accumulate_steps = 4, 64, 2
+    axes = MeshConfig(fsdp=2, context_inner=2, tensor=2)
+    sizes = memory(MODEL, axes, rows=rows, seq_len=length, accumulate_steps=accumulate_steps)
+    mesh = make_mesh(axes)
+    state = abstract_state(build(MODEL), OPTIMIZER, mesh)
+    training = TrainingConfig(steps=4, batch_size=accumulate_steps * rows, accumulate_steps=accumulate_steps)
+    step = make_train_step(abstract_model(build(MODEL))[0], state, OPTIMIZER, SCHEDULE, training, mesh)
+
+    def struct(*shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
+
+    shape = (training.batch_size, length)
+    batch = {
+        **{name: struct(*shape, dtype=jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")},
+        "loss_weights": struct(*shape, dtype=jnp.float32),
+        "num_bytes": struct(training.batch_size, dtype=jnp.float32),
+    }
+    with jax.set_mesh(mesh):
+        arguments = step.lower(state, batch, None).compile().memory_analysis().argument_size_in_bytes
+    counters = sum(x.size * x.dtype.itemsize for x in (state.step, state.rng, state.skipped_steps))
+    assert arguments == sizes["parameters"] + sizes["optimizer"] + sizes["batch"] + counters
+
+
+def test_parameter_count():
+    _, params = abstract_model(build(MODEL))
+    layers = 2 * (16 * 4 * (4 + 2 + 2 + 4)) + 16 * 24 * 8 + 3 * (3 * 16 * 24 + 2 * 16)
+    assert parameter_count(params) == 32 * 16 + layers + 16
+
+
+def test_order_of_the_parts():
+    assert list(memory(MODEL, RING, rows=1, seq_len=64)) == [
+        "parameters",
+        "optimizer",
+        "gradients",
+        "batch",
+        "saved activations",
+        "layer at work",
+        "logits",
+        "context parallelism",
+    ]
+
+
+@pytest.mark.parametrize(("remat", "mib"), [("full", 128), ("dots", 1216), ("none", 3904)])
+def test_saved_activations_are_the_stacks_of_the_compiled_program(remat, mib):
+    """Sizes of the arrays [num_periods, ...] that its loop over the layers carries, compiled for v5e:2x4."""
+    sizes = memory(dataclasses.replace(LARGE, remat=remat), RING, rows=1, seq_len=128 * 1024)
+    assert sizes["saved activations"] == mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("remat", "vocab_size", "mib"),
+    [
+        ("full", 32768, 3475),
+        ("dots", 32768, 4564),
+        ("none", 32768, 7255),
+        ("full", 1024, 1227),
+        ("dots", 1024, 2243),
+        ("none", 1024, 4679),
+    ],
+)
+def test_peak_is_near_the_compilers(remat, vocab_size, mib):
+    """Peaks of programs that jax 0.11.2 compiled for v5e:2x4: at the logits, or with few of them at a layer."""
+    model = dataclasses.replace(LARGE, remat=remat, vocab_size=vocab_size)
+    assert peak_bytes(memory(model, RING, rows=1, seq_len=128 * 1024)) == pytest.approx(mib * MIB, rel=0.1)
+
+
+@pytest.mark.parametrize("mesh", [RING, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["ring", "data_fsdp_tensor"])
+def test_less_is_saved_the_more_is_recomputed(mesh):
+    full, dots, none = (
+        memory(dataclasses.replace(MODEL, remat=remat), mesh, rows=4, seq_len=64) for remat in ("full", "dots", "none")
+    )
+    assert full["saved activations"] < dots["saved activations"] < none["saved activations"]
+    assert peak_bytes(full) < peak_bytes(dots) < peak_bytes(none)
+
+
+def test_what_each_axis_splits():
+    model = dataclasses.replace(LARGE, mixers={"attention": AttentionConfig(num_heads=8)}, remat="none")
+    norms = 4 * 1024 * (2 * model.num_layers + 1)  # float32, whole on every device
+
+    def of(**axes):
+        return memory(model, MeshConfig(**axes), rows=8, seq_len=8 * 1024)
+
+    data, fsdp, context, tensor = of(data=8), of(fsdp=8), of(context_inner=8), of(tensor=8)
+    assert all(x["parameters"] - norms == (data["parameters"] - norms) // 8 for x in (fsdp, context, tensor))
+    assert data["saved activations"] == fsdp["saved activations"] == context["saved activations"]
+    assert data["logits"] == fsdp["logits"] == context["logits"] == tensor["logits"] + data_table(model) * 7 // 8
+    assert [x["context parallelism"] for x in (data, fsdp, tensor)] == [0, 0, 0]
+    # Per kv head and dim of a key, a device's tokens: two of bfloat16 and two of float32, and as many of a value.
+    assert context["context parallelism"] == 8 * 1024 * 8 * 128 * 2 * (2 * 2 + 2 * 4) + 8 * 8 * 8 * 1024
+
+
+def data_table(model):
+    """Bytes of the table in the compute dtype."""
+    return 2 * model.vocab_size * model.dim
+
+
+def test_accumulation_holds_a_second_gradient():
+    once, twice, thrice = (memory(MODEL, RING, rows=1, seq_len=64, accumulate_steps=n) for n in (1, 2, 3))
+    assert 2 * once["gradients"] == twice["gradients"] == thrice["gradients"]
+    assert 3 * once["batch"] == thrice["batch"]
+
+
+def test_the_logits_are_gone_when_a_layer_is_at_work():
+    parts = {"parameters": 5, "layer at work": 4, "logits": 6, "context parallelism": 3}
+    assert peak_bytes(parts) == 5 + 4 + 3
+    assert peak_bytes(parts | {"logits": 9}) == 5 + 9
