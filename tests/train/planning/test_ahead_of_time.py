@@ -83,3 +83,60 @@ def test_a_ring_on_a_tpu_sends_what_it_states_and_hides_it(name, devices):
     assert plan.fits and not plan.problems
     assert plan.implementations == {"blockwise_attention_forward": "xla", "blockwise_attention_backward": "xla"}
     assert 0 < plan.mfu < 1 and plan.step_seconds > plan.compute_seconds > 0
+
+
+@needs_cuda_plugin
+def test_a_ring_on_gpus_sends_what_it_states_and_hides_it():
+    run = config(8)
+    plan = plan_of("h100:8", run)
+    assert plan.source == "compiler" and plan.device_kind == "NVIDIA H100 80GB HBM3"
+    by_phase = {}
+    for (phase, num_bytes), count in stated("h100:8", run).items():
+        by_phase[phase] = by_phase.get(phase, 0) + count * num_bytes
+    # XLA sends what leaves at the same time together.
+    found = {}
+    for c in plan.collectives:
+        if c.is_hop:
+            found[c.phase] = found.get(c.phase, 0) + c.count * c.num_bytes
+    assert found == by_phase
+    assert plan.fits and not plan.problems
+
+
+def ring_with_the_usual_mistakes(q, k, v, tokens, schedule, *, axes, **options):
+    """Keys and values travel apart, only after the compute, and once more than needed."""
+    size = jax.lax.axis_size(axes)
+    ring = [(rank, (rank + 1) % size) for rank in range(size)]
+
+    def hop(state, number):
+        k, v, carry = state
+        hop_schedule, hop_tokens = schedule.at(number, tokens)
+        carry = blockwise_attention_forward(
+            q, k, v, tokens=hop_tokens, schedule=hop_schedule, carry=carry, return_carry=True, **options
+        )
+        k, v, carry = jax.lax.optimization_barrier((k, v, carry))
+        return (jax.lax.ppermute(k, axes, ring), jax.lax.ppermute(v, axes, ring), carry), None
+
+    carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
+    (_, _, carry), _ = jax.lax.scan(hop, (k, v, carry), jnp.arange(size))
+    return carry.finalize(q.dtype)
+
+
+@needs_libtpu
+def test_a_bad_program_is_reported_as_bad(monkeypatch):
+    monkeypatch.setattr(api, "ring_forward", ring_with_the_usual_mistakes)
+    monkeypatch.setattr(sharding, "PARAMETER_AXES", {name: () for name in sharding.PARAMETER_AXES})
+    plan = plan_of("v5e:2x4", config(8))
+    problems = "\n".join(plan.problems)
+    assert "exposed hops: 64 collective-permutes of far mixer (forward" in problems
+    assert "exposed hops: 64 collective-permutes of far mixer (recompute" in problems
+    assert "the program sends 32.00 MiB a device in the forward pass, the strategy states 28.00 MiB" in problems
+    assert "parameters are replicated" in problems
+    assert not any(c.is_exposed for c in plan.collectives if c.is_hop and c.phase == "backward")
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_said_with_what_would_help():
+    plan = plan_of("v5e:2x4", config(8, tokens_a_device=1024 * 1024))
+    assert plan.fits is False and plan.memory_total > plan.memory_limit
+    assert plan.problems[0].startswith("does not fit")
+    assert plan.advice
