@@ -132,5 +132,6 @@ def _name(array: Array, history: History) -> str:
         return name
     if written.opcode == "parameter" and written.op_name:
         return f"copy of {argument(written.op_name)}"
-    # Nothing says what it is, but its use says what it is for.
-    return f"{array.instruction.opcode} for {readable(history.last_work)}"
+    # Nothing says what it is, but its use may say what it is for.
+    opcode = array.instruction.opcode.removesuffix("-start")
+    return f"{opcode} for {readable(history.last_work)}" if history.last_work else opcode
