@@ -189,7 +189,7 @@ def _context_parallelism(model: ModelConfig, shard: _Shard, mesh_sizes: Mapping[
         transfers = mixer.transfers(
             model.dim,
             rows=shard.rows,
-            seq_len=seq_len,
+            seq_len=shard.length * degree,
             heads_split=mesh_sizes["tensor"],
             ring_size=degree,
             dtype=model.dtype,
@@ -197,9 +197,13 @@ def _context_parallelism(model: ModelConfig, shard: _Shard, mesh_sizes: Mapping[
         largest = {phase: max((t.num_bytes for t in transfers if t.phase == phase), default=0) for phase in PHASES}
         return 2 * sum(largest.values())
 
-    tokens_of_keys = 2 * 4 * shard.rows * seq_len
     masks = {mixer.mask for mixer in model.mixers.values()} - {None}
-    return max(map(buffers, model.mixers.values())) + len(masks) * tokens_of_keys
+    return max(map(buffers, model.mixers.values())) + len(masks) * 8 * shard.tokens * degree
+
+
+def _itemsize(model: ModelConfig) -> int:
+    """Bytes of a value in the compute dtype."""
+    return jnp.dtype(model.dtype).itemsize
 
 
 def _held_bytes(tree: Any, dtype: str | None = None) -> int:

@@ -81,7 +81,7 @@ def peak(module: hlo.Module, *, parameter_shapes: Set[tuple[int, ...]] = frozens
 def memory_by_class(peak: Peak, stats: Any, state_bytes: Mapping[str, int]) -> dict[str, int]:
     """Bytes of a device that a program needs, by class: `state_bytes`, then those of KINDS.
 
-    Those of KINDS add up to what the compiler says: temporaries, outputs that are no argument's memory, and code that
+    Those of KINDS add up to what the compiler says: everything that it allocates beside the arguments, and code that
     lies on the device. The peak's buffers go to their classes and what they leave of the compiler's figure
     (fragmentation, alignment, code) to "temporaries"; if they are more than that figure, all are scaled down to it.
 
@@ -89,14 +89,20 @@ def memory_by_class(peak: Peak, stats: Any, state_bytes: Mapping[str, int]) -> d
       stats: What jax.stages.Compiled.memory_analysis() returns.
       state_bytes: Bytes of the arguments on a device, by class.
     """
-    total = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    total += max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    total = _allocated(stats) - stats.argument_size_in_bytes + stats.generated_code_size_in_bytes
     scale = min(1.0, total / max(1, peak.num_bytes))
     explained = {
         kind: int(scale * sum(buffer.num_bytes for buffer in peak.buffers if buffer.kind == kind)) for kind in KINDS
     }
     explained["temporaries"] += total - sum(explained.values())
     return dict(state_bytes) | explained
+
+
+def _allocated(stats: Any) -> int:
+    """Bytes of all allocations but code; on a TPU less than the parts that the compiler states add up to."""
+    outputs = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    stated = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs
+    return min(stated, stats.total_allocation_bytes or stated)
 
 
 def _buffer(array: Array, history: History, parameter_shapes: Set[tuple[int, ...]]) -> Buffer:

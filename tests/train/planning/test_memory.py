@@ -526,8 +526,10 @@ def a_peak(**num_bytes):
     return Peak(buffers=buffers, num_bytes=sum(num_bytes.values()), at="")
 
 
-def stats(temp, output=0, alias=0, code=0):
+def stats(temp, output=0, alias=0, code=0, allocated=0):
     return SimpleNamespace(
+        argument_size_in_bytes=9,
+        total_allocation_bytes=allocated,
         temp_size_in_bytes=temp,
         output_size_in_bytes=output,
         alias_size_in_bytes=alias,
@@ -552,6 +554,11 @@ def test_what_is_not_explained_is_temporary():
 def test_more_than_the_compilers_figure_is_scaled_down():
     found = memory_by_class(a_peak(activations=80, gradients=40, temporaries=80), stats(100), {})
     assert found == {"gradients": 20, "activations": 40, "communication": 0, "temporaries": 40}
+
+
+def test_what_a_tpu_allocates_is_less_than_its_compiler_states():
+    found = memory_by_class(a_peak(activations=50), stats(100, code=5, allocated=9 + 80), {"parameters": 9})
+    assert found == {"parameters": 9, "gradients": 0, "activations": 50, "communication": 0, "temporaries": 80 + 5 - 50}
 
 
 def test_a_program_without_arrays():
