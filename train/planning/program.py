@@ -125,11 +125,13 @@ def used_bytes(message: str) -> int | None:
     return round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, str]:
-    # Without a GPU nothing can be timed, so XLA must not try to.
+def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
+    # Without a GPU nothing can be timed, so XLA must not try to; and Triton's matmuls cannot do without.
     device = mesh.devices.flat[0]
     ahead_of_time = device.platform == "gpu" and device not in jax.local_devices(backend="cpu")
-    return {"xla_gpu_autotune_level": "0"} if ahead_of_time and not _is_here(device) else {}
+    if not ahead_of_time or _is_here(device):
+        return {}
+    return {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
 
 
 def _is_here(device: jax.Device) -> bool:

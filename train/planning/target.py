@@ -111,6 +111,9 @@ def _tpu_target(kind: str, size: str, table: DeviceTable) -> Target:
         return Target(**common, **devices_known, missing=missing)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no metadata server, where there is no TPU
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at the same time
+    # Without these it warns that it does not find a TPU, which nobody expects here.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{size}").devices

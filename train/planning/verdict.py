@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 
 import jax
 
@@ -28,6 +29,7 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
     if plan.step_seconds is not None:
         problems += _exposed_hops(plan)
         notes += _exposed_rest(plan)
+        notes += _long_hops(plan)
     else:
         notes.append(f"no times: train/devices.yaml has no speeds for {plan.device_kind}")
     problems += _unexpected_hops(run, plan)
@@ -108,6 +110,15 @@ def _exposed_rest(plan: Plan) -> list[str]:
     if rest < 0.02 * plan.step_seconds:
         return []
     return [f"collectives of parameters and gradients are waited for {1e3 * rest:.1f} ms a step"]
+
+
+def _long_hops(plan: Plan) -> list[str]:
+    links = {c.links for c in plan.collectives if c.is_hop and re.search(r"[2-9]\d* hops|1\d+ hops", c.links)}
+    return [
+        f"the ring's neighbours are not all next to each other ({where}): context axes that are whole axes of the "
+        "torus would shorten its hops"
+        for where in sorted(links)
+    ]
 
 
 def _unexpected_hops(run: Run, plan: Plan) -> list[str]:

@@ -3,9 +3,14 @@
 import importlib.util
 import io
 
+import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from longctx import sharding
+from longctx.context_parallel import api
+from pallas_kernels import SoftmaxCarry, blockwise_attention_forward
 from train.config import TrainConfig
 from train.devices import device_table
 from train.plan import make_plan
@@ -14,6 +19,7 @@ from train.planning.program import plan_run
 from train.planning.target import named_target
 from train.schema import parse
 
+LAYERS = 4
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
@@ -34,11 +40,11 @@ def config(devices, tokens_a_device=2048, **mesh) -> TrainConfig:
             "run_dir": "runs/none",
             "data": {"seq_len": devices * tokens_a_device, "sources": [{"kind": "stdlib"}]},
             "model": {
-                "dim": 512,
-                "num_layers": 4,
+                "dim": 1024,
+                "num_layers": LAYERS,
                 "mlp_dim": 1024,
                 "vocab_size": 512,
-                "mixers": {"far": {"kind": "attention", "num_heads": 8, "num_kv_heads": 1, "head_dim": 128}},
+                "mixers": {"far": {"kind": "attention", "num_heads": 16, "num_kv_heads": 1, "head_dim": 128}},
                 "pattern": ["far"],
                 "remat": "full",
             },
@@ -72,6 +78,16 @@ def stated(name, config):
     return found
 
 
+def check_hops(plan, *, ring_size):
+    """All hops are hidden but for the first and last of the backward pass, which have little compute beside them."""
+    hops = [c for c in plan.collectives if c.is_hop]
+    assert all(c.asynchronous for c in hops)
+    exposed = [c for c in hops if c.is_exposed]
+    assert all(c.phase == "backward" for c in exposed)
+    assert sum(c.count for c in exposed) <= 3 * LAYERS < sum(c.count for c in hops) / ring_size * 2
+    assert len(plan.problems) == len(exposed) and all("exposed hops" in problem for problem in plan.problems)
+
+
 @needs_libtpu
 @pytest.mark.parametrize(("name", "devices"), [("v5e:2x4", 8), ("v5p:4x4x4", 64)])
 def test_a_ring_on_a_tpu_sends_what_it_states_and_hides_it(name, devices):
@@ -79,8 +95,8 @@ def test_a_ring_on_a_tpu_sends_what_it_states_and_hides_it(name, devices):
     plan = plan_of(name, run)
     assert plan.source == "compiler" and plan.num_devices == devices and plan.compile_seconds > 0
     assert sent(plan) == stated(name, run)
-    assert all(c.asynchronous and not c.is_exposed for c in plan.collectives if c.is_hop)
-    assert plan.fits and not plan.problems
+    check_hops(plan, ring_size=devices)
+    assert plan.fits
     assert plan.implementations == {"blockwise_attention_forward": "xla", "blockwise_attention_backward": "xla"}
     assert 0 < plan.mfu < 1 and plan.step_seconds > plan.compute_seconds > 0
 
@@ -99,7 +115,8 @@ def test_a_ring_on_gpus_sends_what_it_states_and_hides_it():
         if c.is_hop:
             found[c.phase] = found.get(c.phase, 0) + c.count * c.num_bytes
     assert found == by_phase
-    assert plan.fits and not plan.problems
+    check_hops(plan, ring_size=8)
+    assert plan.fits
 
 
 def ring_with_the_usual_mistakes(q, k, v, tokens, schedule, *, axes, **options):
@@ -131,7 +148,6 @@ def test_a_bad_program_is_reported_as_bad(monkeypatch):
     assert "exposed hops: 64 collective-permutes of far mixer (recompute" in problems
     assert "the program sends 32.00 MiB a device in the forward pass, the strategy states 28.00 MiB" in problems
     assert "parameters are replicated" in problems
-    assert not any(c.is_exposed for c in plan.collectives if c.is_hop and c.phase == "backward")
 
 
 @needs_libtpu
