@@ -30,7 +30,7 @@ class Work:
             return _dot_flops(instruction, within)
         if instruction.opcode == "convolution":
             return _convolution_flops(instruction, within)
-        if instruction.opcode == "custom-call" and "gemm" in instruction.attributes:
+        if _is_gemm(instruction):
             return _gemm_flops(instruction, within)
         return sum(self._matmul_flops_of(name) for name in instruction.called.get("calls", ()))
 
@@ -63,6 +63,7 @@ class Work:
             return any(
                 i.opcode in ("dot", "convolution")
                 or is_kernel(i)
+                or _is_gemm(i)
                 or any(found(c) for cs in i.called.values() for c in cs)
                 for i in self._module.computations[name].instructions
             )
@@ -113,6 +114,10 @@ def is_kernel(instruction: Instruction) -> bool:
     return instruction.opcode.startswith("custom-call") and bool(
         re.search(r'custom_call_target="(mosaic_gpu\w*|tpu_custom_call|__cudnn\$fmha\w*)', instruction.attributes)
     )
+
+
+def _is_gemm(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and 'custom_call_target="__cublas' in instruction.attributes
 
 
 def _views(computation: Computation, name: str) -> set[str]:
