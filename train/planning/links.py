@@ -12,9 +12,22 @@ from typing import NamedTuple
 import numpy as np
 
 from train.devices import DeviceSpec
+from train.planning.hlo import Instruction
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
+_COLLECTIVE = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(-start|-done)?")
 _WRAPAROUND = {2: 16, 3: 4}  # links close a TPU torus along an axis of this many chips, by the number of axes
+
+
+def is_collective(instruction: Instruction) -> bool:
+    """Whether it moves data between devices."""
+    return bool(_COLLECTIVE.fullmatch(instruction.opcode))
+
+
+def kind_of(instruction: Instruction) -> tuple[str, str] | None:
+    """Its kind, and "start", "done" or "" (synchronous); None for what is no collective."""
+    found = _COLLECTIVE.fullmatch(instruction.opcode)
+    return found and (found[1], (found[2] or "").removeprefix("-"))
 
 
 class Place(NamedTuple):

@@ -5,17 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.planning import hlo
+from train.planning.links import is_collective
 from train.planning.liveness import Array, Liveness
-from train.planning.origins import (
-    History,
-    Origins,
-    argument,
-    is_backward,
-    is_collective,
-    is_forward,
-    is_telling,
-    readable,
-)
+from train.planning.op_names import argument, is_backward, is_forward, is_telling, readable
+from train.planning.origins import History, Origins
 
 KINDS = ("gradients", "activations", "communication", "temporaries")
 """Classes of memory beside the program's arguments."""

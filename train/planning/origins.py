@@ -1,80 +1,15 @@
 """Where the arrays of a compiled program come from, in the words of the JAX program."""
 
 import collections
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from train.planning import hlo
+from train.planning.links import is_collective
 from train.planning.liveness import NO_WORK, Array, Leaf, Liveness, leaves, num_operands_returned
-
-_COLLECTIVE = re.compile(
-    r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-(permute|broadcast))(-start|-done)?"
-)
-_WRAPPER = re.compile(r"(\w+)\((.*)\)")
-_NO_SCOPE = re.compile(
-    r"while|body|cond|branch_\d+_fun|eval_jaxpr|closed_call|shard_map|checkpoint|rematted_computation|_\w*|"
-    r"(?!layer)[\w\-]+\.\d+|"  # a name that XLA made up
-)
-_LOOP_SLICE = re.compile(r"/body/(jit\(dynamic_\w+\)/\w+|dynamic_slice|dynamic_update_slice|squeeze|broadcast_in_dim)$")
-
-_LAYER = re.compile(r"[/(]layer\.")
-"""In the op_name of everything that is part of a layer."""
+from train.planning.op_names import is_telling, layer_of
 
 _Place = tuple[hlo.Computation, Leaf]
-
-
-def is_collective(instruction: hlo.Instruction) -> bool:
-    """Whether it moves data between devices."""
-    return bool(_COLLECTIVE.fullmatch(instruction.opcode))
-
-
-def is_telling(op_name: str) -> bool:
-    """Whether it says what is computed: some are only a name that XLA made up, or a loop's access to its arrays."""
-    return "/" in op_name and not _LOOP_SLICE.search(op_name)
-
-
-def is_forward(op_name: str) -> bool:
-    """Whether JAX says that it is of the forward pass; of some of that it says nothing."""
-    return "jvp(" in _first(op_name) and not is_backward(op_name)
-
-
-def is_backward(op_name: str) -> bool:
-    """Whether it is of the backward pass, recomputation included."""
-    return "transpose(" in _first(op_name)
-
-
-def readable(op_name: str) -> str:
-    """JAX's scopes and the primitive, without the control flow around them.
-
-    "jit(step)/transpose(jvp())/while/body/checkpoint/layer.local/mlp/dot_general" becomes
-    "gradient of layer.local mlp dot_general".
-    """
-    if "/" not in op_name:
-        return op_name
-    parts = _first(op_name).split("/")
-    words, wrappers = [], set()
-    # The first is the compiled function itself.
-    for part in parts[parts[0].startswith("jit(") :]:
-        while wrapped := _WRAPPER.fullmatch(part):
-            wrappers.add(wrapped[1])
-            part = wrapped[2]
-        if not _NO_SCOPE.fullmatch(part) and part not in words[-1:]:
-            words.append(part)
-    if "rematted_computation" in parts:
-        return " ".join(["recomputed", *words])
-    return " ".join(["gradient of", *words] if "transpose" in wrappers else words)
-
-
-def argument(op_name: str) -> str:
-    """The name of a program's argument: "state.params.embedding" of "state.params['embedding']"."""
-    return re.sub(r"[\[\]\\']+", ".", op_name).strip(".")
-
-
-def _first(op_name: str) -> str:
-    """The first of those that XLA merged: "a/b/c" of "a/(b/c:d/e)" and of "a/b/c;d/e"."""
-    common, found, merged = op_name.split(";")[0].partition("/(")
-    return f"{common}/{merged.split(':')[0]}" if found else common
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +129,9 @@ class Origins:
         return inside or (computation, leaves(max(operands, key=lambda operand: operand.num_bytes))[0])
 
     def _is_layer_loop(self, instruction: hlo.Instruction) -> bool:
-        if instruction.opcode != "while" or _LAYER.search(instruction.op_name):
+        if instruction.opcode != "while" or layer_of(instruction.op_name):
             return False
-        return any(_LAYER.search(inside.op_name) for inside in self._body(instruction).instructions)
+        return any(layer_of(inside.op_name) for inside in self._body(instruction).instructions)
 
     def _body(self, loop: hlo.Instruction) -> hlo.Computation:
         return self._module.computations[loop.called["body"][0]]

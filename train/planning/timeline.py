@@ -21,18 +21,13 @@ from longctx.context_parallel.api import HOP_SCOPE
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from train.devices import DeviceSpec
 from train.planning.hlo import Computation, Instruction, Module
-from train.planning.links import KINDS, Links, groups_of
+from train.planning.links import Links, groups_of, is_collective, kind_of
+from train.planning.op_names import layer_of, part_of, phase_of, readable
 from train.planning.work import Work, is_kernel
 
 HIDDEN_SHARE = 0.05  # a collective counts as hidden if at most this part of its time is waited for
 
 _OP = re.compile(rf"\w+_(forward|backward)\.({'|'.join(IMPLEMENTATIONS)})\b")
-_LAYER = re.compile(r"\blayer\.(\w+)")
-_KIND = re.compile(rf"({'|'.join(KINDS)})(-start|-done)?$")
-_NOISE = re.compile(
-    r"jit\(\w*\)|jvp\(\)|transpose\(jvp\(\)\)|eval_jaxpr|while|body|cond|branch_\d+_fun|shard_map|checkpoint|"
-    r"rematted_computation|closed_call"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,8 +183,8 @@ class _Runner:
         fused = self._fused_collectives(computation)
         links_free = np.zeros(1)
         for instruction in computation.instructions:
-            kind = _KIND.match(instruction.opcode)
-            begins = kind is not None and kind[2] == "-start"
+            kind = kind_of(instruction)
+            begins = kind is not None and kind[1] == "start"
             begins |= instruction.opcode == "async-start" and self._wrapped(instruction) is not None
             if instruction.name in fused.starts:
                 for collective in fused.starts[instruction.name]:
@@ -199,7 +194,7 @@ class _Runner:
                 links_free = self._start(collective, instruction.name, result, in_flight, links_free)
             elif instruction.opcode.endswith("-done") and instruction.operands[0] in in_flight:
                 self._finish(in_flight.pop(instruction.operands[0]), result)
-            elif kind is not None and kind[2] is None:
+            elif kind is not None and kind[1] == "":
                 self._synchronous(instruction, result)
             else:
                 self._instruction(instruction, computation, result)
@@ -241,18 +236,17 @@ class _Runner:
 
     def _op_call(self, instruction: Instruction, result: _Result) -> None:
         phase = _OP.search(instruction.op_name)[1]
-        layer = _LAYER.search(instruction.op_name)
-        call = self._calls.get((layer[1] if layer else "", phase))
+        layer = layer_of(instruction.op_name) or ""
+        call = self._calls.get((layer, phase))
         if call is None:
             self.notes.append(f"an attention op of unknown cost counts nothing: {readable(instruction.op_name)}")
             return
-        part = f"{layer[1]} attention"
-        result.work((part, phase_of(instruction.op_name)), call.seconds, call.flops)
+        result.work((f"{layer} attention", phase_of(instruction.op_name)), call.seconds, call.flops)
 
     # --- collectives ---
 
     def _draft(self, instruction: Instruction) -> Collective:
-        kind = _KIND.match(instruction.opcode)[1]
+        kind, _ = kind_of(instruction)
         groups = groups_of(instruction.attributes, self._num_devices)
         num_bytes = _bytes_sent(kind, instruction, max(map(len, groups)))
         seconds, links = self._links.seconds(kind, num_bytes, groups)
@@ -299,7 +293,7 @@ class _Runner:
 
     def _collectives_in(self, instruction: Instruction) -> list[Instruction]:
         names = instruction.called.get("calls", ()) + instruction.called.get("called_computations", ())
-        return [i for name in names for i in self._module.computations[name].instructions if _KIND.match(i.opcode)]
+        return [i for name in names for i in self._module.computations[name].instructions if is_collective(i)]
 
     def _fused_collectives(self, computation: Computation) -> "_Fused":
         """Collectives that a TPU runs in steps inside fusions: one channel, from its first fusion to its last."""
@@ -348,32 +342,3 @@ def _bytes_sent(kind: str, instruction: Instruction, group_size: int) -> int:
             return 2 * total * rest // group_size
         case _:
             return total * rest // group_size
-
-
-def phase_of(op_name: str) -> str:
-    """forward, recompute, backward or update."""
-    if "rematted_computation" in op_name:
-        return "recompute"
-    if "transpose(" in op_name:
-        return "backward"
-    return "forward" if "jvp(" in op_name or _LAYER.search(op_name) else "update"
-
-
-def part_of(op_name: str) -> str:
-    """The part of the model that an instruction belongs to."""
-    layer = _LAYER.search(op_name)
-    if layer:
-        return f"{layer[1]} mixer" if "/mixer" in op_name else "mlp" if "/mlp" in op_name else f"{layer[1]} other"
-    for part in ("embedding", "logits", "loss", "optimizer"):
-        if re.search(rf"\b{part}\b", op_name):
-            return part
-    return "other"
-
-
-def readable(op_name: str) -> str:
-    """A name of JAX's without what only the compiler needs."""
-    of_several = op_name.split(":")  # what XLA merged
-    parts = [part for part in of_several[0].lstrip("(").split("/") if not _NOISE.fullmatch(part)]
-    parts = [re.sub(r"transpose\(|jvp\(|\)", "", part) for part in parts]
-    more = f" and {len(of_several) - 1} more" if len(of_several) > 1 else ""
-    return (" ".join(parts) or "unnamed") + more

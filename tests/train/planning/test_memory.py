@@ -6,7 +6,7 @@ import pytest
 
 from train.planning import hlo
 from train.planning.memory import Buffer, Peak, memory_by_class, peak
-from train.planning.origins import readable
+from train.planning.op_names import readable
 
 K = 1024
 FORWARD = "jit(step)/jvp()/while/body"

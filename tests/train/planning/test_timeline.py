@@ -6,7 +6,7 @@ import pytest
 from train.devices import AttentionSpeed, DeviceSpec
 from train.planning import hlo
 from train.planning.links import Links, Place
-from train.planning.timeline import OpCall, part_of, phase_of, readable, run
+from train.planning.timeline import OpCall, run
 
 # A device that multiplies 1 GFLOP in a second, reads a GB in one, and sends a MB in one.
 SPEC = DeviceSpec(
@@ -147,13 +147,3 @@ def test_a_call_of_an_attention_op_costs_what_the_caller_says_hop_by_hop():
 def test_an_attention_op_of_unknown_cost_is_noted():
     timeline = on_paper(loop(start="parameter(3)", op_name=SCOPE), *LOOP)
     assert timeline.seconds == 0 and "unknown cost" in timeline.notes[0]
-
-
-def test_names():
-    backward = "jit(step)/while/body/transpose(jvp())/while/body/checkpoint/layer.far/mlp/dot_general"
-    again = "jit(step)/transpose(jvp())/while/body/checkpoint/rematted_computation/layer.far/mixer/add"
-    assert (part_of(backward), phase_of(backward)) == ("mlp", "backward")
-    assert (part_of(again), phase_of(again)) == ("far mixer", "recompute")
-    assert (part_of("jit(step)/optimizer/mul"), phase_of("jit(step)/optimizer/mul")) == ("optimizer", "update")
-    assert readable(backward) == "layer.far mlp dot_general"
-    assert readable(f"({backward}:{again})") == "layer.far mlp dot_general and 1 more"
