@@ -70,13 +70,17 @@ class DeviceTable:
         return None
 
 
-@functools.cache
 def device_table(path: str | None = None) -> DeviceTable:
     """The table of a file, or the one that comes with the package.
 
     Raises: ConfigError with one line a problem.
     """
-    return schema.load(DeviceTable, path or Path(__file__).with_name("devices.yaml"))
+    return _own_table() if path is None else schema.load(DeviceTable, path)
+
+
+@functools.cache
+def _own_table() -> DeviceTable:
+    return schema.load(DeviceTable, Path(__file__).with_name("devices.yaml"))
 
 
 def model_flops_utilization(

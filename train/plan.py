@@ -87,7 +87,7 @@ def make_plan(config: TrainConfig, target: Target, *, by_formula: bool, console:
     """
     run = plan_run(config, target)
     if by_formula or target.missing:
-        return estimate(run, target.missing or "asked for with --formula")
+        return estimate(run, "asked for with --formula" if by_formula else target.missing)
     try:
         with console.status(f"compiling the training step for {target.num_devices} x {target.device_kind} ..."):
             program = compile_step(run)

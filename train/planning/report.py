@@ -20,7 +20,9 @@ def show(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     if plan.source == "formula":
-        console.print(f"[yellow]Figures by formula, nothing was compiled: {plan.source_note}[/]", highlight=False)
+        console.print(
+            f"[yellow]Figures by formula, nothing was compiled: {_plain(plan.source_note)}[/]", highlight=False
+        )
     else:
         ops = ", ".join(f"{op} by {name}" for op, name in plan.implementations.items())
         console.print(f"compiled in {plan.compile_seconds:.0f} s; {ops}", highlight=False)

@@ -71,6 +71,8 @@ def named_target(name: str, table: DeviceTable) -> Target:
             f"--devices: got {name!r}, wanted local, a TPU slice such as v5p:8x8x8 ({', '.join(TPUS)}) or a number of "
             f"GPUs such as h100:64 ({', '.join(GPUS)})"
         )
+    if kind not in table.devices:
+        raise ConfigError(f"--device-table: has no entry {kind}, which --devices {name} needs; add one")
     jax.config.update("jax_platforms", "cpu")
     return _tpu_target(kind, size, table) if kind in TPUS else _gpu_target(kind, size, table)
 
@@ -127,7 +129,7 @@ def _gpu_target(kind: str, size: str, table: DeviceTable) -> Target:
         raise ConfigError(f"--devices: got {kind}:{size}, wanted up to {GPUS_A_HOST} GPUs, or whole hosts of as many")
     count, spec = int(size), table.devices[kind]
     hosts = max(1, count // GPUS_A_HOST)
-    fraction = _preallocated_fraction()
+    fraction = preallocated_fraction()
     common = dict(
         name=f"{kind}:{size}",
         num_devices=count,
@@ -155,7 +157,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _preallocated_fraction() -> float:
+def preallocated_fraction() -> float:
     """The part of a GPU's memory that JAX takes at its start; a program cannot have more."""
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         if name in os.environ:

@@ -10,6 +10,7 @@ from longctx.sharding import CONTEXT_AXES
 from train.planning.estimate import expected_transfers
 from train.planning.plan import Plan
 from train.planning.program import Run
+from train.planning.target import preallocated_fraction
 
 _UNEVEN = 1.2  # from here on a layout's imbalance is worth a word
 _WHOLE = 1.5  # times the even share: from here on parameters count as replicated
@@ -67,13 +68,13 @@ def memory_levers(run: Run, plan: Plan) -> list[str]:
     levers.append(
         (
             (plan.memory_total - state) / 2,
-            f"a larger mesh.context_inner (now {context} devices a sequence): activations shrink with it, and the "
-            f"state with all {shards} devices that share it",
+            f"a larger mesh.context_inner (now {context}, of {shards} that share the state): activations shrink with "
+            "the devices of a sequence, the state with all",
         )
     )
     if model.param_dtype == "float32":
         levers.append((state / 4, "model.param_dtype=bfloat16: half of the parameters' memory, at a cost in precision"))
-    if run.target.device_kind.startswith("NVIDIA") and "MEM_FRACTION" in plan.memory_note:
+    if run.target.spec is not None and run.target.spec.link == "switch" and preallocated_fraction() < 0.9:
         levers.append(
             (plan.memory_total, "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment: more of the GPU for JAX")
         )

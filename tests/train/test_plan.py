@@ -1,0 +1,125 @@
+"""`python -m train.plan`, as a user calls it; compiling for devices that are not there is tests/train/planning's."""
+
+import importlib.util
+import json
+
+import pytest
+
+from train import plan
+from train.planning import target
+
+RING = "configs/cpu_ring8.yaml"
+GPUS = "configs/gpu8_ring_128k.yaml"
+SMALL = ("data.seq_len=512", "model.dim=32", "model.mlp_dim=64", "model.mixers.local.window=64")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine with neither libtpu nor a CUDA plugin."""
+    monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
+
+
+def test_the_devices_at_hand(capsys, tmp_path, compile_quickly):
+    assert plan.main([RING, *SMALL, "--json", str(tmp_path / "plan.json")]) == 0
+    out = capsys.readouterr().out
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data["source"] == "compiler" and data["fits"] and data["problems"] == []
+    assert data["mesh"]["context_inner"] == data["num_devices"] == 8
+    # Times on a CPU are not known, and not made up.
+    assert data["step_seconds"] is None and data["mfu"] is None and data["parts"] == []
+    hops = [c for c in data["collectives"] if c["is_hop"]]
+    assert {c["kind"] for c in hops} == {"collective-permute"} and all(c["seconds"] is None for c in hops)
+    assert sum(c["count"] for c in hops) == 2 * (7 + 7 + 8)  # layers x (forward, backward: keys, gradients)
+    assert data["memory_total"] == sum(data["memory"].values())
+    assert out.splitlines()[-1].startswith("fits: ")
+    assert "note: no times: train/devices.yaml has no speeds for cpu" in out
+
+
+def test_json_on_stdout_is_json_alone(capsys):
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--json", "-"]) == 3
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert data["source"] == "formula" and data["step_seconds"] > 0 and 0 < data["mfu"] < 1
+    assert "Figures by formula, nothing was compiled: asked for with --formula" in err
+
+
+def test_without_a_compiler_formulas_are_given_and_marked(capsys, no_compiler):
+    for name, remedy in (("v5p:2x2x2", "longctx-jax[plan]"), ("h100:8", "longctx-jax[plan-cuda]")):
+        assert plan.main([GPUS, "--devices", name]) in (0, 3)
+        out = capsys.readouterr().out
+        assert "Figures by formula, nothing was compiled" in out and remedy in out
+        assert "(by formula)" in out.splitlines()[-1]
+
+
+def test_exposed_hops_are_a_problem(capsys):
+    # A window of 8192 tokens has work in few of the ring's hops: the others are waited for.
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula"]) == plan.PROBLEM_CODE
+    assert (
+        "problem: exposed hops: 840 collective-permutes of local mixer (forward, 32.00 MiB)" in capsys.readouterr().out
+    )
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula", "model.pattern=[global]", *NO_LOCAL]) == 0
+
+
+NO_LOCAL = ["model.mixers={global: {kind: attention, num_heads: 16, num_kv_heads: 4, head_dim: 128}}"]
+
+
+def test_what_does_not_fit_is_a_problem_and_says_what_helps(capsys):
+    large = ["model.remat=none", "data.seq_len=1048576", "training.accumulate_steps=1"]
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula", *large]) == plan.PROBLEM_CODE
+    out = capsys.readouterr().out
+    assert "problem: does not fit: " in out and "would help: model.remat=dots or full" in out
+    assert "would help: training.accumulate_steps=8" in out and "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in out
+    assert out.splitlines()[-1].startswith("does not fit: ")
+
+
+def test_the_longest_sequence_is_the_last_line(capsys, monkeypatch):
+    arguments = [GPUS, "--devices", "h100:8", "--formula", *NO_LOCAL, "model.pattern=[global]", "--max-seq"]
+    plan.main(arguments)
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = int(last.removeprefix("longest data.seq_len that fits h100:8: ").removesuffix(" tokens").replace(",", ""))
+    assert found % 1024 == 0
+    fits = [GPUS, "--devices", "h100:8", "--formula", *NO_LOCAL, "model.pattern=[global]"]
+    assert plan.main([*fits, f"data.seq_len={found}"]) == 0
+    assert plan.main([*fits, f"data.seq_len={found * 17 // 16 // 1024 * 1024}"]) == plan.PROBLEM_CODE
+    # Half of the memory: a shorter one.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.375")
+    plan.main(arguments)
+    less = int("".join(filter(str.isdigit, capsys.readouterr().out.splitlines()[-1].split("h100:8: ")[1])))
+    assert less < 0.6 * found
+
+
+@pytest.mark.parametrize("name", ["v5p", "v9:2x2", "h100:0", "h100:12", "h100:2x4", "here", "v5e:2y4"])
+def test_names_that_describe_no_devices(name, capsys):
+    assert plan.main([RING, "--devices", name]) == 2
+    assert "--devices: got" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_slice_that_does_not_exist(capsys):
+    assert plan.main([RING, "--devices", "v5e:3x7"]) == 2
+    assert "--devices: got v5e:3x7, which is no slice that libtpu knows" in capsys.readouterr().err
+
+
+def test_a_mesh_that_does_not_use_the_devices(capsys):
+    assert plan.main([GPUS, "--devices", "h100:16", "--formula"]) == 2
+    assert "does not use exactly the 16 devices" in capsys.readouterr().err
+
+
+def test_another_table_of_devices(capsys, tmp_path):
+    table = tmp_path / "devices.yaml"
+    table.write_text(
+        "devices:\n  h100:\n    {device_kinds: [H100], peak_tflops: 100, matmul_tflops: 50, memory_gib: 1,\n"
+        "     memory_gb_per_s: 3000, link: switch, link_gb_per_s: 300, link_domain: 8, network_gb_per_s: 40}\n"
+    )
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--device-table", str(table)]) == plan.PROBLEM_CODE
+    assert "of 0.75 GiB a device" in capsys.readouterr().out
+    table.write_text("devices:\n  h100: {device_kind: [H100], peak_tflops: 100}\n")
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--device-table", str(table)]) == 2
+    assert "device_kinds" in capsys.readouterr().err
+
+
+def test_the_table_lacks_the_device(capsys, tmp_path):
+    table = tmp_path / "devices.yaml"
+    table.write_text("devices:\n  v5e: {device_kinds: [x], peak_tflops: 1}\n")
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--device-table", str(table)]) == 2
+    assert "--device-table: has no entry h100" in capsys.readouterr().err
