@@ -48,7 +48,7 @@ def config(devices, tokens_a_device=2048, **mesh) -> TrainConfig:
                 "pattern": ["far"],
                 "remat": "full",
             },
-            "training": {"steps": 10, "batch_size": 1},
+            "training": {"steps": 10, "batch_size": mesh.get("fsdp", 1)},
             "optimizer": {"learning_rate": 1e-3},
             "mesh": mesh or {"context_inner": devices},
         },
@@ -98,6 +98,14 @@ def test_a_ring_on_a_tpu_sends_what_it_states_and_hides_it(name, devices):
     assert plan.fits
     assert plan.implementations == {"blockwise_attention_forward": "xla", "blockwise_attention_backward": "xla"}
     assert 0 < plan.mfu < 1 and plan.step_seconds > plan.compute_seconds > 0
+
+
+@needs_libtpu
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "context_inner": 128}, {"fsdp": 8, "context_outer": 4, "tensor": 16}])
+def test_a_mesh_may_split_an_axis_of_the_torus(axes):
+    run = config(512, tokens_a_device=32, **axes)
+    mesh = plan_run(run, named_target("v5p:8x8x8", device_table())).mesh
+    assert mesh.size == len(set(mesh.devices.flat)) == 512 and dict(mesh.shape) | axes == dict(mesh.shape)
 
 
 @needs_cuda_plugin

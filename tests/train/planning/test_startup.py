@@ -40,7 +40,7 @@ def test_a_run_that_may_run_out_of_memory_says_so_and_what_would_help(tmp_path, 
     loop.train(config(tmp_path))
     out = capsys.readouterr().out
     assert "warning: by formula this run needs about 0.0 GiB of a device, which has 0.0 GiB" in out
-    assert "What would help: model.remat=dots or full" in out
+    assert "What would help: mesh.fsdp in place of mesh.data" in out
     assert "done: step 2" in out  # a formula stops nothing
 
 
