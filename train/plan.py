@@ -25,6 +25,7 @@ from train.planning.plan import Plan
 from train.planning.program import DoesNotFit, Run, compile_step, plan_run
 from train.planning.report import show, verdict
 from train.planning.target import Target, local_target, named_target
+from train.planning.verdict import memory_levers
 
 PROBLEM_CODE = 3
 
@@ -99,15 +100,19 @@ def make_plan(config: TrainConfig, target: Target, *, by_formula: bool, console:
 def _refused(run: Run, refusal: DoesNotFit) -> Plan:
     """The plan by formula of a run that the compiler refuses, with the compiler's figure where it gives one."""
     plan = estimate(run, "the compiler refused the program because of its memory")
-    if refusal.used is not None:
-        state = sum(plan.memory[name] for name in ("parameters", "optimizer", "batch"))
+    if refusal.temporaries is not None:
         exact = {name: plan.memory[name] for name in ("parameters", "optimizer", "batch")}
-        plan = dataclasses.replace(
-            plan, memory=exact | {"temporaries": max(0, refusal.used - state)}, memory_total=max(refusal.used, state)
-        )
-    problem = f"does not fit: {str(refusal).splitlines()[0]}"
-    others = [text for text in plan.problems if not text.startswith("does not fit")]
-    return dataclasses.replace(plan, problems=[problem, *others])
+        by_class = exact | {"temporaries": refusal.temporaries}
+        plan = dataclasses.replace(plan, memory=by_class, memory_total=sum(by_class.values()))
+    return dataclasses.replace(
+        plan,
+        refused=True,
+        problems=[
+            f"does not fit: {str(refusal).splitlines()[0]}",
+            *(problem for problem in plan.problems if not problem.startswith("does not fit")),
+        ],
+        advice=memory_levers(run, plan.memory, plan.memory_total),
+    )
 
 
 def _max_seq(config: TrainConfig, target: Target, by_formula: bool, plan: Plan, console: Console) -> int:
@@ -126,7 +131,7 @@ def _max_seq(config: TrainConfig, target: Target, by_formula: bool, plan: Plan, 
             data = dataclasses.replace(config.data, seq_len=length)
             tried = make_plan(dataclasses.replace(config, data=data), target, by_formula=by_formula, console=console)
         console.print(f"{length:,} tokens: {verdict(tried)}", highlight=False)
-        return tried.memory_total if tried.fits or not any("does not fit" in p for p in tried.problems) else None
+        return None if tried.refused and tried.memory_total <= plan.memory_limit else tried.memory_total
 
     found = longest(memory_at, limit=plan.memory_limit, start=config.data.seq_len, unit=unit)
     console.print(f"longest data.seq_len that fits {target.name}: {found:,} tokens", highlight=False)

@@ -57,14 +57,14 @@ def estimate(run: Run, note: str) -> Plan:
     implementations = {f"blockwise_attention_{phase}": "xla" for phase in ("forward", "backward")}
     work = AttentionWork(run, implementations)
     spec, has_speeds = _spec(run)
-    by_formula = _memory_by_formula(run)
+    by_class, memory_total = estimate_memory(run)
     return _plan(
         run,
         source="formula",
         source_note=note,
         compile_seconds=None,
-        memory=by_formula,
-        memory_total=peak_bytes(by_formula),
+        memory=by_class,
+        memory_total=memory_total,
         buffers=(),
         timeline=run_by_formula(run, spec, work.calls(spec)),
         has_speeds=has_speeds,
@@ -160,9 +160,10 @@ def _parameter_shapes(run: Run) -> frozenset[tuple[int, ...]]:
     return frozenset(leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(run.parts.abstract.params))
 
 
-def _memory_by_formula(run: Run) -> Mapping[str, int]:
+def estimate_memory(run: Run) -> tuple[Mapping[str, int], int]:
+    """Bytes of a device by class, and the most that it holds at once, by formula."""
     training = run.config.training
-    return memory_by_formula(
+    by_class = memory_by_formula(
         run.parts.model,
         run.parts.abstract,
         mesh_sizes=run.mesh.shape,
@@ -170,3 +171,4 @@ def _memory_by_formula(run: Run) -> Mapping[str, int]:
         seq_len=run.config.data.seq_len,
         accumulate_steps=training.accumulate_steps,
     )
+    return by_class, peak_bytes(by_class)

@@ -73,9 +73,8 @@ class AttentionWork:
         return _cached_tiles(mixer.mask, order.tobytes(), self.ring_size, self._blocks(mixer))
 
     def _blocks(self, mixer: MixerConfig) -> BlockSizes:
-        platform = {"torus": "tpu", "switch": "gpu"}.get(getattr(self._run.target.spec, "link", None), "cpu")
         length = self._run.config.data.seq_len // self.ring_size
-        return (mixer.block_sizes or BLOCKWISE_ATTENTION[platform]).fit(length, length)
+        return (mixer.block_sizes or BLOCKWISE_ATTENTION[self._run.target.platform]).fit(length, length)
 
 
 @functools.lru_cache(maxsize=8)

@@ -45,6 +45,7 @@ class Plan:
       problems: Why the run should not start like this; none means that it fits and that no hop is exposed.
       advice: What to change.
       notes: What else to know.
+      refused: Whether the compiler refused the program because of its memory.
     """
 
     devices: str
@@ -74,11 +75,14 @@ class Plan:
     problems: Sequence[str]
     advice: Sequence[str]
     notes: Sequence[str]
+    refused: bool = False
 
     @property
     def fits(self) -> bool | None:
         """None where the limit is not known."""
-        return None if self.memory_limit is None else self.memory_total <= self.memory_limit
+        if self.memory_limit is None:
+            return None
+        return not self.refused and self.memory_total <= self.memory_limit
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, in SI units: bytes, seconds, FLOPs."""

@@ -24,12 +24,13 @@ class DoesNotFit(RuntimeError):
     """The compiler found that the program needs more memory than the device has.
 
     Attributes:
-      used: Bytes that the program needs, as far as the compiler says.
+      temporaries: Bytes that the program needs beside its arguments, as far as the compiler says.
     """
 
-    def __init__(self, message: str, used: int | None):
+    def __init__(self, message: str):
         super().__init__(message)
-        self.used = used
+        found = re.search(r"temporaries \(([\d.]+)([BKMGT])\)", message)
+        self.temporaries = round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,19 +111,13 @@ def compile_step(run: Run) -> Program:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise DoesNotFit(str(error), used_bytes(str(error))) from error
+            raise DoesNotFit(str(error)) from error
     return Program(
         text=compiled.as_text(),
         stats=compiled.memory_analysis(),
         implementations=dict(taken),
         seconds=time.monotonic() - started,
     )
-
-
-def used_bytes(message: str) -> int | None:
-    """The bytes that an out-of-memory message says a program needs."""
-    found = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([BKMGT])", message)
-    return round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from train.assemble import Parts
 from train.config import TrainConfig
 from train.devices import device_table
-from train.planning.analysis import estimate
+from train.planning.analysis import estimate_memory
 from train.planning.program import Run
 from train.planning.target import local_target
 from train.planning.verdict import memory_levers
@@ -33,16 +33,14 @@ class MemoryWatch:
         self._run = Run(config=config, target=target, mesh=mesh, parts=parts)
 
     def warning(self) -> str | None:
-        """A line that says that memory may run out, and what would help; None where it should suffice.
-
-        Cost: about a second for 10M tokens, a moment else.
-        """
-        plan = estimate(self._run, "")
-        if plan.memory_limit is None or plan.memory_total < _WARN_FROM * plan.memory_limit:
+        """A line that says that memory may run out, and what would help; None where it should suffice."""
+        _, total = estimate_memory(self._run)
+        limit = self._run.target.memory_bytes
+        if limit is None or total < _WARN_FROM * limit:
             return None
         return (
-            f"warning: by formula this run needs about {plan.memory_total / 2**30:.1f} GiB of a device, which has "
-            f"{plan.memory_limit / 2**30:.1f} GiB; {self._help(plan)}"
+            f"warning: by formula this run needs about {total / 2**30:.1f} GiB of a device, which has "
+            f"{limit / 2**30:.1f} GiB; {self._help()}"
         )
 
     @contextlib.contextmanager
@@ -58,13 +56,13 @@ class MemoryWatch:
                 raise
             first_line = str(error).splitlines()[0]
             raise OutOfDeviceMemory(
-                f"out of device memory: {first_line}\n{self._help(estimate(self._run, ''))}\n"
-                "Checkpoints are as they were."
+                f"out of device memory: {first_line}\n{self._help()}\nCheckpoints are as they were."
             ) from error
 
-    def _help(self, plan) -> str:
-        classes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size >= 2**27)
-        levers = "; ".join(memory_levers(self._run, plan)[:3])
+    def _help(self) -> str:
+        by_class, total = estimate_memory(self._run)
+        classes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in by_class.items() if size >= 2**27)
+        levers = "; ".join(memory_levers(self._run, by_class, total)[:3])
         return (
             f"GiB by class: {classes or 'all below 0.13'}. What would help: {levers}. `python -m train.plan` says more"
         )

@@ -31,6 +31,7 @@ class Target:
     Attributes:
       name: As the user wrote it.
       num_devices: How many.
+      platform: "cpu", "gpu" or "tpu".
       device_kind: What JAX calls them; the name where no compiler is at hand.
       spec: Their entry in the table of devices, if there is one.
       devices: For the compiler; None where there is none.
@@ -41,6 +42,7 @@ class Target:
 
     name: str
     num_devices: int
+    platform: str
     device_kind: str
     spec: DeviceSpec | None
     devices: Sequence[jax.Device] | None
@@ -85,6 +87,7 @@ def local_target(devices: Sequence[jax.Device], table: DeviceTable) -> Target:
     return Target(
         name="local",
         num_devices=len(devices),
+        platform=devices[0].platform,
         device_kind=kind,
         spec=found and found[1],
         devices=devices,
@@ -103,6 +106,7 @@ def _tpu_target(kind: str, size: str, table: DeviceTable) -> Target:
     chips = math.prod(map(int, size.split("x")))
     common = dict(
         name=f"{kind}:{size}",
+        platform="tpu",
         spec=spec,
         memory_bytes=round(spec.memory_gib * _GIB),
         memory_note="what the TPU's compiler allows",
@@ -133,6 +137,7 @@ def _gpu_target(kind: str, size: str, table: DeviceTable) -> Target:
     common = dict(
         name=f"{kind}:{size}",
         num_devices=count,
+        platform="gpu",
         spec=spec,
         memory_bytes=round(fraction * spec.memory_gib * _GIB),
         memory_note=f"{fraction:g} of {spec.memory_gib:g} GiB: XLA_PYTHON_CLIENT_MEM_FRACTION",

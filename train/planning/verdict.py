@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 
@@ -23,7 +24,7 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
         problems.append(
             f"does not fit: {_gib(plan.memory_total)} of {_gib(plan.memory_limit)} a device ({plan.memory_note})"
         )
-        advice += memory_levers(run, plan)
+        advice += memory_levers(run, plan.memory, plan.memory_total)
     elif plan.fits is None:
         notes.append("whether it fits is not known: nobody says how much memory a device has")
     problems += _replicated_parameters(run, plan)
@@ -44,22 +45,26 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
     return {"problems": problems, "advice": advice, "notes": notes}
 
 
-def memory_levers(run: Run, plan: Plan) -> list[str]:
-    """What would lower the memory, most effective first."""
+def memory_levers(run: Run, memory: Mapping[str, int], total: int) -> list[str]:
+    """What would lower the memory, most effective first.
+
+    Args:
+      run: The run.
+      memory: Bytes of a device by class.
+      total: The most that it holds at once.
+    """
     model, training, shape = run.parts.model, run.config.training, run.mesh.shape
     rows = training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
     shards = run.mesh.size // shape["data"]
-    of = collections.Counter(plan.memory)
+    of = collections.Counter(memory)
     state = of["parameters"] + of["optimizer"] + of["gradients"]
     levers = []
     if model.remat != "full":
         step = "dots or full" if model.remat == "none" else "full"
-        levers.append((plan.memory_total - state, f"model.remat={step}: recompute activations instead of keeping them"))
+        levers.append((total - state, f"model.remat={step}: recompute activations instead of keeping them"))
     if rows > 1:
         parts = training.accumulate_steps * rows
-        levers.append(
-            (plan.memory_total - state, f"training.accumulate_steps={parts}: one row of a device at a time, not {rows}")
-        )
+        levers.append((total - state, f"training.accumulate_steps={parts}: one row of a device at a time, not {rows}"))
     if shape["data"] > 1:
         levers.append(
             (state, f"mesh.fsdp in place of mesh.data: each device then keeps 1 / {shape['data']} of the state")
@@ -67,17 +72,15 @@ def memory_levers(run: Run, plan: Plan) -> list[str]:
     context = math.prod(shape[axis] for axis in CONTEXT_AXES)
     levers.append(
         (
-            (plan.memory_total - state) / 2,
+            (total - state) / 2,
             f"a larger mesh.context_inner (now {context}, of {shards} that share the state): activations shrink with "
             "the devices of a sequence, the state with all",
         )
     )
     if model.param_dtype == "float32":
         levers.append((state / 4, "model.param_dtype=bfloat16: half of the parameters' memory, at a cost in precision"))
-    if run.target.spec is not None and run.target.spec.link == "switch" and preallocated_fraction() < 0.9:
-        levers.append(
-            (plan.memory_total, "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment: more of the GPU for JAX")
-        )
+    if run.target.platform == "gpu" and preallocated_fraction() < 0.9:
+        levers.append((total, "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment: more of the GPU for JAX"))
     return [text for _, text in sorted(levers, key=lambda lever: -lever[0])]
 
 

@@ -48,6 +48,7 @@ def small_device(devices, table):
     return Target(
         name="local",
         num_devices=len(devices),
+        platform="cpu",
         device_kind="cpu",
         spec=None,
         devices=devices,
