@@ -29,15 +29,18 @@ class Timing:
     calls: int
 
 
-def time_calls(call: Callable[[], Any], *, repetitions: int = 20, min_seconds: float = MIN_SECONDS) -> Timing:
+def time_calls(call: Callable[[], Any], *, repetitions: int = 20, max_calls: int = MAX_CALLS) -> Timing:
     """Times a call that returns arrays before they are computed.
 
-    A measurement is as many calls as take `min_seconds`, queued one behind the other, until the last is done.
+    A measurement is as many calls as take MIN_SECONDS, queued one behind the other, until the last is done.
+
+    Args:
+      max_calls: Calls that may be queued at once.
     """
     jax.block_until_ready(call())
     calls, seconds = 1, _seconds(call, 1)
-    while seconds < min_seconds and calls < MAX_CALLS:
-        calls = min(MAX_CALLS, max(2 * calls, math.ceil(1.2 * calls * min_seconds / seconds)))
+    while seconds < MIN_SECONDS and calls < max_calls:
+        calls = min(max_calls, max(2 * calls, math.ceil(1.2 * calls * MIN_SECONDS / seconds)))
         seconds = _seconds(call, calls)
     measured = [_seconds(call, calls) / calls for _ in range(repetitions)]
     low, median, high = np.percentile(measured, (10, 50, 90)).tolist()

@@ -41,10 +41,9 @@ def markdown(results: Results, *, picture: str | None) -> str:
         f"Commit {machine['commit']}.",
         "",
         f"Settings: {', '.join(f'{name} {value}' for name, value in results.settings.items())}. Times are medians; in "
-        "brackets the 10th and 90th percentile. TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, "
-        f"with backward 3.5 times that. Ceiling: a {results.ceiling_size}^3 bfloat16 matmul of the same run, "
-        f"{results.ceiling_tflops:.3g} TFLOP/s. Memory: arguments, results and temporaries of the program. Ratio: the "
-        "best peer's time over this one's; above 1 this one is faster.",
+        f"brackets the 10th and 90th percentile. Ceiling: a {results.ceiling_size}^3 bfloat16 matmul of the same run, "
+        f"{results.ceiling_tflops:.3g} TFLOP/s a device. Memory: arguments, results and temporaries of the program. "
+        "Ratio: the best peer's time over this one's; above 1 this one is faster.",
         *(f"\n{text}" for text in results.notes),
     ]
     if picture is not None:

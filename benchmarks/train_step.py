@@ -15,6 +15,7 @@ from train.assemble import assemble, batch_placement, memory_in_use, start_mesh
 from train.config import load_config
 from train.data import open_data
 from train.devices import model_flops_utilization
+from train.loop import MAX_STEPS_IN_FLIGHT
 from train.state import create_state
 
 NUM_BATCHES = 4  # taken in turn, and placed before the clock starts: packing differs from batch to batch
@@ -29,7 +30,8 @@ def measure_train(
 ) -> tuple[Row, Ceiling]:
     """Times the jitted step of the trainer: forward, backward and update, with neither input nor logging.
 
-    TFLOP/s count three times the model's forward FLOPs over the documents at hand, as MFU does.
+    Returns: a row, and the ceiling of one device. TFLOP/s count three times the model's forward FLOPs over the
+      documents at hand, as MFU does.
     """
     config = load_config(config_path, overrides)
     mesh = start_mesh(config)
@@ -57,7 +59,7 @@ def measure_train(
             return metrics
 
         progress("timing it")
-        timing = time_calls(step, repetitions=repetitions)
+        timing = time_calls(step, repetitions=repetitions, max_calls=MAX_STEPS_IN_FLIGHT)
         in_use = memory_in_use()
 
     tokens = np.mean([np.sum(of_batch) for of_batch in lengths])
