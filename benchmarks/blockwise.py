@@ -35,7 +35,8 @@ def measure_blockwise(
       ceiling: What a large matmul reaches here.
       candidates_of: The ways to compute a case, or rows that say why there is none; default this project's
         implementations and the peers.
-    Returns: a row for each case, pass and implementation; what does not fit the float32 formula is not timed.
+    Returns: a row for each case, pass and implementation; what does not fit the float32 formula is not timed. After
+      Ctrl-C, the rows until then.
     """
     if candidates_of is None:
         candidates_of = functools.partial(all_candidates, implementations=implementations, peers=peers)
@@ -52,11 +53,14 @@ def measure_blockwise(
     }
     compiled = compile_all(programs, progress=progress)
     number = 0
-    for case in cases:
-        for row in _rows_of_case(case, candidates, compiled, ceiling, dtype, repetitions):
-            number += 1
-            progress(f"[{number}/{len(candidates)}] {_line(row)}")
-            rows.append(row)
+    try:
+        for case in cases:
+            for row in _rows_of_case(case, candidates, compiled, ceiling, dtype, repetitions):
+                number += 1
+                progress(f"[{number}/{len(candidates)}] {_line(row)}")
+                rows.append(row)
+    except KeyboardInterrupt:
+        progress("interrupted: what was measured until now is kept")
     return rows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.blockwise import OURS, measure_blockwise
-from benchmarks.cases import CASES, SMOKE, Case
+from benchmarks.cases import CASES, PASSES, SMOKE, Case
 from benchmarks.machine import describe
 from benchmarks.measure import Ceiling, matmul_ceiling
 from benchmarks.peers import PEERS, chosen_peers
@@ -109,6 +109,9 @@ def _blockwise(options: argparse.Namespace) -> int:
         repetitions=options.repetitions,
         progress=_say,
     )
+    measured = {row.case for row in rows if row.which in PASSES}
+    if missing := [case.name for case in cases if case.name not in measured]:
+        notes.append(f"Interrupted before: {', '.join(missing)}.")
     settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
     return _finish(options, rows, ceiling, settings, notes)
 

@@ -31,8 +31,8 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
     del schedule
     if carry is not None or return_carry:
         _refuse("it takes and returns no running softmax (carry, return_carry)")
-    statics = _statics(q, k, v, tokens, options)
-    out, lse = _jax_function("_dot_product_attention_fwd")(q, k, v, *_unused(q), *statics)
+    settings = _settings(q, k, v, tokens, options)
+    out, lse = _jax_function("_dot_product_attention_fwd")(q, k, v, *_unused(q), *settings)
     return out, lse
 
 
@@ -43,14 +43,14 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
         _refuse("its gradient leaves out the cotangent of lse (dlse); it serves dlse=None, which means zero")
     if accumulate is not None:
         _refuse("it adds into no running gradients (accumulate)")
-    statics = _statics(q, k, v, tokens, options)
+    settings = _settings(q, k, v, tokens, options)
     residuals = q, k, v, *_unused(q), lse, out.astype(q.dtype)
     cotangents = dout.astype(q.dtype), None
-    dq, dk, dv, *_ = _jax_function("_dot_product_attention_bwd_rule")(*statics, residuals, cotangents)
+    dq, dk, dv, *_ = _jax_function("_dot_product_attention_bwd_rule")(*settings, residuals, cotangents)
     return dq, dk, dv
 
 
-def _statics(q, k, v, tokens: Tokens | None, options: Options) -> tuple:
+def _settings(q, k, v, tokens: Tokens | None, options: Options) -> tuple:
     """The static arguments of JAX's functions, in their order, for a call that cuDNN serves.
 
     Raises: NotImplementedError with the reason where it does not.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, measure, peers, report, run
+from benchmarks import blockwise, machine, measure, peers, report, run
 from benchmarks.results import Results, Row, with_peer_ratios
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG"
 
@@ -187,6 +188,23 @@ def test_only_this_projects_faults_fail_the_command(tmp_path, monkeypatch, littl
     for rows, code in ((ROWS, 1), (ROWS[:3], 0), ([row("a", problem="failed: x")], 0)):
         monkeypatch.setattr(run, "measure_blockwise", lambda *args, rows=rows, **kwargs: list(rows))
         assert run.main(arguments) == code
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, little_time, monkeypatch, capsys):
+    inputs = blockwise.Case.inputs
+
+    def interrupted(case, dtype):
+        if case.documents is not None:
+            raise KeyboardInterrupt
+        return inputs(case, dtype)
+
+    monkeypatch.setattr(blockwise.Case, "inputs", interrupted)
+    arguments = ["--cases", "smoke", "--peers", "", "--repetitions", "2", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert "interrupted: what was measured until now is kept" in capsys.readouterr().out
+    saved, page = files(tmp_path, "blockwise")
+    assert "Interrupted before: documents 3 B1 S96 2/1 D16." in page
+    assert len([row for row in saved["rows"] if row["problem"] is None]) == 6
 
 
 def test_calls_are_batched_until_they_can_be_timed(monkeypatch):
