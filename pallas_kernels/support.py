@@ -6,6 +6,7 @@ was traced, so the table cannot promise what dispatch would refuse.
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise import api
-from pallas_kernels.mask import Causal, Prefix, SameDocument, Window
+from pallas_kernels.mask import Causal, Full, Prefix, SameDocument, Window
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.tokens import Tokens
 
@@ -42,8 +43,14 @@ def _call(
     return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), {"mask": Causal()} | options
 
 
+# Where an implementation is asked, if not on the machine at hand.
+_DEVICES = {
+    "cudnn": jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"),
+}
+
 FEATURES = {
     "causal": _call(),
+    "full": _call(mask=Full()),
     "sliding window": _call(mask=Causal() & Window(left=63)),
     "packed documents": _call(mask=Causal() & SameDocument(), tokens=True),
     "prefix LM, and any `&`, `\\|`, `~` of masks": _call(mask=(Causal() | Prefix(9)) & ~Window(left=3)),
@@ -51,10 +58,11 @@ FEATURES = {
     "grouped and multi-query heads": _call(num_kv_heads=1),
     "T != S, any lengths": _call(q_len=37, kv_len=1001),
     "head dim 128": _call(head_dim=128),
-    "any head dim": _call(head_dim=40),
+    "any head dim": _call(head_dim=37),
     "values of another head dim": _call(value_dim=128),
     "float16": _call(dtype="float16"),
     "float32": _call(dtype="float32"),
+    "gradient through the lse": _call(return_lse=True),
     "logit soft cap": _call(logits_soft_cap=30.0),
     "attention sinks": _call(sinks=jnp.zeros(4)),
     "additive bias": _call(bias=jnp.zeros((4, 256, 256))),
@@ -62,12 +70,21 @@ FEATURES = {
 }
 
 
-def _serves(op: Callable, arguments: tuple) -> bool:
-    try:
-        jax.eval_shape(op, *arguments)
-    except NotImplementedError:
-        return False
+def _serves(implementation: str, op: Callable, arguments: tuple) -> bool:
+    with _device_in_scope(implementation):
+        try:
+            jax.eval_shape(op, *arguments)
+        except NotImplementedError:
+            return False
     return True
+
+
+def _device_in_scope(implementation: str) -> AbstractContextManager:
+    """The device that the implementation is for, as dispatch reads it."""
+    device = _DEVICES.get(implementation)
+    if device is None:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device))
 
 
 def _gradient(attend: Callable) -> Callable:
@@ -90,10 +107,13 @@ def _carry_and_accumulate(implementation: str) -> str:
 
     def backward(q, k, v, lse, accumulate):
         return api.blockwise_attention_backward(
-            q, k, v, q, lse, q, lse, accumulate=accumulate, implementation=implementation, **options
+            q, k, v, q, lse, q, None, accumulate=accumulate, implementation=implementation, **options
         )
 
-    return _cell(_serves(forward, (q, k, v, carry)), _serves(backward, (q, k, v, carry.max, float32)))
+    return _cell(
+        _serves(implementation, forward, (q, k, v, carry)),
+        _serves(implementation, backward, (q, k, v, carry.max, float32)),
+    )
 
 
 def _cell(forward: bool, gradient: bool) -> str:
@@ -114,9 +134,9 @@ def table() -> str:
         for name in names:
 
             def attend(q, k, v, name=name, options=options):
-                return api.blockwise_attention(q, k, v, implementation=name, return_lse=True, **options)
+                return api.blockwise_attention(q, k, v, implementation=name, **options)
 
-            cells.append(_cell(_serves(attend, qkv), _serves(_gradient(attend), qkv)))
+            cells.append(_cell(_serves(name, attend, qkv), _serves(name, _gradient(attend), qkv)))
         rows.append([feature, *cells])
     rows.append(["carry in and out, accumulate (for rings)", *map(_carry_and_accumulate, names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,14 +1,26 @@
-"""Every test runs on eight virtual CPU devices, with strict dtype promotion and checked shape annotations."""
+"""Every test runs on eight virtual CPU devices, with strict dtype promotion and checked shape annotations.
+
+`pytest -m gpu` runs the tests that need a GPU on the machine's own devices instead.
+"""
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 install_import_hook(["pallas_kernels", "longctx"], "beartype.beartype")
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip(f"runs on {jax.default_backend()}, needs a GPU: `pytest -m gpu` on a machine with one")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_sizes import BlockSizes
-from pallas_kernels.blockwise import reference, xla
+from pallas_kernels.blockwise import cudnn, reference, xla
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.mask import Mask
@@ -18,8 +18,8 @@ from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import Schedule
 from pallas_kernels.tokens import Tokens, validate_tokens
 
-FORWARD: Mapping = {"xla": xla.forward, "reference": reference.forward}
-BACKWARD: Mapping = {"xla": xla.backward, "reference": reference.backward}
+FORWARD: Mapping = {"cudnn": cudnn.forward, "xla": xla.forward, "reference": reference.forward}
+BACKWARD: Mapping = {"cudnn": cudnn.backward, "xla": xla.backward, "reference": reference.backward}
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -68,8 +68,7 @@ def blockwise_attention(
     """
     _refuse_reserved("blockwise_attention", sinks=sinks, bias=bias, dropout=dropout)
     options = _options("blockwise_attention", q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
-    out, lse = _attention(options, implementation, q, k, v, tokens, schedule)
-    return (out, lse) if return_lse else out
+    return _attention(options, implementation, return_lse, q, k, v, tokens, schedule)
 
 
 def blockwise_attention_forward(
@@ -129,7 +128,7 @@ def blockwise_attention_backward(
     out: Float[Array, "B T N V"],
     lse: Float32[Array, "B N T"],
     dout: Float[Array, "B T N V"],
-    dlse: Float32[Array, "B N T"],
+    dlse: Float32[Array, "B N T"] | None,
     *,
     mask: Mask,
     tokens: Tokens | None = None,
@@ -151,7 +150,7 @@ def blockwise_attention_backward(
       out: The attention's result over all keys.
       lse: Its log-sum-exp over all keys.
       dout: Cotangent of out.
-      dlse: Cotangent of lse.
+      dlse: Cotangent of lse; None where nothing depends on lse, which some implementations require.
       accumulate: Running (dq, dk, dv) to add into; None starts from zero.
       Others: as `blockwise_attention`.
     Returns: (dq, dk, dv): float32 where `accumulate` is given, else in the dtypes of q, k and v.
@@ -182,9 +181,13 @@ def blockwise_attention_backward(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(options: Options, implementation, q, k, v, tokens, schedule):
-    return dispatch.run(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(options: Options, implementation, return_lse: bool, q, k, v, tokens, schedule):
+    return _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule)[0]
+
+
+def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule):
+    out, lse = dispatch.run(
         "blockwise_attention_forward",
         FORWARD,
         implementation,
@@ -197,15 +200,13 @@ def _attention(options: Options, implementation, q, k, v, tokens, schedule):
         return_carry=False,
         options=options,
     )
+    return (out, lse) if return_lse else out, (q, k, v, out, lse, tokens, schedule)
 
 
-def _attention_fwd(options, implementation, q, k, v, tokens, schedule):
-    out, lse = _attention(options, implementation, q, k, v, tokens, schedule)
-    return (out, lse), (q, k, v, out, lse, tokens, schedule)
-
-
-def _attention_bwd(options, implementation, residuals, cotangents):
+def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
     q, k, v, out, lse, tokens, schedule = residuals
+    # An lse that was not returned has no cotangent: None says so to implementations that could not take one.
+    dout, dlse = cotangents if return_lse else (cotangents, None)
     gradients = dispatch.run(
         "blockwise_attention_backward",
         BACKWARD,
@@ -215,7 +216,8 @@ def _attention_bwd(options, implementation, residuals, cotangents):
         v,
         out,
         lse,
-        *cotangents,
+        dout,
+        dlse,
         tokens=tokens,
         schedule=schedule,
         accumulate=None,

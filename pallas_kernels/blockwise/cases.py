@@ -113,4 +113,7 @@ CASES = (
     Case(name="soft_cap", mask=Causal(), q_len=50, logits_soft_cap=2.0),
     Case(name="soft_cap_empty_rows_gqa", mask=Causal(offset=-9), q_len=50, num_heads=4, logits_soft_cap=2.0),
     Case(name="scale", mask=Causal(), q_len=50, scale=0.7),
+    Case(name="head_dim_64_gqa_scale", mask=Causal(), q_len=130, num_heads=4, head_dim=64, scale=0.2),
+    Case(name="head_dim_128_cross_mqa", mask=Full(), q_len=66, kv_len=200, num_heads=4, num_kv_heads=1, head_dim=128),
+    Case(name="head_dim_128_window_gqa", mask=Causal() & Window(left=50), q_len=200, num_heads=4, head_dim=128),
 )  # fmt: skip

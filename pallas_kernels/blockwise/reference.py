@@ -7,11 +7,16 @@
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, section 3.1; the dlse term follows from d lse / d S = P.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
+
+# GPUs and TPUs would otherwise multiply float32 in TF32 and bfloat16.
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options):
@@ -23,7 +28,7 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
         row_max = jnp.maximum(row_max, carry.max)
     p = jnp.exp(s - finite_max(row_max)[..., None])
     row_sum = jnp.sum(p, axis=-1)
-    acc = jnp.einsum("BNTS,BSNV->BTNV", p, _per_query_head(v, q))
+    acc = einsum("BNTS,BSNV->BTNV", p, _per_query_head(v, q))
     if carry is not None:
         rescale = jnp.exp(carry.max - finite_max(row_max))
         row_sum += rescale * carry.sum
@@ -37,13 +42,15 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
     del schedule
     s, cap_slope = _logits(q, k, tokens, options)
     dout = dout.astype(jnp.float32)
-    delta = jnp.einsum("BTNV,BTNV->BNT", dout, out.astype(jnp.float32))
+    delta = einsum("BTNV,BTNV->BNT", dout, out.astype(jnp.float32))
+    if dlse is not None:
+        delta -= dlse
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
-    dp = jnp.einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q))
-    ds = options.scale * cap_slope * p * (dp - (delta - dlse)[..., None])
-    dq = jnp.einsum("BNTS,BSNH->BTNH", ds, _per_query_head(k, q))
-    dk = _per_kv_head(jnp.einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
-    dv = _per_kv_head(jnp.einsum("BNTS,BTNV->BSNV", p, dout), v)
+    dp = einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q))
+    ds = options.scale * cap_slope * p * (dp - delta[..., None])
+    dq = einsum("BNTS,BSNH->BTNH", ds, _per_query_head(k, q))
+    dk = _per_kv_head(einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
+    dv = _per_kv_head(einsum("BNTS,BTNV->BSNV", p, dout), v)
     if accumulate is not None:
         return tuple(a + g for a, g in zip(accumulate, (dq, dk, dv), strict=True))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
@@ -51,7 +58,7 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
 
 def _logits(q, k, tokens, options: Options) -> tuple[jax.Array, jax.Array]:
     """Masked logits `[B, N, T, S]`, and the derivative of the soft cap at each."""
-    s = options.scale * jnp.einsum("BTNH,BSNH->BNTS", q.astype(jnp.float32), _per_query_head(k, q))
+    s = options.scale * einsum("BTNH,BSNH->BNTS", q.astype(jnp.float32), _per_query_head(k, q))
     slope = jnp.ones_like(s)
     if options.logits_soft_cap is not None:
         squashed = jnp.tanh(s / options.logits_soft_cap)

@@ -56,7 +56,9 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
     schedule = _schedule(q, k, tokens, schedule, options)
     tiles = _Tiles(q, k, tokens, schedule, options)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1) - dlse
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
+    if dlse is not None:
+        delta -= dlse
     dtypes = q.dtype, k.dtype, v.dtype
     if accumulate is None:
         accumulate = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))

@@ -4,6 +4,9 @@ The truth is the reference's forward and its derivative by JAX, with random cota
 hand-written backward of the reference is under test like any other.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -23,7 +26,7 @@ from pallas_kernels.blockwise.options import Options
 from pallas_kernels.testing import assert_close
 
 CASES_BY_NAME = {case.name: case for case in CASES}
-IMPLEMENTATIONS = tuple(api.FORWARD)
+IMPLEMENTATIONS = tuple(name for name in api.FORWARD if name != "cudnn")
 GRADIENTS = ("dq", "dk", "dv")
 
 
@@ -98,6 +101,75 @@ def test_equals_reference_in_low_precision(name, dtype):
     got = run_op(case, inputs, "xla")
     assert got["out"].dtype == got["dq"].dtype == dtype and got["lse"].dtype == jnp.float32
     assert_all_close(got, truth(case, inputs), dtype)
+
+
+CUDNN_CASES = {
+    *("causal", "full", "causal_T1000", "window"),
+    *("head_dim_64_gqa_scale", "head_dim_128_cross_mqa", "head_dim_128_window_gqa"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnn_equals_reference_or_refuses(case, dtype):
+    inputs = case.inputs(dtype)
+
+    def run(q, k, v, dout):
+        attend = functools.partial(blockwise_attention, implementation="cudnn", **case.arguments())
+        out, vjp = jax.vjp(attend, q, k, v)
+        forward = blockwise_attention_forward(q, k, v, implementation="cudnn", **case.arguments())
+        return out, forward[1], *vjp(dout)
+
+    arguments = inputs["q"], inputs["k"], inputs["v"], inputs["dout"]
+    if case.name not in CUDNN_CASES:
+        with pytest.raises(NotImplementedError, match="cudnn: "):
+            jax.eval_shape(run, *arguments)
+        return
+    got = dict(zip(("out", "lse", *GRADIENTS), jax.jit(run)(*arguments), strict=True))
+    want = truth(case, inputs | {"dlse": jnp.zeros_like(inputs["dlse"])})
+    # The products of a logit are exact in float32, so lse is nearer than the dtype of the inputs.
+    assert_close("lse", got["lse"], want["lse"], "float16")
+    assert_all_close(got, want, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [8, 40, 96])
+def test_cudnn_takes_multiples_of_8(head_dim):
+    case = dataclasses.replace(CASES_BY_NAME["head_dim_64_gqa_scale"], head_dim=head_dim)
+    test_cudnn_equals_reference_or_refuses(case, "bfloat16")
+
+
+@pytest.mark.gpu
+def test_the_gradient_of_an_lse_is_taken_by_another_implementation():
+    case = CASES_BY_NAME["head_dim_128_window_gqa"]
+    inputs = case.inputs("bfloat16")
+    with dispatch.record() as taken:
+        got = run_op(case, inputs, None)
+    assert taken == [("blockwise_attention_forward", "cudnn"), ("blockwise_attention_backward", "xla")]
+    assert_all_close(got, truth(case, inputs), "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["causal", "gqa", "documents_window_gqa"])
+def test_no_cotangent_of_lse_is_a_cotangent_of_zero(name, implementation):
+    case = CASES_BY_NAME[name]
+    inputs = case.inputs("float32")
+    q, k, v, dout = (inputs[name] for name in ("q", "k", "v", "dout"))
+    options = case.arguments() | {"implementation": implementation}
+
+    @jax.jit
+    def run(dlse):
+        out, lse = blockwise_attention_forward(q, k, v, **options)
+        return blockwise_attention_backward(q, k, v, out, lse, dout, dlse, **options)
+
+    @jax.jit
+    def of_out_alone():
+        return jax.vjp(functools.partial(blockwise_attention, **options), q, k, v)[1](dout)
+
+    zero = jnp.zeros_like(inputs["dlse"])
+    for got in (run(None), of_out_alone()):
+        assert_all_close(
+            dict(zip(GRADIENTS, got, strict=True)), dict(zip(GRADIENTS, run(zero), strict=True)), "float32"
+        )
 
 
 @pytest.mark.parametrize("name", ["causal", "cross", "documents", "empty_rows", "soft_cap_empty_rows_gqa", "striped"])

@@ -1,0 +1,157 @@
+"""Measures blockwise attention: every implementation of the family and every peer, on the cases of cases.py."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import jax
+
+from benchmarks.cases import Case, Pass
+from benchmarks.check import Check
+from benchmarks.measure import Ceiling, compile_all, memory_bytes, time_calls
+from benchmarks.peers import Candidate, Peer
+from benchmarks.results import Row
+from pallas_kernels import blockwise_attention, make_schedule
+from pallas_kernels.blockwise import api
+
+type Key = tuple[Case, Pass, str]
+
+OURS = tuple(name for name in api.FORWARD if name != "reference")
+
+
+def measure_blockwise(
+    cases: Sequence[Case],
+    *,
+    peers: Mapping[str, Peer],
+    ceiling: Ceiling,
+    implementations: Sequence[str] = OURS,
+    dtype: str = "bfloat16",
+    repetitions: int = 20,
+    progress: Callable[[str], None] = print,
+    candidates_of: Callable[[Case], Iterable[Candidate | Row]] | None = None,
+) -> list[Row]:
+    """Compiles every program, then for each case checks and times its implementations one by one.
+
+    Args:
+      ceiling: What a large matmul reaches here.
+      candidates_of: The ways to compute a case, or rows that say why there is none; default this project's
+        implementations and the peers.
+    Returns: a row for each case, pass and implementation; what does not fit the float32 formula is not timed. After
+      Ctrl-C, the rows until then.
+    """
+    if candidates_of is None:
+        candidates_of = functools.partial(all_candidates, implementations=implementations, peers=peers)
+    rows, candidates = [], {}
+    for case in cases:
+        for candidate in candidates_of(case):
+            if isinstance(candidate, Row):
+                rows.append(candidate)
+                continue
+            for which in candidate.passes:
+                candidates[case, which, candidate.name] = candidate
+    programs = {
+        key: functools.partial(_lower, candidate, key[0], key[1], dtype) for key, candidate in candidates.items()
+    }
+    compiled = compile_all(programs, progress=progress)
+    number = 0
+    try:
+        for case in cases:
+            for row in _rows_of_case(case, candidates, compiled, ceiling, dtype, repetitions):
+                number += 1
+                progress(f"[{number}/{len(candidates)}] {_line(row)}")
+                rows.append(row)
+    except KeyboardInterrupt:
+        progress("interrupted: what was measured until now is kept")
+    return rows
+
+
+def all_candidates(
+    case: Case, *, implementations: Sequence[str], peers: Mapping[str, Peer]
+) -> Iterator[Candidate | Row]:
+    """This project's implementations and the peers' for a case; a row for a peer that does not serve it."""
+    for name in implementations:
+        yield our_candidate(case, name)
+    for name, peer in peers.items():
+        try:
+            yield from peer.candidates(case)
+        except NotImplementedError as refusal:
+            yield Row(
+                case=case.name, which="both passes", implementation=name, ours=False, problem=f"refused: {refusal}"
+            )
+
+
+def our_candidate(case: Case, implementation: str) -> Candidate:
+    """The public op with a named implementation; its schedule is built outside the timing, as a model builds it."""
+
+    def attend(q, k, v, extra):
+        tokens, schedule = extra
+        return blockwise_attention(
+            q, k, v, mask=case.mask, tokens=tokens, schedule=schedule, implementation=implementation
+        )
+
+    def extra():
+        tokens = case.tokens
+        return tokens, make_schedule(case.mask, tokens, q_len=case.length, kv_len=case.length)
+
+    return Candidate(name=f"longctx {implementation}", ours=True, attend=attend, extra=extra)
+
+
+def _lower(candidate: Candidate, case: Case, which: Pass, dtype: str) -> jax.stages.Lowered:
+    def forward(q, k, v, dout, extra):
+        return (candidate.attend(q, k, v, extra),)
+
+    def forward_and_backward(q, k, v, dout, extra):
+        out, vjp = jax.vjp(lambda q, k, v: candidate.attend(q, k, v, extra), q, k, v)
+        return out, *vjp(dout)
+
+    program = forward if which == "forward" else forward_and_backward
+    return jax.jit(program).lower(*case.shapes(dtype), jax.eval_shape(candidate.extra))
+
+
+def _rows_of_case(
+    case: Case,
+    candidates: Mapping[Key, Candidate],
+    compiled: Mapping[Key, jax.stages.Compiled | Exception],
+    ceiling: Ceiling,
+    dtype: str,
+    repetitions: int,
+) -> Iterator[Row]:
+    q, k, v, dout = case.inputs(dtype)
+    check = Check.of(case, q, k, v, dout)
+    for key, candidate in candidates.items():
+        if key[0] != case:
+            continue
+        which, program = key[1], compiled[key]
+        row = functools.partial(Row, case=case.name, which=which, implementation=candidate.name, ours=candidate.ours)
+        try:
+            if isinstance(program, Exception):
+                raise program
+            extra = jax.block_until_ready(candidate.extra())
+            problem = check.problem(program(q, k, v, check.dout, extra))
+            if problem is not None:
+                yield row(problem=f"wrong: {problem}")
+                continue
+            timing = time_calls(functools.partial(program, q, k, v, dout, extra), repetitions=repetitions)
+        except NotImplementedError as refusal:
+            yield row(problem=f"refused: {refusal}")
+        except Exception as error:  # peers raise what they like, and memory may not suffice
+            yield row(problem=f"failed: {_first_line(error)}")
+        else:
+            flops_per_second = case.flops(which) / timing.median
+            yield row(
+                median_ms=1e3 * timing.median,
+                low_ms=1e3 * timing.low,
+                high_ms=1e3 * timing.high,
+                tflops=flops_per_second / 1e12,
+                ceiling_share=flops_per_second / ceiling.flops,
+                memory_bytes=memory_bytes(program),
+            )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else '(no message)'}"
+
+
+def _line(row: Row) -> str:
+    outcome = row.problem or f"{row.median_ms:.3f} ms, {row.tflops:.3g} TFLOP/s"
+    return f"{row.case}, {row.which}, {row.implementation}: {outcome}"

@@ -1,0 +1,140 @@
+"""The cases of blockwise attention that are measured, as data, and how much work each is."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import Mask, Tokens
+from pallas_kernels.mask import Causal, Full, SameDocument, Window
+from pallas_kernels.testing import packed_tokens
+
+Pass = Literal["forward", "forward+backward"]
+PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+# Two matmuls a pair forward, and five backward.
+MATMULS: dict[Pass, int] = {"forward": 2, "forward+backward": 7}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Self-attention of one shape under one mask.
+
+    Attributes:
+      window: Tokens that each sees, itself included; None for all before it.
+      documents: Lengths of the documents packed into each row; None for one.
+    """
+
+    batch_size: int
+    length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool = True
+    window: int | None = None
+    documents: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        kind = "causal" if self.causal else "full"
+        if self.window is not None:
+            kind = f"window {self.window}"
+        if self.documents is not None:
+            kind = f"documents {len(self.documents)}"
+        shape = f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
+        return f"{kind} {shape}"
+
+    @property
+    def mask(self) -> Mask:
+        mask = Causal() if self.causal else Full()
+        if self.window is not None:
+            mask &= Window(left=self.window - 1)
+        if self.documents is not None:
+            mask &= SameDocument()
+        return mask
+
+    @property
+    def segment_ids(self) -> jax.Array | None:
+        """Document of each token, int32 `[1, length]`; None for one document."""
+        if self.documents is None:
+            return None
+        return jnp.asarray(packed_tokens((self.documents,), self.length).q_segment_ids)
+
+    @property
+    def document_starts(self) -> jax.Array:
+        """Where the document of each token begins, int32 `[1, length]`."""
+        lengths = np.asarray(self.documents or (self.length,))
+        return jnp.asarray(np.repeat(np.cumsum(lengths) - lengths, lengths)[None], jnp.int32)
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """Tokens in order: positions need not restart where documents are told apart by their ids."""
+        return None if self.documents is None else Tokens.self_attention(None, self.segment_ids)
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of one row and head that the mask allows."""
+        return sum(self._pairs_of(length) for length in self.documents or (self.length,))
+
+    def _pairs_of(self, length: int) -> int:
+        if not self.causal:
+            return length**2
+        seen = np.arange(1, length + 1, dtype=np.int64)
+        return int(np.minimum(seen, self.window or length).sum())
+
+    def flops(self, which: Pass) -> int:
+        """FLOPs of a pass over the allowed pairs: forward 4 pairs D N B, and 3.5 times that with backward."""
+        matmul = 2 * self.pairs * self.head_dim * self.num_heads * self.batch_size
+        return MATMULS[which] * matmul
+
+    def shapes(self, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """q, k, v, and the cotangent of out."""
+        q = (self.batch_size, self.length, self.num_heads, self.head_dim)
+        kv = (self.batch_size, self.length, self.num_kv_heads, self.head_dim)
+        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, kv, kv, q))
+
+    def inputs(self, dtype: str, *, seed: int = 0) -> tuple[jax.Array, ...]:
+        """q, k, v and the cotangent of out: normal, drawn in `dtype`."""
+        shapes = self.shapes(dtype)
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
+        return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, shapes, strict=True))
+
+
+def _case(batch_size: int, length: int, heads: str, head_dim: int, **options) -> Case:
+    num_heads, num_kv_heads = map(int, heads.split("/"))
+    return Case(
+        batch_size=batch_size,
+        length=length,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        **options,
+    )
+
+
+# 16 random lengths packed in one row of 32,768: 52 million pairs.
+DOCUMENTS = (3974, 547, 1748, 1687, 500, 3750, 1383, 2908, 4281, 103, 4096, 2415, 4004, 71, 188, 1113)
+
+CASES = (
+    _case(8, 2048, "16/16", 128),
+    _case(2, 8192, "16/16", 128),
+    _case(1, 32768, "16/16", 128),
+    _case(1, 32768, "16/4", 128),
+    _case(8, 2048, "16/4", 64),
+    _case(2, 8192, "16/4", 64),
+    _case(1, 32768, "16/4", 64),
+    _case(2, 8192, "16/16", 128, causal=False),
+    _case(1, 32768, "16/16", 128, causal=False),
+    _case(1, 32768, "16/16", 128, window=4096),
+    _case(1, 32768, "16/4", 64, window=4096),
+    _case(1, 32768, "16/16", 128, documents=DOCUMENTS),
+    _case(1, 32768, "16/4", 64, documents=DOCUMENTS),
+)
+
+SMOKE = (
+    _case(2, 64, "2/1", 16),
+    _case(1, 64, "2/2", 16, causal=False),
+    _case(1, 96, "4/2", 8, window=24),
+    _case(1, 96, "2/1", 16, documents=(40, 1, 55)),
+)

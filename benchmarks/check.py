@@ -1,0 +1,101 @@
+"""Whether an implementation computes attention at all: against the float32 formula, on a sample of query rows.
+
+The cotangent of `out` is zero outside the sampled rows, so that dk and dv are sums over them alone and every gradient
+is checked in full, in memory linear in the length.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.cases import Case
+from pallas_kernels import Mask, Tokens
+from pallas_kernels.testing import TOLERANCE
+
+NUM_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """What the sampled rows of a case must give.
+
+    Attributes:
+      rows: Sampled positions, `[R]`.
+      dout: The cotangent to call with, zero outside them.
+      want: float32 out `[B, R, N, H]`, dq `[B, R, N, H]`, dk and dv `[B, S, K, H]`.
+    """
+
+    rows: jax.Array
+    dout: jax.Array
+    want: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, case: Case, q, k, v, dout, *, num_rows: int = NUM_ROWS, seed: int = 0) -> "Check":
+        """The first and the last row, and others drawn at random.
+
+        Memory: one `[N / K, R, S]` array of logits and the few that its gradient takes.
+        """
+        drawn = np.random.default_rng(seed).choice(case.length, min(num_rows, case.length), replace=False)
+        rows = jnp.asarray(np.unique([0, case.length - 1, *drawn]), jnp.int32)
+        want = _formula(case.mask, rows, q[:, rows], k, v, dout[:, rows], case.tokens or Tokens())
+        sampled = jnp.zeros((1, case.length, 1, 1), dout.dtype).at[:, rows].set(1)
+        return cls(rows=rows, dout=dout * sampled, want=want)
+
+    def problem(self, results: tuple[jax.Array, ...]) -> str | None:
+        """What is wrong with (out,) or (out, dq, dk, dv) of an implementation, or None."""
+        dtype = results[0].dtype.name
+        for name, got, want in zip(("out", "dq", "dk", "dv"), results, self.want, strict=False):
+            if name in ("out", "dq"):
+                got = got[:, self.rows]
+            if got.shape != want.shape:
+                return f"{name} has shape {got.shape}, wanted {want.shape}"
+            rms, greatest = (float(x) for x in _errors(got, want))
+            rms_tolerance, max_tolerance = TOLERANCE[dtype]
+            if not (rms <= rms_tolerance and greatest <= max_tolerance):  # also where either is nan
+                return (
+                    f"max error {greatest:.2g} of {name}'s greatest, wanted <= {max_tolerance:g}; rms error {rms:.2g}, "
+                    f"wanted <= {rms_tolerance:g}"
+                )
+        return None
+
+
+@jax.jit
+def _errors(got, want) -> tuple[jax.Array, jax.Array]:
+    """The error's root mean square and maximum, over those of `want`."""
+    error = got.astype(jnp.float32) - want
+    rms = jnp.sqrt(jnp.mean(error**2) / jnp.mean(want**2))
+    return rms, jnp.max(jnp.abs(error)) / jnp.max(jnp.abs(want))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _formula(mask: Mask, rows, q, k, v, dout, tokens: Tokens) -> tuple[jax.Array, ...]:
+    """softmax(q k^T / sqrt(H)) v over the keys that the mask allows the rows, and its derivative by JAX, in float32."""
+    B, R, N, H = q.shape
+    K = k.shape[2]
+    query_axis, key_axis = tokens.queries(k.shape[1]), tokens.keys(k.shape[1])
+    allowed_RS = mask.allowed(
+        query_axis.positions[0, rows][:, None],
+        key_axis.positions[0][None],
+        query_axis.segment_ids[0, rows][:, None],
+        key_axis.segment_ids[0][None],
+    )
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def one_kv_head(q_RGH, k_SH, v_SH):
+        logits = jnp.where(allowed_RS, H**-0.5 * einsum("RGH,SH->GRS", q_RGH, k_SH), -jnp.inf)
+        return einsum("GRS,SH->RGH", jax.nn.softmax(logits, axis=-1), v_SH)
+
+    def one_head_and_gradients(operands):
+        *qkv, dout_RGH = (x.astype(jnp.float32) for x in operands)
+        out, vjp = jax.vjp(one_kv_head, *qkv)
+        return out, *vjp(dout_RGH)
+
+    q_dout = tuple(x.reshape(B, R, K, N // K, H).swapaxes(1, 2).reshape(B * K, R, N // K, H) for x in (q, dout))
+    kv = tuple(x.swapaxes(1, 2).reshape(B * K, -1, H) for x in (k, v))
+    out, dq, dk, dv = jax.lax.map(one_head_and_gradients, (q_dout[0], *kv, q_dout[1]))
+    out, dq = (x.reshape(B, K, R, N // K, H).swapaxes(1, 2).reshape(B, R, N, H) for x in (out, dq))
+    dk, dv = (x.reshape(B, K, -1, H).swapaxes(1, 2) for x in (dk, dv))
+    return out, dq, dk, dv

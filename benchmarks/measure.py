@@ -1,0 +1,108 @@
+"""Compiling programs side by side, and timing them one by one."""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MIN_SECONDS = 0.02  # of one measurement: it then holds many calls of a short kernel, and none of their dispatch
+MAX_CALLS = 1000
+# Edge of the square matmul that says what the machine can do; a CPU would take minutes for a GPU's.
+CEILING_SIZE = {"gpu": 8192, "tpu": 8192, "cpu": 512}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds a call takes: the median, and between which 80 % of the measurements lie."""
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+    calls: int
+
+
+def time_calls(call: Callable[[], Any], *, repetitions: int = 20, max_calls: int = MAX_CALLS) -> Timing:
+    """Times a call that returns arrays before they are computed.
+
+    A measurement is as many calls as take MIN_SECONDS, queued one behind the other, until the last is done.
+
+    Args:
+      max_calls: Calls that may be queued at once.
+    """
+    jax.block_until_ready(call())
+    calls, seconds = 1, _seconds(call, 1)
+    while seconds < MIN_SECONDS and calls < max_calls:
+        calls = min(max_calls, max(2 * calls, math.ceil(1.2 * calls * MIN_SECONDS / seconds)))
+        seconds = _seconds(call, calls)
+    measured = [_seconds(call, calls) / calls for _ in range(repetitions)]
+    low, median, high = np.percentile(measured, (10, 50, 90)).tolist()
+    return Timing(median=median, low=low, high=high, repetitions=repetitions, calls=calls)
+
+
+def _seconds(call: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """FLOP/s that a square bfloat16 matmul of this size reaches on one device."""
+
+    size: int
+    flops: float
+
+    def __str__(self) -> str:
+        return f"{self.size}^3 matmul {self.flops / 1e12:.3g} TFLOP/s"
+
+
+def matmul_ceiling(*, repetitions: int = 20) -> Ceiling:
+    """Measures it: 2 size^3 over the median time."""
+    size = CEILING_SIZE.get(jax.default_backend(), CEILING_SIZE["cpu"])
+    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+    matmul = jax.jit(jnp.matmul).lower(a, b).compile()
+    timing = time_calls(lambda: matmul(a, b), repetitions=repetitions)
+    return Ceiling(size=size, flops=2 * size**3 / timing.median)
+
+
+def compile_all[K: Hashable](
+    programs: Mapping[K, Callable[[], jax.stages.Lowered]], *, progress: Callable[[str], None]
+) -> dict[K, jax.stages.Compiled | Exception]:
+    """Compiles programs in threads; what one raises takes its place.
+
+    Tracing and lowering is Python and holds its lock, so it goes on in this thread while others compile.
+
+    Args:
+      programs: Functions that trace and lower a program, by its key.
+      progress: Is told how far it is.
+    """
+    outcomes: dict[K, jax.stages.Compiled | Exception] = {}
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        compiling = {}
+        for number, (key, lower) in enumerate(programs.items(), start=1):
+            try:
+                compiling[key] = pool.submit(lower().compile)
+            except Exception as error:  # peers raise what they like
+                outcomes[key] = error
+            if number % 10 == 0 or number == len(programs):
+                progress(f"traced {number} of {len(programs)} programs")
+        for key, future in compiling.items():
+            outcomes[key] = future.exception() or future.result()
+    return outcomes
+
+
+def memory_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program holds on a device: arguments, results that are not arguments, and temporaries."""
+    stats = compiled.memory_analysis()
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + results + stats.temp_size_in_bytes

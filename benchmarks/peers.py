@@ -1,0 +1,149 @@
+"""Other people's blockwise attention: how each is called, and which cases it serves."""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import PASSES, Case, Pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to compute a case.
+
+    Attributes:
+      name: As results call it.
+      ours: Whether it is this project's.
+      attend: (q, k, v, extra) -> out, differentiable in q, k and v.
+      extra: Builds what does not change from layer to layer, outside the timing.
+      passes: The passes worth timing.
+    """
+
+    name: str
+    ours: bool
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+    extra: Callable[[], Any] = lambda: None
+    passes: tuple[Pass, ...] = PASSES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another library.
+
+    Attributes:
+      module: What is imported.
+      package: What is installed.
+      candidates: Its candidates for a case; raises NotImplementedError with the reason where it serves none.
+    """
+
+    module: str
+    package: str
+    candidates: Callable[[Case], list[Candidate]]
+
+    @property
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(self.module) is not None
+
+
+def _needs_gpu() -> None:
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"needs an NVIDIA GPU, the platform is {jax.default_backend()}")
+
+
+def _cudnn(case: Case) -> list[Candidate]:
+    """cuDNN through jax.nn: documents as a dense mask, since its public interface has no other way."""
+    _needs_gpu()
+
+    def dense_mask():
+        ids = case.segment_ids
+        return None if ids is None else ids[:, None, :, None] == ids[:, None, None, :]
+
+    def attend(q, k, v, mask):
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=case.causal,
+            local_window_size=None if case.window is None else (case.window - 1, 0),
+            implementation="cudnn",
+        )
+
+    return [Candidate(name="cuDNN (jax.nn)", ours=False, attend=attend, extra=dense_mask)]
+
+
+def _jla(case: Case) -> list[Candidate]:
+    """The Mosaic GPU kernels of jax-linear-attention, and their fused backward, which is an option."""
+    _needs_gpu()
+    if not case.causal:
+        raise NotImplementedError("is causal only")
+    from jla.ops.mosaic_gpu.attention import flash_attention
+
+    def segment_ids():
+        ids = case.segment_ids
+        return None if ids is None else jnp.broadcast_to(ids, (case.batch_size, case.length))
+
+    def attend_with(backward: str):
+        return lambda q, k, v, ids: flash_attention(
+            q, k, v, segment_ids=ids, sliding_window=case.window, backward=backward
+        )
+
+    fused_passes: tuple[Pass, ...] = ("forward+backward",)
+    return [
+        Candidate(name="jla", ours=False, attend=attend_with("ranged"), extra=segment_ids),
+        Candidate(name="jla fused", ours=False, attend=attend_with("fused"), extra=segment_ids, passes=fused_passes),
+    ]
+
+
+def _tokamax(case: Case) -> list[Candidate]:
+    """tokamax's Mosaic GPU kernels, at its default tile sizes: documents as the first key of each query."""
+    _needs_gpu()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every shape that it was not tuned for
+    from tokamax._src.ops.attention import api, base
+
+    causal = base.CausalMask(window_size=case.window) if case.causal else None
+
+    def first_keys():
+        if case.documents is None:
+            return None
+        return jnp.broadcast_to(case.document_starts[:, None], (case.batch_size, 1, case.length))
+
+    def attend(q, k, v, first_keys):
+        mask = base.Mask(causal_mask=causal, k_start=first_keys)
+        return api.IMPLEMENTATIONS["mosaic_gpu"](q, k, v, mask=mask)
+
+    return [Candidate(name="tokamax", ours=False, attend=attend, extra=first_keys)]
+
+
+PEERS = {
+    "cudnn": Peer(module="jax", package="jax", candidates=_cudnn),
+    "jla": Peer(module="jla", package="jax-linear-attention", candidates=_jla),
+    "tokamax": Peer(module="tokamax", package="tokamax", candidates=_tokamax),
+}
+
+
+def chosen_peers(names: str | None, *, note: Callable[[str], None]) -> dict[str, Peer]:
+    """The peers that a comma-separated list names; None means those that are installed, and says which are not.
+
+    Raises: ValueError where a name is unknown or the peer is not installed.
+    """
+    if names is None:
+        for name, peer in PEERS.items():
+            if not peer.is_installed:
+                note(f"peer {name} left out: {peer.package} is not installed")
+        return {name: peer for name, peer in PEERS.items() if peer.is_installed}
+    chosen = {}
+    for name in filter(None, names.split(",")):
+        if name not in PEERS:
+            raise ValueError(f"--peers: got {name!r}, wanted some of {','.join(PEERS)}")
+        if not PEERS[name].is_installed:
+            raise ValueError(
+                f"--peers: {name} is not installed; `pip install {PEERS[name].package}`, or leave it out of the list"
+            )
+        chosen[name] = PEERS[name]
+    return chosen

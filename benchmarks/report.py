@@ -1,0 +1,134 @@
+"""Results for reading: a Markdown page and a picture of bars, from what the JSON file holds.
+
+`python -m benchmarks.report RESULTS.json` writes both anew, where the machine that measured had no matplotlib, say.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.results import Results, Row
+
+
+def write_report(results: Results, folder: Path, *, note: Callable[[str], None] = print) -> list[Path]:
+    """Writes JSON, Markdown and, where matplotlib is installed, PNG; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{results.stem}.{ending}" for ending in ("json", "md", "png")]
+    results.write_json(paths[0])
+    has_picture = importlib.util.find_spec("matplotlib") is not None
+    paths[1].write_text(markdown(results, picture=paths[2].name if has_picture else None), encoding="utf-8")
+    if has_picture:
+        draw(results, paths[2])
+        return paths
+    note(f"no picture, matplotlib is not installed: `python -m benchmarks.report {paths[0]}` draws it elsewhere")
+    return paths[:2]
+
+
+def markdown(results: Results, *, picture: str | None) -> str:
+    """The page: what was measured on, a table for each pass, and what was not timed."""
+    machine, lines = (
+        results.machine,
+        [f"# {results.family}: {results.machine['device']}, {results.machine['date']}", ""],
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    lines = [
+        f"# {results.family}: {machine['device']}, {machine['date']}",
+        "",
+        f"{machine['num_devices']} x {machine['device']}{driver}; {versions}; Python {machine['python']}. "
+        f"Commit {machine['commit']}.",
+        "",
+        f"Settings: {', '.join(f'{name} {value}' for name, value in results.settings.items())}. Times are medians; in "
+        f"brackets the 10th and 90th percentile. Ceiling: a {results.ceiling_size}^3 bfloat16 matmul of the same run, "
+        f"{results.ceiling_tflops:.3g} TFLOP/s a device. Memory: arguments, results and temporaries of the program. "
+        "Ratio: the best peer's time over this one's; above 1 this one is faster.",
+        *(f"\n{text}" for text in results.notes),
+    ]
+    if picture is not None:
+        lines += ["", f"![{results.family}]({picture})"]
+    for which in dict.fromkeys(row.which for row in results.rows if row.problem is None):
+        lines += ["", f"## {which}", "", *_table([row for row in results.rows if row.which == which])]
+    untimed = [row for row in results.rows if row.problem is not None]
+    if untimed:
+        lines += ["", "## Not timed", "", "| case | pass | implementation | why |", "|---|---|---|---|"]
+        lines += [_line(row.case, row.which, row.implementation, row.problem.replace("|", "\\|")) for row in untimed]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    details = list(dict.fromkeys(name for row in rows for name in row.details))
+    head = ["case", "implementation", "ms", "TFLOP/s", "of ceiling", "memory", "ratio", *details]
+    lines = [_line(*head), "|---" * len(head) + "|"]
+    fastest: dict[str, float] = {}
+    for row in rows:
+        if row.median_ms is not None:
+            fastest[row.case] = min(row.median_ms, fastest.get(row.case, row.median_ms))
+    for row in rows:
+        if row.problem is not None:
+            continue
+        median = f"{row.median_ms:.3g}"
+        median = f"**{median}**" if row.median_ms == fastest[row.case] else median
+        lines.append(
+            _line(
+                row.case,
+                row.implementation,
+                f"{median} ({row.low_ms:.3g} - {row.high_ms:.3g})",
+                f"{row.tflops:.3g}",
+                f"{row.ceiling_share:.0%}",
+                f"{row.memory_bytes / 2**20:,.1f} MiB",
+                "" if row.peer_ratio is None else f"{row.peer_ratio:.2f}",
+                *(f"{row.details[name]:,.4g}" if name in row.details else "" for name in details),
+            )
+        )
+    return lines
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(results: Results, path: Path) -> None:
+    """Bars of TFLOP/s, a panel a pass, a group a case, a colour an implementation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in results.rows if row.problem is None]
+    passes = list(dict.fromkeys(row.which for row in timed)) or ["nothing timed"]
+    implementations = list(dict.fromkeys(row.implementation for row in timed))
+    cases = list(dict.fromkeys(row.case for row in timed))
+    width = 0.8 / max(1, len(implementations))
+    figure, axes = pyplot.subplots(
+        len(passes), 1, figsize=(max(6, 1.4 * len(cases)), 4.2 * len(passes)), squeeze=False, layout="constrained"
+    )
+    for axis, which in zip(axes[:, 0], passes, strict=True):
+        for number, implementation in enumerate(implementations):
+            rows = [row for row in timed if (row.which, row.implementation) == (which, implementation)]
+            places = [cases.index(row.case) + (number - (len(implementations) - 1) / 2) * width for row in rows]
+            axis.bar(places, [row.tflops for row in rows], width, label=implementation, color=f"C{number}")
+        axis.axhline(results.ceiling_tflops, color="gray", linestyle=":", label=f"{results.ceiling_size}^3 matmul")
+        axis.set_xticks(
+            range(len(cases)), [case.replace(" B", "\nB").replace(" D", "\nD") for case in cases], fontsize=8
+        )
+        axis.set_ylabel("TFLOP/s")
+        axis.set_title(f"{which}, {results.machine['device']}, {results.machine['date']}")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Writes page and picture anew.")
+    parser.add_argument("results", metavar="RESULTS.json", type=Path, help="what a run wrote")
+    options = parser.parse_args(arguments)
+    for path in write_report(Results.read_json(options.results), options.results.parent):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

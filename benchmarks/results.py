@@ -1,0 +1,90 @@
+"""What a run measured: rows, and the JSON file that holds them."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from benchmarks.machine import slug
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One pass of one case by one implementation, or why there is no time of it.
+
+    Attributes:
+      problem: "refused: ...", "wrong: ..." or "failed: ..."; None where it was timed.
+      low_ms, high_ms: Between them lie 80 % of the measurements.
+      tflops: TFLOP/s over the pairs that the mask allows.
+      ceiling_share: tflops over those of the matmul of the same run.
+      memory_bytes: What the program holds on a device: arguments, results and temporaries.
+      peer_ratio: The best peer's time over this one's: above 1 this one is faster. Of this project's rows only.
+      details: Other figures, by name.
+    """
+
+    case: str
+    which: str
+    implementation: str
+    ours: bool
+    problem: str | None = None
+    median_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    tflops: float | None = None
+    ceiling_share: float | None = None
+    memory_bytes: int | None = None
+    peer_ratio: float | None = None
+    details: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """A run: where it ran and what it measured.
+
+    Attributes:
+      machine: As `machine.describe` says it.
+      settings: What was asked for.
+      notes: What a reader must know of the whole.
+      ceiling_size, ceiling_tflops: Edge of the square matmul, and the TFLOP/s that it reached.
+    """
+
+    family: str
+    machine: dict
+    settings: dict
+    ceiling_size: int
+    ceiling_tflops: float
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        """The name of the run's files, without an ending."""
+        return f"{self.machine['date']}_{slug(self.machine['device'])}_{self.family}"
+
+    def write_json(self, path: Path) -> None:
+        """Writes everything."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read_json(cls, path: Path) -> Self:
+        """What `write_json` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(Row(**row) for row in values.pop("rows"))
+        return cls(rows=rows, notes=tuple(values.pop("notes")), **values)
+
+
+def with_peer_ratios(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows, with this project's compared with the fastest peer of the same case and pass."""
+    rows = tuple(rows)
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if not row.ours and row.median_ms is not None:
+            key = row.case, row.which
+            best[key] = min(row.median_ms, best.get(key, row.median_ms))
+    return tuple(
+        dataclasses.replace(row, peer_ratio=best[row.case, row.which] / row.median_ms)
+        if row.ours and row.median_ms is not None and (row.case, row.which) in best
+        else row
+        for row in rows
+    )

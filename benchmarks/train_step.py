@@ -1,0 +1,88 @@
+"""Measures one training step of a run's config, on the config's own data."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+import jax
+import numpy as np
+
+from benchmarks.measure import Ceiling, matmul_ceiling, memory_bytes, time_calls
+from benchmarks.results import Row
+from longctx.model import forward_flops
+from pallas_kernels import dispatch
+from train.assemble import assemble, batch_placement, memory_in_use, start_mesh
+from train.config import load_config
+from train.data import open_data
+from train.devices import model_flops_utilization
+from train.loop import MAX_STEPS_IN_FLIGHT
+from train.state import create_state
+
+NUM_BATCHES = 4  # taken in turn, and placed before the clock starts: packing differs from batch to batch
+
+
+def measure_train(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    repetitions: int = 20,
+    progress: Callable[[str], None] = print,
+) -> tuple[Row, Ceiling]:
+    """Times the jitted step of the trainer: forward, backward and update, with neither input nor logging.
+
+    Returns: a row, and the ceiling of one device. TFLOP/s count three times the model's forward FLOPs over the
+      documents at hand, as MFU does.
+    """
+    config = load_config(config_path, overrides)
+    mesh = start_mesh(config)
+    ceiling = matmul_ceiling(repetitions=repetitions)
+    progress(f"{mesh.devices.flat[0].device_kind}: {ceiling}")
+    with jax.set_mesh(mesh):
+        data = open_data(config.data, seed=config.seed)
+        parts = assemble(config, mesh, vocab_size=data.tokenizer.vocab_size)
+        batch_size = config.training.batch_size
+        placement = batch_placement(config, mesh, batch_size=batch_size)
+        read = data.batches(start_step=0, batch_size=batch_size, rows=placement.rows, slots=placement.slots)
+        with closing(read):
+            batches = [placement.place(batch) for batch in itertools.islice(read, NUM_BATCHES)]
+        lengths = [data.document_lengths(step=step, batch_size=batch_size) for step in range(NUM_BATCHES)]
+
+        progress("compiling the training step")
+        with dispatch.record() as taken:
+            compiled = parts.train_step.lower(parts.abstract, batches[0], None).compile()
+        state = create_state(parts.build, parts.optimizer, mesh, seed=config.seed)
+        turn = itertools.cycle(batches)
+
+        def step():
+            nonlocal state
+            state, metrics = compiled(state, next(turn), None)
+            return metrics
+
+        progress("timing it")
+        timing = time_calls(step, repetitions=repetitions, max_calls=MAX_STEPS_IN_FLIGHT)
+        in_use = memory_in_use()
+
+    tokens = np.mean([np.sum(of_batch) for of_batch in lengths])
+    flops = float(np.mean([forward_flops(parts.model, of_batch) for of_batch in lengths]))
+    device_kind = mesh.devices.flat[0].device_kind
+    mfu = model_flops_utilization(flops, timing.median, device_kind=device_kind, num_devices=mesh.size)
+    details = {"tokens/s": float(tokens / timing.median), "tokens a step": float(tokens)}
+    if mfu is not None:
+        details["MFU %"] = 100 * mfu
+    if in_use is not None:
+        details["peak GiB in use"] = in_use / 2**30
+    row = Row(
+        case=str(config_path),
+        which="training step",
+        implementation=", ".join(dict.fromkeys(f"{op.removeprefix('blockwise_')} {name}" for op, name in taken)),
+        ours=True,
+        median_ms=1e3 * timing.median,
+        low_ms=1e3 * timing.low,
+        high_ms=1e3 * timing.high,
+        tflops=3 * flops / timing.median / 1e12,
+        ceiling_share=3 * flops / timing.median / (ceiling.flops * mesh.size),
+        memory_bytes=memory_bytes(compiled),
+        details=details,
+    )
+    progress(f"{row.median_ms:.1f} ms a step, {details['tokens/s']:,.0f} tokens/s")
+    return row, ceiling
