@@ -113,7 +113,7 @@ class _Tiles:
         tokens = tokens or Tokens()
         self.options = options
         self.q_len, self.kv_len = q.shape[1], k.shape[1]
-        self.num_kv_heads = k.shape[2]
+        self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
         self.block_q, self.block_kv = schedule.block_sizes.block_q, schedule.block_sizes.block_kv
         self.q_tokens = _split_tokens(tokens.queries(self.q_len), self.block_q)
         self.kv_tokens = _split_tokens(tokens.keys(self.kv_len), self.block_kv)
@@ -132,8 +132,10 @@ class _Tiles:
         return jnp.where(self._allowed(i, j), s, MASK_VALUE), slope
 
     def _allowed(self, i, j) -> jax.Array:
+        """Which pairs of a tile may attend, `[b or 1, k or 1, g or 1, q, s]`."""
         q, kv = (TokenAxis(*(x[at] for x in axis)) for axis, at in ((self.q_tokens, i), (self.kv_tokens, j)))
-        allowed = self.options.mask.allowed(
+        allowed = self.options.mask.allowed_by_head(
+            self.num_heads,
             q.positions[:, :, None],
             kv.positions[:, None, :],
             q.segment_ids[:, :, None],
@@ -141,7 +143,8 @@ class _Tiles:
         )
         if self.kv_len % self.block_kv:
             allowed &= j * self.block_kv + jnp.arange(self.block_kv) < self.kv_len
-        return allowed[:, None, None]
+        b, n, *tile = allowed.shape
+        return allowed.reshape(b, *((self.num_kv_heads, -1) if n > 1 else (1, 1)), *tile)
 
     def split_q(self, x_BTNH) -> jax.Array:
         """`[B, T, N, H]` to `[n, b, k, g, q, h]`, zero-padded."""
