@@ -67,6 +67,19 @@ class Mask(abc.ABC):
         del head, num_heads
         return self
 
+    def num_runs(self, length: int, gap: int) -> int:
+        """In how many runs of neighbouring positions the keys of a query lie, or the queries of a key.
+
+        A hint, from which a schedule takes how many ranges to hold: where it is too low, ranges take in blocks that
+        hold nothing.
+
+        Args:
+          length: Number of positions.
+          gap: Runs that are less than this many positions apart count as one.
+        """
+        del length, gap
+        return 1
+
     @abc.abstractmethod
     def allowed(
         self,
@@ -271,6 +284,9 @@ class And(_Pair):
     def within_documents(self):
         return self.left.within_documents or self.right.within_documents
 
+    def num_runs(self, length, gap):
+        return self.left.num_runs(length, gap) + self.right.num_runs(length, gap) - 1
+
     def allowed(self, *pair):
         return self.left.allowed(*pair) & self.right.allowed(*pair)
 
@@ -286,6 +302,9 @@ class Or(_Pair):
     @property
     def within_documents(self):
         return self.left.within_documents and self.right.within_documents
+
+    def num_runs(self, length, gap):
+        return self.left.num_runs(length, gap) + self.right.num_runs(length, gap)
 
     def allowed(self, *pair):
         return self.left.allowed(*pair) | self.right.allowed(*pair)
@@ -311,6 +330,9 @@ class Not(Mask):
 
     def of_head(self, head, num_heads):
         return Not(self.mask.of_head(head, num_heads))
+
+    def num_runs(self, length, gap):
+        return self.mask.num_runs(length, gap) + 1
 
     def allowed(self, *pair):
         return ~self.mask.allowed(*pair)
@@ -349,6 +371,9 @@ class PerHead(Mask):
 
     def of_head(self, head, num_heads):
         return self.masks[head * len(self.masks) // num_heads].of_head(head, num_heads)
+
+    def num_runs(self, length, gap):
+        return sum(mask.num_runs(length, gap) for mask in set(self.masks))
 
     def allowed(self, *pair):
         raise TypeError(

@@ -55,6 +55,9 @@ class Strided(Mask):
     def __post_init__(self):
         _check_at_least("Strided", 1, stride=self.stride, block=self.block)
 
+    def num_runs(self, length, gap):
+        return _periodic_runs(length, gap, period=self.stride * self.block, run=self.block)
+
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         return (q_positions // self.block - kv_positions // self.block) % self.stride == 0
 
@@ -84,6 +87,9 @@ class Summary(Mask):
         _check_at_least("Summary", 1, period=self.period, num=self.num)
         if self.num > self.period:
             raise ValueError(f"Summary: num={self.num}, wanted at most period={self.period}")
+
+    def num_runs(self, length, gap):
+        return _periodic_runs(length, gap, period=self.period, run=self.num)
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         return (kv_positions % self.period >= self.period - self.num) & _true_like(q_positions)
@@ -153,6 +159,16 @@ class Neighborhood(Mask):
                     f"Neighborhood: {name}={value} with grid={self.grid}, wanted a number >= {least} for each axis of "
                     "the grid"
                 )
+
+    def num_runs(self, length, gap):
+        runs, extent = 1, 1  # of a window that is one token along the axes so far, innermost first
+        for axis in reversed(list(self._axes())):
+            if axis.step - extent >= gap:
+                # A key near an edge is also seen from the edge, by queries whose window was moved inwards.
+                reach = axis.radius * (3 if self.shift_at_edges else 2) + 1
+                runs *= min(reach * axis.tile, axis.length)
+            extent += (min((2 * axis.radius + 1) * axis.tile, axis.length) - 1) * axis.step
+        return runs
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         near = self._on_grid(q_positions) & self._on_grid(kv_positions)
@@ -250,6 +266,9 @@ class Table(Mask):
         object.__setattr__(self, "shape", blocks.shape)
         object.__setattr__(self, "digest", hashlib.sha256(np.packbits(blocks)).hexdigest())
 
+    def num_runs(self, length, gap):
+        return max(_most_runs(self.blocks), _most_runs(self.blocks.T))
+
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         row, column = q_positions // self.block_q, kv_positions // self.block_kv
         rows, columns = self.shape
@@ -291,6 +310,9 @@ class Predicate(Mask):
     tile_rule: Callable[[Bounds, Bounds], tuple[ArrayLike, ArrayLike]] | None = None
     uses_segments: bool = False
 
+    def num_runs(self, length, gap):
+        return 1 if self.tile_rule is None else 4  # which is anyone's guess
+
     def allowed(self, *pair):
         return self.pair(*pair)
 
@@ -299,6 +321,16 @@ class Predicate(Mask):
             return TileVerdict(*self.tile_rule(q, kv))
         unsure = _true_like(q.position_min) & _true_like(kv.position_min)
         return TileVerdict(some=unsure, all=~unsure)
+
+
+def _periodic_runs(length: int, gap: int, *, period: int, run: int) -> int:
+    return -(-length // period) if period - run >= gap else 1
+
+
+def _most_runs(blocks: np.ndarray) -> int:
+    """The greatest number of runs of True in a row."""
+    starts = blocks & ~np.pad(blocks, ((0, 0), (1, 0)))[:, :-1]
+    return int(starts.sum(axis=1).max())
 
 
 def _true_like(x: ArrayLike) -> jax.Array:
