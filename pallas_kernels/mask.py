@@ -10,14 +10,17 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.tokens import Tokens
+
+_BLOCKS_OF_A_PLOT = BlockSizes(block_q=16, block_kv=16)
 
 
 class Bounds(NamedTuple):
@@ -131,6 +134,46 @@ class Mask(abc.ABC):
             kv.segment_ids[:, None, :],
         )
         return self.allowed(*pair) if num_heads is None else self.allowed_by_head(num_heads, *pair)
+
+    def plot(
+        self,
+        tokens: Tokens | None = None,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        block_sizes: BlockSizes = _BLOCKS_OF_A_PLOT,
+        row: int = 0,
+        num_heads: int | None = None,
+        ax: Any = None,
+    ) -> Any:
+        """Draws which pairs may attend, and over it the blocks that a schedule of this mask visits.
+
+        A visited block is outlined: in green and hatched where no pair needs testing, in red where no pair may attend,
+        so that visiting it is for nothing. Where heads differ, the darker a pair the more heads allow it.
+
+        Args:
+          tokens: Positions and segment ids; None means arange and one document.
+          q_len, kv_len: Tokens to draw, at most 4M pairs; default those of `tokens`, else 128, and as many keys.
+          block_sizes: Tokens a block. The op's own show only where the sequence is long enough to have many of them.
+          row: Which row of the batch to draw.
+          num_heads: Query heads, where the mask differs between them; default one a group.
+          ax: Matplotlib axes to draw into; None makes a figure.
+        Returns: The matplotlib Axes; `.figure.savefig("mask.png")` works without a display.
+        Raises: ImportError without matplotlib, which the extra `plot` installs; ValueError where there is too much to
+          draw.
+        """
+        from pallas_kernels import mask_plot  # the schedule stands above masks
+
+        return mask_plot.plot(
+            self,
+            tokens,
+            q_len=q_len,
+            kv_len=kv_len,
+            block_sizes=block_sizes,
+            row=row,
+            num_heads=num_heads,
+            ax=ax,
+        )
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)

@@ -99,10 +99,12 @@ def inside(ranges: schedule.BlockRanges, num_columns: int, *, full: bool) -> np.
 
 
 @hypothesis.given(calls())
-@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.settings(deadline=None, max_examples=40)
 def test_schedule_covers_the_dense_mask(call):
     mask, tokens, q_len, kv_len, sizes = call
-    built = make_schedule(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
+    # Compiled as one program: op by op, each of them would be compiled for this example's shapes.
+    make = jax.jit(make_schedule, static_argnames=("mask", "q_len", "kv_len", "block_sizes"))
+    built = make(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
     heads = np.asarray(mask.dense(tokens, q_len, kv_len, num_heads=mask.head_groups))
     block_q, block_kv = built.block_sizes.block_q, built.block_sizes.block_kv
     some = blocks_of(heads.any(axis=1), block_q, block_kv, np.any)
