@@ -1,5 +1,7 @@
 """The mask constructors: as matrices whose rows are queries, and against the formulas of the papers they come from."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,6 +59,7 @@ def test_public_names_are_the_constructors():
     assert sorted(masks.__all__) == sorted(constructors)
 
 
+DOCS = pathlib.Path(masks.__file__).parents[1] / "docs" / "masks.md"
 LENGTH = 96
 DOCUMENT = np.repeat([0, 1, 2], [40, 9, 47])
 POSITION = np.concatenate([np.arange(n) for n in (40, 9, 47)])
@@ -105,3 +108,13 @@ def test_masks_of_the_literature(expression):
         (mask & masks.documents()).dense(packed, LENGTH, LENGTH)[0],
         formula(POSITION[:, None], POSITION[None]) & same_document,
     )
+
+
+@pytest.mark.parametrize("expression", OF_THE_LITERATURE)
+def test_the_docs_show_these_masks(expression):
+    assert f"`{expression}`" in DOCS.read_text().replace("\\|", "|")
+
+
+def test_every_constructor_is_in_the_docs():
+    text = DOCS.read_text()
+    assert [name for name in masks.__all__ if f"{name}(" not in text] == ["full", "global_queries"]
