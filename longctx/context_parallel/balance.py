@@ -80,9 +80,11 @@ def _bounds(positions: Int[np.ndarray, "devices length"], block: int) -> Bounds:
 
 def _visited(some: np.ndarray, num_ranges: int) -> np.ndarray:
     """How many columns of a bool array's last dim that many ranges hold: its runs, those left over in the last."""
-    column = np.arange(some.shape[-1], dtype=np.int32)
-    stop = np.max(np.where(some, column + 1, 0), axis=-1, keepdims=True)
-    starts = some.copy()
-    starts[..., 1:] &= ~some[..., :-1]
-    in_last_range = np.cumsum(starts, axis=-1, dtype=np.int32) >= num_ranges
-    return (some | (in_last_range & (column < stop))).sum(axis=-1)
+    stop = some.shape[-1] - np.argmax(some[..., ::-1], axis=-1)
+    num_before, from_last = 0, some
+    if num_ranges > 1:
+        starts = some.copy()
+        starts[..., 1:] &= ~some[..., :-1]
+        from_last = np.cumsum(starts, axis=-1, dtype=np.int32) >= num_ranges
+        num_before = (some & ~from_last).sum(axis=-1)
+    return num_before + np.where(from_last.any(axis=-1), stop - np.argmax(from_last, axis=-1), 0)

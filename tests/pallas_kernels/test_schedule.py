@@ -214,10 +214,20 @@ def test_groups_of_rows_equal_all_at_once(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, build(), whole)
 
 
-def test_a_million_tokens_take_little_memory():
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal() & Window(left=4095),
+        Causal() & (Prefix(4) | Window(left=4095)) & Chunked(65536),
+        Neighborhood((64, 128, 128), (3, 3, 3)),
+        Table(np.eye(512, dtype=bool), block_q=2048, block_kv=2048),
+    ],
+    ids=["window", "sinks", "neighborhood", "table"],
+)
+def test_a_million_tokens_take_little_memory(mask):
     def build():
         built = make_schedule(
-            Causal() & Window(left=4095),
+            mask,
             Tokens.self_attention(None, jax.numpy.zeros((1, 1 << 20), "int32")),
             q_len=1 << 20,
             kv_len=1 << 20,
