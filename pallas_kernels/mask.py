@@ -1,18 +1,26 @@
 """Mask: which (query, key) pairs may attend, as static, hashable, composable predicates.
 
 A mask answers two questions from one set of rules: `allowed` for a pair of tokens, and `tile` for a whole tile of
-pairs from the tile's bounds. References, schedules and kernels call the same methods, so they cannot disagree.
+pairs from the tile's bounds. References, schedules and kernels call the same methods, so they cannot disagree. Here are
+the masks that most models need, and the ways to combine masks; mask_patterns.py has the sparse patterns.
 """
 
 import abc
 import dataclasses
-from typing import NamedTuple
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.tokens import Tokens
+
+_BLOCKS_OF_A_PLOT = BlockSizes(block_q=16, block_kv=16)
 
 
 class Bounds(NamedTuple):
@@ -52,6 +60,29 @@ class Mask(abc.ABC):
         """Whether every allowed pair is of one document, so that padding takes part in none."""
         return False
 
+    @property
+    def head_groups(self) -> int:
+        """1 where all heads share the mask; otherwise the number of query heads must be a multiple of this."""
+        return 1
+
+    def of_head(self, head: int, num_heads: int) -> "Mask":
+        """The mask of one query head of `num_heads`: the same for all heads, unless a PerHead is part of it."""
+        del head, num_heads
+        return self
+
+    def num_runs(self, length: int, gap: int) -> int:
+        """In how many runs of neighbouring positions the keys of a query lie, or the queries of a key.
+
+        A hint, from which a schedule takes how many ranges to hold: where it is too low, ranges take in blocks that
+        hold nothing.
+
+        Args:
+          length: Number of positions.
+          gap: Runs that are less than this many positions apart count as one.
+        """
+        del length, gap
+        return 1
+
     @abc.abstractmethod
     def allowed(
         self,
@@ -66,15 +97,82 @@ class Mask(abc.ABC):
     def tile(self, q: Bounds, kv: Bounds) -> TileVerdict:
         """None, some or all of the pairs of a tile, from the bounds of its queries and keys."""
 
-    def dense(self, tokens: Tokens | None, q_len: int, kv_len: int) -> ArrayLike:
-        """The mask as `[B or 1, T, S]` bool. Memory O(T S): for references, tests and pictures only."""
+    def allowed_by_head(self, num_heads: int, *pair: ArrayLike) -> jax.Array:
+        """`allowed` with the query heads as a dim: `[..., num_heads or 1, T, S]` for a pair of `[..., T, S]`.
+
+        The dim is 1 where all heads share the mask. A mask that several heads share is computed once.
+
+        Raises: ValueError unless num_heads is a multiple of `head_groups`.
+        """
+        masks = self.by_head(num_heads)
+        distinct = tuple(dict.fromkeys(masks))
+        allowed = jnp.stack(jnp.broadcast_arrays(*(mask.allowed(*pair) for mask in distinct)), axis=-3)
+        if len(distinct) == 1:
+            return allowed
+        return jnp.take(allowed, np.array([distinct.index(mask) for mask in masks]), axis=-3)
+
+    def by_head(self, num_heads: int) -> "tuple[Mask, ...]":
+        """The mask of each query head. Raises ValueError unless num_heads is a multiple of `head_groups`."""
+        if num_heads % self.head_groups:
+            raise ValueError(
+                f"mask: it differs between {self.head_groups} groups of heads, got {num_heads} query heads, wanted a "
+                "multiple; give PerHead a number of masks that divides the number of heads"
+            )
+        return tuple(self.of_head(head, num_heads) for head in range(num_heads))
+
+    def dense(self, tokens: Tokens | None, q_len: int, kv_len: int, *, num_heads: int | None = None) -> ArrayLike:
+        """The mask as `[B or 1, T, S]` bool, or given num_heads as `[B or 1, num_heads or 1, T, S]`.
+
+        Memory O(T S): for references, tests and pictures only.
+        """
         tokens = tokens or Tokens()
         q, kv = tokens.queries(q_len), tokens.keys(kv_len)
-        return self.allowed(
+        pair = (
             q.positions[:, :, None],
             kv.positions[:, None, :],
             q.segment_ids[:, :, None],
             kv.segment_ids[:, None, :],
+        )
+        return self.allowed(*pair) if num_heads is None else self.allowed_by_head(num_heads, *pair)
+
+    def plot(
+        self,
+        tokens: Tokens | None = None,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        block_sizes: BlockSizes = _BLOCKS_OF_A_PLOT,
+        row: int = 0,
+        num_heads: int | None = None,
+        ax: Any = None,
+    ) -> Any:
+        """Draws which pairs may attend, and over it the blocks that a schedule of this mask visits.
+
+        A visited block is outlined: in green and hatched where no pair needs testing, in red where no pair may attend,
+        so that visiting it is for nothing. Where heads differ, the darker a pair the more heads allow it.
+
+        Args:
+          tokens: Positions and segment ids; None means arange and one document.
+          q_len, kv_len: Tokens to draw, at most 4M pairs; default those of `tokens`, else 128, and as many keys.
+          block_sizes: Tokens a block. The op's own show only where the sequence is long enough to have many of them.
+          row: Which row of the batch to draw.
+          num_heads: Query heads, where the mask differs between them; default one a group.
+          ax: Matplotlib axes to draw into; None makes a figure.
+        Returns: The matplotlib Axes; `.figure.savefig("mask.png")` works without a display.
+        Raises: ImportError without matplotlib, which the extra `plot` installs; ValueError where there is too much to
+          draw.
+        """
+        from pallas_kernels import mask_plot  # the schedule stands above masks
+
+        return mask_plot.plot(
+            self,
+            tokens,
+            q_len=q_len,
+            kv_len=kv_len,
+            block_sizes=block_sizes,
+            row=row,
+            num_heads=num_heads,
+            ax=ax,
         )
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -213,6 +311,13 @@ class _Pair(Mask):
     def uses_segments(self):
         return self.left.uses_segments or self.right.uses_segments
 
+    @property
+    def head_groups(self):
+        return math.lcm(self.left.head_groups, self.right.head_groups)
+
+    def of_head(self, head, num_heads):
+        return type(self)(self.left.of_head(head, num_heads), self.right.of_head(head, num_heads))
+
 
 @dataclasses.dataclass(frozen=True)
 class And(_Pair):
@@ -221,6 +326,9 @@ class And(_Pair):
     @property
     def within_documents(self):
         return self.left.within_documents or self.right.within_documents
+
+    def num_runs(self, length, gap):
+        return self.left.num_runs(length, gap) + self.right.num_runs(length, gap) - 1
 
     def allowed(self, *pair):
         return self.left.allowed(*pair) & self.right.allowed(*pair)
@@ -237,6 +345,9 @@ class Or(_Pair):
     @property
     def within_documents(self):
         return self.left.within_documents and self.right.within_documents
+
+    def num_runs(self, length, gap):
+        return self.left.num_runs(length, gap) + self.right.num_runs(length, gap)
 
     def allowed(self, *pair):
         return self.left.allowed(*pair) | self.right.allowed(*pair)
@@ -256,9 +367,65 @@ class Not(Mask):
     def uses_segments(self):
         return self.mask.uses_segments
 
+    @property
+    def head_groups(self):
+        return self.mask.head_groups
+
+    def of_head(self, head, num_heads):
+        return Not(self.mask.of_head(head, num_heads))
+
+    def num_runs(self, length, gap):
+        return self.mask.num_runs(length, gap) + 1
+
     def allowed(self, *pair):
         return ~self.mask.allowed(*pair)
 
     def tile(self, q, kv):
         verdict = self.mask.tile(q, kv)
         return TileVerdict(some=~verdict.all, all=~verdict.some)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerHead(Mask):
+    """Query head n of N follows `masks[n * len(masks) // N]`: one mask for each equal group of neighbouring heads.
+
+    Such a mask has no `allowed` of its own: implementations ask `allowed_by_head`, and those that cannot serve
+    `head_groups > 1` refuse it. Its verdict on a tile holds for all heads at once, so a schedule visits what any head
+    needs, and the pair test does the rest. Under grouped queries a head is a query head.
+    """
+
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self):
+        if not self.masks:
+            raise ValueError("PerHead: masks=(), wanted at least one Mask")
+
+    @property
+    def uses_segments(self):
+        return any(mask.uses_segments for mask in self.masks)
+
+    @property
+    def within_documents(self):
+        return all(mask.within_documents for mask in self.masks)
+
+    @property
+    def head_groups(self):
+        return math.lcm(len(self.masks), *(mask.head_groups for mask in self.masks))
+
+    def of_head(self, head, num_heads):
+        return self.masks[head * len(self.masks) // num_heads].of_head(head, num_heads)
+
+    def num_runs(self, length, gap):
+        return sum(mask.num_runs(length, gap) for mask in set(self.masks))
+
+    def allowed(self, *pair):
+        raise TypeError(
+            f"PerHead: allowed() of {self}, which differs between heads; ask allowed_by_head, or dense with num_heads"
+        )
+
+    def tile(self, q, kv):
+        verdicts = [mask.tile(q, kv) for mask in self.masks]
+        return TileVerdict(
+            some=functools.reduce(operator.or_, (verdict.some for verdict in verdicts)),
+            all=functools.reduce(operator.and_, (verdict.all for verdict in verdicts)),
+        )

@@ -1,8 +1,13 @@
 """Schedule: which blocks of keys each block of queries visits, and the transpose, built on the device.
 
-A schedule is built once a step per distinct mask and handed to every layer. Row by row it holds two ranges of blocks:
-those to visit, and among them those whose pairs may all attend, where the pair test is skipped. A block outside the
-first range holds no pair that may attend; a block inside it may still turn out empty, which the pair test settles.
+A schedule is built once a step per distinct mask and handed to every layer. Row by row it holds the ranges of blocks to
+visit, and within each range those blocks whose pairs may all attend, where the pair test is skipped. A block outside
+the ranges holds no pair that may attend; a block inside them may still turn out empty, which the pair test settles.
+
+How many ranges a row has is static: as many as the mask says that it may need (`Mask.num_runs`), so one for causal,
+window and document masks, two for sinks and a window. A row with more puts those left over, and what is between them,
+into its last range. Where single blocks are scattered a range is one block, and the ranges are the list of blocks:
+there is one form, and one walk over it.
 """
 
 import dataclasses
@@ -19,6 +24,9 @@ from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Bounds, Mask, TileVerdict
 from pallas_kernels.tokens import Leaf, TokenAxis, Tokens
 
+_MAX_RANGES_OF_ALL_ROWS = 1 << 21
+"""Ranges of a side at most, at 16 bytes each: 256 a row at 1M tokens in blocks of 128."""
+
 _MAX_TILES_AT_ONCE = 1 << 21
 """Tiles judged at a time. A tile costs about 20 bytes of temporaries, so this bounds the peak near 40 MB."""
 
@@ -26,11 +34,14 @@ _MAX_TILES_AT_ONCE = 1 << 21
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockRanges:
-    """For each block of one side (a row), half-open ranges over the blocks of the other side; int32 `[B or 1, rows]`.
+    """For each block of one side (a row), half-open ranges over the blocks of the other side.
+
+    All arrays are int32 `[B or 1, rows, ranges]`. The ranges of a row are in order and do not overlap; the last ones
+    may be empty, with start = stop.
 
     Attributes:
-      start, stop: The blocks to visit; start = stop = 0 where there is none.
-      full_start, full_stop: The longest run of blocks, within the first range, that need no pair test.
+      start, stop: The blocks to visit.
+      full_start, full_stop: The longest run of blocks, within each range, that need no pair test.
     """
 
     start: Leaf
@@ -81,7 +92,8 @@ def make_schedule(
       block_sizes: Tokens a block; default by platform. Must be what the op is given.
     Returns: A Schedule whose arrays have the batch size of `tokens`, or 1.
     Raises: ValueError where a length is not positive.
-    Cost: O(T / block_q * S / block_kv) elementwise, peak memory about 40 MB, result O(T / block_q + S / block_kv).
+    Cost: O(R T / block_q S / block_kv) elementwise with R ranges a row, peak memory about 40 MB, result
+      O(R (T / block_q + S / block_kv)).
     """
     for name, length in (("q_len", q_len), ("kv_len", kv_len)):
         if length < 1:
@@ -102,14 +114,30 @@ def make_schedule(
     def verdict_of_kv_rows(kv_rows: _Blocks) -> TileVerdict:
         return _verdict(mask, _outer(q, rows=False), _outer(kv_rows, rows=True))
 
+    kv_ranges, q_ranges = num_ranges(mask, q_len, kv_len, sizes)
     return Schedule(
-        kv_blocks=_ranges(verdict_of_q_rows, q, num_columns=num_kv_blocks),
-        q_blocks=_ranges(verdict_of_kv_rows, kv, num_columns=num_q_blocks),
+        kv_blocks=_ranges(verdict_of_q_rows, q, num_columns=num_kv_blocks, num_ranges=kv_ranges),
+        q_blocks=_ranges(verdict_of_kv_rows, kv, num_columns=num_q_blocks, num_ranges=q_ranges),
         mask=mask,
         q_len=q_len,
         kv_len=kv_len,
         block_sizes=sizes,
     )
+
+
+def num_ranges(mask: Mask, q_len: int, kv_len: int, block_sizes: BlockSizes) -> tuple[int, int]:
+    """How many ranges a row of `kv_blocks` and a row of `q_blocks` have."""
+    # A gap in the keys of one query leaves a block out where it is as long as that. The queries of a block share a row,
+    # and each next one may move the gap by one.
+    gap = block_sizes.block_q + block_sizes.block_kv - 1
+    num_q_blocks, num_kv_blocks = -(-q_len // block_sizes.block_q), -(-kv_len // block_sizes.block_kv)
+
+    def of_side(num_rows: int, num_columns: int, length: int) -> int:
+        # Between two ranges there is a block.
+        most = min((num_columns + 1) // 2, max(1, _MAX_RANGES_OF_ALL_ROWS // num_rows))
+        return min(mask.num_runs(length, gap), most)
+
+    return of_side(num_q_blocks, num_kv_blocks, kv_len), of_side(num_kv_blocks, num_q_blocks, q_len)
 
 
 class _Blocks(NamedTuple):
@@ -190,7 +218,7 @@ def _of_document(blocks: _Blocks, document: jax.Array, single: jax.Array) -> Bou
     )
 
 
-def _ranges(verdict_of_rows: Callable, rows, *, num_columns: int) -> BlockRanges:
+def _ranges(verdict_of_rows: Callable, rows, *, num_columns: int, num_ranges: int) -> BlockRanges:
     """Ranges of every row; `rows` is a tree of `[B or 1, num_rows]`, judged in groups by `verdict_of_rows`."""
     batch_size = max(x.shape[0] for x in jax.tree.leaves(rows))
     num_rows = jax.tree.leaves(rows)[0].shape[1]
@@ -202,30 +230,43 @@ def _ranges(verdict_of_rows: Callable, rows, *, num_columns: int) -> BlockRanges
         return x.reshape(x.shape[0], num_groups, group).swapaxes(0, 1)
 
     def ranges_of_group(row_group) -> BlockRanges:
-        return _compress(verdict_of_rows(row_group), num_columns)
+        return _compress(verdict_of_rows(row_group), num_columns, num_ranges)
 
     ranges = jax.lax.map(ranges_of_group, jax.tree.map(grouped, rows))
     return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :num_rows],
+        lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])[:, :num_rows],
         ranges,
     )
 
 
-def _compress(verdict: TileVerdict, num_columns: int) -> BlockRanges:
-    """The two ranges of each row, from verdicts `[B or 1, rows, columns]`."""
+def _compress(verdict: TileVerdict, num_columns: int, num_ranges: int) -> BlockRanges:
+    """The ranges of each row, from verdicts `[B or 1, rows, columns]`. A few passes over the tiles for each range."""
     some, every = jnp.broadcast_arrays(*verdict)
     column = jax.lax.broadcasted_iota(jnp.int32, some.shape, some.ndim - 1)
-    start = jnp.min(jnp.where(some, column, num_columns), axis=-1)
-    stop = jnp.max(jnp.where(some, column + 1, 0), axis=-1)
-    # The run of full blocks that ends at a column is as long as the distance to the last block that is not full.
-    last_not_full = jax.lax.cummax(jnp.where(every, -1, column), axis=column.ndim - 1)
-    run = column - last_not_full
-    full_stop = jnp.argmax(run, axis=-1).astype(jnp.int32) + 1
-    full_length = jnp.max(run, axis=-1)
-    any_full = full_length > 0
-    return BlockRanges(
-        start=jnp.minimum(start, stop),
-        stop=stop,
-        full_start=jnp.where(any_full, full_stop - full_length, start.clip(max=stop)),
-        full_stop=jnp.where(any_full, full_stop, start.clip(max=stop)),
-    )
+    # Full blocks in a row up to a column: as many as the distance to the last block that is not full.
+    full_run = column - jax.lax.cummax(jnp.where(every, -1, column), axis=column.ndim - 1)
+    stop_of_all = jnp.max(jnp.where(some, column + 1, 0), axis=-1)
+
+    def first(condition):
+        return jnp.min(jnp.where(condition, column, num_columns), axis=-1)
+
+    def range_after(previous_stop, *, last: bool) -> BlockRanges:
+        inside = column >= previous_stop[..., None]
+        start = first(some & inside)
+        if last:
+            stop = jnp.maximum(start, stop_of_all)
+        else:
+            stop = first(~some & (column >= start[..., None]))
+            inside &= column < stop[..., None]
+        run = jnp.where(inside, full_run, 0)
+        length, end = jnp.max(run, axis=-1), jnp.argmax(run, axis=-1).astype(jnp.int32) + 1
+        full_start = jnp.where(length > 0, end - length, start)
+        return BlockRanges(start=start, stop=stop, full_start=full_start, full_stop=full_start + length)
+
+    def next_range(previous_stop, _):
+        found = range_after(previous_stop, last=False)
+        return found.stop, found
+
+    stop, ranges = jax.lax.scan(next_range, jnp.zeros_like(stop_of_all), length=num_ranges - 1)
+    last = range_after(stop, last=True)
+    return jax.tree.map(lambda x, y: jnp.moveaxis(jnp.concatenate([x, y[None]]), 0, -1), ranges, last)

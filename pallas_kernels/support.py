@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.blockwise import api
-from pallas_kernels.mask import Causal, Full, Prefix, SameDocument, Window
+from pallas_kernels.mask import Causal, Full, PerHead, Prefix, SameDocument, Window
+from pallas_kernels.mask_patterns import Chunked, Neighborhood, Strided
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.tokens import Tokens
 
@@ -54,6 +55,10 @@ FEATURES = {
     "sliding window": _call(mask=Causal() & Window(left=63)),
     "packed documents": _call(mask=Causal() & SameDocument(), tokens=True),
     "prefix LM, and any `&`, `\\|`, `~` of masks": _call(mask=(Causal() | Prefix(9)) & ~Window(left=3)),
+    "strided, chunked, neighborhood and other sparse masks": _call(
+        mask=Causal() & (Strided(8) | Chunked(64)) | Neighborhood((16, 16), (2, 2))
+    ),
+    "masks that differ between heads": _call(mask=PerHead((Causal(), Full()))),
     "positions in any order (striped, zigzag)": _call(tokens=True),
     "grouped and multi-query heads": _call(num_kv_heads=1),
     "T != S, any lengths": _call(q_len=37, kv_len=1001),

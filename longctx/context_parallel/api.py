@@ -118,14 +118,15 @@ def sharded_attention(
       sharding: The mesh axes to split over; None means those of `longctx.make_mesh` where such a mesh is in scope,
         and otherwise calls the op directly.
     Returns: out `[B, T, N, V]`, split as q.
-    Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads or the lengths.
+    Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads or the lengths;
+      NotImplementedError where the heads are split and the mask differs between them.
     Cost: what the strategy states (ring.py); nothing moves where the sequence is not split. A batch that the batch axes
       do not divide is computed by each of their devices in full.
     """
     split = _Split.of(sharding, q.shape[0])
     if split is None:
         return blockwise_attention(q, k, v, mask=mask, tokens=tokens, schedule=schedule, **options)
-    split.check_heads(k.shape[2])
+    split.check_heads(mask, k.shape[2])
     if split.ring_size > 1:
         tokens = split.filled(tokens, q.shape[1], k.shape[1])
         if schedule is None:
@@ -172,7 +173,15 @@ class _Split:
             ring_size=ring_size,
         )
 
-    def check_heads(self, num_kv_heads: int) -> None:
+    def check_heads(self, mask: Mask, num_kv_heads: int) -> None:
+        if self.heads_size > 1 and mask.head_groups > 1:
+            # Every device runs one program, and which of the masks are its heads' would have to be known when that is
+            # compiled.
+            raise NotImplementedError(
+                f"sharded_attention: the mask {mask} differs between heads, and the heads are split over the "
+                f"{self.heads_size} devices of mesh axes {self.heads}; keep the heads whole (tensor=1), or use one "
+                "mask for all heads"
+            )
         if num_kv_heads % self.heads_size:
             raise ValueError(
                 f"sharded_attention: {num_kv_heads} kv heads do not split over the {self.heads_size} devices of mesh "

@@ -5,6 +5,7 @@ from jaxtyping import Int
 
 from pallas_kernels import BlockSizes, Mask
 from pallas_kernels.mask import Bounds
+from pallas_kernels.schedule import num_ranges
 
 _MAX_TILES_AT_ONCE = 1 << 22
 """Tiles judged at a time. A tile costs up to about 30 bytes of temporaries, so this bounds the peak near 130 MB."""
@@ -16,8 +17,7 @@ def hop_tiles(
     """Tiles, (query block, kv block) pairs, that each device visits at each hop of a ring, for one layer and row.
 
     Entry [r, h] is of device r at hop h, where it works on the keys of device (r - h) % P. The row is one document that
-    fills the sequence. As in a schedule, a query block visits all blocks from the first to the last that the mask lets
-    it see.
+    fills the sequence. As in a schedule, a query block visits the ranges of blocks that the mask lets it see.
 
     Args:
       mask: Which pairs may attend.
@@ -37,6 +37,8 @@ def hop_tiles(
     num_kv_blocks = kv.position_min.shape[1]
     columns = Bounds(*(x.reshape(1, -1) for x in kv))
     group = max(1, _MAX_TILES_AT_ONCE // columns.position_min.size)
+    length = len(order) // degree
+    ranges, _ = num_ranges(mask, length, length, block_sizes.fit(length, length))
 
     tiles = np.zeros((degree, degree), np.int64)
     for device in range(degree):
@@ -44,7 +46,7 @@ def hop_tiles(
         for first in range(0, q.position_min.shape[1], group):
             rows = Bounds(*(x[device, first : first + group, None] for x in q))
             some = np.asarray(mask.tile(rows, columns).some)
-            tiles[device] += _visited(some.reshape(-1, degree, num_kv_blocks)).sum(axis=0)[sources]
+            tiles[device] += _visited(some.reshape(-1, degree, num_kv_blocks), ranges).sum(axis=0)[sources]
     return tiles
 
 
@@ -76,7 +78,13 @@ def _bounds(positions: Int[np.ndarray, "devices length"], block: int) -> Bounds:
     )
 
 
-def _visited(some: np.ndarray) -> np.ndarray:
-    """Columns from the first to the last that is true, both included, of the last dim of a bool array."""
+def _visited(some: np.ndarray, num_ranges: int) -> np.ndarray:
+    """How many columns of a bool array's last dim that many ranges hold: its runs, those left over in the last."""
     stop = some.shape[-1] - np.argmax(some[..., ::-1], axis=-1)
-    return np.where(some.any(axis=-1), stop - np.argmax(some, axis=-1), 0)
+    num_before, from_last = 0, some
+    if num_ranges > 1:
+        starts = some.copy()
+        starts[..., 1:] &= ~some[..., :-1]
+        from_last = np.cumsum(starts, axis=-1, dtype=np.int32) >= num_ranges
+        num_before = (some & ~from_last).sum(axis=-1)
+    return num_before + np.where(from_last.any(axis=-1), stop - np.argmax(from_last, axis=-1), 0)

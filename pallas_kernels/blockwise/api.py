@@ -49,7 +49,7 @@ def blockwise_attention(
       q: Queries; N is a multiple of K, and query head n reads kv head n // (N / K).
       k: Keys.
       v: Values; their head dim may differ from the keys'.
-      mask: Which (query, key) pairs may attend.
+      mask: Which (query, key) pairs may attend; a PerHead among its parts makes that differ between query heads.
       tokens: Positions and segment ids; None means arange and one document.
       schedule: The blocks to visit, from `make_schedule` with the same mask, tokens and lengths; None builds it here.
         Build it once and hand it to every layer.
@@ -258,6 +258,7 @@ def _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_
         wrong(f"{q.shape[2]} query heads over {k.shape[2]} kv heads, wanted a multiple")
     if not isinstance(mask, Mask):
         wrong(f"mask={mask!r}, wanted a Mask, such as longctx.masks.causal()")
+    mask.by_head(q.shape[2])
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         wrong(f"logits_soft_cap={logits_soft_cap}, wanted None or a number > 0")
     q_len, kv_len = q.shape[1], k.shape[1]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_sizes import BlockSizes
-from pallas_kernels.mask import Causal, Full, Mask, Prefix, SameDocument, Window
+from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
+from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
 from pallas_kernels.testing import packed_tokens
 from pallas_kernels.tokens import Tokens
 
@@ -79,6 +80,10 @@ class Case:
         }
 
 
+def _remainders_agree(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+    return (q_positions * kv_positions) % 3 == 1
+
+
 _PACKED = ((30, 1, 25, 8), (17, 1, 1, 40))
 
 CASES = (
@@ -116,4 +121,13 @@ CASES = (
     Case(name="head_dim_64_gqa_scale", mask=Causal(), q_len=130, num_heads=4, head_dim=64, scale=0.2),
     Case(name="head_dim_128_cross_mqa", mask=Full(), q_len=66, kv_len=200, num_heads=4, num_kv_heads=1, head_dim=128),
     Case(name="head_dim_128_window_gqa", mask=Causal() & Window(left=50), q_len=200, num_heads=4, head_dim=128),
+    Case(name="global_dilated", mask=GlobalQueries(2) | Prefix(2) | (Strided(3) & Window(9, 9)), q_len=63),
+    Case(name="sparse_fixed_documents", mask=Causal() & (Chunked(8) | Summary(8, 2)) & SameDocument(), q_len=70,
+         documents=_PACKED),
+    Case(name="neighborhood_3d_tiles", mask=Neighborhood((3, 4, 6), (1, 0, 1), (1, 2, 2), shift_at_edges=False),
+         q_len=72),
+    Case(name="table", mask=Table(np.arange(49).reshape(7, 7) % 3 == 0, block_q=8, block_kv=16), q_len=50, kv_len=97),
+    Case(name="predicate", mask=Causal() & ~Predicate(_remainders_agree), q_len=50),
+    Case(name="per_head_gqa", mask=Causal() & PerHead((Window(left=9), Full(), Strided(2))), q_len=50, num_heads=6,
+         num_kv_heads=2),
 )  # fmt: skip

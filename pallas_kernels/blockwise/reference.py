@@ -63,7 +63,7 @@ def _logits(q, k, tokens, options: Options) -> tuple[jax.Array, jax.Array]:
     if options.logits_soft_cap is not None:
         squashed = jnp.tanh(s / options.logits_soft_cap)
         s, slope = options.logits_soft_cap * squashed, 1 - squashed**2
-    allowed = options.mask.dense(tokens, q.shape[1], k.shape[1])[:, None]
+    allowed = options.mask.dense(tokens, q.shape[1], k.shape[1], num_heads=q.shape[2])
     return jnp.where(allowed, s, MASK_VALUE), slope
 
 

@@ -12,6 +12,7 @@ Shapes here: n blocks, b batch, k kv heads, g query heads of a kv head, q and s 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
             pv = tiles.matmul("bkgqs,bksv->bkgqv", p.astype(v.dtype), v_blocks[j])
             return new_max, rescale * row_sum + jnp.sum(p, axis=-1), rescale[..., None] * acc + pv
 
-        return jax.lax.fori_loop(tiles.start[i], tiles.stop[i], visit, state)
+        return tiles.walk(i, visit, state)
 
     q_blocks = tiles.split_q(q)
     row_max, row_sum, acc = jax.lax.map(one_q_block, (jnp.arange(len(q_blocks)), q_blocks, state))
@@ -85,7 +86,7 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
             dv = dv.at[j].add(tiles.matmul("bkgqs,bkgqv->bksv", p.astype(dout.dtype), dout_i))
             return dq_i, dk, dv
 
-        dq_i, *dk_dv = jax.lax.fori_loop(tiles.start[i], tiles.stop[i], visit, (dq_i, *dk_dv))
+        dq_i, *dk_dv = tiles.walk(i, visit, (dq_i, *dk_dv))
         return tuple(dk_dv), dq_i
 
     q_blocks = tiles.split_q(q)
@@ -115,7 +116,7 @@ class _Tiles:
         tokens = tokens or Tokens()
         self.options = options
         self.q_len, self.kv_len = q.shape[1], k.shape[1]
-        self.num_kv_heads = k.shape[2]
+        self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
         self.block_q, self.block_kv = schedule.block_sizes.block_q, schedule.block_sizes.block_kv
         self.q_tokens = _split_tokens(tokens.queries(self.q_len), self.block_q)
         self.kv_tokens = _split_tokens(tokens.keys(self.kv_len), self.block_kv)
@@ -123,6 +124,14 @@ class _Tiles:
         # XLA computes float32 matmuls in TF32 on a GPU unless told otherwise.
         precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
         self.matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
+
+    def walk(self, i, visit: Callable, state):
+        """`state = visit(j, state)` for each block j of keys that block i of queries visits, in order."""
+
+        def walk_range(r, state):
+            return jax.lax.fori_loop(self.start[i, r], self.stop[i, r], visit, state)
+
+        return jax.lax.fori_loop(0, self.start.shape[1], walk_range, state)
 
     def logits(self, i, j, q_i, k_j) -> tuple[jax.Array, jax.Array | None]:
         """Masked logits `[b, k, g, q, s]` of a tile, and the slope of the soft cap where there is one."""
@@ -134,8 +143,10 @@ class _Tiles:
         return jnp.where(self._allowed(i, j), s, MASK_VALUE), slope
 
     def _allowed(self, i, j) -> jax.Array:
+        """Which pairs of a tile may attend, `[b or 1, k or 1, g or 1, q, s]`."""
         q, kv = (TokenAxis(*(x[at] for x in axis)) for axis, at in ((self.q_tokens, i), (self.kv_tokens, j)))
-        allowed = self.options.mask.allowed(
+        allowed = self.options.mask.allowed_by_head(
+            self.num_heads,
             q.positions[:, :, None],
             kv.positions[:, None, :],
             q.segment_ids[:, :, None],
@@ -143,7 +154,8 @@ class _Tiles:
         )
         if self.kv_len % self.block_kv:
             allowed &= j * self.block_kv + jnp.arange(self.block_kv) < self.kv_len
-        return allowed[:, None, None]
+        b, n, *tile = allowed.shape
+        return allowed.reshape(b, *((self.num_kv_heads, -1) if n > 1 else (1, 1)), *tile)
 
     def split_q(self, x_BTNH) -> jax.Array:
         """`[B, T, N, H]` to `[n, b, k, g, q, h]`, zero-padded."""
@@ -192,7 +204,12 @@ def _split_tokens(tokens: TokenAxis, block: int) -> TokenAxis:
 
 
 def _ranges_of_batch(ranges: BlockRanges) -> tuple[jax.Array, jax.Array]:
-    """The blocks that any row of the batch visits: the walk is one for the whole batch."""
+    """Starts and stops `[n, ranges]` of the blocks that any row of the batch visits: the walk is one for all of it.
+
+    Range r covers range r of every row of the batch, less what the ranges before it cover.
+    """
     visits = ranges.start < ranges.stop
     start = jnp.min(jnp.where(visits, ranges.start, jnp.iinfo(jnp.int32).max), axis=0)
-    return start, jnp.max(ranges.stop, axis=0)
+    covered = jax.lax.cummax(jnp.max(jnp.where(visits, ranges.stop, 0), axis=0), axis=1)
+    start = start.at[:, 1:].max(covered[:, :-1])
+    return start, covered

@@ -21,6 +21,7 @@ MASKS = {
     "documents_window": masks.sliding_window(left=7) & masks.documents(),
     "full": masks.full(),
     "nothing": masks.causal(offset=-LENGTH),
+    "strided": masks.causal() & masks.strided(4, block=16),
     "two_ranges": masks.prefix(40) | (masks.causal() & masks.sliding_window(left=30)),
 }
 LAYOUTS = {

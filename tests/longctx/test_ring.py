@@ -33,6 +33,11 @@ LAYOUTS = {
     "striped": ContextParallelConfig(layout="striped"),
     "striped_by_4": ContextParallelConfig(layout="striped", stripe_size=4),
 }
+SPARSE_MASKS = {
+    "sinks_window": masks.causal() & (masks.sink_tokens(4) | masks.sliding_window(left=9)),
+    "neighborhood": masks.neighborhood((8, 12), (1, 2)),
+    "per_head": masks.causal() & masks.per_head(masks.sliding_window(left=20), masks.strided(3, block=8)),
+}
 NAMES = ("out", "dq", "dk", "dv")
 
 
@@ -110,6 +115,13 @@ def test_every_mask_layout_and_degree(name, layout, degree):
     """Two devices have no hop between the first and the last, four are unrolled, eight go round in a loop."""
     mask, packed = MASKS[name]
     assert_ring_equals_one_device(mask, tokens_of(packed), inputs(), {"context_inner": degree}, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("name", SPARSE_MASKS)
+def test_sparse_masks(name):
+    """Positions are data: a pattern needs no layout of its own, and heads that differ are whole on each device."""
+    mesh_shape = {"data": 2, "context_inner": 4}
+    assert_ring_equals_one_device(SPARSE_MASKS[name], tokens_of(False), inputs(), mesh_shape, LAYOUTS["zigzag"])
 
 
 @pytest.mark.parametrize(

@@ -82,3 +82,12 @@ def test_kv_heads_must_split_over_the_heads_axes(inputs):
         sharded_attention(
             inputs["q"], inputs["k"], inputs["v"], mask=MASK, tokens=Tokens(), schedule=None, sharding=None
         )
+
+
+def test_heads_that_differ_must_stay_whole(inputs):
+    mask = masks.per_head(masks.causal(), masks.full())
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(tensor=2, data=4))),
+        pytest.raises(NotImplementedError, match=r"differs between heads, and the heads are split over the 2 devices"),
+    ):
+        sharded_attention(inputs["q"], inputs["k"], inputs["v"], mask=mask, tokens=Tokens())

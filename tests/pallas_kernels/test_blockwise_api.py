@@ -13,7 +13,7 @@ from pallas_kernels import (
     blockwise_attention_forward,
     make_schedule,
 )
-from pallas_kernels.mask import Causal, Full, SameDocument, Window
+from pallas_kernels.mask import Causal, Full, PerHead, SameDocument, Window
 
 
 def qkv(q=(1, 8, 4, 16), k=(1, 8, 2, 16), v=None, dtype="float32"):
@@ -30,6 +30,10 @@ WRONG_CALLS = {
     "k and v of one S and K": (qkv(v=(1, 9, 2, 16)), {}),
     "4 query heads over 3 kv heads, wanted a multiple": (qkv(k=(1, 8, 3, 16)), {}),
     "mask='causal', wanted a Mask": (qkv(), {"mask": "causal"}),
+    "it differs between 3 groups of heads, got 4 query heads, wanted a multiple": (
+        qkv(),
+        {"mask": PerHead((Causal(), Full(), Full()))},
+    ),
     "logits_soft_cap=-1.0, wanted None or a number > 0": (qkv(), {"logits_soft_cap": -1.0}),
     "tokens.q_segment_ids has shape \\(1, 7\\), wanted \\(1, 8\\)": (
         qkv(),

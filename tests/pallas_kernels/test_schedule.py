@@ -7,11 +7,46 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockSizes, Tokens, make_schedule, schedule
-from pallas_kernels.mask import Causal, Full, Mask, Prefix, SameDocument, Window
+from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
+from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
 from pallas_kernels.testing import packed_tokens
 
+
+def scattered(rows: int, columns: int, density: float = 0.3) -> np.ndarray:
+    """A table of blocks at random."""
+    return np.random.default_rng(0).random((rows, columns)) < density
+
+
+def far(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+    return abs(q_positions - kv_positions) > 9
+
+
+def far_tile(q, kv):
+    left, right = kv.position_min - q.position_max, kv.position_max - q.position_min
+    return (left < -9) | (right > 9), (left > 9) | (right < -9)
+
+
+sparse_masks = st.one_of(
+    st.builds(GlobalQueries, length=st.integers(0, 40)),
+    st.builds(Strided, stride=st.integers(1, 6), block=st.integers(1, 8)),
+    st.builds(Summary, period=st.integers(5, 20), num=st.integers(1, 5)),
+    st.builds(Chunked, size=st.integers(1, 30)),
+    st.sampled_from(
+        [
+            Neighborhood((5, 10), (1, 2)),
+            Neighborhood((4, 7), (0, 1), shift_at_edges=False),
+            Neighborhood((2, 4, 6), (1, 1, 1), (1, 2, 2)),
+            Table(scattered(7, 9), block_q=7, block_kv=6),
+            Table(scattered(40, 40)),
+            Predicate(far),
+            Predicate(far, far_tile),
+            PerHead((Window(left=9, right=0), Strided(3, block=4), Prefix(5))),
+        ]
+    ),
+)
 masks = st.recursive(
     st.one_of(
+        sparse_masks,
         st.just(Full()),
         st.just(SameDocument()),
         st.builds(Causal, offset=st.integers(-20, 20)),
@@ -58,17 +93,22 @@ def blocks_of(dense: np.ndarray, rows: int, columns: int, reduction) -> np.ndarr
 def inside(ranges: schedule.BlockRanges, num_columns: int, *, full: bool) -> np.ndarray:
     start, stop = (ranges.full_start, ranges.full_stop) if full else (ranges.start, ranges.stop)
     column = np.arange(num_columns)
-    return (np.asarray(start)[..., None] <= column) & (column < np.asarray(stop)[..., None])
+    within = (np.asarray(start)[..., None] <= column) & (column < np.asarray(stop)[..., None])
+    assert within.sum(axis=-2).max() <= 1, "a block is in two ranges"
+    return within.any(axis=-2)
 
 
 @hypothesis.given(calls())
-@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.settings(deadline=None, max_examples=40)
 def test_schedule_covers_the_dense_mask(call):
     mask, tokens, q_len, kv_len, sizes = call
-    built = make_schedule(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
-    dense = np.asarray(mask.dense(tokens, q_len, kv_len))
+    # Compiled as one program: op by op, each of them would be compiled for this example's shapes.
+    make = jax.jit(make_schedule, static_argnames=("mask", "q_len", "kv_len", "block_sizes"))
+    built = make(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
+    heads = np.asarray(mask.dense(tokens, q_len, kv_len, num_heads=mask.head_groups))
     block_q, block_kv = built.block_sizes.block_q, built.block_sizes.block_kv
-    some, every = (blocks_of(dense, block_q, block_kv, f) for f in (np.any, np.all))
+    some = blocks_of(heads.any(axis=1), block_q, block_kv, np.any)
+    every = blocks_of(heads.all(axis=1), block_q, block_kv, np.all)
     for ranges, transpose in ((built.kv_blocks, False), (built.q_blocks, True)):
         want_some, want_every = (x.swapaxes(1, 2) if transpose else x for x in (some, every))
         visited = inside(ranges, want_some.shape[2], full=False)
@@ -79,6 +119,21 @@ def test_schedule_covers_the_dense_mask(call):
 
 
 LENGTH, BLOCK = 96, 8
+
+
+def assert_exact(mask: Mask, tokens: Tokens | None = None, *, full: bool):
+    """No empty block is visited, in either direction, and if `full` no full block is tested."""
+    sizes = BlockSizes(block_q=BLOCK, block_kv=BLOCK)
+    built = make_schedule(mask, tokens, q_len=LENGTH, kv_len=LENGTH, block_sizes=sizes)
+    dense = np.asarray(mask.dense(tokens, LENGTH, LENGTH, num_heads=mask.head_groups))
+    some = blocks_of(dense.any(axis=1), BLOCK, BLOCK, np.any)
+    every = blocks_of(dense.all(axis=1), BLOCK, BLOCK, np.all)
+    np.testing.assert_array_equal(inside(built.kv_blocks, some.shape[2], full=False), some)
+    np.testing.assert_array_equal(inside(built.q_blocks, some.shape[1], full=False), some.swapaxes(1, 2))
+    if full:
+        np.testing.assert_array_equal(inside(built.kv_blocks, some.shape[2], full=True), every)
+        np.testing.assert_array_equal(inside(built.q_blocks, some.shape[1], full=True), every.swapaxes(1, 2))
+    return built
 
 
 @pytest.mark.parametrize(
@@ -99,16 +154,54 @@ LENGTH, BLOCK = 96, 8
 )
 def test_interval_masks_are_exact(mask: Mask, documents):
     """Causal, window, prefix and document masks, packed and padded, visit no empty block and test no full one."""
-    tokens = packed_tokens(documents, LENGTH) if documents else None
-    built = make_schedule(
-        mask, tokens, q_len=LENGTH, kv_len=LENGTH, block_sizes=BlockSizes(block_q=BLOCK, block_kv=BLOCK)
-    )
-    dense = np.asarray(mask.dense(tokens, LENGTH, LENGTH))
-    some, every = (blocks_of(dense, BLOCK, BLOCK, f) for f in (np.any, np.all))
-    np.testing.assert_array_equal(inside(built.kv_blocks, some.shape[2], full=False), some)
-    np.testing.assert_array_equal(inside(built.kv_blocks, some.shape[2], full=True), every)
-    np.testing.assert_array_equal(inside(built.q_blocks, some.shape[1], full=False), some.swapaxes(1, 2))
-    np.testing.assert_array_equal(inside(built.q_blocks, some.shape[1], full=True), every.swapaxes(1, 2))
+    assert_exact(mask, packed_tokens(documents, LENGTH) if documents else None, full=True)
+
+
+@pytest.mark.parametrize(
+    ("mask", "num_ranges"),
+    [
+        (Causal() & (Prefix(4) | Window(left=15)), 2),
+        (GlobalQueries(8) | Prefix(8) | Window(left=9, right=9), 3),
+        (Causal() & Chunked(24), 1),
+        (Causal() & (Chunked(32) | Summary(32, num=8)), 4),
+        (Causal() & Strided(4, block=BLOCK), 3),
+        (Strided(3), 1),
+        (Causal() & Strided(3) & Window(left=30), 1),
+        (Neighborhood((4, 24), (1, 2)), 4),
+        (Neighborhood((3, 4, 8), (0, 1, 1)), 1),
+        (Neighborhood((12, 8), (1, 1)), 1),
+        (Table(scattered(12, 12), BLOCK, BLOCK), 5),
+        (PerHead((Window(left=9, right=0), Prefix(5))), 2),
+        (~Window(left=20, right=20), 2),
+    ],
+    ids=str,
+)
+def test_sparse_masks_visit_no_empty_block(mask: Mask, num_ranges: int):
+    """The mask says how many ranges its rows need, and the schedule has no more."""
+    built = assert_exact(mask, full=False)
+    assert built.kv_blocks.start.shape[2] == num_ranges
+
+
+def test_full_blocks_are_the_longest_run_of_each_range():
+    sizes = BlockSizes(block_q=BLOCK, block_kv=BLOCK)
+    ranges = make_schedule(
+        Prefix(20) | Window(left=30, right=0), q_len=LENGTH, kv_len=LENGTH, block_sizes=sizes
+    ).kv_blocks
+    last_row = {name: np.asarray(getattr(ranges, name))[0, -1].tolist() for name in vars(ranges)}
+    assert last_row == {"start": [0, 7], "stop": [3, 12], "full_start": [0, 9], "full_stop": [2, 11]}
+
+
+def test_ranges_left_over_become_one(monkeypatch):
+    """Rows that need more ranges than there is room for are visited in full from the last range on."""
+    monkeypatch.setattr(schedule, "_MAX_RANGES_OF_ALL_ROWS", 2 * (LENGTH // BLOCK))
+    sizes = BlockSizes(block_q=BLOCK, block_kv=BLOCK)
+    built = make_schedule(Strided(3, block=BLOCK), q_len=LENGTH, kv_len=LENGTH, block_sizes=sizes)
+    visited = inside(built.kv_blocks, LENGTH // BLOCK, full=False)[0]
+    assert ["".join("1" if x else "." for x in row) for row in visited[:3]] == [
+        "1..1111111..",
+        ".1..1111111.",
+        "..1..1111111",
+    ]
 
 
 def test_groups_of_rows_equal_all_at_once(monkeypatch):
@@ -121,10 +214,20 @@ def test_groups_of_rows_equal_all_at_once(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, build(), whole)
 
 
-def test_a_million_tokens_take_little_memory():
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Causal() & Window(left=4095),
+        Causal() & (Prefix(4) | Window(left=4095)) & Chunked(65536),
+        Neighborhood((64, 128, 128), (3, 3, 3)),
+        Table(np.eye(512, dtype=bool), block_q=2048, block_kv=2048),
+    ],
+    ids=["window", "sinks", "neighborhood", "table"],
+)
+def test_a_million_tokens_take_little_memory(mask):
     def build():
         built = make_schedule(
-            Causal() & Window(left=4095),
+            mask,
             Tokens.self_attention(None, jax.numpy.zeros((1, 1 << 20), "int32")),
             q_len=1 << 20,
             kv_len=1 << 20,

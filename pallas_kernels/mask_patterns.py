@@ -1,0 +1,343 @@
+"""Sparse patterns as masks: global tokens, strides, chunks, neighborhoods on a grid, block tables, and your own rules.
+
+All of them read positions, which restart in every document of a packed row, so each pattern starts afresh with the
+document; add `& SameDocument()` to keep it there.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from pallas_kernels.mask import Bounds, Mask, TileVerdict
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalQueries(Mask):
+    """Queries at positions < length may attend to any key; with Prefix(length), the global tokens of Longformer.
+
+    Reference: Beltagy, Peters and Cohan, Longformer, arXiv:2004.05150, section 3.1; Zaheer et al., Big Bird,
+    arXiv:2007.14062, section 2.
+    """
+
+    length: int
+
+    def __post_init__(self):
+        _check_at_least("GlobalQueries", 0, length=self.length)
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        return (q_positions < self.length) & _true_like(kv_positions)
+
+    def tile(self, q, kv):
+        keys = _true_like(kv.position_min)
+        return TileVerdict(some=(q.position_min < self.length) & keys, all=(q.position_max < self.length) & keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided(Mask):
+    """Positions in blocks of `block`: a query may attend to keys whose block is a multiple of `stride` blocks away.
+
+    (t // block - s // block) % stride == 0. With block = 1 that is every stride-th token, before and after.
+
+    Reference: Child et al., Generating Long Sequences with Sparse Transformers, arXiv:1904.10509, section 4.3.
+    """
+
+    stride: int
+    block: int = 1
+
+    def __post_init__(self):
+        _check_at_least("Strided", 1, stride=self.stride, block=self.block)
+
+    def num_runs(self, length, gap):
+        return _periodic_runs(length, gap, period=self.stride * self.block, run=self.block)
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        return (q_positions // self.block - kv_positions // self.block) % self.stride == 0
+
+    def tile(self, q, kv):
+        # A tile's distances, in blocks, are all within these two.
+        least = q.position_min // self.block - kv.position_max // self.block
+        greatest = q.position_max // self.block - kv.position_min // self.block
+        return TileVerdict(
+            some=greatest // self.stride * self.stride >= least,
+            all=(least % self.stride == 0) & ((least == greatest) | (self.stride == 1)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Mask):
+    """Any query may attend to the keys at the last `num` positions of every `period`.
+
+    s % period >= period - num: the columns of the fixed pattern of Sparse Transformers.
+
+    Reference: Child et al., Generating Long Sequences with Sparse Transformers, arXiv:1904.10509, section 4.3.
+    """
+
+    period: int
+    num: int = 1
+
+    def __post_init__(self):
+        _check_at_least("Summary", 1, period=self.period, num=self.num)
+        if self.num > self.period:
+            raise ValueError(f"Summary: num={self.num}, wanted at most period={self.period}")
+
+    def num_runs(self, length, gap):
+        return _periodic_runs(length, gap, period=self.period, run=self.num)
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        return (kv_positions % self.period >= self.period - self.num) & _true_like(q_positions)
+
+    def tile(self, q, kv):
+        queries = _true_like(q.position_min)
+        period_start = kv.position_min - kv.position_min % self.period
+        first = jnp.maximum(kv.position_min, period_start + self.period - self.num)
+        run_of_summaries = (first == kv.position_min) & (kv.position_max < period_start + self.period)
+        return TileVerdict(
+            some=(first <= kv.position_max) & queries,
+            all=(run_of_summaries | (self.num == self.period)) & queries,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunked(Mask):
+    """A query may attend to keys of its own chunk of `size` positions: block-diagonal, in squares of `size`."""
+
+    size: int
+
+    def __post_init__(self):
+        _check_at_least("Chunked", 1, size=self.size)
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        return q_positions // self.size == kv_positions // self.size
+
+    def tile(self, q, kv):
+        q_first, q_last = q.position_min // self.size, q.position_max // self.size
+        kv_first, kv_last = kv.position_min // self.size, kv.position_max // self.size
+        return TileVerdict(
+            some=(q_first <= kv_last) & (kv_first <= q_last),
+            all=(q_first == q_last) & (kv_first == kv_last) & (q_first == kv_first),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighborhood(Mask):
+    """Positions count a grid in row-major order: a query may attend to keys near it along every axis of the grid.
+
+    |center(t)[a] - s[a]| <= radius[a] for each axis a, where t[a] and s[a] are the coordinates. Positions that are not
+    on the grid take part in no pair.
+
+    Attributes:
+      grid: Tokens along each axis, outermost first: (H, W), or (frames, H, W).
+      radius: Reach along each axis, in tokens, or in tiles where there are any.
+      tile_shape: If given, coordinates and radius count tiles of that many tokens along each axis: sliding tile
+        attention.
+      shift_at_edges: Whether the center is moved inwards at the edges of the grid, so that every query sees as many
+        keys, as in neighborhood attention. Otherwise the center is the query itself, and the window is cut off.
+
+    Reference: Hassani et al., Neighborhood Attention Transformer, arXiv:2204.07143, section 3.1; Zhang et al., Fast
+    Video Generation with Sliding Tile Attention, arXiv:2502.04507, section 3.
+    """
+
+    grid: tuple[int, ...]
+    radius: tuple[int, ...]
+    tile_shape: tuple[int, ...] | None = None
+    shift_at_edges: bool = True
+
+    def __post_init__(self):
+        num_axes = len(self.grid)
+        for name, least in (("grid", 1), ("radius", 0), ("tile_shape", 1)):
+            value = getattr(self, name)
+            if value is not None and (not value or len(value) != num_axes or min(value) < least):
+                raise ValueError(
+                    f"Neighborhood: {name}={value} with grid={self.grid}, wanted a number >= {least} for each axis of "
+                    "the grid"
+                )
+
+    def num_runs(self, length, gap):
+        runs, extent = 1, 1  # of a window that is one token along the axes so far, innermost first
+        for axis in reversed(list(self._axes())):
+            if axis.step - extent >= gap:
+                # A key near an edge is also seen from the edge, by queries whose window was moved inwards.
+                reach = axis.radius * (3 if self.shift_at_edges else 2) + 1
+                runs *= min(reach * axis.tile, axis.length)
+            extent += (min((2 * axis.radius + 1) * axis.tile, axis.length) - 1) * axis.step
+        return runs
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        near = self._on_grid(q_positions) & self._on_grid(kv_positions)
+        for axis in self._axes():
+            near &= jnp.abs(axis.center(axis.tile_of(q_positions)) - axis.tile_of(kv_positions)) <= axis.radius
+        return near
+
+    def tile(self, q, kv):
+        size = math.prod(self.grid)
+        some = (q.position_min < size) & (q.position_max >= 0) & (kv.position_min < size) & (kv.position_max >= 0)
+        every = self._on_grid(q.position_min) & self._on_grid(q.position_max)
+        every &= self._on_grid(kv.position_min) & self._on_grid(kv.position_max)
+        for axis in self._axes():
+            q_first, q_last = (axis.center(x) for x in axis.tiles_of(q))
+            kv_first, kv_last = axis.tiles_of(kv)
+            some &= (kv_first <= q_last + axis.radius) & (kv_last >= q_first - axis.radius)
+            every &= (kv_last <= q_first + axis.radius) & (kv_first >= q_last - axis.radius)
+        return TileVerdict(some, every)
+
+    def _on_grid(self, positions: ArrayLike) -> ArrayLike:
+        return (positions >= 0) & (positions < math.prod(self.grid))
+
+    def _axes(self) -> "Iterator[_GridAxis]":
+        tile_shape = self.tile_shape or (1,) * len(self.grid)
+        for i, (length, radius, tile) in enumerate(zip(self.grid, self.radius, tile_shape, strict=True)):
+            yield _GridAxis(length, math.prod(self.grid[i + 1 :]), radius, tile, self.shift_at_edges)
+
+
+class _GridAxis(NamedTuple):
+    """One axis of a grid.
+
+    Attributes:
+      length: Tokens along it.
+      step: Positions from one token to the next along it.
+      radius: Reach, in tiles.
+      tile: Tokens along it that make a tile.
+      shift_at_edges: As in Neighborhood.
+    """
+
+    length: int
+    step: int
+    radius: int
+    tile: int
+    shift_at_edges: bool
+
+    def tile_of(self, positions: ArrayLike) -> ArrayLike:
+        """The tile's number along this axis, from 0."""
+        return positions // self.step % self.length // self.tile
+
+    def tiles_of(self, bounds: Bounds) -> tuple[ArrayLike, ArrayLike]:
+        """The first and the last tile that positions within the bounds may be in."""
+        first, last = bounds.position_min // self.step, bounds.position_max // self.step
+        wraps = first // self.length != last // self.length
+        first = jnp.where(wraps, 0, first % self.length)
+        last = jnp.where(wraps, self.length - 1, last % self.length)
+        return first // self.tile, last // self.tile
+
+    def center(self, tile: ArrayLike) -> ArrayLike:
+        """The middle of the window of queries in this tile; grows with the tile."""
+        if not self.shift_at_edges:
+            return tile
+        num_tiles = -(-self.length // self.tile)
+        # A window wider than the axis sees all of it.
+        return jnp.clip(tile, self.radius, max(self.radius, num_tiles - 1 - self.radius))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Mask):
+    """A fixed pattern of blocks: a query at t may attend to a key at s where `blocks[t // block_q, s // block_kv]`.
+
+    Positions beyond the table take part in no pair. The table is part of the program, as are its sums over rectangles,
+    from which a verdict on a tile is exact: 5 bytes a block. Two tables are equal where their contents are.
+
+    Attributes:
+      blocks: Bool, `[rows, columns]`; copied.
+      block_q, block_kv: Positions that a row and a column stand for.
+    """
+
+    blocks: np.ndarray = dataclasses.field(compare=False, repr=False)
+    block_q: int = 1
+    block_kv: int = 1
+    shape: tuple[int, ...] = dataclasses.field(init=False)
+    digest: str = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        _check_at_least("Table", 1, block_q=self.block_q, block_kv=self.block_kv)
+        if self.blocks.ndim != 2 or self.blocks.dtype != bool or not self.blocks.size:
+            raise ValueError(
+                f"Table: blocks is {self.blocks.dtype}{list(self.blocks.shape)}, wanted bool[rows, columns], none of "
+                "them 0; compare with > 0 or the like"
+            )
+        blocks = self.blocks.copy()
+        blocks.flags.writeable = False
+        object.__setattr__(self, "blocks", blocks)
+        object.__setattr__(self, "shape", blocks.shape)
+        object.__setattr__(self, "digest", hashlib.sha256(np.packbits(blocks)).hexdigest())
+
+    def num_runs(self, length, gap):
+        return max(_most_runs(self.blocks), _most_runs(self.blocks.T))
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        row, column = q_positions // self.block_q, kv_positions // self.block_kv
+        rows, columns = self.shape
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        return inside & jnp.asarray(self.blocks)[jnp.clip(row, 0, rows - 1), jnp.clip(column, 0, columns - 1)]
+
+    def tile(self, q, kv):
+        row, row_end = q.position_min // self.block_q, q.position_max // self.block_q + 1
+        column, column_end = kv.position_min // self.block_kv, kv.position_max // self.block_kv + 1
+        num_allowed = self._sum_before(row_end, column_end) + self._sum_before(row, column)
+        num_allowed -= self._sum_before(row, column_end) + self._sum_before(row_end, column)
+        return TileVerdict(num_allowed > 0, num_allowed == (row_end - row) * (column_end - column))
+
+    def _sum_before(self, row: ArrayLike, column: ArrayLike) -> jax.Array:
+        """How many blocks are allowed in rows < row and columns < column."""
+        rows, columns = self.shape
+        return jnp.asarray(self._sums)[jnp.clip(row, 0, rows), jnp.clip(column, 0, columns)]
+
+    @functools.cached_property
+    def _sums(self) -> np.ndarray:
+        sums = np.cumsum(np.cumsum(self.blocks, axis=0, dtype=np.int32), axis=1, dtype=np.int32)
+        return np.pad(sums, ((1, 0), (1, 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicate(Mask):
+    """A rule of your own.
+
+    It is compared by identity of its functions: define them once, at module level, or each call compiles anew.
+
+    Attributes:
+      pair: `pair(q_positions, kv_positions, q_segment_ids, kv_segment_ids)`, int32 arrays that broadcast; returns bool.
+      tile_rule: `tile_rule(q, kv)` of two Bounds; returns (some, all) of the tile, as TileVerdict explains. None visits
+        every block and tests every pair: right, and as slow as no mask.
+      uses_segments: Whether `pair` reads the segment ids.
+    """
+
+    pair: Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], ArrayLike]
+    tile_rule: Callable[[Bounds, Bounds], tuple[ArrayLike, ArrayLike]] | None = None
+    uses_segments: bool = False
+
+    def num_runs(self, length, gap):
+        return 1 if self.tile_rule is None else 4  # which is anyone's guess
+
+    def allowed(self, *pair):
+        return self.pair(*pair)
+
+    def tile(self, q, kv):
+        if self.tile_rule is not None:
+            return TileVerdict(*self.tile_rule(q, kv))
+        unsure = _true_like(q.position_min) & _true_like(kv.position_min)
+        return TileVerdict(some=unsure, all=~unsure)
+
+
+def _periodic_runs(length: int, gap: int, *, period: int, run: int) -> int:
+    return -(-length // period) if period - run >= gap else 1
+
+
+def _most_runs(blocks: np.ndarray) -> int:
+    """The greatest number of runs of True in a row."""
+    starts = blocks & ~np.pad(blocks, ((0, 0), (1, 0)))[:, :-1]
+    return int(starts.sum(axis=1).max())
+
+
+def _true_like(x: ArrayLike) -> jax.Array:
+    return jnp.ones(jnp.shape(x), bool)
+
+
+def _check_at_least(mask: str, least: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < least:
+            raise ValueError(f"{mask}: {name}={value}, wanted a number >= {least}")
