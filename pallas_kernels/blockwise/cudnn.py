@@ -10,7 +10,9 @@ JAX without them is a refusal like any other.
 Reference: cuDNN, Scaled Dot Product Attention; Dao 2023, FlashAttention-2, arXiv:2307.08691.
 """
 
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
     if carry is not None or return_carry:
         _refuse("it takes and returns no running softmax (carry, return_carry)")
     settings = _settings(q, k, v, tokens, options)
-    out, lse = _jax_function("_dot_product_attention_fwd")(q, k, v, *_unused(q), *settings)
+    out, lse = _call("_dot_product_attention_fwd", query=q, key=k, value=v, **_unused(q), **settings)
     return out, lse
 
 
@@ -44,14 +46,17 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
     if accumulate is not None:
         _refuse("it adds into no running gradients (accumulate)")
     settings = _settings(q, k, v, tokens, options)
-    residuals = q, k, v, *_unused(q), lse, out.astype(q.dtype)
+    # The backward's residuals are the forward's operands and results.
+    operands = _parameters("_dot_product_attention_fwd")
+    unused = (value for name, value in _unused(q).items() if name in operands)
+    residuals = q, k, v, *unused, lse, out.astype(q.dtype)
     cotangents = dout.astype(q.dtype), None
-    dq, dk, dv, *_ = _jax_function("_dot_product_attention_bwd_rule")(*settings, residuals, cotangents)
+    dq, dk, dv, *_ = _call("_dot_product_attention_bwd_rule", res=residuals, grad_output=cotangents, **settings)
     return dq, dk, dv
 
 
-def _settings(q, k, v, tokens: Tokens | None, options: Options) -> tuple:
-    """The static arguments of JAX's functions, in their order, for a call that cuDNN serves.
+def _settings(q, k, v, tokens: Tokens | None, options: Options) -> dict[str, Any]:
+    """The static arguments of JAX's functions for a call that cuDNN serves.
 
     Raises: NotImplementedError with the reason where it does not.
     """
@@ -74,16 +79,18 @@ def _settings(q, k, v, tokens: Tokens | None, options: Options) -> tuple:
         _refuse(f"q and k have shapes {q.shape} and {k.shape}, its gradients are wrong beyond 2^31 elements")
     causal, left = _causal_window(options.mask, tokens or Tokens(), q_len, kv_len)
     mask_type, layout = _jax_function("MaskType"), _jax_function("AttentionLayout")
-    return (
-        options.scale,
-        42,  # seed of the dropout that is not asked for: JAX's default
-        0.0,  # its rate
-        (False, False),  # neither a bias nor its gradient
-        mask_type.CAUSAL if causal else mask_type.NO_MASK,
-        layout.BTNH.value,
-        None if left is None else left + 1,  # cuDNN counts the query's own token
-        None,  # cuDNN's version, for checks that are made of packed layouts only
-        True,  # with lse
+    return dict(
+        scale=options.scale,
+        seed=42,  # of the dropout that is not asked for: JAX's default
+        dropout_rate=0.0,
+        variadic_args=(False, False),  # neither a bias nor its gradient
+        mask_type=mask_type.CAUSAL if causal else mask_type.NO_MASK,
+        layout=layout.BTNH.value,
+        sliding_window_length=None if left is None else left + 1,  # cuDNN counts the query's own token
+        score_mod=None,
+        cudnn_version=None,  # for checks that are made of packed layouts only
+        is_training=None,  # what JAX 0.11 calls it in the backward
+        return_residual=True,  # with lse
     )
 
 
@@ -135,9 +142,26 @@ def _jax_function(name: str) -> Any:
         raise NotImplementedError(f"cudnn: this version of JAX has no {name} for it ({error})") from error
 
 
-def _unused(q) -> tuple:
-    """Bias, lengths and offsets of packed sequences, and page tables: seven operands that are empty here."""
-    return (jnp.zeros(0, q.dtype),) * 7
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_jax_function(name)).parameters
+
+
+def _call(name: str, **arguments: Any) -> Any:
+    """Calls one of JAX's functions with those of the arguments that it has, since versions of JAX differ in them.
+
+    Raises: NotImplementedError where it has others.
+    """
+    parameters = _parameters(name)
+    unknown = [key for key in parameters if key not in arguments]
+    if unknown:
+        _refuse(f"this version of JAX wants {', '.join(unknown)} in {name}, which is not known here")
+    return _jax_function(name)(*(arguments[key] for key in parameters))
+
+
+def _unused(q) -> dict[str, Any]:
+    """Operands that are empty here, in JAX's order: bias, lengths and offsets of packed sequences, page tables."""
+    names = ("bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k", "page_table_v")
+    return {name: jnp.zeros(0, q.dtype) for name in names} | {"score_mod_args": ()}
 
 
 def _refuse(reason: str) -> NoReturn:
