@@ -31,7 +31,6 @@ class DeviceSpec:
     memory_gb_per_s: float | None = None
     link: Literal["torus", "switch"] | None = None
     link_gb_per_s: float | None = None
-    link_domain: int | None = None
     network_gb_per_s: float | None = None
     latency_us: float = 0.0
 

@@ -109,7 +109,7 @@ def test_another_table_of_devices(capsys, tmp_path):
     table = tmp_path / "devices.yaml"
     table.write_text(
         "devices:\n  h100:\n    {device_kinds: [H100], peak_tflops: 100, matmul_tflops: 50, memory_gib: 1,\n"
-        "     memory_gb_per_s: 3000, link: switch, link_gb_per_s: 300, link_domain: 8, network_gb_per_s: 40}\n"
+        "     memory_gb_per_s: 3000, link: switch, link_gb_per_s: 300, network_gb_per_s: 40}\n"
     )
     assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--device-table", str(table)]) == plan.PROBLEM_CODE
     assert "of 0.75 GiB a device" in capsys.readouterr().out

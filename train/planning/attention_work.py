@@ -1,7 +1,6 @@
 """What calls of attention ops cost on a run's devices, hop by hop."""
 
 import functools
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,7 +8,6 @@ from jaxtyping import Int
 
 from longctx.context_parallel.balance import hop_tiles, imbalance
 from longctx.mixers.registry import MixerConfig
-from longctx.sharding import CONTEXT_AXES
 from pallas_kernels import BlockSizes
 from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION
 from train.devices import DeviceSpec
@@ -30,11 +28,6 @@ class AttentionWork:
     def __init__(self, run: Run, implementations: Mapping[str, str]):
         self._run = run
         self._implementations = implementations
-        shape = run.mesh.shape
-        self.ring_size = math.prod(shape[axis] for axis in CONTEXT_AXES)
-        training = run.config.training
-        self.rows = training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
-        self.heads_split = shape["tensor"]
 
     def calls(self, spec: DeviceSpec) -> dict[tuple[str, str], OpCall]:
         """The cost of one call by (mixer's name, "forward" or "backward"), with the device's speeds."""
@@ -47,7 +40,7 @@ class AttentionWork:
     @property
     def imbalance(self) -> dict[str, float]:
         """Of the layout under each mixer's mask, as balance.imbalance counts it."""
-        if self.ring_size == 1:
+        if self._run.ring_size == 1:
             return {}
         mixers = self._run.parts.model.mixers
         return {name: imbalance(self._tiles(mixer)) for name, mixer in mixers.items() if mixer.mask is not None}
@@ -59,21 +52,21 @@ class AttentionWork:
 
     def _forward_flops(self, mixer: MixerConfig) -> np.ndarray:
         """Of every device at every hop, `[devices, hops]`."""
-        dim, share = self._run.parts.model.dim, self.rows / self.heads_split
+        dim, share = self._run.parts.model.dim, self._run.rows / self._run.mesh.shape["tensor"]
         if mixer.mask is None:  # no pairs of tokens are visited: even over the devices
             whole = mixer.flops_by_part(dim, np.array([self._run.config.data.seq_len])).get("attention", 0.0)
-            return np.full((1, 1), share * whole / self.ring_size)
+            return np.full((1, 1), share * whole / self._run.ring_size)
         blocks = self._blocks(mixer)
         of_a_pair = mixer.flops_by_part(dim, np.array([1]))["attention"]  # a document of one token has one pair
         return share * of_a_pair * blocks.block_q * blocks.block_kv * self._tiles(mixer)
 
     def _tiles(self, mixer: MixerConfig) -> Int[np.ndarray, "devices hops"]:
         config = self._run.config
-        order = config.context_parallel.order(config.data.seq_len, self.ring_size)
-        return _cached_tiles(mixer.mask, order.tobytes(), self.ring_size, self._blocks(mixer))
+        order = config.context_parallel.order(config.data.seq_len, self._run.ring_size)
+        return _cached_tiles(mixer.mask, order.tobytes(), self._run.ring_size, self._blocks(mixer))
 
     def _blocks(self, mixer: MixerConfig) -> BlockSizes:
-        length = self._run.config.data.seq_len // self.ring_size
+        length = self._run.config.data.seq_len // self._run.ring_size
         return (mixer.block_sizes or BLOCKWISE_ATTENTION[self._run.target.platform]).fit(length, length)
 
 

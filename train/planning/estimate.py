@@ -91,17 +91,15 @@ def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
 def expected_transfers(run: Run) -> list[tuple]:
     """(mixer's name, Transfer, phase, count in a step) of everything that the strategy states for this run."""
     model, training, shape = run.parts.model, run.config.training, run.mesh.shape
-    ring_size = shape["context_outer"] * shape["context_inner"]
-    rows = training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
     expected = []
     for name, mixer in model.mixers.items():
         executions = _layers(run, name) * training.accumulate_steps
         for transfer in mixer.transfers(
             model.dim,
-            rows=rows,
+            rows=run.rows,
             seq_len=run.config.data.seq_len,
             heads_split=shape["tensor"],
-            ring_size=ring_size,
+            ring_size=run.ring_size,
             dtype=model.dtype,
         ):
             expected.append((name, transfer, transfer.phase, executions * transfer.count))
@@ -159,7 +157,7 @@ def _links(run: Run, spec: DeviceSpec) -> Links:
 
 def _ring_pairs(run: Run) -> list[tuple[int, int]]:
     shape = run.mesh.shape
-    size, stride = shape["context_outer"] * shape["context_inner"], shape["tensor"]
+    size, stride = run.ring_size, shape["tensor"]
     if run.target.spec is None or run.target.spec.link != "switch":
         return [(0, stride)]
     return [(i * stride, (i + 1) % size * stride) for i in range(size)]

@@ -1,6 +1,7 @@
 """A run's training step, compiled ahead of time for devices that need not be there."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from longctx.sharding import batch_sharding
+from longctx.sharding import CONTEXT_AXES, batch_sharding
 from pallas_kernels import dispatch
 from train.assemble import Parts, assemble
 from train.config import ConfigError, TrainConfig
@@ -41,6 +42,17 @@ class Run:
     target: Target
     mesh: Mesh | AbstractMesh
     parts: Parts
+
+    @property
+    def ring_size(self) -> int:
+        """Devices that share the tokens of a row."""
+        return math.prod(self.mesh.shape[axis] for axis in CONTEXT_AXES)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a microbatch on a device."""
+        training, shape = self.config.training, self.mesh.shape
+        return training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
 
     @property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,13 +1,11 @@
 """What is wrong with a plan, and what to change."""
 
 import collections
-import math
 import re
 from collections.abc import Mapping
 
 import jax
 
-from longctx.sharding import CONTEXT_AXES
 from train.planning.estimate import expected_transfers
 from train.planning.plan import Plan
 from train.planning.program import Run
@@ -54,7 +52,7 @@ def memory_levers(run: Run, memory: Mapping[str, int], total: int) -> list[str]:
       total: The most that it holds at once.
     """
     model, training, shape = run.parts.model, run.config.training, run.mesh.shape
-    rows = training.batch_size // training.accumulate_steps // (shape["data"] * shape["fsdp"])
+    rows = run.rows
     shards = run.mesh.size // shape["data"]
     of = collections.Counter(memory)
     state = of["parameters"] + of["optimizer"] + of["gradients"]
@@ -69,12 +67,11 @@ def memory_levers(run: Run, memory: Mapping[str, int], total: int) -> list[str]:
         levers.append(
             (state, f"mesh.fsdp in place of mesh.data: each device then keeps 1 / {shape['data']} of the state")
         )
-    context = math.prod(shape[axis] for axis in CONTEXT_AXES)
     levers.append(
         (
             (total - state) / 2,
-            f"a larger mesh.context_inner (now {context}, of {shards} that share the state): activations shrink with "
-            "the devices of a sequence, the state with all",
+            f"a larger mesh.context_inner (now {run.ring_size}, of {shards} that share the state): activations shrink "
+            "with the devices of a sequence, the state with all",
         )
     )
     if model.param_dtype == "float32":
