@@ -7,11 +7,12 @@ import jax
 
 from benchmarks.cases import Case, Pass
 from benchmarks.check import Check
-from benchmarks.measure import Ceiling, compile_all, memory_bytes, time_calls
+from benchmarks.measure import Ceiling, memory_bytes, time_calls
 from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
 from pallas_kernels import blockwise_attention, make_schedule
 from pallas_kernels.blockwise import api
+from pallas_kernels.compiling import compile_all
 
 type Key = tuple[Case, Pass, str]
 

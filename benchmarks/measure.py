@@ -1,11 +1,9 @@
-"""Compiling programs side by side, and timing them one by one."""
+"""Timing programs one by one, and what they hold in memory."""
 
 import dataclasses
 import math
-import os
 import time
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,32 +71,6 @@ def matmul_ceiling(*, repetitions: int = 20) -> Ceiling:
     matmul = jax.jit(jnp.matmul).lower(a, b).compile()
     timing = time_calls(lambda: matmul(a, b), repetitions=repetitions)
     return Ceiling(size=size, flops=2 * size**3 / timing.median)
-
-
-def compile_all[K: Hashable](
-    programs: Mapping[K, Callable[[], jax.stages.Lowered]], *, progress: Callable[[str], None]
-) -> dict[K, jax.stages.Compiled | Exception]:
-    """Compiles programs in threads; what one raises takes its place.
-
-    Tracing and lowering is Python and holds its lock, so it goes on in this thread while others compile.
-
-    Args:
-      programs: Functions that trace and lower a program, by its key.
-      progress: Is told how far it is.
-    """
-    outcomes: dict[K, jax.stages.Compiled | Exception] = {}
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        compiling = {}
-        for number, (key, lower) in enumerate(programs.items(), start=1):
-            try:
-                compiling[key] = pool.submit(lower().compile)
-            except Exception as error:  # peers raise what they like
-                outcomes[key] = error
-            if number % 10 == 0 or number == len(programs):
-                progress(f"traced {number} of {len(programs)} programs")
-        for key, future in compiling.items():
-            outcomes[key] = future.exception() or future.result()
-    return outcomes
 
 
 def memory_bytes(compiled: jax.stages.Compiled) -> int:

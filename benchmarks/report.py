@@ -28,10 +28,7 @@ def write_report(results: Results, folder: Path, *, note: Callable[[str], None] 
 
 def markdown(results: Results, *, picture: str | None) -> str:
     """The page: what was measured on, a table for each pass, and what was not timed."""
-    machine, lines = (
-        results.machine,
-        [f"# {results.family}: {results.machine['device']}, {results.machine['date']}", ""],
-    )
+    machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
     lines = [

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from benchmarks.machine import slug
+from pallas_kernels.machine import slug
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

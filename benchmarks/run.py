@@ -10,11 +10,11 @@ import jax
 
 from benchmarks.blockwise import OURS, measure_blockwise
 from benchmarks.cases import CASES, PASSES, SMOKE, Case
-from benchmarks.machine import describe
 from benchmarks.measure import Ceiling, matmul_ceiling
 from benchmarks.peers import PEERS, chosen_peers
 from benchmarks.report import write_report
 from benchmarks.results import Results, Row, with_peer_ratios
+from pallas_kernels.machine import describe
 
 FAMILIES = ("blockwise", "train")
 BLOCKWISE_FLOPS = (

@@ -12,14 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, markdown
 from pallas_kernels.blockwise import api
 from pallas_kernels.mask import Causal, Full, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Chunked, Neighborhood, Strided
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.tokens import Tokens
-
-BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
 
 def _call(
@@ -128,7 +126,7 @@ def _cell(forward: bool, gradient: bool) -> str:
 def table() -> str:
     """The support table of blockwise attention, as Markdown."""
     names = [name for name in dispatch.IMPLEMENTATIONS if name in api.FORWARD]
-    rows = [["blockwise attention", *(f"`{name}`" for name in names)], ["---"] * (len(names) + 1)]
+    rows = [["blockwise attention", *(f"`{name}`" for name in names)]]
     taken = {
         name: [platform for platform, order in dispatch.PREFERENCE.items() if name in order] or ["only when named"]
         for name in names
@@ -144,16 +142,12 @@ def table() -> str:
             cells.append(_cell(_serves(name, attend, qkv), _serves(name, _gradient(attend), qkv)))
         rows.append([feature, *cells])
     rows.append(["carry in and out, accumulate (for rings)", *map(_carry_and_accumulate, names)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown.table(rows)
 
 
 def with_table(text: str) -> str:
     """`text` with the table between its markers."""
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"support: found no markers, wanted a text with {BEGIN!r} and {END!r}; add them")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return markdown.between_markers(text, "support table", [table()])
 
 
 def main() -> None:

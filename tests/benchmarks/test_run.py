@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import blockwise, machine, measure, peers, report, run
+from benchmarks import blockwise, measure, peers, report, run
 from benchmarks.results import Results, Row, with_peer_ratios
+from pallas_kernels import machine
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 ROOT = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -15,12 +16,13 @@ def describe(commit: str | None = None) -> dict:
     """Commit, hardware, driver, versions and date, as JSON takes them.
 
     Args:
-      commit: What to say instead of asking git, where a copy of the files is measured.
+      commit: What to say instead of asking git, where a copy of the files is measured; LONGCTX_COMMIT in the
+        environment says it too.
     """
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit or _git_commit(),
+        "commit": commit or os.environ.get("LONGCTX_COMMIT") or _git_commit(),
         "device": device.device_kind,
         "platform": jax.default_backend(),
         "num_devices": jax.device_count(),
