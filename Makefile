@@ -25,9 +25,10 @@ lint: $(VENV)/.installed-dev ## check style, imports and spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-docs: $(VENV)/.installed-train ## regenerate docs/config.md and the README's support table
+docs: $(VENV)/.installed-train ## regenerate docs/config.md and the READMEs' tables
 	$(BIN)/python -m train.config
 	$(BIN)/python -m pallas_kernels.support README.md
+	$(BIN)/python -m pallas_kernels.conformance --readme
 
 clean: ## remove .venv and what tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

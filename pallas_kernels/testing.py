@@ -1,4 +1,9 @@
-"""Comparing an implementation with its reference: the tolerance table, and the assertion that uses it."""
+"""Comparing an implementation with its reference: the tolerance table, the assertion that uses it, and what a family
+hands to the conformance suite."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,26 +19,34 @@ TOLERANCE = {
 }
 
 
-def assert_close(name: str, got, want, dtype: str) -> None:
-    """Asserts that `got` agrees with the float32 reference `want` within the table's tolerance for `dtype`.
+def relative_errors(name: str, got, want) -> tuple[float, float]:
+    """The error of `got`: its root mean square and its maximum, over those of the float32 reference `want`.
 
-    Where `want` is infinite `got` must be the same infinity; nan never passes.
+    Raises: AssertionError where the shapes differ, where `got` is not the same infinity as `want`, and where it is not
+      finite elsewhere.
     """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"{name}: shape {got.shape}, wanted {want.shape}"
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite], want[~finite], err_msg=f"{name}: where the reference is infinite")
     error, want = got[finite] - want[finite], want[finite]
-    if not want.size:
-        return
     assert np.isfinite(error).all(), f"{name}: {np.size(error) - np.isfinite(error).sum()} values are not finite"
+    if not error.any():
+        return 0.0, 0.0
+    with np.errstate(divide="ignore"):  # any error is infinite where the reference is zero throughout
+        rms = np.sqrt(np.mean(error**2)) / np.sqrt(np.mean(want**2))
+        return float(rms), float(np.max(np.abs(error)) / np.max(np.abs(want)))
+
+
+def assert_close(name: str, got, want, dtype: str) -> None:
+    """Asserts that `got` agrees with the float32 reference `want` within the table's tolerance for `dtype`.
+
+    Where `want` is infinite `got` must be the same infinity; nan never passes.
+    """
+    rms_error, max_error = relative_errors(name, got, want)
     rms_tolerance, max_tolerance = TOLERANCE[dtype]
-    rms, magnitude = np.sqrt(np.mean(want**2)), np.max(np.abs(want))
-    rms_error, max_error = np.sqrt(np.mean(error**2)), np.max(np.abs(error))
-    assert rms_error <= rms_tolerance * rms, f"{name}: rms error {rms_error:.3g}, wanted <= {rms_tolerance} x {rms:.3g}"
-    assert max_error <= max_tolerance * magnitude, (
-        f"{name}: max error {max_error:.3g}, wanted <= {max_tolerance} x {magnitude:.3g}"
-    )
+    assert rms_error <= rms_tolerance, f"{name}: rms error {rms_error:.3g} of the rms, wanted <= {rms_tolerance}"
+    assert max_error <= max_tolerance, f"{name}: max error {max_error:.3g} of the greatest, wanted <= {max_tolerance}"
 
 
 def packed_tokens(rows: tuple[tuple[int, ...], ...], length: int) -> Tokens:
@@ -52,3 +65,70 @@ def packed_tokens(rows: tuple[tuple[int, ...], ...], length: int) -> Tokens:
             segment_ids[row, start : start + document_length] = segment
             start += document_length
     return Tokens.self_attention(positions, segment_ids)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One case by one implementation, with inputs of one dtype."""
+
+    case: Any
+    implementation: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.case.name}-{self.implementation}-{self.dtype}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to call a family's ops.
+
+    Attributes:
+      function: Given a case and an implementation, a function of the case's inputs, a dict, that returns results by
+        name.
+      ops: The ops that it goes through.
+      absent: The inputs that it leaves out: cotangents, which are zero for the truth.
+    """
+
+    function: Callable[[Any, str | None], Callable[[dict], dict]]
+    ops: frozenset[str]
+    absent: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serves:
+    """What an implementation must serve; it must refuse the rest.
+
+    Attributes:
+      cases: Their names.
+      dtypes: Dtypes of the inputs.
+      ways: Names of ways to call the ops.
+    """
+
+    cases: frozenset[str]
+    dtypes: frozenset[str]
+    ways: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the conformance suite runs of a family.
+
+    Attributes:
+      cases: Each has a name, says all that it is in its repr, and makes inputs: `inputs(dtype)`, a dict of arrays.
+      truth: Given a case, a function of its inputs in float32 that returns every result by name.
+      ways: Ways to call the ops, by name.
+      ways_of: The ways that a case is run in: of each group the first that the implementation does not refuse.
+      serves: What each implementation must serve.
+      trials: The trials on a platform, "cpu", "gpu" or "tpu".
+      precise: Results that bfloat16 inputs give as precisely as float16 ones.
+    """
+
+    name: str
+    cases: tuple[Any, ...]
+    truth: Callable[[Any], Callable[[dict], dict]]
+    ways: Mapping[str, Way]
+    ways_of: Callable[[Any], tuple[tuple[str, ...], ...]]
+    serves: Mapping[str, Serves]
+    trials: Callable[[str], tuple[Trial, ...]]
+    precise: frozenset[str] = frozenset()

@@ -3,6 +3,8 @@
 `pytest -m gpu` runs the tests that need a GPU on the machine's own devices instead.
 """
 
+from pathlib import Path
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -12,7 +14,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook(["pallas_kernels", "longctx"], "beartype.beartype")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--conformance-json",
+        metavar="PATH",
+        type=Path,
+        help="write the outcomes of the conformance trials that are run, with commit (LONGCTX_COMMIT) and machine",
+    )
+
+
 def pytest_configure(config):
+    if config.option.conformance_json and (hasattr(config, "workerinput") or config.getoption("numprocesses", None)):
+        raise pytest.UsageError("--conformance-json: one process writes the file; leave out -n")
     if config.option.markexpr != "gpu":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)

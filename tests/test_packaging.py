@@ -171,7 +171,12 @@ def test_make_installs_only_when_something_changed(tmp_path):
     assert make("test") == ["-m pytest -n 2 -m not slow"]
     later = (tmp_path / ".venv/.installed-test").stat().st_mtime + 10
     os.utime(tmp_path / "constraints.txt", (later, later))
-    assert make("docs") == [f"{pip} .[train]", "-m train.config", "-m pallas_kernels.support README.md"]
+    assert make("docs") == [
+        f"{pip} .[train]",
+        "-m train.config",
+        "-m pallas_kernels.support README.md",
+        "-m pallas_kernels.conformance --readme",
+    ]
 
 
 def test_version_has_one_source():

@@ -1,4 +1,4 @@
-"""The family's cases, as data: what its conformance suite and its benchmarks run."""
+"""The family's cases, as data: what its conformance suite runs."""
 
 import dataclasses
 
@@ -21,6 +21,8 @@ class Case:
       documents: Document lengths of each row of the batch; None for one document and no segment ids.
       stripe: If given, the sequence is permuted so that token i stands at (i % stripe, i // stripe): positions are
         then data, and out of order.
+      all_ways: Whether the conformance suite also calls it without a cotangent of lse, and with its keys in two hops.
+      block_sizes: None lets the implementation choose.
     """
 
     name: str
@@ -36,7 +38,8 @@ class Case:
     stripe: int | None = None
     logits_soft_cap: float | None = None
     scale: float | None = None
-    block_sizes: BlockSizes = BlockSizes(block_q=16, block_kv=24)
+    all_ways: bool = False
+    block_sizes: BlockSizes | None = BlockSizes(block_q=16, block_kv=24)
 
     def tokens(self) -> Tokens | None:
         """The case's tokens, or None for the static path."""
@@ -60,14 +63,12 @@ class Case:
             "k": (B, S, self.num_kv_heads, self.head_dim),
             "v": (B, S, self.num_kv_heads, V),
             "dout": (B, T, self.num_heads, V),
+            "dlse": (B, self.num_heads, T),
         }
-        *keys, dlse_key = jax.random.split(jax.random.key(seed), len(shapes) + 1)
-        inputs = {
-            name: jax.random.normal(key, shape, jnp.float32).astype(dtype)
-            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
-        inputs["dlse"] = jax.random.normal(dlse_key, (B, self.num_heads, T), jnp.float32)
-        return inputs
+        # NumPy's, since JAX would compile a program for each shape.
+        normal = np.random.default_rng(seed).standard_normal
+        dtypes = dict.fromkeys(shapes, jnp.dtype(dtype)) | {"dlse": jnp.dtype("float32")}
+        return {name: jnp.asarray(normal(shape, np.float32).astype(dtypes[name])) for name, shape in shapes.items()}
 
     def arguments(self) -> dict:
         """The keyword arguments of the ops."""
@@ -87,7 +88,7 @@ def _remainders_agree(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
 _PACKED = ((30, 1, 25, 8), (17, 1, 1, 40))
 
 CASES = (
-    Case(name="causal", mask=Causal(), q_len=64),
+    Case(name="causal", mask=Causal(), q_len=64, all_ways=True),
     Case(name="full", mask=Full(), q_len=64),
     Case(name="one_token", mask=Causal(), q_len=1),
     Case(name="causal_T63", mask=Causal(), q_len=63),
@@ -97,26 +98,27 @@ CASES = (
     Case(name="gqa", mask=Causal(), q_len=50, num_heads=6, num_kv_heads=2),
     Case(name="mqa", mask=Causal(), q_len=50, num_heads=4, num_kv_heads=1),
     Case(name="value_dim", mask=Causal(), q_len=50, head_dim=24, value_dim=8),
-    Case(name="cross", mask=Full(), q_len=40, kv_len=97),
+    Case(name="cross", mask=Full(), q_len=40, kv_len=97, all_ways=True),
     Case(name="cross_one_query", mask=Full(), q_len=1, kv_len=97, num_heads=4),
     Case(name="chunked_prefill", mask=Causal(offset=60), q_len=37, kv_len=97),
-    Case(name="empty_rows", mask=Causal(offset=-20), q_len=64),
+    Case(name="empty_rows", mask=Causal(offset=-20), q_len=64, all_ways=True),
     Case(name="all_empty", mask=Causal(offset=-64), q_len=64),
     Case(name="window", mask=Causal() & Window(left=20), q_len=100),
     Case(name="window_within_block", mask=Causal() & Window(left=3), q_len=63),
     Case(name="window_both_sides", mask=Window(left=10, right=5), q_len=63),
     Case(name="not_window", mask=Causal() & ~Window(left=10), q_len=63),
-    Case(name="documents", mask=Causal() & SameDocument(), q_len=70, documents=_PACKED),
+    Case(name="documents", mask=Causal() & SameDocument(), q_len=70, documents=_PACKED, all_ways=True),
     Case(name="documents_window_gqa", mask=Causal() & Window(left=9) & SameDocument(), q_len=70, num_heads=4,
          documents=_PACKED),
     Case(name="documents_bidirectional", mask=SameDocument(), q_len=70, documents=_PACKED),
     Case(name="prefix", mask=Causal() | Prefix(20), q_len=64),
     Case(name="documents_prefix", mask=(Causal() | Prefix(5)) & SameDocument(), q_len=70, documents=_PACKED),
-    Case(name="striped", mask=Causal(), q_len=64, stripe=4),
+    Case(name="striped", mask=Causal(), q_len=64, stripe=4, all_ways=True),
     Case(name="striped_documents_window", mask=Causal() & Window(left=12) & SameDocument(), q_len=72, stripe=8,
          documents=((40, 1, 20), (9, 30, 30))),
     Case(name="soft_cap", mask=Causal(), q_len=50, logits_soft_cap=2.0),
-    Case(name="soft_cap_empty_rows_gqa", mask=Causal(offset=-9), q_len=50, num_heads=4, logits_soft_cap=2.0),
+    Case(name="soft_cap_empty_rows_gqa", mask=Causal(offset=-9), q_len=50, num_heads=4, logits_soft_cap=2.0,
+         all_ways=True),
     Case(name="scale", mask=Causal(), q_len=50, scale=0.7),
     Case(name="head_dim_64_gqa_scale", mask=Causal(), q_len=130, num_heads=4, head_dim=64, scale=0.2),
     Case(name="head_dim_128_cross_mqa", mask=Full(), q_len=66, kv_len=200, num_heads=4, num_kv_heads=1, head_dim=128),
@@ -130,4 +132,67 @@ CASES = (
     Case(name="predicate", mask=Causal() & ~Predicate(_remainders_agree), q_len=50),
     Case(name="per_head_gqa", mask=Causal() & PerHead((Window(left=9), Full(), Strided(2))), q_len=50, num_heads=6,
          num_kv_heads=2),
+)  # fmt: skip
+
+
+def _kernel_case(name: str, mask: Mask, q_len: int, *, head_dim: int = 64, **options) -> Case:
+    return Case(name=f"{name}_D{head_dim}", mask=mask, q_len=q_len, head_dim=head_dim, block_sizes=None, **options)
+
+
+_LONG_PACKED = ((300, 1, 129, 70), (128, 1, 1, 270))
+_BLOCKS = np.arange(20).reshape(4, 5) % 3 == 0
+
+# What CASES ask for, at head dims that kernels are made for, and at lengths of several blocks of 64 or 128.
+KERNEL_CASES = (
+    _kernel_case("causal", Causal(), 384, all_ways=True),
+    _kernel_case("causal", Causal(), 512, head_dim=128, all_ways=True),
+    _kernel_case("full", Full(), 256, head_dim=128),
+    _kernel_case("one_token", Causal(), 1),
+    _kernel_case("one_token", Causal(), 1, head_dim=128),
+    _kernel_case("causal_T63", Causal(), 63, head_dim=128),
+    _kernel_case("causal_T129", Causal(), 129),
+    _kernel_case("causal_T1000", Causal(), 1000, batch_size=1),
+    _kernel_case("causal_T1000", Causal(), 1000, head_dim=128, batch_size=1),
+    _kernel_case("gqa", Causal(), 300, head_dim=128, num_heads=6, num_kv_heads=2, all_ways=True),
+    _kernel_case("gqa_heads_of_3_rows", Causal(), 300, num_heads=6, num_kv_heads=3, batch_size=3),
+    _kernel_case("mqa", Causal(), 300, num_heads=4, num_kv_heads=1),
+    _kernel_case("cross", Full(), 130, kv_len=517, all_ways=True),
+    _kernel_case("cross_fewer_keys", Full(), 517, head_dim=128, kv_len=130),
+    _kernel_case("cross_one_query", Full(), 1, head_dim=128, kv_len=517, num_heads=4),
+    _kernel_case("cross_one_key", Full(), 200, kv_len=1, num_heads=4),
+    _kernel_case("chunked_prefill", Causal(offset=400), 200, head_dim=128, kv_len=600),
+    _kernel_case("empty_rows", Causal(offset=-200), 512, all_ways=True),
+    _kernel_case("all_empty", Causal(offset=-256), 256, head_dim=128),
+    _kernel_case("window", Causal() & Window(left=200), 700, all_ways=True),
+    _kernel_case("window", Causal() & Window(left=127), 512, head_dim=128, num_heads=4),
+    _kernel_case("window_within_block", Causal() & Window(left=3), 519, head_dim=128),
+    _kernel_case("window_both_sides", Window(left=150, right=40), 519),
+    _kernel_case("not_window", Causal() & ~Window(left=200), 519, head_dim=128),
+    _kernel_case("documents", Causal() & SameDocument(), 512, documents=_LONG_PACKED, all_ways=True),
+    _kernel_case("documents", Causal() & SameDocument(), 512, head_dim=128, documents=_LONG_PACKED, all_ways=True),
+    _kernel_case("documents_of_blocks", Causal() & SameDocument(), 512, documents=((128, 128, 256), (64, 192, 256))),
+    _kernel_case("documents_of_one_token", Causal() & SameDocument(), 200, documents=((1,) * 130, (99, 1, 1, 1, 90))),
+    _kernel_case("documents_padding_row", Causal() & SameDocument(), 300, documents=((), (100, 29))),
+    _kernel_case("documents_window_gqa", Causal() & Window(left=90) & SameDocument(), 512, head_dim=128, num_heads=4,
+                 documents=_LONG_PACKED),
+    _kernel_case("documents_bidirectional", SameDocument(), 512, documents=_LONG_PACKED),
+    _kernel_case("prefix", Causal() | Prefix(200), 512, head_dim=128),
+    _kernel_case("documents_prefix", (Causal() | Prefix(50)) & SameDocument(), 512, documents=_LONG_PACKED),
+    _kernel_case("striped", Causal(), 512, stripe=4, head_dim=128, all_ways=True),
+    _kernel_case("striped_documents_window", Causal() & Window(left=100) & SameDocument(), 512, stripe=8,
+                 documents=_LONG_PACKED),
+    _kernel_case("soft_cap", Causal(), 300, logits_soft_cap=2.0),
+    _kernel_case("soft_cap_empty_rows_gqa", Causal(offset=-70), 300, head_dim=128, num_heads=4, logits_soft_cap=2.0,
+                 all_ways=True),
+    _kernel_case("scale", Causal(), 300, head_dim=128, scale=0.2),
+    _kernel_case("sinks_window", Causal() & (Prefix(4) | Window(left=100)), 700),
+    _kernel_case("global_dilated", GlobalQueries(2) | Prefix(2) | (Strided(3) & Window(150, 150)), 519),
+    _kernel_case("sparse_fixed_documents", Causal() & (Chunked(128) | Summary(128, 8)) & SameDocument(), 512,
+                 head_dim=128, documents=_LONG_PACKED),
+    _kernel_case("neighborhood_3d_tiles", Neighborhood((6, 8, 12), (1, 0, 1), (2, 4, 4), shift_at_edges=False), 576),
+    _kernel_case("table", Table(_BLOCKS, block_q=128, block_kv=128), 500, head_dim=128, kv_len=600),
+    _kernel_case("table_of_64", Table(np.tile(_BLOCKS, (2, 2)), block_q=64, block_kv=64), 512, kv_len=600),
+    _kernel_case("predicate", Causal() & ~Predicate(_remainders_agree), 300, head_dim=128),
+    _kernel_case("per_head_gqa", Causal() & PerHead((Window(left=99), Full(), Strided(2))), 300, num_heads=6,
+                 num_kv_heads=2),
 )  # fmt: skip

@@ -1,0 +1,191 @@
+"""What the conformance suite runs of the blockwise family: the ways to call its ops, and who must serve what.
+
+The truth is the reference's forward and its derivative by JAX, in float32, with random cotangents of both out and lse;
+so the hand-written backward of the reference is under test like any other.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.blockwise import api, reference
+from pallas_kernels.blockwise.cases import CASES, KERNEL_CASES, Case
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.testing import Family, Serves, Trial, Way
+from pallas_kernels.tokens import Tokens
+
+GRADIENTS = ("dq", "dk", "dv")
+_RUNNING = 0.125  # what a hop finds in dk and dv: of the size of gradients, so that little precision is lost to it
+_FORWARD, _BACKWARD = "blockwise_attention_forward", "blockwise_attention_backward"
+
+
+def truth(case: Case) -> Callable[[dict], dict]:
+    """out, lse, dq, dk and dv of float32 inputs, the gradients by differentiating the reference's forward."""
+    options = Options(
+        mask=case.mask,
+        scale=case.scale or case.head_dim**-0.5,
+        logits_soft_cap=case.logits_soft_cap,
+        block_sizes=None,
+    )
+
+    def attend(q, k, v):
+        return reference.forward(
+            q, k, v, tokens=case.tokens(), schedule=None, carry=None, return_carry=False, options=options
+        )
+
+    return _with_gradients(attend)
+
+
+def _gradient_of_out_and_lse(case: Case, implementation: str | None) -> Callable[[dict], dict]:
+    """Every result of the differentiable op, with cotangents of out and lse."""
+
+    def attend(q, k, v):
+        return api.blockwise_attention(q, k, v, implementation=implementation, return_lse=True, **case.arguments())
+
+    return _with_gradients(attend)
+
+
+def _gradient_of_out(case: Case, implementation: str | None) -> Callable[[dict], dict]:
+    """Every result where nothing depends on lse."""
+    forward = _forward(case, implementation)
+
+    def run(inputs):
+        def attend(q, k, v):
+            return api.blockwise_attention(q, k, v, implementation=implementation, **case.arguments())
+
+        out, vjp = jax.vjp(attend, *(inputs[name] for name in "qkv"))
+        return forward(inputs) | {"out": out} | dict(zip(GRADIENTS, vjp(inputs["dout"]), strict=True))
+
+    return run
+
+
+def _forward(case: Case, implementation: str | None) -> Callable[[dict], dict]:
+    """out and lse alone."""
+
+    def run(inputs):
+        qkv = (inputs[name] for name in "qkv")
+        out, lse = api.blockwise_attention_forward(*qkv, implementation=implementation, **case.arguments())
+        return {"out": out, "lse": lse}
+
+    return run
+
+
+def _hops(case: Case, implementation: str | None) -> Callable[[dict], dict]:
+    """Keys taken in two parts, as a ring takes them: the carry goes forward, the gradients accumulate."""
+    arguments = case.arguments() | {"implementation": implementation}
+    tokens = arguments.pop("tokens")
+
+    def run(inputs):
+        q, k, v, dout, dlse = (inputs[name] for name in ("q", "k", "v", "dout", "dlse"))
+        q_len, kv_len = q.shape[1], k.shape[1]
+        parts = slice(0, kv_len // 3), slice(kv_len // 3, kv_len)
+        hops = [(k[:, part], v[:, part], keys_of(tokens, part, q_len, kv_len)) for part in parts]
+        carry = None
+        for k_part, v_part, tokens_part in hops:
+            carry = api.blockwise_attention_forward(
+                q, k_part, v_part, tokens=tokens_part, carry=carry, return_carry=True, **arguments
+            )
+        out, lse = carry.finalize(q.dtype)
+        dq, gradients_kv = jnp.zeros(q.shape, jnp.float32), []
+        for k_part, v_part, tokens_part in hops:
+            running = dq, *(jnp.full(x.shape, _RUNNING, jnp.float32) for x in (k_part, v_part))
+            dq, dk, dv = api.blockwise_attention_backward(
+                q, k_part, v_part, out, lse, dout, dlse, tokens=tokens_part, accumulate=running, **arguments
+            )
+            gradients_kv.append((dk - _RUNNING, dv - _RUNNING))
+        dk, dv = (jnp.concatenate(x, axis=1) for x in zip(*gradients_kv, strict=True))
+        return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+    return run
+
+
+def keys_of(tokens: Tokens | None, part: slice, q_len: int, kv_len: int) -> Tokens:
+    """The tokens of all queries and of one part of the keys; positions are then data."""
+    q = (tokens or Tokens()).queries(q_len)
+    kv = (tokens or Tokens()).keys(kv_len)
+    return Tokens(
+        q_positions=q.positions,
+        q_segment_ids=q.segment_ids,
+        kv_positions=kv.positions[:, part],
+        kv_segment_ids=kv.segment_ids[:, part],
+    )
+
+
+def _with_gradients(attend: Callable) -> Callable[[dict], dict]:
+    def run(inputs):
+        (out, lse), vjp = jax.vjp(attend, *(inputs[name] for name in "qkv"))
+        gradients = vjp((inputs["dout"], inputs["dlse"]))
+        return {"out": out, "lse": lse} | dict(zip(GRADIENTS, gradients, strict=True))
+
+    return run
+
+
+WAYS = {
+    "forward": Way(function=_forward, ops=frozenset({_FORWARD}), absent=frozenset({"dout", "dlse"})),
+    "gradient": Way(function=_gradient_of_out, ops=frozenset({_FORWARD, _BACKWARD}), absent=frozenset({"dlse"})),
+    "gradient of lse": Way(function=_gradient_of_out_and_lse, ops=frozenset({_FORWARD, _BACKWARD})),
+    "hops": Way(function=_hops, ops=frozenset({_FORWARD, _BACKWARD})),
+}
+
+
+def _ways_of(case: Case) -> tuple[tuple[str, ...], ...]:
+    strongest_first = ("gradient of lse", "gradient", "forward")
+    return (strongest_first, ("gradient",), ("hops",)) if case.all_ways else (strongest_first,)
+
+
+_ALL_CASES = CASES + KERNEL_CASES
+_EVERYTHING = Serves(
+    cases=frozenset(case.name for case in _ALL_CASES),
+    dtypes=frozenset({"float32", "bfloat16", "float16"}),
+    ways=frozenset(WAYS),
+)
+
+# An implementation that api.py has and this has not fails the suite.
+SERVES = {
+    "reference": _EVERYTHING,
+    "xla": _EVERYTHING,
+    "cudnn": Serves(
+        cases=frozenset({
+            *("causal", "full", "causal_T1000", "window"),
+            *("head_dim_64_gqa_scale", "head_dim_128_cross_mqa", "head_dim_128_window_gqa"),
+            *("causal_D64", "causal_D128", "full_D128", "causal_T1000_D64", "causal_T1000_D128"),
+            *("gqa_D128", "gqa_heads_of_3_rows_D64", "mqa_D64", "scale_D128"),
+            *("window_D64", "window_D128"),
+        }),
+        dtypes=frozenset({"bfloat16", "float16"}),
+        ways=frozenset({"forward", "gradient"}),
+    ),
+}  # fmt: skip
+
+_LOW_PRECISION = ("causal", "gqa", "documents", "empty_rows", "soft_cap")
+
+
+def _trials(platform: str) -> tuple[Trial, ...]:
+    """On a GPU or TPU the platform's implementations in half precision, on a CPU mostly in float32, as it computes."""
+    taken = [name for name in dispatch.PREFERENCE[platform] if name in api.FORWARD]
+    if platform == "cpu":
+        runs = [(case, name, "float32") for case in CASES for name in ("reference", *taken)]
+        cover = [case for case in CASES if case.name in _LOW_PRECISION]
+        runs += [(case, name, dtype) for case in cover for name in taken for dtype in ("bfloat16", "float16")]
+        runs += [(case, name, "float32") for case in KERNEL_CASES for name in taken]
+    else:
+        runs = [
+            (case, name, dtype) for case in _ALL_CASES for name in taken for dtype in ("bfloat16", "float16")
+            if dtype == "bfloat16" or name != "xla"
+        ]  # fmt: skip
+        runs += [(case, "xla", "float32") for case in CASES]
+    return tuple(Trial(case=case, implementation=name, dtype=dtype) for case, name, dtype in runs)
+
+
+FAMILY = Family(
+    name="blockwise",
+    cases=_ALL_CASES,
+    truth=truth,
+    ways=WAYS,
+    ways_of=_ways_of,
+    serves=SERVES,
+    trials=_trials,
+    precise=frozenset({"lse"}),  # the products of a logit are exact in float32
+)
