@@ -1,6 +1,7 @@
 """The cases of blockwise attention that are measured, as data, and how much work each is."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 
 from pallas_kernels import Mask, Tokens
 from pallas_kernels.mask import Causal, Full, SameDocument, Window
+from pallas_kernels.mask_patterns import Table
 from pallas_kernels.testing import packed_tokens
 
 Pass = Literal["forward", "forward+backward"]
 PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 # Two matmuls a pair forward, and five backward.
 MATMULS: dict[Pass, int] = {"forward": 2, "forward+backward": 7}
+BLOCK = 128  # edge of the blocks of random block masks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class Case:
     Attributes:
       window: Tokens that each sees, itself included; None for all before it.
       documents: Lengths of the documents packed into each row; None for one.
+      one_block_in: If given, a query sees only some blocks of BLOCK keys, one in so many drawn at random.
     """
 
     batch_size: int
@@ -34,6 +38,14 @@ class Case:
     causal: bool = True
     window: int | None = None
     documents: tuple[int, ...] | None = None
+    one_block_in: int | None = None
+
+    def __post_init__(self):
+        if self.one_block_in is not None and (self.causal or self.length % BLOCK):
+            raise ValueError(
+                f"one_block_in: got causal={self.causal} and length={self.length}, wanted causal=False and a multiple "
+                f"of {BLOCK}"
+            )
 
     @property
     def name(self) -> str:
@@ -42,6 +54,8 @@ class Case:
             kind = f"window {self.window}"
         if self.documents is not None:
             kind = f"documents {len(self.documents)}"
+        if self.one_block_in is not None:
+            kind = f"blocks 1/{self.one_block_in}"
         shape = f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
         return f"{kind} {shape}"
 
@@ -52,7 +66,14 @@ class Case:
             mask &= Window(left=self.window - 1)
         if self.documents is not None:
             mask &= SameDocument()
+        if self.one_block_in is not None:
+            mask = Table(self._blocks, block_q=BLOCK, block_kv=BLOCK)
         return mask
+
+    @property
+    def _blocks(self) -> np.ndarray:
+        """Which blocks of keys each block of queries sees, bool `[length / BLOCK, length / BLOCK]`."""
+        return _random_blocks(self.length // BLOCK, self.one_block_in)
 
     @property
     def segment_ids(self) -> jax.Array | None:
@@ -75,6 +96,8 @@ class Case:
     @property
     def pairs(self) -> int:
         """(query, key) pairs of one row and head that the mask allows."""
+        if self.one_block_in is not None:
+            return int(self._blocks.sum()) * BLOCK**2
         return sum(self._pairs_of(length) for length in self.documents or (self.length,))
 
     def _pairs_of(self, length: int) -> int:
@@ -101,6 +124,15 @@ class Case:
         return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, shapes, strict=True))
 
 
+@functools.cache
+def _random_blocks(num: int, one_in: int) -> np.ndarray:
+    """Bool `[num, num]`, True with a probability of 1 / one_in, and at least once in each row."""
+    rng = np.random.default_rng(0)
+    blocks = rng.random((num, num)) < 1 / one_in
+    blocks[np.arange(num), rng.integers(num, size=num)] |= ~blocks.any(axis=1)
+    return blocks
+
+
 def _case(batch_size: int, length: int, heads: str, head_dim: int, **options) -> Case:
     num_heads, num_kv_heads = map(int, heads.split("/"))
     return Case(
@@ -120,7 +152,10 @@ CASES = (
     _case(8, 2048, "16/16", 128),
     _case(2, 8192, "16/16", 128),
     _case(1, 32768, "16/16", 128),
+    _case(2, 8192, "16/4", 128),
     _case(1, 32768, "16/4", 128),
+    _case(2, 8192, "16/16", 64),
+    _case(1, 32768, "16/16", 64),
     _case(8, 2048, "16/4", 64),
     _case(2, 8192, "16/4", 64),
     _case(1, 32768, "16/4", 64),
@@ -130,6 +165,7 @@ CASES = (
     _case(1, 32768, "16/4", 64, window=4096),
     _case(1, 32768, "16/16", 128, documents=DOCUMENTS),
     _case(1, 32768, "16/4", 64, documents=DOCUMENTS),
+    *(_case(1, 32768, "16/16", 128, causal=False, one_block_in=one_in) for one_in in (2, 4, 8, 16)),
 )
 
 SMOKE = (
@@ -137,4 +173,5 @@ SMOKE = (
     _case(1, 64, "2/2", 16, causal=False),
     _case(1, 96, "4/2", 8, window=24),
     _case(1, 96, "2/1", 16, documents=(40, 1, 55)),
+    _case(1, 384, "2/1", 16, causal=False, one_block_in=4),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cases import PASSES, Case, Pass
+from benchmarks.cases import BLOCK, PASSES, Case, Pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,12 @@ def _needs_gpu() -> None:
 
 
 def _cudnn(case: Case) -> list[Candidate]:
-    """cuDNN through jax.nn: documents as a dense mask, since its public interface has no other way."""
+    """cuDNN through jax.nn: documents and blocks as a dense mask, since its public interface has no other way."""
     _needs_gpu()
 
     def dense_mask():
+        if case.one_block_in is not None:
+            return jnp.repeat(jnp.repeat(jnp.asarray(case.mask.blocks), BLOCK, axis=0), BLOCK, axis=1)[None, None]
         ids = case.segment_ids
         return None if ids is None else ids[:, None, :, None] == ids[:, None, None, :]
 
@@ -103,6 +105,8 @@ def _jla(case: Case) -> list[Candidate]:
 def _tokamax(case: Case) -> list[Candidate]:
     """tokamax's Mosaic GPU kernels, at its default tile sizes: documents as the first key of each query."""
     _needs_gpu()
+    if case.one_block_in is not None:
+        raise NotImplementedError("its Mosaic GPU kernels skip ranges of keys, not blocks of a table")
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every shape that it was not tuned for
     from tokamax._src.ops.attention import api, base
 

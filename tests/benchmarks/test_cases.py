@@ -22,8 +22,11 @@ def test_a_window_inside_documents_counts_both():
 
 def test_the_cases_are_those_that_peers_were_measured_on():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 13
-    assert names[0] == "causal B8 S2048 16/16 D128" and names[-1] == "documents 16 B1 S32768 16/4 D64"
+    assert len(set(names)) == len(names) == 20
+    assert names[0] == "causal B8 S2048 16/16 D128" and names[-1] == "blocks 1/16 B1 S32768 16/16 D128"
+    dense = {f"causal {size} {heads} D{dim}" for size in ("B2 S8192", "B1 S32768") for heads in ("16/16", "16/4")
+             for dim in (64, 128)}  # fmt: skip
+    assert dense <= set(names)
     by_name = dict(zip(names, CASES, strict=True))
     # TFLOP/s times ms of published cells, within their rounding.
     for name, flops in {
@@ -33,6 +36,20 @@ def test_the_cases_are_those_that_peers_were_measured_on():
         "documents 16 B1 S32768 16/16 D128": 473e9 * 0.909,
     }.items():
         assert by_name[name].flops("forward") == pytest.approx(flops, rel=0.01)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.one_block_in], ids=lambda case: case.name)
+def test_random_blocks_leave_no_query_out_and_are_as_many_as_they_say(case):
+    blocks = case.mask.blocks
+    assert blocks.shape == (256, 256) and blocks.any(axis=1).all()
+    assert blocks.mean() == pytest.approx(1 / case.one_block_in, rel=0.03)
+    assert case.pairs == blocks.sum() * 128 * 128
+
+
+def test_random_blocks_are_whole_and_all_of_the_mask():
+    for options in ({"causal": True, "length": 384}, {"causal": False, "length": 400}):
+        with pytest.raises(ValueError, match="one_block_in: got causal=.*, wanted causal=False and a multiple of 128"):
+            Case(batch_size=1, num_heads=1, num_kv_heads=1, head_dim=8, one_block_in=2, **options)
 
 
 def test_inputs_are_seeded_and_of_their_dtype():

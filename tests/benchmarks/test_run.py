@@ -37,7 +37,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert code == 0
     saved, page = files(tmp_path, "blockwise")
     timed = [row for row in saved["rows"] if row["problem"] is None]
-    assert {row["implementation"] for row in timed} == {"longctx xla"} and len(timed) == 8
+    assert {row["implementation"] for row in timed} == {"longctx xla"} and len(timed) == 10
     refused = {row["implementation"]: row["problem"] for row in saved["rows"] if row["problem"]}
     assert refused == {
         "cudnn": "refused: needs an NVIDIA GPU, the platform is cpu",
@@ -48,7 +48,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert "# blockwise: cpu" in page and "## forward+backward" in page and "Commit abc." in page
     assert "| documents 3 B1 S96 2/1 D16 | longctx xla | **" in page
     printed = capsys.readouterr().out
-    assert "[1/16] causal B2 S64 2/1 D16, forward, longctx cudnn: refused" in printed and "TFLOP/s" in printed
+    assert "[1/20] causal B2 S64 2/1 D16, forward, longctx cudnn: refused" in printed and "TFLOP/s" in printed
 
 
 CONFIG = """
@@ -204,7 +204,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, little_time, monkeypatch, caps
     assert run.main(arguments) == 0
     assert "interrupted: what was measured until now is kept" in capsys.readouterr().out
     saved, page = files(tmp_path, "blockwise")
-    assert "Interrupted before: documents 3 B1 S96 2/1 D16." in page
+    assert "Interrupted before: documents 3 B1 S96 2/1 D16, blocks 1/4 B1 S384 2/1 D16." in page
     assert len([row for row in saved["rows"] if row["problem"] is None]) == 6
 
 
