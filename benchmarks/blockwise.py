@@ -75,9 +75,12 @@ def all_candidates(
         try:
             yield from peer.candidates(case)
         except NotImplementedError as refusal:
-            yield Row(
-                case=case.name, which="both passes", implementation=name, ours=False, problem=f"refused: {refusal}"
-            )
+            problem = f"refused: {refusal}"
+        except Exception as error:  # peers raise what they like, from their import on
+            problem = f"failed: {_first_line(error)}"
+        else:
+            continue
+        yield Row(case=case.name, which="both passes", implementation=name, ours=False, problem=problem)
 
 
 def our_candidate(case: Case, implementation: str) -> Candidate:

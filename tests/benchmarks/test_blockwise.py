@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.blockwise import measure_blockwise, our_candidate
+from benchmarks.blockwise import all_candidates, measure_blockwise, our_candidate
 from benchmarks.cases import SMOKE
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling
-from benchmarks.peers import Candidate
+from benchmarks.peers import Candidate, Peer
 from pallas_kernels import blockwise_attention
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -120,6 +120,16 @@ def test_what_is_refused_or_fails_is_said_and_the_rest_goes_on():
     )
     problems = [row.problem for row in rows]
     assert problems == ["refused: head dim 16", "failed: RuntimeError: no such kernel", None, None]
+
+
+def test_a_peer_that_cannot_be_imported_is_said_and_the_rest_goes_on():
+    def candidates(case):
+        raise ImportError("it wants another JAX")
+
+    broken = Peer(module="broken", package="broken", candidates=candidates)
+    ours, row = all_candidates(SMOKE[0], implementations=("xla",), peers={"broken": broken})
+    assert ours.name == "longctx xla"
+    assert row.implementation == "broken" and row.problem == "failed: ImportError: it wants another JAX"
 
 
 @pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.name)

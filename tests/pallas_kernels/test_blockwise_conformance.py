@@ -29,10 +29,12 @@ CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
 def outcome_of(request):
     """The outcome of a trial. All that were selected are run together where that pays, or where they make one file."""
     path = request.config.getoption("--conformance-json")
-    if path is None and jax.default_backend() == "cpu":
+    on_gpu = jax.default_backend() == "gpu"
+    if path is None and not on_gpu:
         return lambda trial: conformance.run(FAMILY, [trial])[0]
-    parameters = (getattr(item, "callspec", None) for item in request.session.items)
-    selected = [x.params["trial"] for x in parameters if x is not None and "trial" in x.params]
+    items = [item for item in request.session.items if bool(item.get_closest_marker("gpu")) == on_gpu]
+    parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    selected = [params["trial"] for params in parameters if "trial" in params]
     outcomes = conformance.run(FAMILY, selected, progress=print)
     if path is not None:
         conformance.Report.of(FAMILY, outcomes).write_json(path)

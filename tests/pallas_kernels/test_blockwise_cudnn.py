@@ -3,7 +3,9 @@
 Its numbers are in the conformance suite, on a GPU.
 """
 
+import functools
 import re
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from pallas_kernels import (
     blockwise_attention_forward,
     dispatch,
 )
-from pallas_kernels.blockwise import cudnn
+from pallas_kernels.blockwise import cudnn, suite
 from pallas_kernels.mask import Causal, Full, Prefix, SameDocument, Window
 
 
@@ -81,6 +83,17 @@ def test_what_it_would_get_wrong_is_refused(reason, on_gpu):
     shapes, options = REFUSALS[reason]
     with pytest.raises(NotImplementedError, match=f"cudnn: .*{reason}"):
         jax.eval_shape(attend(**options), *shapes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_refuses_all_that_the_conformance_suite_does_not_promise(dtype, on_gpu):
+    serves = suite.SERVES["cudnn"]
+    for case in suite.FAMILY.cases:
+        for name in ("gradient", "gradient of lse"):
+            promised = case.name in serves.cases and dtype in serves.dtypes and name in serves.ways
+            run = functools.partial(jax.eval_shape, suite.WAYS[name].function(case, "cudnn"), case.inputs(dtype))
+            with nullcontext() if promised else pytest.raises(NotImplementedError, match="^cudnn: "):
+                run()
 
 
 def test_it_is_refused_without_a_gpu():
