@@ -36,18 +36,21 @@ _MAX_TILES_AT_ONCE = 1 << 21
 class BlockRanges:
     """For each block of one side (a row), half-open ranges over the blocks of the other side.
 
-    All arrays are int32 `[B or 1, rows, ranges]`. The ranges of a row are in order and do not overlap; the last ones
-    may be empty, with start = stop.
+    All arrays are int32, the ranges `[B or 1, rows, ranges]`. The ranges of a row are in order and do not overlap; the
+    last ones may be empty, with start = stop.
 
     Attributes:
       start, stop: The blocks to visit.
       full_start, full_stop: The longest run of blocks, within each range, that need no pair test.
+      order: The rows by how many blocks they visit, most first and ties in ascending order, `[B or 1, rows]`: the order
+        to deal them out in, so that the longest do not start last.
     """
 
     start: Leaf
     stop: Leaf
     full_start: Leaf
     full_stop: Leaf
+    order: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -229,17 +232,32 @@ def _ranges(verdict_of_rows: Callable, rows, *, num_columns: int, num_ranges: in
         x = jnp.pad(x, ((0, 0), (0, num_groups * group - num_rows)), mode="edge")
         return x.reshape(x.shape[0], num_groups, group).swapaxes(0, 1)
 
-    def ranges_of_group(row_group) -> BlockRanges:
+    def ranges_of_group(row_group) -> _Ranges:
         return _compress(verdict_of_rows(row_group), num_columns, num_ranges)
 
-    ranges = jax.lax.map(ranges_of_group, jax.tree.map(grouped, rows))
-    return jax.tree.map(
+    ranges = jax.tree.map(
         lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])[:, :num_rows],
-        ranges,
+        jax.lax.map(ranges_of_group, jax.tree.map(grouped, rows)),
     )
+    return BlockRanges(**ranges._asdict(), order=_longest_first(ranges))
 
 
-def _compress(verdict: TileVerdict, num_columns: int, num_ranges: int) -> BlockRanges:
+def _longest_first(ranges: "_Ranges") -> jax.Array:
+    """`BlockRanges.order`."""
+    num_visits = jnp.sum(ranges.stop - ranges.start, axis=-1)
+    return jnp.argsort(-num_visits, axis=-1, stable=True).astype(jnp.int32)
+
+
+class _Ranges(NamedTuple):
+    """The ranges of some rows, as in BlockRanges."""
+
+    start: jax.Array
+    stop: jax.Array
+    full_start: jax.Array
+    full_stop: jax.Array
+
+
+def _compress(verdict: TileVerdict, num_columns: int, num_ranges: int) -> _Ranges:
     """The ranges of each row, from verdicts `[B or 1, rows, columns]`. A few passes over the tiles for each range."""
     some, every = jnp.broadcast_arrays(*verdict)
     column = jax.lax.broadcasted_iota(jnp.int32, some.shape, some.ndim - 1)
@@ -250,7 +268,7 @@ def _compress(verdict: TileVerdict, num_columns: int, num_ranges: int) -> BlockR
     def first(condition):
         return jnp.min(jnp.where(condition, column, num_columns), axis=-1)
 
-    def range_after(previous_stop, *, last: bool) -> BlockRanges:
+    def range_after(previous_stop, *, last: bool) -> _Ranges:
         inside = column >= previous_stop[..., None]
         start = first(some & inside)
         if last:
@@ -261,7 +279,7 @@ def _compress(verdict: TileVerdict, num_columns: int, num_ranges: int) -> BlockR
         run = jnp.where(inside, full_run, 0)
         length, end = jnp.max(run, axis=-1), jnp.argmax(run, axis=-1).astype(jnp.int32) + 1
         full_start = jnp.where(length > 0, end - length, start)
-        return BlockRanges(start=start, stop=stop, full_start=full_start, full_stop=full_start + length)
+        return _Ranges(start=start, stop=stop, full_start=full_start, full_stop=full_start + length)
 
     def next_range(previous_stop, _):
         found = range_after(previous_stop, last=False)

@@ -98,6 +98,13 @@ def inside(ranges: schedule.BlockRanges, num_columns: int, *, full: bool) -> np.
     return within.any(axis=-2)
 
 
+def assert_longest_first(ranges: schedule.BlockRanges):
+    """`order` holds every row once, by the blocks it visits, most first and ties in ascending order."""
+    num_visits = np.asarray(ranges.stop - ranges.start).sum(axis=-1)
+    assert ranges.order.dtype == np.int32
+    np.testing.assert_array_equal(ranges.order, [sorted(range(len(row)), key=lambda i: -row[i]) for row in num_visits])
+
+
 @hypothesis.given(calls())
 @hypothesis.settings(deadline=None, max_examples=40)
 def test_schedule_covers_the_dense_mask(call):
@@ -116,6 +123,7 @@ def test_schedule_covers_the_dense_mask(call):
         assert (visited | ~want_some).all(), "a block that holds an allowed pair is not visited"
         assert (want_every | ~full).all(), "a block is called full that is not"
         assert (visited | ~full).all(), "a full block is not visited"
+        assert_longest_first(ranges)
 
 
 LENGTH, BLOCK = 96, 8
@@ -187,8 +195,17 @@ def test_full_blocks_are_the_longest_run_of_each_range():
     ranges = make_schedule(
         Prefix(20) | Window(left=30, right=0), q_len=LENGTH, kv_len=LENGTH, block_sizes=sizes
     ).kv_blocks
-    last_row = {name: np.asarray(getattr(ranges, name))[0, -1].tolist() for name in vars(ranges)}
+    last_row = {name: np.asarray(x)[0, -1].tolist() for name, x in vars(ranges).items() if name != "order"}
     assert last_row == {"start": [0, 7], "stop": [3, 12], "full_start": [0, 9], "full_stop": [2, 11]}
+
+
+def test_rows_are_dealt_out_longest_first():
+    sizes = BlockSizes(block_q=BLOCK, block_kv=BLOCK)
+    tokens = packed_tokens(((40, 56), (96,)), LENGTH)
+    built = make_schedule(Causal() & SameDocument(), tokens, q_len=LENGTH, kv_len=LENGTH, block_sizes=sizes)
+    # Blocks 0 to 4 hold one document, in which block i sees i + 1 blocks, and 5 to 11 the next.
+    assert built.kv_blocks.order.tolist() == [[11, 10, 4, 9, 3, 8, 2, 7, 1, 6, 0, 5], list(range(12))[::-1]]
+    assert built.q_blocks.order.tolist() == [[5, 6, 0, 7, 1, 8, 2, 9, 3, 10, 4, 11], list(range(12))]
 
 
 def test_ranges_left_over_become_one(monkeypatch):
