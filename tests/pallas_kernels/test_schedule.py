@@ -1,10 +1,16 @@
 """Schedules against the dense mask: nothing is missed, nothing is called full that is not, and little is wasted."""
 
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import BlockSizes, Tokens, make_schedule, schedule
 from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
@@ -245,7 +251,7 @@ def test_a_million_tokens_take_little_memory(mask):
     def build():
         built = make_schedule(
             mask,
-            Tokens.self_attention(None, jax.numpy.zeros((1, 1 << 20), "int32")),
+            Tokens.self_attention(None, jnp.zeros((1, 1 << 20), "int32")),
             q_len=1 << 20,
             kv_len=1 << 20,
             block_sizes=BlockSizes(block_q=128, block_kv=128),
@@ -259,3 +265,114 @@ def test_a_million_tokens_take_little_memory(mask):
 def test_wrong_lengths_are_refused():
     with pytest.raises(ValueError, match="make_schedule: kv_len=0, wanted at least one token"):
         make_schedule(Causal(), q_len=4, kv_len=0)
+
+
+STATIC_SIZES = BlockSizes(block_q=8, block_kv=16)
+
+
+def static(mask=None, **lengths):
+    """A static schedule that is built, not found."""
+    schedule.static_schedule.cache_clear()
+    return schedule.static_schedule(
+        mask or Causal(), **{"q_len": 100, "kv_len": 90} | lengths, block_sizes=STATIC_SIZES
+    )
+
+
+def times_num_visits(x):
+    ranges = static().kv_blocks
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(ranges)), "traced, not computed"
+    return x * float((ranges.stop - ranges.start).sum())
+
+
+def mesh_of_8() -> jax.sharding.Mesh:
+    return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+
+def shard_mapped(f, **options):
+    return jax.shard_map(f, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"), **options)
+
+
+def under_a_mesh(f):
+    def run(x):
+        with jax.set_mesh(mesh_of_8()):
+            return f(x)
+
+    return run
+
+
+def under_strict_promotion(f):
+    def run(x):
+        with jax.numpy_dtype_promotion("strict"):
+            return f(x)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wrap", "shape"),
+    [
+        (lambda f: f, ()),
+        (jax.jit, ()),
+        (jax.grad, ()),
+        (lambda f: jax.jit(jax.value_and_grad(f)), ()),
+        (lambda f: jax.grad(jax.checkpoint(f)), ()),
+        (jax.vmap, (8,)),
+        (lambda f: lambda x: jax.lax.scan(lambda carry, y: (f(carry), y), jnp.float32(1), x), (8,)),
+        (lambda f: shard_mapped(f, mesh=mesh_of_8()), (8,)),
+        (lambda f: jax.jit(shard_mapped(f, mesh=mesh_of_8())), (8,)),
+        (lambda f: under_a_mesh(jax.jit(f)), (8,)),
+        (lambda f: under_a_mesh(jax.jit(shard_mapped(f))), (8,)),
+        (lambda f: under_a_mesh(jax.jit(shard_mapped(jax.vmap(f)))), (8,)),
+        (under_strict_promotion, ()),
+    ],
+    ids=[
+        *("eager", "jit", "grad", "jit_grad", "checkpoint", "vmap", "scan", "eager_shard_map", "shard_map"),
+        *("set_mesh", "set_mesh_shard_map", "set_mesh_shard_map_vmap", "strict_promotion"),
+    ],
+)
+def test_a_static_schedule_is_computed_while_tracing(wrap, shape):
+    wrap(times_num_visits)(jnp.ones(shape, jnp.float32))
+
+
+def test_a_static_schedule_is_computed_under_an_abstract_mesh():
+    with jax.sharding.use_abstract_mesh(AbstractMesh((16,), ("x",), axis_types=(AxisType.Auto,))):
+        jax.jit(times_num_visits).trace(jax.ShapeDtypeStruct((16,), jnp.float32))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_static_schedule_is_computed_for_devices_that_are_not_there():
+    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    mesh = jax.sharding.Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x")))
+    with jax.set_mesh(mesh):
+        jax.jit(shard_mapped(times_num_visits)).lower(x).compile()
+
+
+def test_a_static_schedule_is_that_of_tokens_in_order():
+    got, want = static(), make_schedule(Causal(), q_len=100, kv_len=90, block_sizes=STATIC_SIZES)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert static(q_len=3).block_sizes == BlockSizes(block_q=3, block_kv=16)
+    with pytest.raises(ValueError, match="read-only"):
+        got.kv_blocks.start[:] = 0
+
+
+def test_a_static_schedule_is_built_once():
+    assert static() is schedule.static_schedule(Causal(), q_len=100, kv_len=90, block_sizes=STATIC_SIZES)
+
+
+def test_static_schedules_are_built_side_by_side():
+    schedule.static_schedule.cache_clear()
+    lengths = [40, 50, 60] * 3
+    with ThreadPoolExecutor(max_workers=9) as threads:
+        built = list(threads.map(lambda n: schedule.static_schedule(Causal(), n, n, STATIC_SIZES), lengths))
+    assert [x.q_len for x in built] == lengths
+    for x, n in zip(built, lengths, strict=True):
+        want = make_schedule(Causal(), q_len=n, kv_len=n, block_sizes=STATIC_SIZES)
+        jax.tree.map(np.testing.assert_array_equal, x, want)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_errors_of_a_static_schedule_reach_the_caller(wrap):
+    for _ in range(2):  # nor is a failure kept
+        with pytest.raises(ValueError, match="make_schedule: kv_len=0, wanted at least one token"):
+            wrap(lambda: static(kv_len=0).kv_blocks.stop)()
