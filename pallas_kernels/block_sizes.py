@@ -21,10 +21,14 @@ class BlockSizes:
         return BlockSizes(block_q=min(self.block_q, q_len), block_kv=min(self.block_kv, kv_len))
 
 
-# XLA materialises one [B, N, block_q, block_kv] float32 tile of logits at a time: large tiles keep a GPU's matmuls
-# busy, small ones stay in a CPU's cache.
+# What a schedule is built for unless it is told otherwise. On a GPU it is what the Hopper kernel walks, on a CPU small
+# tiles stay in its cache.
 BLOCKWISE_ATTENTION = {
     "cpu": BlockSizes(block_q=128, block_kv=128),
-    "gpu": BlockSizes(block_q=1024, block_kv=1024),
+    "gpu": BlockSizes(block_q=128, block_kv=128),
     "tpu": BlockSizes(block_q=512, block_kv=1024),
 }
+
+# Where XLA wants larger tiles than those: there it merges blocks of the schedule. It materialises one
+# [B, N, block_q, block_kv] float32 tile of logits at a time, and large ones keep a GPU's matmuls busy.
+XLA_TILES = {"gpu": BlockSizes(block_q=1024, block_kv=1024)}

@@ -173,6 +173,52 @@ def num_ranges(mask: Mask, q_len: int, kv_len: int, block_sizes: BlockSizes) -> 
     return of_side(num_q_blocks, num_kv_blocks, kv_len), of_side(num_kv_blocks, num_q_blocks, q_len)
 
 
+class Walk(NamedTuple):
+    """One walk for all rows of a batch: the blocks of keys that each block of queries visits for any of them.
+
+    Attributes:
+      block_sizes: Tokens a block holds.
+      start, stop: Half-open ranges of blocks, int32 `[blocks of queries, ranges]`; those of a row are in order and
+        disjoint, and where start >= stop there is nothing to visit.
+    """
+
+    block_sizes: BlockSizes
+    start: jax.Array
+    stop: jax.Array
+
+
+def merged_walk(schedule: Schedule, *, merge_q: int = 1, merge_kv: int = 1) -> Walk:
+    """The walk over the forward direction of `schedule`, with as many of its blocks as asked made one.
+
+    Range r covers range r of every row that it is made of, less what the ranges before it cover. So all that they visit
+    is visited, nothing twice, and beside that what lies between their r-th ranges.
+
+    Args:
+      schedule: Of any batch size; its rows of a batch become one too.
+      merge_q, merge_kv: How many blocks of queries, and of keys, become one; the last may be made of fewer.
+    Cost: O(B T / block_q R log R) with R ranges a row.
+    """
+    blocks = schedule.block_sizes
+    tiles = BlockSizes(block_q=merge_q * blocks.block_q, block_kv=merge_kv * blocks.block_kv)
+
+    def grouped(x):
+        """`[B or 1, rows, ranges]` to `[merged rows, what each is made of, ranges]`; missing rows visit nothing."""
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % merge_q), (0, 0)))
+        batch_size, num_rows, num_ranges = x.shape
+        x = x.reshape(batch_size, num_rows // merge_q, merge_q, num_ranges).swapaxes(0, 1)
+        return x.reshape(-1, batch_size * merge_q, num_ranges)
+
+    start, stop = grouped(schedule.kv_blocks.start), grouped(schedule.kv_blocks.stop)
+    none = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(start < stop, start // merge_kv, none), axis=1)
+    covered = jax.lax.cummax(jnp.max(jnp.where(start < stop, -(-stop // merge_kv), 0), axis=1), axis=1)
+    first = first.at[:, 1:].max(covered[:, :-1])
+    # Ranges of small blocks may be more than there are merged blocks. Those that came out empty go last.
+    most = -(-schedule.kv_len // tiles.block_kv)
+    start, stop = (jnp.sort(jnp.where(first < covered, x, none), axis=1)[:, :most] for x in (first, covered))
+    return Walk(tiles.fit(schedule.q_len, schedule.kv_len), start, stop)
+
+
 class _Blocks(NamedTuple):
     """The blocks of one side, every array `[B or 1, blocks]`; under a mask within documents, of all but padding.
 

@@ -56,7 +56,7 @@ def blockwise_attention(
       scale: Multiplies q.k; default H ** -0.5.
       logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
       sinks, bias, dropout: Reserved; must be None.
-      block_sizes: Tokens a block holds; default by platform.
+      block_sizes: Tokens a block holds, and a tile; None leaves it to the implementation, or to the schedule.
       implementation: Which implementation to use; None takes the first of the platform's that serves the call.
       return_lse: Whether to return lse too.
     Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured. A row that

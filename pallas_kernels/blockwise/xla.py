@@ -17,9 +17,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+from pallas_kernels.block_sizes import XLA_TILES
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
-from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule
+from pallas_kernels.schedule import Schedule, make_schedule, merged_walk
 from pallas_kernels.tokens import TokenAxis, Tokens
 
 
@@ -106,7 +108,22 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
 def _schedule(q, k, tokens, schedule, options: Options) -> Schedule:
     if schedule is not None:
         return schedule
-    return make_schedule(options.mask, tokens, q_len=q.shape[1], kv_len=k.shape[1], block_sizes=options.block_sizes)
+    sizes = options.block_sizes or XLA_TILES.get(dispatch.current_platform())
+    return make_schedule(options.mask, tokens, q_len=q.shape[1], kv_len=k.shape[1], block_sizes=sizes)
+
+
+def _merges(schedule: Schedule, options: Options) -> dict[str, int]:
+    """How many blocks of the schedule a tile is made of: of several where the schedule is one for smaller tiles than
+    XLA wants, and the caller did not ask for any."""
+    wanted = XLA_TILES.get(dispatch.current_platform())
+    if wanted is None or options.block_sizes is not None:
+        return {}
+
+    def merge(block: int, tile: int) -> int:
+        return tile // block if tile % block == 0 else 1
+
+    blocks = schedule.block_sizes
+    return {"merge_q": merge(blocks.block_q, wanted.block_q), "merge_kv": merge(blocks.block_kv, wanted.block_kv)}
 
 
 class _Tiles:
@@ -117,10 +134,10 @@ class _Tiles:
         self.options = options
         self.q_len, self.kv_len = q.shape[1], k.shape[1]
         self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
-        self.block_q, self.block_kv = schedule.block_sizes.block_q, schedule.block_sizes.block_kv
+        tiles, self.start, self.stop = merged_walk(schedule, **_merges(schedule, options))
+        self.block_q, self.block_kv = tiles.block_q, tiles.block_kv
         self.q_tokens = _split_tokens(tokens.queries(self.q_len), self.block_q)
         self.kv_tokens = _split_tokens(tokens.keys(self.kv_len), self.block_kv)
-        self.start, self.stop = _ranges_of_batch(schedule.kv_blocks)
         # XLA computes float32 matmuls in TF32 on a GPU unless told otherwise.
         precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
         self.matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
@@ -201,15 +218,3 @@ def _split(x, block: int, *, axis: int, fill: float = 0.0) -> jax.Array:
 
 def _split_tokens(tokens: TokenAxis, block: int) -> TokenAxis:
     return TokenAxis(*(_split(x, block, axis=1) for x in tokens))
-
-
-def _ranges_of_batch(ranges: BlockRanges) -> tuple[jax.Array, jax.Array]:
-    """Starts and stops `[n, ranges]` of the blocks that any row of the batch visits: the walk is one for all of it.
-
-    Range r covers range r of every row of the batch, less what the ranges before it cover.
-    """
-    visits = ranges.start < ranges.stop
-    start = jnp.min(jnp.where(visits, ranges.start, jnp.iinfo(jnp.int32).max), axis=0)
-    covered = jax.lax.cummax(jnp.max(jnp.where(visits, ranges.stop, 0), axis=0), axis=1)
-    start = start.at[:, 1:].max(covered[:, :-1])
-    return start, covered

@@ -267,6 +267,60 @@ def test_wrong_lengths_are_refused():
         make_schedule(Causal(), q_len=4, kv_len=0)
 
 
+def walked(walk: schedule.Walk, num_columns: int) -> np.ndarray:
+    """Which blocks a walk visits, `[blocks of queries, blocks of keys]`."""
+    column = np.arange(num_columns)
+    within = (np.asarray(walk.start)[..., None] <= column) & (column < np.asarray(walk.stop)[..., None])
+    assert within.sum(axis=1).max() <= 1, "a block is visited twice"
+    return within.any(axis=1)
+
+
+@hypothesis.given(calls(), st.integers(1, 5), st.integers(1, 5))
+@hypothesis.settings(deadline=None, max_examples=40)
+def test_a_merged_walk_covers_the_schedule(call, merge_q, merge_kv):
+    mask, tokens, q_len, kv_len, sizes = call
+    make = jax.jit(make_schedule, static_argnames=("mask", "q_len", "kv_len", "block_sizes"))
+    built = make(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
+    walk = jax.jit(lambda x: schedule.merged_walk(x, merge_q=merge_q, merge_kv=merge_kv)[1:])(built)
+    visited = inside(built.kv_blocks, built.q_blocks.start.shape[1], full=False)
+    want = blocks_of(visited, merge_q, merge_kv, np.any).any(axis=0)
+    got = walked(schedule.Walk(sizes, *walk), want.shape[1])
+    assert got.shape == want.shape
+    assert (got | ~want).all(), "a block that the schedule visits is left out"
+    assert (np.diff(walk[0], axis=1) >= 0).all(), "ranges are out of order"
+    assert walk[0].shape[1] <= want.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("mask", "documents"),
+    [
+        (Causal(), None),
+        (Full(), None),
+        (Causal() & Window(left=20), None),
+        (Causal() & (Prefix(4) | Window(left=15)), None),
+        (Causal() & SameDocument(), ((27, 1, 31, 9),)),
+    ],
+    ids=str,
+)
+def test_a_merged_walk_visits_what_a_schedule_of_large_blocks_does(mask: Mask, documents):
+    tokens = packed_tokens(documents, 90) if documents else None
+    small, large = (
+        make_schedule(mask, tokens, q_len=90, kv_len=90, block_sizes=BlockSizes(block_q=q, block_kv=kv))
+        for q, kv in ((4, 8), (12, 16))
+    )
+    walk = schedule.merged_walk(small, merge_q=3, merge_kv=2)
+    assert walk.block_sizes == large.block_sizes
+    num_columns = large.q_blocks.start.shape[1]
+    np.testing.assert_array_equal(walked(walk, num_columns), inside(large.kv_blocks, num_columns, full=False)[0])
+
+
+def test_a_merged_walk_of_short_sequences_has_one_block():
+    built = make_schedule(Causal(), q_len=20, kv_len=3, block_sizes=BlockSizes(block_q=8, block_kv=4))
+    walk = schedule.merged_walk(built, merge_q=4, merge_kv=8)
+    assert walk.block_sizes == BlockSizes(block_q=20, block_kv=3)
+    assert (walk.start.tolist(), walk.stop.tolist()) == ([[0]], [[1]])
+
+
 STATIC_SIZES = BlockSizes(block_q=8, block_kv=16)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from longctx.context_parallel.balance import hop_tiles, imbalance
 from longctx.mixers.registry import MixerConfig
 from pallas_kernels import BlockSizes
-from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION
+from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, XLA_TILES
 from train.devices import DeviceSpec
 from train.planning.program import Run
 from train.planning.timeline import OpCall
@@ -42,32 +42,39 @@ class AttentionWork:
         """Of the layout under each mixer's mask, as balance.imbalance counts it."""
         if self._run.ring_size == 1:
             return {}
-        mixers = self._run.parts.model.mixers
-        return {name: imbalance(self._tiles(mixer)) for name, mixer in mixers.items() if mixer.mask is not None}
+        mixers = {name: mixer for name, mixer in self._run.parts.model.mixers.items() if mixer.mask is not None}
+        return {name: imbalance(self._tiles(mixer, "forward")) for name, mixer in mixers.items()}
 
     def _call(self, mixer: MixerConfig, phase: str, spec: DeviceSpec) -> OpCall:
-        implementation = next((name for op, name in self._implementations.items() if op.endswith(phase)), "xla")
-        flops = self._forward_flops(mixer) * (1.0 if phase == "forward" else _BACKWARD_MATMULS)
-        return OpCall(seconds=flops.max(axis=0) / spec.attention_flops(implementation, phase), flops=flops.mean(axis=0))
+        flops = self._forward_flops(mixer, phase) * (1.0 if phase == "forward" else _BACKWARD_MATMULS)
+        speed = spec.attention_flops(self._implementation(phase), phase)
+        return OpCall(seconds=flops.max(axis=0) / speed, flops=flops.mean(axis=0))
 
-    def _forward_flops(self, mixer: MixerConfig) -> np.ndarray:
-        """Of every device at every hop, `[devices, hops]`."""
+    def _implementation(self, phase: str) -> str:
+        return next((name for op, name in self._implementations.items() if op.endswith(phase)), "xla")
+
+    def _forward_flops(self, mixer: MixerConfig, phase: str) -> np.ndarray:
+        """Of every device at every hop, `[devices, hops]`, in the tiles that `phase` visits."""
         dim, share = self._run.parts.model.dim, self._run.rows / self._run.mesh.shape["tensor"]
         if mixer.mask is None:  # no pairs of tokens are visited: even over the devices
             whole = mixer.flops_by_part(dim, np.array([self._run.config.data.seq_len])).get("attention", 0.0)
             return np.full((1, 1), share * whole / self._run.ring_size)
-        blocks = self._blocks(mixer)
+        blocks = self._blocks(mixer, phase)
         of_a_pair = mixer.flops_by_part(dim, np.array([1]))["attention"]  # a document of one token has one pair
-        return share * of_a_pair * blocks.block_q * blocks.block_kv * self._tiles(mixer)
+        return share * of_a_pair * blocks.block_q * blocks.block_kv * self._tiles(mixer, phase)
 
-    def _tiles(self, mixer: MixerConfig) -> Int[np.ndarray, "devices hops"]:
+    def _tiles(self, mixer: MixerConfig, phase: str) -> Int[np.ndarray, "devices hops"]:
         config = self._run.config
         order = config.context_parallel.order(config.data.seq_len, self._run.ring_size)
-        return _cached_tiles(mixer.mask, order.tobytes(), self._run.ring_size, self._blocks(mixer))
+        return _cached_tiles(mixer.mask, order.tobytes(), self._run.ring_size, self._blocks(mixer, phase))
 
-    def _blocks(self, mixer: MixerConfig) -> BlockSizes:
+    def _blocks(self, mixer: MixerConfig, phase: str) -> BlockSizes:
+        platform = self._run.target.platform
+        default = BLOCKWISE_ATTENTION[platform]
+        if self._implementation(phase) == "xla":
+            default = XLA_TILES.get(platform, default)
         length = self._run.config.data.seq_len // self._run.ring_size
-        return (mixer.block_sizes or BLOCKWISE_ATTENTION[self._run.target.platform]).fit(length, length)
+        return (mixer.block_sizes or default).fit(length, length)
 
 
 @functools.lru_cache(maxsize=8)
