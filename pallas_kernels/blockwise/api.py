@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_sizes import BlockSizes
-from pallas_kernels.blockwise import cudnn, reference, xla
+from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, reference, xla
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.mask import Mask
@@ -18,7 +18,12 @@ from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import Schedule
 from pallas_kernels.tokens import Tokens, validate_tokens
 
-FORWARD: Mapping = {"cudnn": cudnn.forward, "xla": xla.forward, "reference": reference.forward}
+FORWARD: Mapping = {
+    "mosaic_gpu": pallas_mosaic_gpu.forward,
+    "cudnn": cudnn.forward,
+    "xla": xla.forward,
+    "reference": reference.forward,
+}
 BACKWARD: Mapping = {"cudnn": cudnn.backward, "xla": xla.backward, "reference": reference.backward}
 
 _DTYPES = ("bfloat16", "float16", "float32")

@@ -1,0 +1,163 @@
+"""Blockwise attention by Mosaic GPU kernels on NVIDIA Hopper: which calls they serve, and how a call reaches them.
+
+The kernels walk schedules. Where tokens are in order (none are given), the schedule is static: it is computed once,
+while the program is being traced, and is part of it. Then its tiles are those that suit the head dim best, and whether
+any visited block needs the pair test is known too, so that full attention and masks of whole blocks have no such code.
+Where tokens are given, the schedule is the caller's, or is built here, in blocks of 128 x 128.
+
+Reference: see pallas_mosaic_gpu_forward.py.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
+from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.mask import Full, Mask
+from pallas_kernels.mosaic_gpu import elementwise, num_hopper_cores
+from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.schedule import BlockRanges, make_schedule, static_schedule
+from pallas_kernels.tokens import Tokens
+from pallas_kernels.wgmma import ROWS, TILE_ROWS
+
+HEAD_DIMS = (64, 128)
+
+
+def forward(
+    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, interpret=None
+) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
+    """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
+    num_cores = num_hopper_cores() if interpret is None else 4
+    if num_cores is None:
+        _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
+    _check_call(q, v, options)
+    tokens = tokens or Tokens()
+    in_order = all(x is None for x in jax.tree.leaves(vars(tokens), is_leaf=lambda x: x is None))
+    q_len, kv_len = q.shape[1], k.shape[1]
+    sizes = _block_sizes(q.shape[3], in_order, options)
+    fitted = sizes.fit(q_len, kv_len)
+    if in_order:
+        ranges = static_schedule(options.mask, q_len, kv_len, sizes).kv_blocks
+    elif schedule is None:
+        ranges = make_schedule(options.mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes).kv_blocks
+    elif schedule.block_sizes != fitted:
+        _refuse(f"the schedule has {schedule.block_sizes}, it takes {fitted}; build it with those")
+    else:
+        ranges = schedule.kv_blocks
+    if fitted.block_kv < sizes.block_kv:
+        # The schedule's one block of keys is shorter than the kernel's, which reads on behind the last key.
+        ranges = _without_full_blocks(ranges)
+    all_full = isinstance(options.mask, Full) or (in_order and _all_full(options.mask, q_len, kv_len, sizes))
+
+    padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
+    uses_segments = options.mask.uses_segments
+    inputs = forward_kernel.Inputs(
+        q=_whole_tiles(q),
+        k=_whole_tiles(k),
+        v=_whole_tiles(v),
+        ranges=jax.tree.map(jnp.asarray, ranges),
+        q_positions=_padded(tokens.q_positions, padding_q),
+        kv_positions=_padded(tokens.kv_positions, padding_kv),
+        q_segment_ids=_padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
+        kv_segment_ids=_padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
+        carry=None if carry is None else _padded_carry(carry, padding_q),
+    )
+    outputs = forward_kernel.attend(
+        inputs,
+        forward_kernel.Config(
+            pair_test=None if all_full else _pair_test(options.mask, sizes),
+            scale=options.scale,
+            block_q=sizes.block_q,
+            block_kv=sizes.block_kv,
+            kv_len=kv_len,
+            num_cores=num_cores,
+            return_carry=return_carry,
+            interpret=interpret,
+        ),
+    )
+    if not return_carry:
+        return outputs.out[:, :q_len], outputs.lse[..., :q_len]
+    after = outputs.carry
+    return SoftmaxCarry(max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len])
+
+
+def _check_call(q, v, options: Options) -> None:
+    """Raises NotImplementedError with the reason where the kernels do not serve the call."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        _refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
+    if q.shape[3] not in HEAD_DIMS:
+        _refuse(f"head dim {q.shape[3]}, it takes {' and '.join(map(str, HEAD_DIMS))}")
+    if v.shape[3] != q.shape[3]:
+        _refuse(f"values have head dim {v.shape[3]} and keys {q.shape[3]}, it takes one head dim")
+    if options.logits_soft_cap is not None:
+        _refuse("it has no soft cap of logits")
+    if not options.scale > 0:
+        _refuse(f"scale={options.scale}, it takes positive ones")
+    if options.mask.head_groups > 1:
+        _refuse("the mask differs between heads, it takes one mask for all")
+
+
+def _block_sizes(head_dim: int, in_order: bool, options: Options) -> BlockSizes:
+    given = MOSAIC_GPU_ATTENTION["schedule"]
+    if options.block_sizes is not None and options.block_sizes != given:
+        _refuse(f"block_sizes={options.block_sizes}, it takes {given}")
+    if in_order and options.block_sizes is None:
+        return MOSAIC_GPU_ATTENTION[head_dim]
+    return given
+
+
+def _pair_test(mask: Mask, sizes: BlockSizes) -> Callable:
+    """Whether pairs may attend, as a kernel computes it of a tile.
+
+    Raises: NotImplementedError where it cannot.
+    """
+    tile = jax.ShapeDtypeStruct((ROWS, sizes.block_kv), jnp.int32)
+    try:
+        return elementwise(mask.allowed, tile, tile, tile, tile)
+    except NotImplementedError as reason:
+        _refuse(f"mask {mask}: {reason}, its pair test must be arithmetic and comparisons")
+
+
+def _without_full_blocks(ranges: BlockRanges) -> BlockRanges:
+    return BlockRanges(
+        start=ranges.start, stop=ranges.stop, full_start=ranges.start, full_stop=ranges.start, order=ranges.order
+    )
+
+
+def _all_full(mask: Mask, q_len: int, kv_len: int, sizes: BlockSizes) -> bool:
+    """Whether of every block that tokens in order visit all pairs may attend, whole blocks of keys assumed."""
+    whole_len = -(-kv_len // sizes.block_kv) * sizes.block_kv
+    ranges = static_schedule(mask, q_len, whole_len, sizes).kv_blocks
+    full = (ranges.full_start == ranges.start) & (ranges.full_stop == ranges.stop)
+    return bool(np.all(full | (ranges.start >= ranges.stop)))
+
+
+def _whole_tiles(x_BLNH):
+    """The same, its length padded with zeros to what shared memory is tiled by."""
+    padding = -x_BLNH.shape[1] % TILE_ROWS
+    return jnp.pad(x_BLNH, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x_BLNH
+
+
+def _padded(x, padding: int):
+    """`[B or 1, length]`, its last token repeated."""
+    return x if x is None or not padding else jnp.pad(x, ((0, 0), (0, padding)), mode="edge")
+
+
+def _padded_carry(carry: SoftmaxCarry, padding: int) -> SoftmaxCarry:
+    if not padding:
+        return carry
+    rows = (0, 0), (0, 0), (0, padding)
+    return SoftmaxCarry(
+        max=jnp.pad(carry.max, rows, constant_values=-jnp.inf),
+        sum=jnp.pad(carry.sum, rows),
+        acc=jnp.pad(carry.acc, ((0, 0), (0, padding), (0, 0), (0, 0))),
+    )
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise NotImplementedError(f"mosaic_gpu: {reason}")

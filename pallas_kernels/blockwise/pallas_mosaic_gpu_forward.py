@@ -1,0 +1,635 @@
+"""The forward kernel of blockwise attention on Hopper GPUs (Mosaic GPU).
+
+Grid: one block of threads a multiprocessor, each with a list of items; an item is a tile of queries (64 rows for each
+consumer warpgroup) of one head. A producer warpgroup copies the item's queries, and the blocks of keys and values that
+its row of the schedule names, into shared memory (TMA, two buffers each); the consumers wait for a buffer, multiply,
+and give it back.
+
+On chip: q (two tiles, so that the next item's is there in time), k and v (two blocks each), and out on its way to
+memory, in shared memory; logits, probabilities, the running maximum, sum and result in registers.
+
+Where the time goes, and what hides it:
+- The tensor cores are what is scarce. Consumers take turns at them: in its turn one starts the logits of block i and
+  the product of block i - 1's probabilities with its values (`wgmma.start`), passes the turn on, and computes the
+  softmax of block i while the others' matmuls run.
+- This goes on across items: the last product of an item runs with the first logits of the next, whose softmax and the
+  writing of the result are hidden like any other.
+- The running result is rescaled only where the maximum has grown by more than 2^8 (SLACK), which is rare: probabilities
+  are then measured against a maximum that is too low by at most as much, and their sum is as right as before.
+- Row sums stay split over the four threads that share a row until the item ends.
+- Blocks that need no pair test have a loop of their own; those that do come first.
+- Items go out longest first (`mosaic_gpu.Deal`), and what the next item is was read one item ahead.
+
+Reference: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608 (warp specialization, ping-pong, overlap within a
+warpgroup); Zadouri et al. 2026, FlashAttention-4, arXiv:2603.05451 (rescaling only where needed).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+
+from pallas_kernels import wgmma
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
+from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.schedule import BlockRanges
+from pallas_kernels.wgmma import ROWS, Arrival
+
+NUM_STAGES = 2
+"""Buffers of keys, and of values."""
+_Q_SLOTS = 2
+
+SLACK = 8.0
+"""By how much (base 2) logits may exceed what they are measured against: 2^8 is far from overflow in 16 bits."""
+
+_LOG2_E = math.log2(math.e)
+_LOWEST = -1e30  # of what logits are measured against: finite, so that rows that see nothing make no nan
+
+_MATRIX, _ROW, _COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is static of a call.
+
+    Attributes:
+      scale: Multiplies q.k; positive.
+      block_q, block_kv: Tokens of a tile of queries and of a block of keys; those of the schedule.
+      kv_len: Number of keys, of which a block may hold fewer than it has room for.
+      pair_test: Whether pairs may attend, of their positions and segment ids (q, kv, q, kv), `[64, block_kv]` each;
+        None where all may, of those that are visited.
+      num_cores: Multiprocessors.
+      return_carry: Whether to return the running softmax rather than the result.
+      interpret: Whether to run on a CPU, in JAX's interpreter.
+    """
+
+    scale: float
+    block_q: int
+    block_kv: int
+    kv_len: int
+    pair_test: Callable[..., jax.Array] | None
+    num_cores: int
+    return_carry: bool = False
+    interpret: Any = None
+
+    @property
+    def has_ragged_keys(self) -> bool:
+        """Whether the last block of keys is not a whole one."""
+        return self.kv_len % self.block_kv != 0
+
+    @property
+    def tests_blocks(self) -> bool:
+        """Whether blocks may need the pair test, or to have keys left out."""
+        return self.pair_test is not None or self.has_ragged_keys
+
+    @property
+    def num_consumers(self) -> int:
+        return self.block_q // ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of the consumers and of the producer may have: 64 Ki are to be shared."""
+        return {2: (240, 24), 3: (160, 32)}[self.num_consumers]
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads; None where there is nothing to read.
+
+    q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    ranges: BlockRanges
+    q_positions: Any
+    kv_positions: Any
+    q_segment_ids: Any
+    kv_segment_ids: Any
+    carry: SoftmaxCarry | None
+
+
+class Outputs(NamedTuple):
+    """What it writes: out and lse, or the carry; in whole tiles, but for out."""
+
+    out: Any
+    lse: Any
+    carry: SoftmaxCarry | None
+
+
+def attend(inputs: Inputs, config: Config) -> Outputs:
+    """Runs the kernel."""
+    B, T, N, H = inputs.q.shape
+    S, K = inputs.k.shape[1:3]
+    num_rows = -(-T // config.block_q)
+    deal = Deal.of(
+        num_pairs=B * N,
+        num_ranks=num_rows,
+        pair_bytes=2 * S * H * inputs.k.dtype.itemsize,
+        group=N // K,
+        num_cores=config.num_cores,
+    )
+    padded_len = num_rows * config.block_q
+    row_vector = jax.ShapeDtypeStruct((B, N, padded_len), jnp.float32)
+    if config.return_carry:
+        acc = jax.ShapeDtypeStruct((B, padded_len, N, H), jnp.float32)
+        outputs = Outputs(None, None, SoftmaxCarry(max=row_vector, sum=row_vector, acc=acc))
+    else:
+        outputs = Outputs(jax.ShapeDtypeStruct((B, T, N, H), inputs.q.dtype), row_vector, None)
+    input_leaves, input_tree = jax.tree.flatten(inputs)
+    output_leaves, output_tree = jax.tree.flatten(outputs)
+
+    def body(*refs):
+        input_refs = jax.tree.unflatten(input_tree, refs[: len(input_leaves)])
+        output_refs = jax.tree.unflatten(output_tree, refs[len(input_leaves) : -7])
+        _Block(config, deal, input_refs, output_refs, _Shared(*refs[-7:])).run()
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, inputs.q.dtype, transforms=wgmma.TRANSFORMS)
+
+    results = plgpu.kernel(
+        body,
+        out_type=output_leaves,
+        grid=(deal.num_blocks,),
+        grid_names=("block",),
+        num_threads=config.num_consumers + 1,
+        thread_name="warpgroup",
+        scratch_types=_Shared(
+            q=smem(_Q_SLOTS, config.block_q, H),
+            k=smem(NUM_STAGES, config.block_kv, H),
+            v=smem(NUM_STAGES, config.block_kv, H),
+            out=smem(config.num_consumers, ROWS, H),
+            q_full=plgpu.Barrier(num_barriers=_Q_SLOTS),
+            k_full=plgpu.Barrier(num_barriers=NUM_STAGES),
+            v_full=plgpu.Barrier(num_barriers=NUM_STAGES),
+        ),
+        # No thread reads shared memory that it has written, so Pallas need not separate the two.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=config.interpret,
+    )(*input_leaves)
+    return jax.tree.unflatten(output_tree, results)
+
+
+class _Shared(NamedTuple):
+    """Shared memory, and the barriers that say when a buffer is full."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+
+
+class _Range(NamedTuple):
+    """A range of blocks, and the run of full ones in it."""
+
+    start: ArrayLike
+    stop: ArrayLike
+    full_start: ArrayLike
+    full_stop: ArrayLike
+
+
+class _Item(NamedTuple):
+    """A tile of queries of a head; `exists` is false in rounds that have none for this block."""
+
+    exists: ArrayLike
+    batch: ArrayLike
+    head: ArrayLike
+    row: ArrayLike
+    first_range: _Range
+
+    @property
+    def visits_any(self) -> ArrayLike:
+        return self.first_range.start < self.first_range.stop
+
+
+class _Running(NamedTuple):
+    """A consumer's state: an item, whose last block of probabilities is still to be multiplied with its values.
+
+    Attributes:
+      started: Whether there is such an item: not before the first.
+      batch, head, row: Which.
+      num_blocks: Blocks of keys visited until now, in all items.
+      acc: Result until now, less the last block, `[64, H]`.
+      row_max: What logits are measured against, base 2, `[64]`.
+      row_sum: Parts of the sum of probabilities, `[64, 8]`.
+      p: Probabilities of the last block, 16 bits, `[64, block_kv]`.
+    """
+
+    started: ArrayLike
+    batch: ArrayLike
+    head: ArrayLike
+    row: ArrayLike
+    num_blocks: ArrayLike
+    acc: jax.Array
+    row_max: jax.Array
+    row_sum: jax.Array
+    p: jax.Array
+
+
+class _Block:
+    """What one block of threads does."""
+
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: Outputs, shared: _Shared):
+        self.config, self.deal = config, deal
+        self.inputs, self.outputs, self.shared = inputs, outputs, shared
+        self.num_heads, self.head_dim = inputs.q.shape[2:]
+        self.group = self.num_heads // inputs.k.shape[2]
+        self.dtype = inputs.q.dtype
+        self.tile = ROWS, config.block_kv
+        self.warpgroup = lax.axis_index("warpgroup")
+        # Named barriers: the consumers' turns, and what tells the producer that a buffer may be filled again.
+        barriers = iter(NAMED_BARRIERS)
+        self.turn, self.q_free, self.k_free, self.v_free = (
+            [next(barriers) for _ in range(count)][0] for count in (config.num_consumers, _Q_SLOTS, *(NUM_STAGES,) * 2)
+        )
+        self.everyone = WARPGROUP * (config.num_consumers + 1)
+
+    def run(self) -> None:
+        consumer_registers, producer_registers = self.config.registers
+
+        @pl.when(self.warpgroup < self.config.num_consumers)
+        def _():
+            plgpu.set_max_registers(consumer_registers, action="increase")
+            self.consume()
+
+        @pl.when(self.warpgroup == self.config.num_consumers)
+        def _():
+            plgpu.set_max_registers(producer_registers, action="decrease")
+            self.produce()
+
+    # What producer and consumers walk in step.
+
+    def for_each_item(self, body: Callable, state):
+        """state = body(number, item, state) for the items of this block; the next one is looked up ahead of time."""
+        block = lax.axis_index("block")
+
+        def look_up(turn) -> _Item:
+            exists, pair, rank = self.deal.item(block, jnp.minimum(turn, self.deal.num_rounds - 1))
+            batch, head = lax.div(pair, self.num_heads), lax.rem(pair, self.num_heads)
+            order = self.inputs.ranges.order
+            row = order[_row_of_batch(order, batch), rank]
+            return _Item(exists, batch, head, row, self.range_of(batch, row, 0))
+
+        def one_round(turn, loop):
+            number, item, state = loop
+            ahead = look_up(turn + 1)
+            state = lax.cond(item.exists, lambda state: body(number, item, state), lambda state: state, state)
+            return number + item.exists.astype(jnp.int32), ahead, state
+
+        first = jnp.int32(0), look_up(jnp.int32(0)), state
+        return lax.fori_loop(0, self.deal.num_rounds, one_round, first)[2]
+
+    def range_of(self, batch, row, number) -> _Range:
+        ranges = self.inputs.ranges
+        at = _row_of_batch(ranges.start, batch), row, number
+        return _Range(*(getattr(ranges, name)[at] for name in _Range._fields))
+
+    def first_block(self, item: _Item) -> ArrayLike:
+        """The block that `visit` starts with."""
+        start, stop, full_start, full_stop = item.first_range
+        if not self.config.tests_blocks:
+            return start
+        return jnp.where(full_start > start, start, jnp.where(stop > full_stop, full_stop, start))
+
+    def visit(self, item: _Item, tested: Callable, full: Callable, state, *, skip: int):
+        """state = tested(j, state) or full(j, state) for each block j that the item visits, after the first `skip`.
+
+        Range by range; in each, first the blocks that need the pair test, then those that do not.
+        """
+        num_ranges = self.inputs.ranges.start.shape[2]
+
+        def one_range(loop):
+            number, (start, stop, full_start, full_stop), skip, state = loop
+            ahead = self.range_of(item.batch, item.row, jnp.minimum(number + 1, num_ranges - 1))
+            if not self.config.tests_blocks:
+                return number + 1, ahead, jnp.int32(0), lax.fori_loop(start + skip, stop, full, state)
+            num_before = full_start - start
+            num_tested = num_before + stop - full_stop
+
+            def one_tested(i, state):
+                return tested(jnp.where(i < num_before, start + i, full_stop + i - num_before), state)
+
+            state = lax.fori_loop(skip, num_tested, one_tested, state)
+            state = lax.fori_loop(full_start + jnp.maximum(skip - num_tested, 0), full_stop, full, state)
+            return number + 1, ahead, jnp.int32(0), state
+
+        loop = jnp.int32(0), item.first_range, jnp.int32(skip), state
+        if num_ranges == 1:
+            return one_range(loop)[3]
+
+        def visits_any(loop):
+            number, (start, stop, *_), _, _ = loop
+            return (number < num_ranges) & (start < stop)
+
+        return lax.while_loop(visits_any, one_range, loop)[3]
+
+    # The producer.
+
+    def produce(self) -> None:
+        inputs, shared, block_q, block_kv = self.inputs, self.shared, self.config.block_q, self.config.block_kv
+
+        def one_item(number, item: _Item, num_blocks):
+            slot = lax.rem(number, _Q_SLOTS)
+            sync(self.q_free + slot, self.everyone)
+            queries = inputs.q.at[item.batch, pl.ds(item.row * block_q, block_q), item.head]
+            plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
+            kv_head = lax.div(item.head, self.group)
+
+            def load(j, num_blocks):
+                slot = lax.rem(num_blocks, NUM_STAGES)
+                at = item.batch, pl.ds(j * block_kv, block_kv), kv_head
+                sync(self.k_free + slot, self.everyone)
+                plgpu.copy_gmem_to_smem(inputs.k.at[at], shared.k.at[slot], shared.k_full.at[slot])
+                sync(self.v_free + slot, self.everyone)
+                plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
+                return num_blocks + 1
+
+            return self.visit(item, load, load, num_blocks, skip=0)
+
+        self.for_each_item(one_item, jnp.int32(0))
+
+    # A consumer.
+
+    def consume(self) -> None:
+        for slot in range(_Q_SLOTS):
+            arrive(self.q_free + slot, self.everyone)
+        for slot in range(NUM_STAGES):
+            arrive(self.k_free + slot, self.everyone)
+            arrive(self.v_free + slot, self.everyone)
+        # The last consumer passes the first its first turn.
+        pl.when(self.warpgroup == self.config.num_consumers - 1)(self.pass_turn)
+        running = self.for_each_item(self.consume_item, self.nothing_running())
+        pl.when(running.started)(lambda: self.end(running))
+        plgpu.wait_smem_to_gmem(0)
+
+    def consume_item(self, number, item: _Item, running: _Running) -> _Running:
+        slot = lax.rem(number, _Q_SLOTS)
+        plgpu.barrier_wait(self.shared.q_full.at[slot])
+        allowed = self.pair_test(item)
+
+        def attend(running: _Running) -> _Running:
+            running = self.first_step(item, slot, running, allowed)
+            step = functools.partial(self.next_step, q_slot=slot)
+            return self.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
+
+        def skip(running: _Running) -> _Running:
+            nothing = self.nothing_running()
+            row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
+            self.write(item.batch, item.head, item.row, nothing.acc, nothing.row_max, row_sum)
+            return running
+
+        running = lax.cond(item.visits_any, attend, skip, running)
+        arrive(self.q_free + slot, self.everyone)
+        return running
+
+    def nothing_running(self) -> _Running:
+        zero = jnp.int32(0)
+        return _Running(
+            started=jnp.bool(False),
+            batch=zero,
+            head=zero,
+            row=zero,
+            num_blocks=zero,
+            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), _MATRIX),
+            row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), _ROW),
+            row_sum=plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), _MATRIX),
+            p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), _MATRIX),
+        )
+
+    def first_step(self, item: _Item, q_slot, running: _Running, allowed: Callable) -> _Running:
+        """The first logits of an item, beside the last product of the item before, which is then written.
+
+        Before the first item there is none: then zeros are multiplied with whatever is in the buffer, for nothing.
+        """
+        nothing = self.nothing_running()
+        previous = self.previous_slot(running)
+        pl.when(running.started)(lambda: plgpu.barrier_wait(self.shared.v_full.at[previous]))
+        j = self.first_block(item)
+        s, acc = self.start(q_slot, running)
+        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j))
+        acc, p = self.finish(acc, p, None, None)
+
+        @pl.when(running.started)
+        def _():
+            arrive(self.v_free + previous, self.everyone)
+            self.write(running.batch, running.head, running.row, acc, running.row_max, running.row_sum.sum(axis=1))
+
+        return _Running(
+            started=jnp.bool(True),
+            batch=item.batch,
+            head=item.head,
+            row=item.row,
+            num_blocks=running.num_blocks + 1,
+            acc=nothing.acc,
+            row_max=row_max,
+            row_sum=row_sum,
+            p=p.astype(self.dtype),
+        )
+
+    def next_step(self, j, running: _Running, *, q_slot, allowed: Callable | None = None) -> _Running:
+        """Logits of block j, beside the product of the block before."""
+        previous = self.previous_slot(running)
+        plgpu.barrier_wait(self.shared.v_full.at[previous])
+        s, acc = self.start(q_slot, running)
+        bits = None if allowed is None else allowed(j)
+        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits)
+        acc, p = self.finish(acc, p, rescale, Arrival(self.v_free + previous, self.everyone))
+        return running._replace(
+            num_blocks=running.num_blocks + 1,
+            acc=acc,
+            row_max=row_max,
+            row_sum=row_sum,
+            p=p.astype(self.dtype),
+        )
+
+    def end(self, running: _Running) -> None:
+        """The last product of the last item."""
+        previous = self.previous_slot(running)
+        plgpu.barrier_wait(self.shared.v_full.at[previous])
+        self.take_turn()
+        if self.config.interpret:
+            acc = running.acc + self.product(running.p, previous)
+        else:
+
+            def multiply(acc_ref):
+                plgpu.wgmma(acc_ref, running.p, self.shared.v.at[previous])
+
+            acc = pl.run_state(multiply)(plgpu.ACC.init(running.acc))
+        self.pass_turn()
+        self.write(running.batch, running.head, running.row, acc, running.row_max, running.row_sum.sum(axis=1))
+
+    # Parts of a step.
+
+    def previous_slot(self, running: _Running) -> ArrayLike:
+        return lax.rem(running.num_blocks + NUM_STAGES - 1, NUM_STAGES)
+
+    def following_turn(self) -> ArrayLike:
+        following = self.warpgroup + 1
+        return self.turn + jnp.where(following == self.config.num_consumers, 0, following)
+
+    def take_turn(self) -> None:
+        sync(self.turn + self.warpgroup, 2 * WARPGROUP)
+
+    def pass_turn(self) -> None:
+        arrive(self.following_turn(), 2 * WARPGROUP)
+
+    def start(self, q_slot, running: _Running) -> tuple[jax.Array, jax.Array]:
+        """Takes a turn and starts its two matmuls; returns logits, and acc with the product still in flight."""
+        shared, slot = self.shared, lax.rem(running.num_blocks, NUM_STAGES)
+        previous = self.previous_slot(running)
+        plgpu.barrier_wait(shared.k_full.at[slot])
+        self.take_turn()
+        if not self.config.interpret:
+            return wgmma.start(
+                running.acc,
+                running.p,
+                shared.q,
+                shared.k,
+                shared.v,
+                q_tile=q_slot * self.config.num_consumers + self.warpgroup,
+                k_slot=slot,
+                v_slot=previous,
+                issued=Arrival(self.following_turn(), 2 * WARPGROUP),
+                k_free=Arrival(self.k_free + slot, self.everyone),
+            )
+        my_q = shared.q.at[q_slot, pl.ds(self.warpgroup * ROWS, ROWS)]
+
+        def logits(s_ref):
+            plgpu.wgmma(s_ref, my_q, shared.k.at[slot].transpose((1, 0)))
+            return s_ref[...]
+
+        s = pl.run_scoped(logits, plgpu.ACC(self.tile, jnp.float32))
+        acc = running.acc + self.product(running.p, previous)
+        self.pass_turn()
+        arrive(self.k_free + slot, self.everyone)
+        return s, acc
+
+    def finish(self, acc, p, rescale, v_free: Arrival | None):
+        """Waits for the product; returns it rescaled, and p, which may only now be converted."""
+        if not self.config.interpret:
+            return wgmma.finish(acc, p, rescale, v_free)
+        if v_free is not None:
+            arrive(v_free.barrier, v_free.num_threads)
+        return acc if rescale is None else acc * _rows(rescale, acc.shape), p
+
+    def product(self, p, slot) -> jax.Array:
+        """p v, as the interpreter can do it."""
+        return jnp.dot(p, self.shared.v[slot], preferred_element_type=jnp.float32)
+
+    def softmax(self, s, row_max, row_sum, bits):
+        """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""
+        to_base_2 = self.config.scale * _LOG2_E
+        if bits is not None:
+            s = jnp.where(bits, s, -jnp.inf)
+        greatest = s.max(axis=1) * to_base_2
+        new_max = jnp.where(greatest > row_max + SLACK, greatest, row_max)
+        rescale = jnp.exp2(row_max - new_max)
+        p = jnp.exp2(s * to_base_2 - _rows(new_max, self.tile))
+        row_sum = row_sum * _rows(rescale, row_sum.shape)
+        for i in range(0, self.config.block_kv, 8):
+            row_sum = row_sum + p[:, i : i + 8]
+        return new_max, row_sum, p, rescale
+
+    def q_start(self, row) -> ArrayLike:
+        """Where this warpgroup's queries begin. From a row each time: a loop that carried it would forget that it is a
+        multiple of what a copy moves."""
+        return row * self.config.block_q + self.warpgroup * ROWS
+
+    def pair_test(self, item: _Item) -> Callable:
+        """allowed(j): which pairs of the item's queries and the keys of block j may attend, `[64, block_kv]` or None."""
+        inputs, block_kv = self.inputs, self.config.block_kv
+
+        def vector(ref, start, length, layout, default: Callable):
+            if ref is None:
+                return default(start, length, layout)
+            return plgpu.load(
+                ref.at[_row_of_batch(ref, item.batch), pl.ds(start, length)], layout=layout, optimized=False
+            )
+
+        if self.config.pair_test is not None:
+            q_start = self.q_start(item.row)
+            q_positions = vector(inputs.q_positions, q_start, ROWS, _ROW, _indices)
+            q_segments = vector(inputs.q_segment_ids, q_start, ROWS, _ROW, _zeros)
+
+        def allowed(j) -> jax.Array | None:
+            start, bits = j * block_kv, None
+            if self.config.pair_test is not None:
+                bits = self.config.pair_test(
+                    _rows(q_positions, self.tile),
+                    _columns(vector(inputs.kv_positions, start, block_kv, _COLUMN, _indices), self.tile),
+                    _rows(q_segments, self.tile),
+                    _columns(vector(inputs.kv_segment_ids, start, block_kv, _COLUMN, _zeros), self.tile),
+                )
+            if self.config.has_ragged_keys:
+                are_keys = _columns(_indices(start, block_kv, _COLUMN), self.tile) < self.config.kv_len
+                bits = are_keys if bits is None else bits & are_keys
+            return bits
+
+        return allowed
+
+    # The end of an item.
+
+    def write(self, batch, head, row, acc, row_max, row_sum) -> None:
+        """Writes what has come of 64 queries: out and lse, or the carry."""
+        q_start = self.q_start(row)
+        rows = batch, head, pl.ds(q_start, ROWS)
+        tile = batch, pl.ds(q_start, ROWS), head
+        if self.inputs.carry is not None:
+            before = self.inputs.carry
+            old_max, old_sum = (plgpu.load(x.at[rows], layout=_ROW, optimized=False) for x in (before.max, before.sum))
+            old_acc = plgpu.load(before.acc.at[tile], layout=_MATRIX, optimized=False)
+            old_max = jnp.where(old_max == -jnp.inf, _LOWEST, old_max * _LOG2_E)
+            new_max = jnp.maximum(row_max, old_max)
+            old, new = jnp.exp2(old_max - new_max), jnp.exp2(row_max - new_max)
+            acc = acc * _rows(new, acc.shape) + old_acc * _rows(old, acc.shape)
+            row_max, row_sum = new_max, row_sum * new + old_sum * old
+        empty = row_sum == 0
+        if self.config.return_carry:
+            after = self.outputs.carry
+            after.max.at[rows][...] = jnp.where(empty, -jnp.inf, row_max * (1 / _LOG2_E))
+            after.sum.at[rows][...] = row_sum
+            after.acc.at[tile][...] = acc
+            return
+        some = jnp.where(empty, 1.0, row_sum)
+        lse = (row_max + jnp.log2(some)) * (1 / _LOG2_E)
+        self.outputs.lse.at[rows][...] = jnp.where(empty, -jnp.inf, lse)
+        out = acc * _rows(1.0 / some, acc.shape)
+        staged = self.shared.out.at[self.warpgroup]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's
+        staged[...] = out.astype(self.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, self.outputs.out.at[tile])
+
+
+def _row_of_batch(ref, batch) -> ArrayLike:
+    return batch if ref.shape[0] > 1 else 0
+
+
+def _rows(x, shape: tuple[int, ...]) -> jax.Array:
+    """`[rows]` as `[rows, columns]`."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _columns(x, shape: tuple[int, ...]) -> jax.Array:
+    """`[columns]` as `[rows, columns]`."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def _indices(start, length: int, layout) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout) + start
+
+
+def _zeros(start, length: int, layout) -> jax.Array:
+    del start
+    return plgpu.layout_cast(jnp.zeros((length,), jnp.int32), layout)

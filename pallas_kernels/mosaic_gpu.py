@@ -1,0 +1,197 @@
+"""What Mosaic GPU kernels share: the machine, named barriers, and how a persistent grid deals out its work."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+WARPGROUP = 128
+"""Threads of a warpgroup."""
+
+NAMED_BARRIERS = range(5, 16)
+"""Of a block's 16 named barriers the compiler takes the first five: one for all threads, one a warpgroup."""
+
+L2_BYTES = 32 * 2**20
+"""Of a Hopper's 50 MB of second-level cache, what keys and values that are read over and over may fill."""
+
+
+def arrive(barrier, num_threads: int) -> None:
+    """Arrives at a named barrier without waiting: PTX `bar.arrive`.
+
+    Cheaper than an mbarrier in shared memory, but it holds one phase: who arrives again must know that the last phase
+    is over.
+
+    Args:
+      barrier: One of NAMED_BARRIERS; may be traced.
+      num_threads: Threads that take part, those that wait included.
+    """
+    _named_barrier("arrive", barrier, num_threads)
+
+
+def sync(barrier, num_threads: int) -> None:
+    """Waits at a named barrier until all of its threads have arrived: PTX `bar.sync`."""
+    _named_barrier("sync", barrier, num_threads)
+
+
+def _named_barrier(operation: str, barrier, num_threads: int) -> None:
+    # JAX's GPU interpreter knows a function of this name, by its variables `operation` and `num_threads`.
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def bar_op(_, index):
+        void = ir.Type.parse("!llvm.void")
+        text = f"bar.{operation} $0, {num_threads};"
+        llvm.inline_asm(void, [index.registers.item()], text, "r", has_side_effects=True)
+
+    bar_op(jnp.asarray(barrier, jnp.int32))
+
+
+def interpreter() -> plgpu.InterpretGPUParams:
+    """JAX's interpreter of GPU kernels on a CPU, told to model named barriers."""
+    return plgpu.InterpretGPUParams(inline_mgpu="_hack_model_inline_mgpu_tokamax")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deal:
+    """How a persistent grid, one block a multiprocessor, shares out (pair, rank) items, longest first.
+
+    Pairs (a batch row and a head) are taken in sections, so that what those at work read again and again stays in the
+    second-level cache. A section's items go out rank by rank, the pairs of a rank side by side, in rounds of one item a
+    block: to the blocks in order, then in reverse, and so on, which evens out what each is given of a list that only
+    falls. A section starts on a new round, and each with another block, since its last round may not go round.
+
+    Attributes:
+      num_blocks: Blocks of the grid.
+      num_pairs: Pairs in all.
+      num_ranks: Items of a pair.
+      section: Pairs of a section; the last one may have fewer.
+    """
+
+    num_blocks: int
+    num_pairs: int
+    num_ranks: int
+    section: int
+
+    @classmethod
+    def of(cls, *, num_pairs: int, num_ranks: int, pair_bytes: int, group: int, num_cores: int) -> "Deal":
+        """A deal whose sections fill the second-level cache, or at least give every block an item.
+
+        Args:
+          pair_bytes: What the items of a pair read over and over.
+          group: Neighbouring pairs that read the same, and so count once.
+          num_cores: Multiprocessors.
+        """
+        num_blocks = min(num_cores, num_pairs * num_ranks)
+        fit = max(1, L2_BYTES // pair_bytes) * group
+        at_least = -(-(-(-num_blocks // num_ranks)) // group) * group
+        return cls(
+            num_blocks=num_blocks,
+            num_pairs=num_pairs,
+            num_ranks=num_ranks,
+            section=min(num_pairs, max(fit, at_least)),
+        )
+
+    @property
+    def rounds_of_section(self) -> int:
+        return -(-self.section * self.num_ranks // self.num_blocks)
+
+    @property
+    def num_rounds(self) -> int:
+        return -(-self.num_pairs // self.section) * self.rounds_of_section
+
+    def item(self, block, turn) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What `block` does in round `turn`: whether anything, the pair and the rank; int32 scalars."""
+        section = lax.div(turn, self.rounds_of_section)
+        spare = self.rounds_of_section * self.num_blocks - self.section * self.num_ranks
+        block = lax.rem(block + section * spare, self.num_blocks)
+        place = jnp.where(lax.rem(turn, 2) == 0, block, self.num_blocks - 1 - block)
+        number = lax.rem(turn, self.rounds_of_section) * self.num_blocks + place
+        width = jnp.minimum(self.section, self.num_pairs - section * self.section)
+        is_item = number < width * self.num_ranks
+        number = jnp.where(is_item, number, 0)
+        return is_item, section * self.section + lax.rem(number, width), lax.div(number, width)
+
+
+def num_hopper_cores() -> int | None:
+    """Multiprocessors of the Hopper GPU that a program is being traced for; None where it is for something else."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        is_hopper = device.platform == "cuda" and any(name in device.device_kind for name in _HOPPERS)
+        return device.num_cores if is_hopper else None
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.local_devices()[0]
+    return device.core_count if getattr(device, "compute_capability", None) == "9.0" else None
+
+
+_HOPPERS = ("H100", "H200", "H800", "H20", "GH200")
+
+
+# What an elementwise function may compute inside a kernel. Memory is not read there, so there are no tables.
+_ARITHMETIC = frozenset(
+    "add sub mul div rem neg sign abs max min clamp and or not xor lt le gt ge eq ne select_n convert_element_type "
+    "broadcast_in_dim stop_gradient shift_left shift_right_logical shift_right_arithmetic integer_pow".split()
+)
+
+
+def elementwise(function: Callable[..., jax.Array], *arguments: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
+    """`function` as a kernel can compute it, for arguments of these shapes.
+
+    Raises: NotImplementedError with the reason where it does anything but elementwise arithmetic and comparisons.
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    unknown = sorted(_primitives(closed.jaxpr) - _ARITHMETIC)
+    if unknown:
+        raise NotImplementedError(f"it uses {', '.join(unknown)}")
+    if any(np.ndim(constant) for constant in closed.consts):
+        raise NotImplementedError("it reads an array")
+    if not set(closed.jaxpr.outvars) & _dependent(closed.jaxpr):
+        raise NotImplementedError("it is the same for all arguments")
+
+    def evaluate(*values):
+        return _evaluate(closed.jaxpr, closed.consts, values)[0]
+
+    return evaluate
+
+
+def _primitives(jaxpr) -> set[str]:
+    names = set()
+    for equation in jaxpr.eqns:
+        inner = list(jax.extend.core.jaxprs_in_params(equation.params))
+        names |= set().union(*map(_primitives, inner)) if inner else {equation.primitive.name}
+    return names
+
+
+def _dependent(jaxpr) -> set:
+    """Variables that depend on the arguments."""
+    dependent = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if any(atom in dependent for atom in equation.invars if not isinstance(atom, jax.extend.core.Literal)):
+            dependent |= set(equation.outvars)
+    return dependent
+
+
+def _evaluate(jaxpr, constants, values) -> list[jax.Array]:
+    """Evaluates a jaxpr, its calls inlined. Mosaic GPU has no `not` of booleans, but it has `xor`."""
+    environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *values), strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jax.extend.core.Literal) else environment[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        inner = equation.params.get("jaxpr")
+        if inner is not None:
+            results = _evaluate(inner.jaxpr, inner.consts, operands)
+        elif equation.primitive.name == "not" and equation.outvars[0].aval.dtype == jnp.bool:
+            results = [operands[0] ^ True]
+        else:
+            result = equation.primitive.bind(*operands, **equation.params)
+            results = result if equation.primitive.multiple_results else [result]
+        environment |= zip(equation.outvars, results, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
