@@ -1,6 +1,7 @@
 """What Mosaic GPU kernels share: the machine, named barriers, and how a persistent grid deals out its work."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -41,14 +42,17 @@ def sync(barrier, num_threads: int) -> None:
 
 
 def _named_barrier(operation: str, barrier, num_threads: int) -> None:
-    # JAX's GPU interpreter knows a function of this name, by its variables `operation` and `num_threads`.
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    def bar_op(_, index):
-        void = ir.Type.parse("!llvm.void")
-        text = f"bar.{operation} $0, {num_threads};"
-        llvm.inline_asm(void, [index.registers.item()], text, "r", has_side_effects=True)
+    # JAX's GPU interpreter knows a function of this name, and reads `operation` and `num_threads` from its closure: a
+    # lambda's, which nothing that wraps functions for type checks comes between.
+    bar_op = lambda _, index: _bar(operation, num_threads, index)  # noqa: E731
+    bar_op.__qualname__ = "bar_op"
+    plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))(bar_op)(jnp.asarray(barrier, jnp.int32))
 
-    bar_op(jnp.asarray(barrier, jnp.int32))
+
+def _bar(operation: str, num_threads: int, index) -> None:
+    void = ir.Type.parse("!llvm.void")
+    text = f"bar.{operation} $0, {num_threads};"
+    llvm.inline_asm(void, [index.registers.item()], text, "r", has_side_effects=True)
 
 
 def interpreter() -> plgpu.InterpretGPUParams:
@@ -88,7 +92,7 @@ class Deal:
         """
         num_blocks = min(num_cores, num_pairs * num_ranks)
         fit = max(1, L2_BYTES // pair_bytes) * group
-        at_least = -(-(-(-num_blocks // num_ranks)) // group) * group
+        at_least = math.ceil(num_blocks / num_ranks / group) * group
         return cls(
             num_blocks=num_blocks,
             num_pairs=num_pairs,

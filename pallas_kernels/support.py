@@ -43,9 +43,8 @@ def _call(
 
 
 # Where an implementation is asked, if not on the machine at hand.
-_DEVICES = {
-    "cudnn": jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"),
-}
+_HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+_DEVICES = {"mosaic_gpu": _HOPPER, "cudnn": _HOPPER}
 
 FEATURES = {
     "causal": _call(),

@@ -1,7 +1,7 @@
 """One step of attention on Hopper's tensor cores, in PTX: what Pallas cannot say.
 
-A step starts S = q k^T and acc += p v at once and waits for S alone, so that the softmax of S runs while p v is still in
-flight. With `plgpu.wgmma` that cannot be written: it fences the registers of p behind the first matmul, and ptxas
+A step starts S = q k^T and acc += p v at once and waits for S alone, so that the softmax of S runs while p v is still
+in flight. With `plgpu.wgmma` that cannot be written: it fences the registers of p behind the first matmul, and ptxas
 serializes matmuls when registers that one of them reads are defined while another is in flight (C7513). For the same
 reason p is converted to 16 bits only when p v is done. Two more things are gained: S starts from nothing, where Pallas
 fills its registers with zeros; and a buffer is given back the moment its matmul is done, where the compiler would move

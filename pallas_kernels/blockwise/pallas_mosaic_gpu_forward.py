@@ -547,7 +547,7 @@ class _Block:
         return row * self.config.block_q + self.warpgroup * ROWS
 
     def pair_test(self, item: _Item) -> Callable:
-        """allowed(j): which pairs of the item's queries and the keys of block j may attend, `[64, block_kv]` or None."""
+        """allowed(j): which pairs of the item's queries and the keys of block j may attend; None for all of them."""
         inputs, block_kv = self.inputs, self.config.block_kv
 
         def vector(ref, start, length, layout, default: Callable):

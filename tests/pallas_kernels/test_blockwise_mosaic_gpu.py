@@ -1,0 +1,226 @@
+"""The Hopper kernels without a GPU: they lower for CUDA, compute what they should in JAX's interpreter, and refuse.
+
+Their numbers on a card are in the conformance suite.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    BlockSizes,
+    SoftmaxCarry,
+    Tokens,
+    blockwise_attention,
+    blockwise_attention_forward,
+    dispatch,
+    make_schedule,
+)
+from pallas_kernels.blockwise import pallas_mosaic_gpu, reference, suite
+from pallas_kernels.blockwise.cases import KERNEL_CASES
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.mask import Causal, Full, PerHead, SameDocument, Window
+from pallas_kernels.mask_patterns import Predicate, Table
+from pallas_kernels.mosaic_gpu import interpreter
+from pallas_kernels.testing import assert_close, packed_tokens
+
+H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
+SERVED = [case for case in KERNEL_CASES if case.name in suite.SERVES["mosaic_gpu"].cases]
+CASES_BY_NAME = {case.name: case for case in KERNEL_CASES}
+
+
+def on(device):
+    """The scope of a device that is not there."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def lowered(function, *arguments) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_lowers_for_cuda(case):
+    inputs, arguments = case.inputs("bfloat16"), case.arguments()
+    with on(H100), dispatch.record() as taken:
+        text = lowered(
+            functools.partial(blockwise_attention, return_lse=True, **arguments), *(inputs[name] for name in "qkv")
+        )
+    assert taken == [("blockwise_attention_forward", "mosaic_gpu")]
+    assert text.count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("in_order", [True, False], ids=["in_order", "positions"])
+def test_every_configuration_lowers_with_carry(head_dim, dtype, in_order):
+    q, k, carry = shapes(head_dim, dtype)
+    tokens = None if in_order else Tokens.self_attention(*(jnp.zeros((1, 300), jnp.int32),) * 2)
+
+    def hop(q, k, v, carry):
+        options = {"mask": Causal() & SameDocument(), "tokens": tokens, "implementation": "mosaic_gpu"}
+        after = blockwise_attention_forward(q, k, v, carry=carry, return_carry=True, **options)
+        return after, blockwise_attention_forward(q, k, v, carry=carry, **options)
+
+    with on(H100):
+        after, (out, lse) = jax.eval_shape(hop, q, k, k, carry)
+        text = lowered(hop, q, k, k, carry)
+    assert text.count("mosaic_gpu_v2") == 2
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), carry)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype) and (lse.shape, lse.dtype) == ((2, 4, 300), jnp.float32)
+
+
+def shapes(head_dim: int, dtype: str, q_len: int = 300):
+    q, k = (jax.ShapeDtypeStruct((2, q_len, n, head_dim), dtype) for n in (4, 2))
+    carry = jax.eval_shape(lambda: SoftmaxCarry.empty(batch_size=2, q_len=q_len, num_heads=4, value_dim=head_dim))
+    return q, k, carry
+
+
+INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64", "documents_D128", "empty_rows_D64",
+               "all_empty_D128", "sinks_window_D64", "striped_documents_window_D64", "one_token_D64", "table_D128",
+               "cross_one_key_D64", "documents_padding_row_D64")  # fmt: skip
+
+
+def in_interpreter(case, inputs, **options):
+    """The op on a CPU, by the very kernel but for its matmuls, which the interpreter cannot read in PTX."""
+    arguments = case.arguments()
+    static = Options(
+        mask=case.mask,
+        scale=case.scale or case.head_dim**-0.5,
+        logits_soft_cap=None,
+        block_sizes=arguments["block_sizes"],
+    )
+    run = functools.partial(
+        pallas_mosaic_gpu.forward,
+        tokens=arguments["tokens"],
+        schedule=None,
+        options=static,
+        interpret=interpreter(),
+        **{"carry": None, "return_carry": False} | options,
+    )
+    return jax.jit(run)(*(inputs[name] for name in "qkv"))
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_equals_reference_in_the_interpreter(name):
+    case = CASES_BY_NAME[name]
+    inputs = case.inputs("bfloat16")
+    out, lse = in_interpreter(case, inputs)
+    want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
+    assert_close("out", out, want["out"], "bfloat16")
+    assert_close("lse", lse, want["lse"], "float16")
+
+
+@pytest.mark.parametrize("name", ["cross_D64", "empty_rows_D64", "striped_D128"])
+def test_carry_in_the_interpreter(name):
+    """Keys once more after a carry over all of them: each weighs twice, so out stays and lse grows by log 2."""
+    case = CASES_BY_NAME[name]
+    inputs = case.inputs("bfloat16")
+    carry = in_interpreter(case, inputs, return_carry=True)
+    want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
+    out, lse = carry.finalize(jnp.bfloat16)
+    assert_close("out", out, want["out"], "bfloat16")
+    assert_close("lse", lse, want["lse"], "float16")
+    out, lse = in_interpreter(case, inputs, carry=carry)
+    assert_close("out", out, want["out"], "bfloat16")
+    assert_close("lse", lse, want["lse"] + np.log(2), "float16")
+
+
+def test_large_logits_that_grow_from_block_to_block():
+    """Rescaling, which is left out where a maximum grows by little, is not left out where it must not be."""
+    case = dataclasses.replace(CASES_BY_NAME["causal_D64"], q_len=640, batch_size=1, num_heads=1, num_kv_heads=1)
+    inputs = case.inputs("bfloat16")
+    growth = jnp.repeat(jnp.arange(1, 6), 128)[None, :, None, None]
+    inputs["k"] = (inputs["k"] * growth.astype(jnp.bfloat16)).astype(jnp.bfloat16)
+    inputs["q"] = inputs["q"] * jnp.bfloat16(4)
+    out, lse = in_interpreter(case, inputs)
+    want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
+    assert_close("out", out, want["out"], "bfloat16")
+    assert_close("lse", lse, want["lse"], "float16")
+
+
+def refusal(message: str, device=H100, **changes):
+    options = {"mask": Causal(), "head_dim": 64, "dtype": "bfloat16", "q_len": 300} | changes
+    return pytest.param(device, message, options, id=message[:40])
+
+
+@pytest.mark.parametrize(
+    ("device", "message", "options"),
+    [
+        refusal("it needs an NVIDIA Hopper GPU", device=A100),
+        refusal("q is float32, it takes bfloat16 and float16", dtype="float32"),
+        refusal("head dim 96, it takes 64 and 128", head_dim=96),
+        refusal("it has no soft cap of logits", logits_soft_cap=20.0),
+        refusal("scale=-1.0, it takes positive ones", scale=-1.0),
+        refusal("the mask differs between heads", mask=PerHead((Causal(), Full()))),
+        refusal("it uses concatenate", mask=Table(np.eye(5, dtype=bool), block_q=64, block_kv=64)),
+        refusal(
+            "it is the same for all arguments, its pair test must",
+            mask=Window(),
+            tokens=Tokens.self_attention(np.zeros((1, 300), np.int32)),
+        ),
+        refusal(
+            "block_sizes=BlockSizes(block_q=64, block_kv=64), it takes BlockSizes(block_q=128, block_kv=128)",
+            block_sizes=BlockSizes(block_q=64, block_kv=64),
+        ),
+        refusal(
+            "the schedule has BlockSizes(block_q=256, block_kv=128), it takes BlockSizes(block_q=128, block_kv=128)",
+            tokens=Tokens.self_attention(np.zeros((1, 300), np.int32)),
+            schedule=make_schedule(Causal(), q_len=300, kv_len=300, block_sizes=BlockSizes(block_q=256, block_kv=128)),
+        ),
+    ],
+)
+def test_refuses(device, message, options):
+    q, k, _ = shapes(options.pop("head_dim"), options.pop("dtype"), options.pop("q_len"))
+
+    def attend(q, k, v):
+        return blockwise_attention(q, k, v, implementation="mosaic_gpu", **options)
+
+    with on(device), pytest.raises(NotImplementedError, match=re.escape(message)):
+        jax.eval_shape(attend, q, k, k)
+
+
+def test_values_of_another_head_dim_are_refused():
+    q, k, _ = shapes(64, "bfloat16")
+    v = jax.ShapeDtypeStruct((2, 300, 2, 128), "bfloat16")
+    with on(H100), pytest.raises(NotImplementedError, match="values have head dim 128 and keys 64"):
+        jax.eval_shape(functools.partial(blockwise_attention, mask=Causal(), implementation="mosaic_gpu"), q, k, v)
+
+
+def test_is_what_a_hopper_takes_first():
+    q, k, _ = shapes(128, "bfloat16")
+    with on(H100), dispatch.record() as taken:
+        jax.eval_shape(functools.partial(blockwise_attention, mask=Causal()), q, k, k)
+    assert taken == [("blockwise_attention_forward", "mosaic_gpu")]
+
+
+def _is_odd(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+    return ~((q_positions + kv_positions) % 2 == 0)
+
+
+def test_a_predicate_of_your_own_may_negate():
+    case = dataclasses.replace(CASES_BY_NAME["predicate_D128"], mask=Predicate(_is_odd), q_len=130)
+    inputs = case.inputs("bfloat16")
+    out, _ = in_interpreter(case, inputs)
+    want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
+    assert_close("out", out, want["out"], "bfloat16")
+
+
+def test_a_schedule_from_outside_serves_every_head_dim():
+    """A schedule over tokens is of 128 x 128, also where the kernel would choose tiles of 192 queries."""
+    tokens = packed_tokens(((100, 200, 84),), 384)
+    mask = Causal() & SameDocument()
+    schedule = make_schedule(mask, tokens, q_len=384, kv_len=384, block_sizes=BlockSizes(block_q=128, block_kv=128))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 1, 64)), jnp.bfloat16) for _ in range(3))
+    options = Options(mask=mask, scale=0.125, logits_soft_cap=None, block_sizes=None)
+    call = {"tokens": tokens, "schedule": schedule, "carry": None, "return_carry": False, "options": options}
+    out, lse = pallas_mosaic_gpu.forward(q, k, v, interpret=interpreter(), **call)
+    want, want_lse = reference.forward(*(x.astype(jnp.float32) for x in (q, k, v)), **call)
+    assert_close("out", out, want, "bfloat16")
+    assert_close("lse", lse, want_lse, "float16")
