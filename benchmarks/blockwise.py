@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 
-from benchmarks.cases import Case, Pass
+from benchmarks.cases import PASSES, Case, Pass
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling, memory_bytes, time_calls
 from benchmarks.peers import Candidate, Peer
@@ -25,6 +25,7 @@ def measure_blockwise(
     peers: Mapping[str, Peer],
     ceiling: Ceiling,
     implementations: Sequence[str] = OURS,
+    passes: Sequence[Pass] = PASSES,
     dtype: str = "bfloat16",
     repetitions: int = 20,
     progress: Callable[[str], None] = print,
@@ -47,7 +48,7 @@ def measure_blockwise(
             if isinstance(candidate, Row):
                 rows.append(candidate)
                 continue
-            for which in candidate.passes:
+            for which in (name for name in passes if name in candidate.passes):
                 candidates[case, which, candidate.name] = candidate
     programs = {
         key: functools.partial(_lower, candidate, key[0], key[1], dtype) for key, candidate in candidates.items()

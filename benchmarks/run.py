@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.blockwise import OURS, measure_blockwise
-from benchmarks.cases import CASES, PASSES, SMOKE, Case
+from benchmarks.cases import CASES, PASSES, SMOKE, Case, Pass
 from benchmarks.measure import Ceiling, matmul_ceiling
 from benchmarks.peers import PEERS, chosen_peers
 from benchmarks.report import write_report
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="show the cases and stop")
     add("--implementations", metavar="NAMES", help=f"of this project, from {','.join(OURS)}; default all")
     add("--peers", metavar="NAMES", help=f"from {','.join(PEERS)}, or '' for none; default those installed")
+    add("--passes", metavar="NAMES", help=f"from {','.join(PASSES)}; default all")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of q, k and v")
     add("--repetitions", type=int, default=20, help="measurements of each")
     add("--config", metavar="FILE", help="of the run whose training step is measured")
@@ -85,6 +86,19 @@ def chosen_implementations(names: str | None) -> tuple[str, ...]:
     return chosen
 
 
+def chosen_passes(names: str | None) -> tuple[Pass, ...]:
+    """The passes that a comma-separated list names; None means all.
+
+    Raises: ValueError where a name is unknown.
+    """
+    if names is None:
+        return PASSES
+    unknown = sorted(set(names.split(",")) - set(PASSES))
+    if unknown:
+        raise ValueError(f"--passes: got {','.join(unknown)!r}, wanted some of {','.join(PASSES)}")
+    return tuple(name for name in PASSES if name in names.split(","))
+
+
 def _blockwise(options: argparse.Namespace) -> int:
     cases = chosen_cases(options.cases)
     if options.list:
@@ -94,6 +108,7 @@ def _blockwise(options: argparse.Namespace) -> int:
     if options.overrides:
         raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
     implementations = chosen_implementations(options.implementations)
+    passes = chosen_passes(options.passes)
     notes: list[str] = [BLOCKWISE_FLOPS]
     peers = chosen_peers(options.peers, note=notes.append)
     for text in notes[1:]:
@@ -105,6 +120,7 @@ def _blockwise(options: argparse.Namespace) -> int:
         peers=peers,
         ceiling=ceiling,
         implementations=implementations,
+        passes=passes,
         dtype=options.dtype,
         repetitions=options.repetitions,
         progress=_say,

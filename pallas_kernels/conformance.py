@@ -9,9 +9,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,44 @@ def run(
     for trial, outcome in outcomes.items():
         outcome.problems.extend(_broken_promises(family, trial, outcome))
     return list(outcomes.values())
+
+
+def run_in_processes(
+    family: Family, trials: Sequence[Trial], num_processes: int, *, progress: Callable[[str], None] = lambda text: None
+) -> list[Outcome]:
+    """`run` by several processes, since tracing and lowering, most of the work on a GPU, take one core of a process.
+
+    They share the device: call `share_device` before JAX sees it. The trials of a case stay together, for its truth.
+
+    Raises: as `run`.
+    """
+    if num_processes == 1:
+        return run(family, trials, progress=progress)
+    cases = list(dict.fromkeys(trial.case for trial in trials))
+    shares = [[trial for trial in trials if trial.case in cases[i::num_processes]] for i in range(num_processes)]
+    shares = [share for share in shares if share]
+    outcomes: dict[Trial, Outcome] = {}
+    # Not forked: a child of a process that runs JAX's threads would hang.
+    with ProcessPoolExecutor(len(shares), mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(_run_by_name, family.name, share): share for share in shares}
+        for future in as_completed(running):
+            outcomes |= zip(running[future], future.result(), strict=True)
+            progress(f"{len(outcomes)} of {len(trials)} trials done")
+    return [outcomes[trial] for trial in trials]
+
+
+def share_device() -> None:
+    """Keeps this process and its children from taking most of a GPU's memory at once, as JAX otherwise does."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def default_num_processes() -> int:
+    """One on a CPU, whose cores compiling takes anyway; on a GPU as many as make sense."""
+    return 1 if jax.default_backend() == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
+
+
+def _run_by_name(family: str, trials: Sequence[Trial]) -> list[Outcome]:
+    return run(FAMILIES[family], trials)
 
 
 class _Attempt:
@@ -300,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--family", choices=tuple(FAMILIES), help="default all")
     add("--implementations", metavar="NAMES", help="comma-separated; default all of the platform")
     add("--cases", metavar="REGEX", help="cases whose name it matches anywhere; default all")
+    add("--processes", type=int, metavar="N", help="that share the work; default 1 on a CPU, up to 12 on a GPU")
     add("--json", action="store_true", help="write the outcomes into the family's folder, as this machine's")
     add("--commit", help="what is run, where git cannot say")
     add("--readme", action="store_true", help="run nothing, make the READMEs' tables of what was written")
@@ -313,6 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json and (options.implementations or options.cases):
         print("--json: writes a whole run, leave out --implementations and --cases", file=sys.stderr)
         return 2
+    share_device()
+    num_processes = options.processes or default_num_processes()
     has_problem = False
     for family in families:
         trials = [
@@ -324,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not trials:
             print(f"{family.name}: no case by an implementation is chosen", file=sys.stderr)
             return 2
-        outcomes = run(family, trials, progress=_say)
+        outcomes = run_in_processes(family, trials, num_processes, progress=_say)
         for outcome in outcomes:
             _say(str(outcome))
             has_problem |= bool(outcome.problems)

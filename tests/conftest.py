@@ -13,6 +13,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 install_import_hook(["pallas_kernels", "longctx"], "beartype.beartype")
 
+from pallas_kernels import conformance  # noqa: E402  behind the hook, which sees what is imported after it
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -29,6 +31,8 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+    else:
+        conformance.share_device()  # with the processes that run conformance trials
 
 
 def pytest_runtest_setup(item):

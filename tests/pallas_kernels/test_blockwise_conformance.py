@@ -35,7 +35,7 @@ def outcome_of(request):
     items = [item for item in request.session.items if bool(item.get_closest_marker("gpu")) == on_gpu]
     parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
     selected = [params["trial"] for params in parameters if "trial" in params]
-    outcomes = conformance.run(FAMILY, selected, progress=print)
+    outcomes = conformance.run_in_processes(FAMILY, selected, conformance.default_num_processes(), progress=print)
     if path is not None:
         conformance.Report.of(FAMILY, outcomes).write_json(path)
     return dict(zip(selected, outcomes, strict=True)).__getitem__

@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import conformance
 from pallas_kernels.blockwise import api, suite
+from pallas_kernels.blockwise.cases import CASES
 from pallas_kernels.blockwise.suite import FAMILY
 from pallas_kernels.testing import Trial
 
@@ -179,3 +180,14 @@ def test_the_command_says_what_it_ran(capsys):
 def test_a_wrong_command_line_is_told(arguments, message, capsys):
     assert conformance.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_work_change_nothing(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # for the children: this process was told in another way
+    names = ("one_token", "block_of_one", "table")
+    trials = [trial for trial in FAMILY.trials("cpu") if trial.case.name in names and trial.case in CASES]
+    shared, alone = conformance.run_in_processes(FAMILY, trials, 2), conformance.run(FAMILY, trials)
+    # But for the last bits of errors: this process compiles with fewer optimisations.
+    assert [dataclasses.replace(x, errors={}) for x in shared] == [dataclasses.replace(x, errors={}) for x in alone]
+    assert [set(x.errors) for x in shared] == [set(x.errors) for x in alone]

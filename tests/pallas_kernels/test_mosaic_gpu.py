@@ -10,11 +10,11 @@ from pallas_kernels.mosaic_gpu import Deal
 
 def items_of(deal: Deal) -> list[list[tuple[int, int]]]:
     """For each block its (pair, rank) items, in order."""
-    items = []
-    for block in range(deal.num_blocks):
-        turns = (deal.item(np.int32(block), np.int32(turn)) for turn in range(deal.num_rounds))
-        items.append([(int(pair), int(rank)) for is_item, pair, rank in turns if is_item])
-    return items
+    block, turn = np.meshgrid(
+        *(np.arange(n, dtype=np.int32) for n in (deal.num_blocks, deal.num_rounds)), indexing="ij"
+    )
+    rounds = np.stack(deal.item(block, turn), axis=-1)
+    return [[(int(pair), int(rank)) for is_item, pair, rank in of_block if is_item] for of_block in rounds]
 
 
 @hypothesis.given(
