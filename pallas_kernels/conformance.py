@@ -26,6 +26,8 @@ from pallas_kernels.blockwise import suite as blockwise
 from pallas_kernels.compiling import compile_all
 from pallas_kernels.testing import Family, Trial, assert_close, relative_errors
 
+_SHARES_OF_A_PROCESS = 4
+
 FAMILIES = {family.name: family for family in (blockwise.FAMILY,)}
 
 
@@ -114,26 +116,34 @@ def run_in_processes(
     if num_processes == 1:
         return run(family, trials, progress=progress)
     cases = list(dict.fromkeys(trial.case for trial in trials))
-    shares = [[trial for trial in trials if trial.case in cases[i::num_processes]] for i in range(num_processes)]
+    # Several shares a process: they take differently long, and what is done is told early.
+    num_shares = _SHARES_OF_A_PROCESS * num_processes
+    shares = [[trial for trial in trials if trial.case in cases[i::num_shares]] for i in range(num_shares)]
     shares = [share for share in shares if share]
     outcomes: dict[Trial, Outcome] = {}
     # Not forked: a child of a process that runs JAX's threads would hang.
-    with ProcessPoolExecutor(len(shares), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(_run_by_name, family.name, share): share for share in shares}
         for future in as_completed(running):
-            outcomes |= zip(running[future], future.result(), strict=True)
-            progress(f"{len(outcomes)} of {len(trials)} trials done")
+            done = dict(zip(running[future], future.result(), strict=True))
+            outcomes |= done
+            for outcome in done.values():
+                progress(f"[{len(outcomes)}/{len(trials)}] {outcome}")
     return [outcomes[trial] for trial in trials]
 
 
 def share_device() -> None:
-    """Keeps this process and its children from taking most of a GPU's memory at once, as JAX otherwise does."""
+    """Lets several processes use one GPU: this one and its children take memory as they need it, where JAX would take
+    most of it at once, and choose no matmuls by measuring, which on a busy GPU takes long and tells nothing."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_autotune_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
 
 
 def default_num_processes() -> int:
     """One on a CPU, whose cores compiling takes anyway; on a GPU as many as make sense."""
-    return 1 if jax.default_backend() == "cpu" else max(1, min(12, (os.cpu_count() or 1) - 2))
+    return 1 if jax.default_backend() == "cpu" else max(1, min(6, (os.cpu_count() or 1) // 2))
 
 
 def _run_by_name(family: str, trials: Sequence[Trial]) -> list[Outcome]:
@@ -341,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--family", choices=tuple(FAMILIES), help="default all")
     add("--implementations", metavar="NAMES", help="comma-separated; default all of the platform")
     add("--cases", metavar="REGEX", help="cases whose name it matches anywhere; default all")
-    add("--processes", type=int, metavar="N", help="that share the work; default 1 on a CPU, up to 12 on a GPU")
+    add("--processes", type=int, metavar="N", help="that share the work; default 1 on a CPU, up to 6 on a GPU")
     add("--json", action="store_true", help="write the outcomes into the family's folder, as this machine's")
     add("--commit", help="what is run, where git cannot say")
     add("--readme", action="store_true", help="run nothing, make the READMEs' tables of what was written")
@@ -370,7 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         outcomes = run_in_processes(family, trials, num_processes, progress=_say)
         for outcome in outcomes:
-            _say(str(outcome))
+            if num_processes == 1 or outcome.problems:
+                _say(str(outcome))
             has_problem |= bool(outcome.problems)
         if options.json:
             report = Report.of(family, outcomes, commit=options.commit)
