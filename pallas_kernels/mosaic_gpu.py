@@ -13,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from pallas_kernels.dispatch import current_platform
+
 WARPGROUP = 128
 """Threads of a warpgroup."""
 
@@ -125,9 +127,9 @@ def num_hopper_cores() -> int | None:
     """Multiprocessors of the Hopper GPU that a program is being traced for; None where it is for something else."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        is_hopper = device.platform == "cuda" and any(name in device.device_kind for name in _HOPPERS)
+        is_hopper = current_platform() == "gpu" and any(name in device.device_kind for name in _HOPPERS)
         return device.num_cores if is_hopper else None
-    if jax.default_backend() != "gpu":
+    if current_platform() != "gpu":
         return None
     device = jax.local_devices()[0]
     return device.core_count if getattr(device, "compute_capability", None) == "9.0" else None

@@ -13,10 +13,10 @@ ASSUMED_MATMUL_SHARE = 0.85  # of the peak, where no matmul was measured
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpeed:
-    """TFLOP/s of an implementation over the tiles that it visits."""
+    """TFLOP/s of an implementation over the tiles that it visits; None where it has no such pass."""
 
     forward: float
-    backward: float
+    backward: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class DeviceSpec:
 
     def attention_flops(self, implementation: str, phase: Literal["forward", "backward"]) -> float:
         """FLOP/s over visited tiles; that of a matmul where the table has no figure."""
-        speed = self.attention.get(implementation)
-        return self.matmul_flops if speed is None else 1e12 * getattr(speed, phase)
+        speed = getattr(self.attention.get(implementation), phase, None)
+        return self.matmul_flops if speed is None else 1e12 * speed
 
     @property
     def has_speeds(self) -> bool:

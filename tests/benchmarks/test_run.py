@@ -41,6 +41,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     refused = {row["implementation"]: row["problem"] for row in saved["rows"] if row["problem"]}
     assert refused == {
         "cudnn": "refused: needs an NVIDIA GPU, the platform is cpu",
+        "longctx mosaic_gpu": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx cudnn": "refused: cudnn: it needs an NVIDIA GPU, the platform is cpu",
     }
     assert saved["machine"]["commit"] == "abc" and saved["machine"]["versions"]["jax"]
@@ -48,7 +49,14 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert "# blockwise: cpu" in page and "## forward+backward" in page and "Commit abc." in page
     assert "| documents 3 B1 S96 2/1 D16 | longctx xla | **" in page
     printed = capsys.readouterr().out
-    assert "[1/20] causal B2 S64 2/1 D16, forward, longctx cudnn: refused" in printed and "TFLOP/s" in printed
+    assert "[1/30] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
+
+
+def test_one_pass_alone(tmp_path, little_time):
+    arguments = ["--cases", "smoke", "--peers", "", "--implementations", "xla", "--passes", "forward"]
+    assert run.main([*arguments, "--repetitions", "1", "--out", str(tmp_path)]) == 0
+    saved, _ = files(tmp_path, "blockwise")
+    assert {row["which"] for row in saved["rows"]} == {"forward"}
 
 
 CONFIG = """
@@ -102,8 +110,9 @@ def test_list_shows_the_cases_that_match(capsys):
         (["--cases", "smoke", "--peers", "cudnn,fa9"], "--peers: got 'fa9', wanted some of cudnn,jla,tokamax"),
         (
             ["--cases", "smoke", "--implementations", "xla,cuda"],
-            "--implementations: got 'cuda', wanted some of cudnn,xla",
+            "--implementations: got 'cuda', wanted some of mosaic_gpu,cudnn,xla",
         ),
+        (["--cases", "smoke", "--passes", "up"], "--passes: got 'up', wanted some of forward,forward+backward"),
         (["--cases", "smoke", "model.dim=3"], "model.dim=3: overrides go with --family train"),
         (["--family", "train"], "--config: got none, wanted the YAML file of a run"),
     ],

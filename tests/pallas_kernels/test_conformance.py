@@ -41,7 +41,7 @@ def test_names_of_cases_are_unique_and_promises_are_of_cases(family):
 
 
 def test_every_implementation_has_promises():
-    assert set(FAMILY.serves) == set(api.FORWARD) == set(api.BACKWARD)
+    assert set(FAMILY.serves) == set(api.FORWARD) >= set(api.BACKWARD)
     with pytest.raises(ValueError, match="nothing says what 'abacus' must serve; add it to the family's `serves`"):
         conformance.run(FAMILY, [dataclasses.replace(TRIAL, implementation="abacus")])
 

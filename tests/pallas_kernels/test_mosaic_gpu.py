@@ -1,11 +1,13 @@
-"""What Mosaic GPU kernels share: the deal of work."""
+"""What Mosaic GPU kernels share: the deal of work, the machine, and functions that a kernel can compute."""
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import Deal
+from pallas_kernels.mosaic_gpu import Deal, elementwise, num_hopper_cores
 
 
 def items_of(deal: Deal) -> list[list[tuple[int, int]]]:
@@ -52,3 +54,48 @@ def test_neighbouring_pairs_of_a_rank_run_side_by_side():
     assert deal.section == 4
     first_round = {pair for block in items_of(deal) for pair, _ in block[:1]}
     assert first_round == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "platform", "num_cores"),
+    [
+        ("NVIDIA H100 80GB HBM3", "cuda", 132),
+        ("NVIDIA H200", "gpu", 132),
+        ("NVIDIA A100-SXM4-80GB", "cuda", None),
+        ("NVIDIA B200", "cuda", None),
+        ("TPU v5p", "tpu", None),
+    ],
+)
+def test_hoppers_are_known_by_their_kind(device_kind, platform, num_cores):
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=132, platform=platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        assert num_hopper_cores() == num_cores
+
+
+def test_a_cpu_is_no_hopper():
+    assert num_hopper_cores() is None
+
+
+VECTOR = jax.ShapeDtypeStruct((8,), jnp.int32)
+
+
+def test_elementwise_functions_are_evaluated_as_they_are():
+    def function(x, y):
+        return ~(jnp.clip(x, 2, 5) // 2 == y % 3) & (abs(x - y) > 1)
+
+    x, y = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32)[::-1].copy()
+    np.testing.assert_array_equal(elementwise(function, VECTOR, VECTOR)(x, y), function(jnp.asarray(x), jnp.asarray(y)))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: jnp.asarray(np.arange(8) > 3)[x], "it uses gather"),
+        (lambda x: x.sum() > x, "it uses reduce_sum"),
+        (lambda x: x > jnp.asarray(np.arange(8, dtype=np.int32)), "it reads an array"),
+        (lambda x: jnp.ones_like(x) > 0, "it is the same for all arguments"),
+    ],
+)
+def test_other_functions_are_refused(function, message):
+    with pytest.raises(NotImplementedError, match=message):
+        elementwise(function, VECTOR)
