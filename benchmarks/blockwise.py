@@ -10,7 +10,7 @@ from benchmarks.check import Check
 from benchmarks.measure import Ceiling, memory_bytes, time_calls
 from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
-from pallas_kernels import blockwise_attention, make_schedule
+from pallas_kernels import SoftmaxCarry, blockwise_attention, blockwise_attention_forward, make_schedule
 from pallas_kernels.blockwise import api
 from pallas_kernels.compiling import compile_all
 
@@ -72,6 +72,8 @@ def all_candidates(
     """This project's implementations and the peers' for a case; a row for a peer that does not serve it."""
     for name in implementations:
         yield our_candidate(case, name)
+        if case.hop:
+            yield hop_candidate(case, name)
     for name, peer in peers.items():
         try:
             yield from peer.candidates(case)
@@ -98,6 +100,29 @@ def our_candidate(case: Case, implementation: str) -> Candidate:
         return tokens, make_schedule(case.mask, tokens, q_len=case.length, kv_len=case.length)
 
     return Candidate(name=f"longctx {implementation}", ours=True, attend=attend, extra=extra)
+
+
+def hop_candidate(case: Case, implementation: str) -> Candidate:
+    """A hop of a ring: a running softmax goes in and comes out. It holds nothing yet, but is read like any other."""
+
+    def attend(q, k, v, carry):
+        return blockwise_attention_forward(
+            q, k, v, mask=case.mask, carry=carry, return_carry=True, implementation=implementation
+        )
+
+    def extra():
+        return SoftmaxCarry.empty(
+            batch_size=case.batch_size, q_len=case.length, num_heads=case.num_heads, value_dim=case.head_dim
+        )
+
+    return Candidate(
+        name=f"longctx {implementation} with carry",
+        ours=True,
+        attend=attend,
+        extra=extra,
+        passes=("forward",),
+        out_of=lambda carry: carry.finalize("float32")[0],
+    )
 
 
 def _lower(candidate: Candidate, case: Case, which: Pass, dtype: str) -> jax.stages.Lowered:
@@ -131,7 +156,8 @@ def _rows_of_case(
             if isinstance(program, Exception):
                 raise program
             extra = jax.block_until_ready(candidate.extra())
-            problem = check.problem(program(q, k, v, check.dout, extra))
+            out, *gradients = program(q, k, v, check.dout, extra)
+            problem = check.problem((candidate.out_of(out).astype(dtype), *gradients))
             if problem is not None:
                 yield row(problem=f"wrong: {problem}")
                 continue

@@ -28,6 +28,7 @@ class Case:
       window: Tokens that each sees, itself included; None for all before it.
       documents: Lengths of the documents packed into each row; None for one.
       one_block_in: If given, a query sees only some blocks of BLOCK keys, one in so many drawn at random.
+      hop: Whether this project's implementations are also timed as a hop of a ring, with a carry in and out.
     """
 
     batch_size: int
@@ -39,6 +40,7 @@ class Case:
     window: int | None = None
     documents: tuple[int, ...] | None = None
     one_block_in: int | None = None
+    hop: bool = False
 
     def __post_init__(self):
         if self.one_block_in is not None and (self.causal or self.length % BLOCK):
@@ -56,6 +58,8 @@ class Case:
             kind = f"documents {len(self.documents)}"
         if self.one_block_in is not None:
             kind = f"blocks 1/{self.one_block_in}"
+        if self.hop:
+            kind = f"hop, {kind}"
         shape = f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
         return f"{kind} {shape}"
 
@@ -165,12 +169,13 @@ CASES = (
     _case(1, 32768, "16/4", 64, window=4096),
     _case(1, 32768, "16/16", 128, documents=DOCUMENTS),
     _case(1, 32768, "16/4", 64, documents=DOCUMENTS),
+    _case(1, 8192, "16/16", 128, causal=False, hop=True),
     *(_case(1, 32768, "16/16", 128, causal=False, one_block_in=one_in) for one_in in (2, 4, 8, 16)),
 )
 
 SMOKE = (
     _case(2, 64, "2/1", 16),
-    _case(1, 64, "2/2", 16, causal=False),
+    _case(1, 64, "2/2", 16, causal=False, hop=True),
     _case(1, 96, "4/2", 8, window=24),
     _case(1, 96, "2/1", 16, documents=(40, 1, 55)),
     _case(1, 384, "2/1", 16, causal=False, one_block_in=4),

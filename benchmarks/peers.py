@@ -22,6 +22,7 @@ class Candidate:
       attend: (q, k, v, extra) -> out, differentiable in q, k and v.
       extra: Builds what does not change from layer to layer, outside the timing.
       passes: The passes worth timing.
+      out_of: out, for the check, of what attend returns; not timed.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Candidate:
     attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
     extra: Callable[[], Any] = lambda: None
     passes: tuple[Pass, ...] = PASSES
+    out_of: Callable[[Any], jax.Array] = lambda result: result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ class SoftmaxCarry:
     """The running state of a softmax over blocks of keys, float32: what a ring hands from hop to hop.
 
     Attributes:
-      max: What logits are measured against, `[B, N, T]`: the greatest seen, or less by 8 log 2 at most; -inf where there
-        was none.
+      max: What logits are measured against, `[B, N, T]`: the greatest seen, or less by 8 log 2 at most; -inf where
+        there was none.
       sum: Sum of exp(logit - max) over the keys seen, `[B, N, T]`.
       acc: Sum of exp(logit - max) v over the keys seen, `[B, T, N, V]`.
 

@@ -37,11 +37,13 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert code == 0
     saved, page = files(tmp_path, "blockwise")
     timed = [row for row in saved["rows"] if row["problem"] is None]
-    assert {row["implementation"] for row in timed} == {"longctx xla"} and len(timed) == 10
+    assert {row["implementation"] for row in timed} == {"longctx xla", "longctx xla with carry"} and len(timed) == 11
     refused = {row["implementation"]: row["problem"] for row in saved["rows"] if row["problem"]}
     assert refused == {
         "cudnn": "refused: needs an NVIDIA GPU, the platform is cpu",
         "longctx mosaic_gpu": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
+        "longctx mosaic_gpu with carry": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
+        "longctx cudnn with carry": "refused: cudnn: it takes and returns no running softmax (carry, return_carry)",
         "longctx cudnn": "refused: cudnn: it needs an NVIDIA GPU, the platform is cpu",
     }
     assert saved["machine"]["commit"] == "abc" and saved["machine"]["versions"]["jax"]
@@ -49,7 +51,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert "# blockwise: cpu" in page and "## forward+backward" in page and "Commit abc." in page
     assert "| documents 3 B1 S96 2/1 D16 | longctx xla | **" in page
     printed = capsys.readouterr().out
-    assert "[1/30] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
+    assert "[1/33] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
 
 
 def test_one_pass_alone(tmp_path, little_time):
@@ -214,7 +216,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, little_time, monkeypatch, caps
     assert "interrupted: what was measured until now is kept" in capsys.readouterr().out
     saved, page = files(tmp_path, "blockwise")
     assert "Interrupted before: documents 3 B1 S96 2/1 D16, blocks 1/4 B1 S384 2/1 D16." in page
-    assert len([row for row in saved["rows"] if row["problem"] is None]) == 6
+    assert len([row for row in saved["rows"] if row["problem"] is None]) == 7
 
 
 def test_calls_are_batched_until_they_can_be_timed(monkeypatch):
