@@ -21,7 +21,7 @@ Where the time goes, and what hides it:
 - Items go out longest first (`mosaic_gpu.Deal`), and what the next item is was read one item ahead.
 
 Reference: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608 (warp specialization, ping-pong, overlap within a
-warpgroup); Zadouri et al. 2026, FlashAttention-4, arXiv:2603.05451 (rescaling only where needed).
+warpgroup); Zadouri et al. 2026, FlashAttention-4 (rescaling only where needed).
 """
 
 import dataclasses

@@ -1,0 +1,83 @@
+"""What ptxas says of the Hopper kernels, on any machine: spills, and matmuls that it serializes.
+
+    pip install -e ".[plan-cuda]"
+    python scripts/ptxas_report.py [REGEX]
+
+compiles, for an H100 that need not be there, the kernels' conformance cases whose name the pattern matches: each
+without and with a carry. It needs ptxas, from a CUDA toolkit on the PATH or from the package nvidia-cuda-nvcc.
+"""
+
+import functools
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from longctx.sharding import MeshConfig
+from pallas_kernels import SoftmaxCarry, blockwise_attention_forward
+from pallas_kernels.blockwise.cases import KERNEL_CASES, Case
+from pallas_kernels.blockwise.suite import SERVES
+from train.devices import device_table
+from train.planning.target import named_target
+
+_PASSED_ON = re.compile(r"\(C\d+\).*|.*\bspilled\b.*|Used \d+ registers.*")
+
+
+def main() -> int:
+    """Returns 1 where ptxas serialized matmuls in any kernel."""
+    pattern = sys.argv[1] if len(sys.argv) > 1 else ""
+    mesh = named_target("h100:1", device_table()).mesh(MeshConfig())
+    serialized = False
+    for case in KERNEL_CASES:
+        if case.name in SERVES["mosaic_gpu"].cases and re.search(pattern, case.name):
+            for with_carry in (False, True):
+                text = _said_of(functools.partial(_compile, case, with_carry, mesh))
+                found = "; ".join(match.group().strip() for match in map(_PASSED_ON.search, text.splitlines()) if match)
+                serialized |= "serialized" in found
+                print(f"{case.name}{', carry' if with_carry else ''}: {found or 'nothing was said'}", flush=True)
+    return int(serialized)
+
+
+def _compile(case: Case, with_carry: bool, mesh) -> None:
+    inputs, arguments = case.inputs("bfloat16"), case.arguments()
+    here = NamedSharding(mesh, PartitionSpec())
+    q, k, v = (jax.ShapeDtypeStruct(inputs[x].shape, inputs[x].dtype, sharding=here) for x in "qkv")
+    options = arguments | {"implementation": "mosaic_gpu", "return_carry": with_carry}
+    carry = None
+    if with_carry:
+        B, T, N, V = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+        carry = jax.eval_shape(lambda: SoftmaxCarry.empty(batch_size=B, q_len=T, num_heads=N, value_dim=V))
+
+    def forward(q, k, v, carry):
+        return blockwise_attention_forward(q, k, v, carry=carry, **options)
+
+    with jax.set_mesh(mesh):
+        jax.jit(forward, out_shardings=here).lower(q, k, v, carry).compile()
+
+
+def _said_of(run: Callable[[], None]) -> str:
+    """What is printed while `run` runs, by C++ too."""
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        kept = [os.dup(fd) for fd in (1, 2)]
+        try:
+            for fd in (1, 2):
+                os.dup2(file.fileno(), fd)
+            run()
+        finally:
+            for fd, before in zip((1, 2), kept, strict=True):
+                os.dup2(before, fd)
+                os.close(before)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
