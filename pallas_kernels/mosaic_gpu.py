@@ -57,9 +57,9 @@ def _bar(operation: str, num_threads: int, index) -> None:
     llvm.inline_asm(void, [index.registers.item()], text, "r", has_side_effects=True)
 
 
-def interpreter() -> plgpu.InterpretGPUParams:
-    """JAX's interpreter of GPU kernels on a CPU, told to model named barriers."""
-    return plgpu.InterpretGPUParams(inline_mgpu="_hack_model_inline_mgpu_tokamax")
+def interpreter(*, detect_races: bool = False) -> plgpu.InterpretGPUParams:
+    """JAX's interpreter of GPU kernels on a CPU, told to model named barriers; it prints the races that it finds."""
+    return plgpu.InterpretGPUParams(inline_mgpu="_hack_model_inline_mgpu_tokamax", detect_races=detect_races)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -510,7 +510,7 @@ class _Block:
             return s_ref[...]
 
         s = pl.run_scoped(logits, plgpu.ACC(self.tile, jnp.float32))
-        acc = running.acc + self.product(running.p, previous)
+        acc = lax.cond(running.started, lambda: running.acc + self.product(running.p, previous), lambda: running.acc)
         self.pass_turn()
         arrive(self.k_free + slot, self.everyone)
         return s, acc
@@ -524,8 +524,10 @@ class _Block:
         return acc if rescale is None else acc * _rows(rescale, acc.shape), p
 
     def product(self, p, slot) -> jax.Array:
-        """p v, as the interpreter can do it."""
-        return jnp.dot(p, self.shared.v[slot], preferred_element_type=jnp.float32)
+        """p v, as the interpreter can do it: by an ordinary read, which a copy may overwrite only behind a fence."""
+        result = jnp.dot(p, self.shared.v[slot], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        return result
 
     def softmax(self, s, row_max, row_sum, bits):
         """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""

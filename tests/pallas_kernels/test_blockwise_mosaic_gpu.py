@@ -86,7 +86,7 @@ INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64",
                "cross_one_key_D64", "documents_padding_row_D64")  # fmt: skip
 
 
-def in_interpreter(case, inputs, **options):
+def in_interpreter(case, inputs, *, detect_races=False, **options):
     """The op on a CPU, by the very kernel but for its matmuls, which the interpreter cannot read in PTX."""
     arguments = case.arguments()
     static = Options(
@@ -100,7 +100,7 @@ def in_interpreter(case, inputs, **options):
         tokens=arguments["tokens"],
         schedule=None,
         options=static,
-        interpret=interpreter(),
+        interpret=interpreter(detect_races=detect_races),
         **{"carry": None, "return_carry": False} | options,
     )
     return jax.jit(run)(*(inputs[name] for name in "qkv"))
@@ -114,6 +114,14 @@ def test_equals_reference_in_the_interpreter(name):
     want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
     assert_close("out", out, want["out"], "bfloat16")
     assert_close("lse", lse, want["lse"], "float16")
+
+
+@pytest.mark.parametrize("name", ["gqa_heads_of_3_rows_D64", "documents_D128", "empty_rows_D64"])
+def test_no_race_between_copies_and_matmuls(name, capfd):
+    """No buffer is filled before all that it held was read, and none is read before it is full."""
+    case = CASES_BY_NAME[name]
+    jax.block_until_ready(in_interpreter(case, case.inputs("bfloat16"), detect_races=True))
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("name", ["cross_D64", "empty_rows_D64", "striped_D128"])
