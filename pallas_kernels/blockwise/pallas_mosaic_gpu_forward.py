@@ -38,6 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import BlockRanges
@@ -190,29 +191,6 @@ class _Shared(NamedTuple):
     v_full: Any
 
 
-class _Range(NamedTuple):
-    """A range of blocks, and the run of full ones in it."""
-
-    start: ArrayLike
-    stop: ArrayLike
-    full_start: ArrayLike
-    full_stop: ArrayLike
-
-
-class _Item(NamedTuple):
-    """A tile of queries of a head; `exists` is false in rounds that have none for this block."""
-
-    exists: ArrayLike
-    batch: ArrayLike
-    head: ArrayLike
-    row: ArrayLike
-    first_range: _Range
-
-    @property
-    def visits_any(self) -> ArrayLike:
-        return self.first_range.start < self.first_range.stop
-
-
 class _Running(NamedTuple):
     """A consumer's state: an item, whose last block of probabilities is still to be multiplied with its values.
 
@@ -241,10 +219,11 @@ class _Block:
     """What one block of threads does."""
 
     def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: Outputs, shared: _Shared):
-        self.config, self.deal = config, deal
+        self.config = config
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
-        self.num_heads, self.head_dim = inputs.q.shape[2:]
-        self.group = self.num_heads // inputs.k.shape[2]
+        num_heads, self.head_dim = inputs.q.shape[2:]
+        self.group = num_heads // inputs.k.shape[2]
+        self.walk = Walk(deal=deal, ranges=inputs.ranges, num_heads=num_heads, tests_blocks=config.tests_blocks)
         self.dtype = inputs.q.dtype
         self.tile = ROWS, config.block_kv
         self.warpgroup = lax.axis_index("warpgroup")
@@ -268,78 +247,12 @@ class _Block:
             plgpu.set_max_registers(producer_registers, action="decrease")
             self.produce()
 
-    # What producer and consumers walk in step.
-
-    def for_each_item(self, body: Callable, state):
-        """state = body(number, item, state) for the items of this block; the next one is looked up ahead of time."""
-        block = lax.axis_index("block")
-
-        def look_up(turn) -> _Item:
-            exists, pair, rank = self.deal.item(block, jnp.minimum(turn, self.deal.num_rounds - 1))
-            batch, head = lax.div(pair, self.num_heads), lax.rem(pair, self.num_heads)
-            order = self.inputs.ranges.order
-            row = order[_row_of_batch(order, batch), rank]
-            return _Item(exists, batch, head, row, self.range_of(batch, row, 0))
-
-        def one_round(turn, loop):
-            number, item, state = loop
-            ahead = look_up(turn + 1)
-            state = lax.cond(item.exists, lambda state: body(number, item, state), lambda state: state, state)
-            return number + item.exists.astype(jnp.int32), ahead, state
-
-        first = jnp.int32(0), look_up(jnp.int32(0)), state
-        return lax.fori_loop(0, self.deal.num_rounds, one_round, first)[2]
-
-    def range_of(self, batch, row, number) -> _Range:
-        ranges = self.inputs.ranges
-        at = _row_of_batch(ranges.start, batch), row, number
-        return _Range(*(getattr(ranges, name)[at] for name in _Range._fields))
-
-    def first_block(self, item: _Item) -> ArrayLike:
-        """The block that `visit` starts with."""
-        start, stop, full_start, full_stop = item.first_range
-        if not self.config.tests_blocks:
-            return start
-        return jnp.where(full_start > start, start, jnp.where(stop > full_stop, full_stop, start))
-
-    def visit(self, item: _Item, tested: Callable, full: Callable, state, *, skip: int):
-        """state = tested(j, state) or full(j, state) for each block j that the item visits, after the first `skip`.
-
-        Range by range; in each, first the blocks that need the pair test, then those that do not.
-        """
-        num_ranges = self.inputs.ranges.start.shape[2]
-
-        def one_range(loop):
-            number, (start, stop, full_start, full_stop), skip, state = loop
-            ahead = self.range_of(item.batch, item.row, jnp.minimum(number + 1, num_ranges - 1))
-            if not self.config.tests_blocks:
-                return number + 1, ahead, jnp.int32(0), lax.fori_loop(start + skip, stop, full, state)
-            num_before = full_start - start
-            num_tested = num_before + stop - full_stop
-
-            def one_tested(i, state):
-                return tested(jnp.where(i < num_before, start + i, full_stop + i - num_before), state)
-
-            state = lax.fori_loop(skip, num_tested, one_tested, state)
-            state = lax.fori_loop(full_start + jnp.maximum(skip - num_tested, 0), full_stop, full, state)
-            return number + 1, ahead, jnp.int32(0), state
-
-        loop = jnp.int32(0), item.first_range, jnp.int32(skip), state
-        if num_ranges == 1:
-            return one_range(loop)[3]
-
-        def visits_any(loop):
-            number, (start, stop, *_), _, _ = loop
-            return (number < num_ranges) & (start < stop)
-
-        return lax.while_loop(visits_any, one_range, loop)[3]
-
     # The producer.
 
     def produce(self) -> None:
         inputs, shared, block_q, block_kv = self.inputs, self.shared, self.config.block_q, self.config.block_kv
 
-        def one_item(number, item: _Item, num_blocks):
+        def one_item(number, item: Item, num_blocks):
             slot = lax.rem(number, _Q_SLOTS)
             sync(self.q_free + slot, self.everyone)
             queries = inputs.q.at[item.batch, pl.ds(item.row * block_q, block_q), item.head]
@@ -355,9 +268,9 @@ class _Block:
                 plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
                 return num_blocks + 1
 
-            return self.visit(item, load, load, num_blocks, skip=0)
+            return self.walk.visit(item, load, load, num_blocks, skip=0)
 
-        self.for_each_item(one_item, jnp.int32(0))
+        self.walk.for_each_item(one_item, jnp.int32(0))
 
     # A consumer.
 
@@ -369,11 +282,11 @@ class _Block:
             arrive(self.v_free + slot, self.everyone)
         # The last consumer passes the first its first turn.
         pl.when(self.warpgroup == self.config.num_consumers - 1)(self.pass_turn)
-        running = self.for_each_item(self.consume_item, self.nothing_running())
+        running = self.walk.for_each_item(self.consume_item, self.nothing_running())
         pl.when(running.started)(lambda: self.end(running))
         plgpu.wait_smem_to_gmem(0)
 
-    def consume_item(self, number, item: _Item, running: _Running) -> _Running:
+    def consume_item(self, number, item: Item, running: _Running) -> _Running:
         slot = lax.rem(number, _Q_SLOTS)
         plgpu.barrier_wait(self.shared.q_full.at[slot])
         allowed = self.pair_test(item)
@@ -381,7 +294,7 @@ class _Block:
         def attend(running: _Running) -> _Running:
             running = self.first_step(item, slot, running, allowed)
             step = functools.partial(self.next_step, q_slot=slot)
-            return self.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
+            return self.walk.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
 
         def skip(running: _Running) -> _Running:
             nothing = self.nothing_running()
@@ -407,7 +320,7 @@ class _Block:
             p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), _MATRIX),
         )
 
-    def first_step(self, item: _Item, q_slot, running: _Running, allowed: Callable) -> _Running:
+    def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable) -> _Running:
         """The first logits of an item, beside the last product of the item before, which is then written.
 
         Before the first item there is none: then zeros are multiplied with whatever is in the buffer, for nothing.
@@ -415,7 +328,7 @@ class _Block:
         nothing = self.nothing_running()
         previous = self.previous_slot(running)
         pl.when(running.started)(lambda: plgpu.barrier_wait(self.shared.v_full.at[previous]))
-        j = self.first_block(item)
+        j = self.walk.first_block(item)
         s, acc = self.start(q_slot, running)
         row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j))
         acc, p = self.finish(acc, p, None, None)
@@ -548,7 +461,7 @@ class _Block:
         multiple of what a copy moves."""
         return row * self.config.block_q + self.warpgroup * ROWS
 
-    def pair_test(self, item: _Item) -> Callable:
+    def pair_test(self, item: Item) -> Callable:
         """allowed(j): which pairs of the item's queries and the keys of block j may attend; None for all of them."""
         inputs, block_kv = self.inputs, self.config.block_kv
 
@@ -556,7 +469,7 @@ class _Block:
             if ref is None:
                 return default(start, length, layout)
             return plgpu.load(
-                ref.at[_row_of_batch(ref, item.batch), pl.ds(start, length)], layout=layout, optimized=False
+                ref.at[row_of_batch(ref, item.batch), pl.ds(start, length)], layout=layout, optimized=False
             )
 
         if self.config.pair_test is not None:
@@ -612,10 +525,6 @@ class _Block:
         staged[...] = out.astype(self.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, self.outputs.out.at[tile])
-
-
-def _row_of_batch(ref, batch) -> ArrayLike:
-    return batch if ref.shape[0] > 1 else 0
 
 
 def _rows(x, shape: tuple[int, ...]) -> jax.Array:
