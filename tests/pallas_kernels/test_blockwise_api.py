@@ -95,8 +95,8 @@ def test_an_accumulator_of_the_wrong_dtype_is_refused():
 
 
 def test_an_implementation_that_is_not_there_is_refused():
-    with pytest.raises(NotImplementedError, match="there is no 'mosaic_gpu' implementation; there are"):
-        blockwise_attention(*qkv(), mask=Causal(), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="there is no 'mosaic_tpu' implementation; there are"):
+        blockwise_attention(*qkv(), mask=Causal(), implementation="mosaic_tpu")
 
 
 def compiled(length: int, mask=None, tokens=None):
