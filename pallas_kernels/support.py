@@ -17,6 +17,7 @@ from pallas_kernels.blockwise import api
 from pallas_kernels.mask import Causal, Full, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Chunked, Neighborhood, Strided
 from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.testing import H100, tracing_for
 from pallas_kernels.tokens import Tokens
 
 
@@ -43,8 +44,7 @@ def _call(
 
 
 # Where an implementation is asked, if not on the machine at hand.
-_HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
-_DEVICES = {"mosaic_gpu": _HOPPER, "cudnn": _HOPPER}
+_DEVICES = {"mosaic_gpu": H100, "cudnn": H100}
 
 FEATURES = {
     "causal": _call(),
@@ -84,9 +84,7 @@ def _serves(implementation: str, op: Callable, arguments: tuple) -> bool:
 def _device_in_scope(implementation: str) -> AbstractContextManager:
     """The device that the implementation is for, as dispatch reads it."""
     device = _DEVICES.get(implementation)
-    if device is None:
-        return nullcontext()
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device))
+    return nullcontext() if device is None else tracing_for(device)
 
 
 def _gradient(attend: Callable) -> Callable:

@@ -1,10 +1,12 @@
 """Comparing an implementation with its reference: the tolerance table, the assertion that uses it, and what a family
-hands to the conformance suite."""
+hands to the conformance suite; tracing for a device that is not there."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+import jax
 import numpy as np
 
 from pallas_kernels.tokens import PADDING_SEGMENT_ID, Tokens
@@ -47,6 +49,14 @@ def assert_close(name: str, got, want, dtype: str) -> None:
     rms_tolerance, max_tolerance = TOLERANCE[dtype]
     assert rms_error <= rms_tolerance, f"{name}: rms error {rms_error:.3g} of the rms, wanted <= {rms_tolerance}"
     assert max_error <= max_tolerance, f"{name}: max error {max_error:.3g} of the greatest, wanted <= {max_tolerance}"
+
+
+H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+
+
+def tracing_for(device: jax.sharding.AbstractDevice) -> AbstractContextManager:
+    """A scope in which dispatch takes what serves this device, which need not be there."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device))
 
 
 def packed_tokens(rows: tuple[tuple[int, ...], ...], length: int) -> Tokens:

@@ -37,7 +37,7 @@ def forward(
         _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
     _check_call(q, v, options)
     tokens = tokens or Tokens()
-    in_order = all(x is None for x in jax.tree.leaves(vars(tokens), is_leaf=lambda x: x is None))
+    in_order = not jax.tree.leaves(tokens)
     q_len, kv_len = q.shape[1], k.shape[1]
     sizes = _block_sizes(q.shape[3], in_order, options)
     fitted = sizes.fit(q_len, kv_len)

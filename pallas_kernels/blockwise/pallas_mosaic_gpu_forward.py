@@ -26,6 +26,7 @@ warpgroup); Zadouri et al. 2026, FlashAttention-4 (rescaling only where needed).
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -149,9 +150,11 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
     output_leaves, output_tree = jax.tree.flatten(outputs)
 
     def body(*refs):
-        input_refs = jax.tree.unflatten(input_tree, refs[: len(input_leaves)])
-        output_refs = jax.tree.unflatten(output_tree, refs[len(input_leaves) : -7])
-        _Block(config, deal, input_refs, output_refs, _Shared(*refs[-7:])).run()
+        refs = iter(refs)
+        input_refs, output_refs = (
+            jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves)) for tree in (input_tree, output_tree)
+        )
+        _Block(config, deal, input_refs, output_refs, _Shared(*refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=wgmma.TRANSFORMS)
@@ -228,10 +231,11 @@ class _Block:
         self.tile = ROWS, config.block_kv
         self.warpgroup = lax.axis_index("warpgroup")
         # Named barriers: the consumers' turns, and what tells the producer that a buffer may be filled again.
-        barriers = iter(NAMED_BARRIERS)
-        self.turn, self.q_free, self.k_free, self.v_free = (
-            [next(barriers) for _ in range(count)][0] for count in (config.num_consumers, _Q_SLOTS, *(NUM_STAGES,) * 2)
-        )
+        self.turn = NAMED_BARRIERS.start
+        self.q_free = self.turn + config.num_consumers
+        self.k_free = self.q_free + _Q_SLOTS
+        self.v_free = self.k_free + NUM_STAGES
+        assert self.v_free + NUM_STAGES <= NAMED_BARRIERS.stop
         self.everyone = WARPGROUP * (config.num_consumers + 1)
 
     def run(self) -> None:

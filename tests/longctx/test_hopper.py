@@ -7,8 +7,7 @@ import pytest
 from longctx import masks
 from longctx.context_parallel.api import AttentionSharding, sharded_attention
 from pallas_kernels import Tokens, dispatch
-
-H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+from pallas_kernels.testing import H100
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

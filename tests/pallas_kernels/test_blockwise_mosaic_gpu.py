@@ -27,17 +27,11 @@ from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Causal, Full, PerHead, SameDocument, Window
 from pallas_kernels.mask_patterns import Predicate, Table
 from pallas_kernels.mosaic_gpu import interpreter
-from pallas_kernels.testing import assert_close, packed_tokens
+from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_for
 
-H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
 A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
 SERVED = [case for case in KERNEL_CASES if case.name in suite.SERVES["mosaic_gpu"].cases]
 CASES_BY_NAME = {case.name: case for case in KERNEL_CASES}
-
-
-def on(device):
-    """The scope of a device that is not there."""
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 def lowered(function, *arguments) -> str:
@@ -47,7 +41,7 @@ def lowered(function, *arguments) -> str:
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_lowers_for_cuda(case):
     inputs, arguments = case.inputs("bfloat16"), case.arguments()
-    with on(H100), dispatch.record() as taken:
+    with tracing_for(H100), dispatch.record() as taken:
         text = lowered(
             functools.partial(blockwise_attention, return_lse=True, **arguments), *(inputs[name] for name in "qkv")
         )
@@ -67,7 +61,7 @@ def test_every_configuration_lowers_with_carry(head_dim, dtype, in_order):
         after = blockwise_attention_forward(q, k, v, carry=carry, return_carry=True, **options)
         return after, blockwise_attention_forward(q, k, v, carry=carry, **options)
 
-    with on(H100):
+    with tracing_for(H100):
         after, (out, lse) = jax.eval_shape(hop, q, k, k, carry)
         text = lowered(hop, q, k, k, carry)
     assert text.count("mosaic_gpu_v2") == 2
@@ -189,20 +183,20 @@ def test_refuses(device, message, options):
     def attend(q, k, v):
         return blockwise_attention(q, k, v, implementation="mosaic_gpu", **options)
 
-    with on(device), pytest.raises(NotImplementedError, match=re.escape(message)):
+    with tracing_for(device), pytest.raises(NotImplementedError, match=re.escape(message)):
         jax.eval_shape(attend, q, k, k)
 
 
 def test_values_of_another_head_dim_are_refused():
     q, k, _ = shapes(64, "bfloat16")
     v = jax.ShapeDtypeStruct((2, 300, 2, 128), "bfloat16")
-    with on(H100), pytest.raises(NotImplementedError, match="values have head dim 128 and keys 64"):
+    with tracing_for(H100), pytest.raises(NotImplementedError, match="values have head dim 128 and keys 64"):
         jax.eval_shape(functools.partial(blockwise_attention, mask=Causal(), implementation="mosaic_gpu"), q, k, v)
 
 
 def test_is_what_a_hopper_takes_first():
     q, k, _ = shapes(128, "bfloat16")
-    with on(H100), dispatch.record() as taken:
+    with tracing_for(H100), dispatch.record() as taken:
         jax.eval_shape(functools.partial(blockwise_attention, mask=Causal()), q, k, k)
     assert taken == [("blockwise_attention_forward", "mosaic_gpu")]
 

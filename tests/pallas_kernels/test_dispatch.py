@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.testing import tracing_for
 
 
 def serves(result):
@@ -68,6 +69,5 @@ def test_the_mesh_in_scope_names_the_platform(monkeypatch, platform, expected):
     monkeypatch.undo()
     assert dispatch.current_platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="some chip", num_cores=None, platform=platform)
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with tracing_for(device):
         assert dispatch.current_platform() == expected

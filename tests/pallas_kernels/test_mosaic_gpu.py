@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mosaic_gpu import Deal, elementwise, num_hopper_cores
+from pallas_kernels.testing import tracing_for
 
 
 def items_of(deal: Deal) -> list[list[tuple[int, int]]]:
@@ -68,7 +69,7 @@ def test_neighbouring_pairs_of_a_rank_run_side_by_side():
 )
 def test_hoppers_are_known_by_their_kind(device_kind, platform, num_cores):
     device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=132, platform=platform)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    with tracing_for(device):
         assert num_hopper_cores() == num_cores
 
 
