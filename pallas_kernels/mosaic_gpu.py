@@ -9,6 +9,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -55,6 +56,59 @@ def _bar(operation: str, num_threads: int, index) -> None:
     void = ir.Type.parse("!llvm.void")
     text = f"bar.{operation} $0, {num_threads};"
     llvm.inline_asm(void, [index.registers.item()], text, "r", has_side_effects=True)
+
+
+def wait_until(counters, index, value) -> None:
+    """Waits until `counters[index]`, int32 in device memory, is `value`, and sees what was done before it became so.
+
+    All threads of the warpgroup read it, since all go on. What they copy from shared memory next comes after.
+    """
+    _with_counter(
+        """
+        .reg .pred waits;
+        .reg .b32 seen;
+        AGAIN:
+        ld.acquire.gpu.global.b32 seen, [at];
+        setp.ne.b32 waits, seen, $2;
+        @waits bra AGAIN;
+        fence.proxy.async;
+        """,
+        counters,
+        index,
+        value,
+    )
+
+
+def release(counters, index) -> None:
+    """Adds 1 to `counters[index]`, int32 in device memory, behind all that this warpgroup has done and waited for."""
+    _with_counter(
+        """
+        .reg .pred first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, 127;
+        setp.eq.b32 first, thread, 0;
+        fence.proxy.async;
+        @first red.release.gpu.global.add.s32 [at], $2;
+        """,
+        counters,
+        index,
+        1,
+    )
+
+
+def _with_counter(lines: str, counters, index, operand) -> None:
+    """Inline PTX in which `at` is the address of a counter and `$2` an int32."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def emit(_, counters, index, operand):
+        i64 = ir.IntegerType.get_signless(64)
+        base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(counters))
+        operands = [base, index.registers.item(), operand.registers.item()]
+        text = f"{{ .reg .b64 at; mad.wide.s32 at, $1, 4, $0; {lines} }}"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "l,r,r,~{memory}", has_side_effects=True)
+
+    emit(counters, *(jnp.asarray(x, jnp.int32) for x in (index, operand)))
 
 
 def interpreter(*, detect_races: bool = False) -> plgpu.InterpretGPUParams:

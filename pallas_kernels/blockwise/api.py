@@ -24,7 +24,12 @@ FORWARD: Mapping = {
     "xla": xla.forward,
     "reference": reference.forward,
 }
-BACKWARD: Mapping = {"cudnn": cudnn.backward, "xla": xla.backward, "reference": reference.backward}
+BACKWARD: Mapping = {
+    "mosaic_gpu": pallas_mosaic_gpu.backward,
+    "cudnn": cudnn.backward,
+    "xla": xla.backward,
+    "reference": reference.backward,
+}
 
 _DTYPES = ("bfloat16", "float16", "float32")
 

@@ -21,3 +21,4 @@ class Options:
     scale: float
     logits_soft_cap: float | None
     block_sizes: BlockSizes | None
+    deterministic: bool = True

@@ -8,6 +8,8 @@ Where tokens are given, the schedule is the caller's, or is built here, in block
 Reference: see pallas_mosaic_gpu_forward.py.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -16,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
+from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Full, Mask
 from pallas_kernels.mosaic_gpu import elementwise, num_hopper_cores
 from pallas_kernels.online_softmax import SoftmaxCarry
-from pallas_kernels.schedule import BlockRanges, make_schedule, static_schedule
+from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
 from pallas_kernels.tokens import Tokens
 from pallas_kernels.wgmma import ROWS, TILE_ROWS
 
@@ -32,28 +35,15 @@ def forward(
     q, k, v, *, tokens, schedule, carry, return_carry, options: Options, interpret=None
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    num_cores = num_hopper_cores() if interpret is None else 4
-    if num_cores is None:
-        _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
+    num_cores = _num_cores(interpret)
     _check_call(q, v, options)
     tokens = tokens or Tokens()
-    in_order = not jax.tree.leaves(tokens)
     q_len, kv_len = q.shape[1], k.shape[1]
-    sizes = _block_sizes(q.shape[3], in_order, options)
-    fitted = sizes.fit(q_len, kv_len)
-    if in_order:
-        ranges = static_schedule(options.mask, q_len, kv_len, sizes).kv_blocks
-    elif schedule is None:
-        ranges = make_schedule(options.mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes).kv_blocks
-    elif schedule.block_sizes != fitted:
-        _refuse(f"the schedule has {schedule.block_sizes}, it takes {fitted}; build it with those")
-    else:
-        ranges = schedule.kv_blocks
-    if fitted.block_kv < sizes.block_kv:
+    sizes = _block_sizes(q.shape[3], tokens, options)
+    ranges = _schedule(q_len, kv_len, tokens, schedule, sizes, options).kv_blocks
+    if kv_len < sizes.block_kv:
         # The schedule's one block of keys is shorter than the kernel's, which reads on behind the last key.
         ranges = _without_full_blocks(ranges)
-    all_full = isinstance(options.mask, Full) or (in_order and _all_full(options.mask, q_len, kv_len, sizes))
-
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
     uses_segments = options.mask.uses_segments
     inputs = forward_kernel.Inputs(
@@ -70,7 +60,7 @@ def forward(
     outputs = forward_kernel.attend(
         inputs,
         forward_kernel.Config(
-            pair_test=None if all_full else _pair_test(options.mask, sizes),
+            pair_test=_pair_test(q_len, kv_len, tokens, sizes, options, columns=sizes.block_kv),
             scale=options.scale,
             block_q=sizes.block_q,
             block_kv=sizes.block_kv,
@@ -84,6 +74,84 @@ def forward(
         return outputs.out[:, :q_len], outputs.lse[..., :q_len]
     after = outputs.carry
     return SoftmaxCarry(max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len])
+
+
+def backward(
+    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, interpret=None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
+    num_cores = _num_cores(interpret)
+    _check_call(q, v, options)
+    tokens = tokens or Tokens()
+    q_len, kv_len, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    sizes = _block_sizes("schedule", tokens, options)
+    blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
+    ranges = blocks.q_blocks
+    if kv_len < sizes.block_kv:
+        ranges = _without_full_blocks(ranges)
+    turns = None
+    if options.deterministic:
+        num_q_blocks = -(-q_len // sizes.block_q)
+        turns = jax.tree.map(jnp.asarray, backward_kernel.Turns.of(ranges, num_q_blocks))
+        # Turns are taken in ascending order, so that is how items must go out.
+        order = jnp.arange(ranges.start.shape[1], dtype=jnp.int32)[None]
+        ranges = dataclasses.replace(ranges, order=order)
+
+    padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
+    delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32)
+    if dlse is not None:
+        delta -= dlse
+    rows = (0, 0), (0, 0), (0, padding_q)
+    # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
+    lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
+    running = None
+    if accumulate is not None:
+        dq, *running = accumulate
+        running = tuple(_padded_length(x, padding_kv) for x in running)
+    else:
+        dq = jnp.zeros(q.shape, jnp.float32)
+    uses_segments = options.mask.uses_segments
+    inputs = backward_kernel.Inputs(
+        q=_whole_tiles(q),
+        k=_whole_tiles(k),
+        v=_whole_tiles(v),
+        dout=_whole_tiles(dout.astype(q.dtype)),
+        lse=lse,
+        delta=jnp.pad(delta, rows),
+        ranges=jax.tree.map(jnp.asarray, ranges),
+        q_positions=_padded(tokens.q_positions, padding_q),
+        kv_positions=_padded(tokens.kv_positions, padding_kv),
+        q_segment_ids=_padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
+        kv_segment_ids=_padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
+        turns=turns,
+        running=running,
+    )
+    dq, dk, dv = backward_kernel.differentiate(
+        inputs,
+        # The interpreter, unlike a copy, does not leave out what lies behind the end.
+        _whole_tiles(dq) if interpret is None else _padded_length(dq, padding_q),
+        backward_kernel.Config(
+            pair_test=_pair_test(q_len, kv_len, tokens, sizes, options, columns=backward_kernel.TILES[head_dim]),
+            scale=options.scale,
+            kv_len=kv_len,
+            scales_dq=accumulate is not None,
+            section=backward_kernel.SECTION,
+            num_cores=num_cores,
+            interpret=interpret,
+        ),
+    )
+    dq, dk, dv = dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len]
+    if accumulate is None:
+        dq = (dq * options.scale).astype(q.dtype)
+    return dq, dk, dv
+
+
+def _num_cores(interpret) -> int:
+    """Raises NotImplementedError where the device is none that the kernels run on."""
+    num_cores = num_hopper_cores() if interpret is None else 4
+    if num_cores is None:
+        _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
+    return num_cores
 
 
 def _check_call(q, v, options: Options) -> None:
@@ -102,21 +170,51 @@ def _check_call(q, v, options: Options) -> None:
         _refuse("the mask differs between heads, it takes one mask for all")
 
 
-def _block_sizes(head_dim: int, in_order: bool, options: Options) -> BlockSizes:
+def _in_order(tokens: Tokens) -> bool:
+    return not jax.tree.leaves(tokens)
+
+
+def _block_sizes(key: int | str, tokens: Tokens, options: Options) -> BlockSizes:
+    """Those of MOSAIC_GPU_ATTENTION[key] where the schedule is made here, else those that every schedule has."""
     given = MOSAIC_GPU_ATTENTION["schedule"]
     if options.block_sizes is not None and options.block_sizes != given:
         _refuse(f"block_sizes={options.block_sizes}, it takes {given}")
-    if in_order and options.block_sizes is None:
-        return MOSAIC_GPU_ATTENTION[head_dim]
+    if _in_order(tokens) and options.block_sizes is None:
+        return MOSAIC_GPU_ATTENTION[key]
     return given
 
 
-def _pair_test(mask: Mask, sizes: BlockSizes) -> Callable:
-    """Whether pairs may attend, as a kernel computes it of a tile.
+def _schedule(
+    q_len: int, kv_len: int, tokens: Tokens, schedule: Schedule | None, sizes: BlockSizes, options: Options
+) -> Schedule:
+    """A constant one where tokens are in order, else the caller's, or one made here."""
+    fitted = sizes.fit(q_len, kv_len)
+    if _in_order(tokens):
+        return static_schedule(options.mask, q_len, kv_len, sizes)
+    if schedule is None:
+        return make_schedule(options.mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
+    if schedule.block_sizes != fitted:
+        _refuse(f"the schedule has {schedule.block_sizes}, it takes {fitted}; build it with those")
+    return schedule
+
+
+def _pair_test(
+    q_len: int,
+    kv_len: int,
+    tokens: Tokens,
+    sizes: BlockSizes,
+    options: Options,
+    *,
+    columns: int,
+) -> Callable | None:
+    """Whether pairs may attend, as a kernel computes it of a tile; None where all may, of those that are visited.
 
     Raises: NotImplementedError where it cannot.
     """
-    tile = jax.ShapeDtypeStruct((ROWS, sizes.block_kv), jnp.int32)
+    mask = options.mask
+    if isinstance(mask, Full) or (_in_order(tokens) and _all_full(mask, q_len, kv_len, sizes)):
+        return None
+    tile = jax.ShapeDtypeStruct((ROWS, columns), jnp.int32)
     try:
         return elementwise(mask.allowed, tile, tile, tile, tile)
     except NotImplementedError as reason:
@@ -139,7 +237,10 @@ def _all_full(mask: Mask, q_len: int, kv_len: int, sizes: BlockSizes) -> bool:
 
 def _whole_tiles(x_BLNH):
     """The same, its length padded with zeros to what shared memory is tiled by."""
-    padding = -x_BLNH.shape[1] % TILE_ROWS
+    return _padded_length(x_BLNH, -x_BLNH.shape[1] % TILE_ROWS)
+
+
+def _padded_length(x_BLNH, padding: int):
     return jnp.pad(x_BLNH, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x_BLNH
 
 

@@ -10,8 +10,8 @@ memory, in shared memory; logits, probabilities, the running maximum, sum and re
 
 Where the time goes, and what hides it:
 - The tensor cores are what is scarce. Consumers take turns at them: in its turn one starts the logits of block i and
-  the product of block i - 1's probabilities with its values (`wgmma.start`), passes the turn on, and computes the
-  softmax of block i while the others' matmuls run.
+  the product of block i - 1's probabilities with its values (`wgmma_forward.start`), passes the turn on, and computes
+  the softmax of block i while the others' matmuls run.
 - This goes on across items: the last product of an item runs with the first logits of the next, whose softmax and the
   writing of the result are hidden like any other.
 - The running result is rescaled only where the maximum has grown by more than 2^8 (SLACK), which is rare: probabilities
@@ -38,12 +38,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
-from pallas_kernels import wgmma
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels import wgmma_forward
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows, vector, zeros
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import BlockRanges
-from pallas_kernels.wgmma import ROWS, Arrival
+from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
 
 NUM_STAGES = 2
 """Buffers of keys, and of values."""
@@ -54,8 +55,6 @@ SLACK = 8.0
 
 _LOG2_E = math.log2(math.e)
 _LOWEST = -1e30  # of what logits are measured against: finite, so that rows that see nothing make no nan
-
-_MATRIX, _ROW, _COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +156,7 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         _Block(config, deal, input_refs, output_refs, _Shared(*refs)).run()
 
     def smem(*shape):
-        return plgpu.SMEM(shape, inputs.q.dtype, transforms=wgmma.TRANSFORMS)
+        return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
 
     results = plgpu.kernel(
         body,
@@ -302,7 +301,7 @@ class _Block:
 
         def skip(running: _Running) -> _Running:
             nothing = self.nothing_running()
-            row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
+            row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
             self.write(item.batch, item.head, item.row, nothing.acc, nothing.row_max, row_sum)
             return running
 
@@ -318,10 +317,10 @@ class _Block:
             head=zero,
             row=zero,
             num_blocks=zero,
-            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), _MATRIX),
-            row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), _ROW),
-            row_sum=plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), _MATRIX),
-            p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), _MATRIX),
+            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX),
+            row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), ROW),
+            row_sum=plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), MATRIX),
+            p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), MATRIX),
         )
 
     def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable) -> _Running:
@@ -408,7 +407,7 @@ class _Block:
         plgpu.barrier_wait(shared.k_full.at[slot])
         self.take_turn()
         if not self.config.interpret:
-            return wgmma.start(
+            return wgmma_forward.start(
                 running.acc,
                 running.p,
                 shared.q,
@@ -435,10 +434,10 @@ class _Block:
     def finish(self, acc, p, rescale, v_free: Arrival | None):
         """Waits for the product; returns it rescaled, and p, which may only now be converted."""
         if not self.config.interpret:
-            return wgmma.finish(acc, p, rescale, v_free)
+            return wgmma_forward.finish(acc, p, rescale, v_free)
         if v_free is not None:
             arrive(v_free.barrier, v_free.num_threads)
-        return acc if rescale is None else acc * _rows(rescale, acc.shape), p
+        return acc if rescale is None else acc * rows(rescale, acc.shape), p
 
     def product(self, p, slot) -> jax.Array:
         """p v, as the interpreter can do it: by an ordinary read, which a copy may overwrite only behind a fence."""
@@ -454,8 +453,8 @@ class _Block:
         greatest = s.max(axis=1) * to_base_2
         new_max = jnp.where(greatest > row_max + SLACK, greatest, row_max)
         rescale = jnp.exp2(row_max - new_max)
-        p = jnp.exp2(s * to_base_2 - _rows(new_max, self.tile))
-        row_sum = row_sum * _rows(rescale, row_sum.shape)
+        p = jnp.exp2(s * to_base_2 - rows(new_max, self.tile))
+        row_sum = row_sum * rows(rescale, row_sum.shape)
         for i in range(0, self.config.block_kv, 8):
             row_sum = row_sum + p[:, i : i + 8]
         return new_max, row_sum, p, rescale
@@ -469,29 +468,22 @@ class _Block:
         """allowed(j): which pairs of the item's queries and the keys of block j may attend; None for all of them."""
         inputs, block_kv = self.inputs, self.config.block_kv
 
-        def vector(ref, start, length, layout, default: Callable):
-            if ref is None:
-                return default(start, length, layout)
-            return plgpu.load(
-                ref.at[row_of_batch(ref, item.batch), pl.ds(start, length)], layout=layout, optimized=False
-            )
-
         if self.config.pair_test is not None:
             q_start = self.q_start(item.row)
-            q_positions = vector(inputs.q_positions, q_start, ROWS, _ROW, _indices)
-            q_segments = vector(inputs.q_segment_ids, q_start, ROWS, _ROW, _zeros)
+            q_positions = vector(inputs.q_positions, item.batch, q_start, ROWS, ROW, indices)
+            q_segments = vector(inputs.q_segment_ids, item.batch, q_start, ROWS, ROW, zeros)
 
         def allowed(j) -> jax.Array | None:
             start, bits = j * block_kv, None
             if self.config.pair_test is not None:
                 bits = self.config.pair_test(
-                    _rows(q_positions, self.tile),
-                    _columns(vector(inputs.kv_positions, start, block_kv, _COLUMN, _indices), self.tile),
-                    _rows(q_segments, self.tile),
-                    _columns(vector(inputs.kv_segment_ids, start, block_kv, _COLUMN, _zeros), self.tile),
+                    rows(q_positions, self.tile),
+                    columns(vector(inputs.kv_positions, item.batch, start, block_kv, COLUMN, indices), self.tile),
+                    rows(q_segments, self.tile),
+                    columns(vector(inputs.kv_segment_ids, item.batch, start, block_kv, COLUMN, zeros), self.tile),
                 )
             if self.config.has_ragged_keys:
-                are_keys = _columns(_indices(start, block_kv, _COLUMN), self.tile) < self.config.kv_len
+                are_keys = columns(indices(start, block_kv, COLUMN), self.tile) < self.config.kv_len
                 bits = are_keys if bits is None else bits & are_keys
             return bits
 
@@ -502,49 +494,32 @@ class _Block:
     def write(self, batch, head, row, acc, row_max, row_sum) -> None:
         """Writes what has come of 64 queries: out and lse, or the carry."""
         q_start = self.q_start(row)
-        rows = batch, head, pl.ds(q_start, ROWS)
+        of_rows = batch, head, pl.ds(q_start, ROWS)
         tile = batch, pl.ds(q_start, ROWS), head
         if self.inputs.carry is not None:
             before = self.inputs.carry
-            old_max, old_sum = (plgpu.load(x.at[rows], layout=_ROW, optimized=False) for x in (before.max, before.sum))
-            old_acc = plgpu.load(before.acc.at[tile], layout=_MATRIX, optimized=False)
+            old_max, old_sum = (
+                plgpu.load(x.at[of_rows], layout=ROW, optimized=False) for x in (before.max, before.sum)
+            )
+            old_acc = plgpu.load(before.acc.at[tile], layout=MATRIX, optimized=False)
             old_max = jnp.where(old_max == -jnp.inf, _LOWEST, old_max * _LOG2_E)
             new_max = jnp.maximum(row_max, old_max)
             old, new = jnp.exp2(old_max - new_max), jnp.exp2(row_max - new_max)
-            acc = acc * _rows(new, acc.shape) + old_acc * _rows(old, acc.shape)
+            acc = acc * rows(new, acc.shape) + old_acc * rows(old, acc.shape)
             row_max, row_sum = new_max, row_sum * new + old_sum * old
         empty = row_sum == 0
         if self.config.return_carry:
             after = self.outputs.carry
-            after.max.at[rows][...] = jnp.where(empty, -jnp.inf, row_max * (1 / _LOG2_E))
-            after.sum.at[rows][...] = row_sum
+            after.max.at[of_rows][...] = jnp.where(empty, -jnp.inf, row_max * (1 / _LOG2_E))
+            after.sum.at[of_rows][...] = row_sum
             after.acc.at[tile][...] = acc
             return
         some = jnp.where(empty, 1.0, row_sum)
         lse = (row_max + jnp.log2(some)) * (1 / _LOG2_E)
-        self.outputs.lse.at[rows][...] = jnp.where(empty, -jnp.inf, lse)
-        out = acc * _rows(1.0 / some, acc.shape)
+        self.outputs.lse.at[of_rows][...] = jnp.where(empty, -jnp.inf, lse)
+        out = acc * rows(1.0 / some, acc.shape)
         staged = self.shared.out.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's
         staged[...] = out.astype(self.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, self.outputs.out.at[tile])
-
-
-def _rows(x, shape: tuple[int, ...]) -> jax.Array:
-    """`[rows]` as `[rows, columns]`."""
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
-def _columns(x, shape: tuple[int, ...]) -> jax.Array:
-    """`[columns]` as `[rows, columns]`."""
-    return lax.broadcast_in_dim(x, shape, [1])
-
-
-def _indices(start, length: int, layout) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout) + start
-
-
-def _zeros(start, length: int, layout) -> jax.Array:
-    del start
-    return plgpu.layout_cast(jnp.zeros((length,), jnp.int32), layout)

@@ -117,6 +117,36 @@ class Walk:
 
         return lax.while_loop(visits_any, one_range, loop)[3]
 
+    def visit_backwards(self, item: Item, body: Callable, state):
+        """state = body(j, whether j needs no pair test, state) for each block j that the item visits, last ones first.
+
+        Where rows have several ranges, this goes for the blocks of a range; ranges come in ascending order.
+        """
+        num_ranges = self.ranges.start.shape[2]
+
+        def one_range(current: Range, state):
+            start, stop, full_start, full_stop = current
+
+            def one_block(i, state):
+                j = start + stop - 1 - i
+                return body(j, (full_start <= j) & (j < full_stop), state)
+
+            return lax.fori_loop(start, stop, one_block, state)
+
+        if num_ranges == 1:
+            return one_range(item.first_range, state)
+
+        def visits_any(loop):
+            number, current, _ = loop
+            return (number < num_ranges) & (current.start < current.stop)
+
+        def next_range(loop):
+            number, current, state = loop
+            ahead = self.range_of(item.batch, item.row, jnp.minimum(number + 1, num_ranges - 1))
+            return number + 1, ahead, one_range(current, state)
+
+        return lax.while_loop(visits_any, next_range, (jnp.int32(0), item.first_range, state))[2]
+
 
 def row_of_batch(ref, batch) -> ArrayLike:
     """Where a batch row is in an array of `[B or 1, ...]`."""

@@ -1,0 +1,499 @@
+"""The backward kernel of blockwise attention on Hopper GPUs (Mosaic GPU): dq, dk and dv in one walk.
+
+Grid: one block of threads a multiprocessor, each with a list of items; an item is a block of 128 keys of one kv head.
+A producer warpgroup copies its keys and values, and for each query head of the group the tiles of queries that its row
+of the schedule names, with their dout, lse and delta, into shared memory (TMA, two buffers). Two consumers, 64 keys
+each, keep dk and dv in registers over the whole item and hand a tile's dq to a fourth warpgroup, the adder, through
+shared memory (two buffers); it adds them into dq in device memory by TMA reductions.
+
+On chip: k, v, q and dout (two tiles each), dS (two, for dq) and dq (two, float32) in shared memory; logits, their
+gradients, dk and dv in registers.
+
+dS = P (dP - delta) with P = exp(S - lse), dP = dout v^T; delta comes with dlse subtracted.
+
+Many items add into one tile of dq, and float32 sums depend on their order. So unless told otherwise the adder waits for
+its turn: a counter for each tile says how many have added, an item's turn is how many items before it visit the tile
+(`Turns`), and items are dealt out in that order, so that nothing waits for what has not begun. Blocks of queries are
+visited from the last to the first: under a causal mask or a window the items at work then come to a tile in turn, one
+step apart, and none waits long.
+
+Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2; Shah et al. 2024, FlashAttention-3,
+arXiv:2407.08608, Appendix B.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+
+from pallas_kernels import wgmma_backward
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows, vector, zeros
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, release, sync, wait_until
+from pallas_kernels.schedule import BlockRanges
+from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
+
+BLOCK = 128
+"""Tokens of the schedule's blocks, and keys of an item."""
+TILES = {64: 128, 128: 64}
+"""Queries of a step, by head dim: what registers and shared memory have room for."""
+SECTION = 16
+"""Pairs of a batch row and a kv head whose items go out together. The more, the fewer items of one are at work at a
+time, and wait for each other; the fewer, the more of what they read stays in the second-level cache."""
+
+_SLOTS = 2
+_NUM_CONSUMERS = 2
+_PIECE = 64  # of dq: what a consumer computes of a tile, [64, 64]
+_DQ_TRANSFORMS = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+_LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is static of a call.
+
+    Attributes:
+      scale: Multiplies q.k.
+      kv_len: Number of keys, of which the last block may hold fewer than it has room for.
+      pair_test: Whether pairs may attend, of their positions and segment ids (q, kv, q, kv), `[64, tile]` each; None
+        where all may, of those that are visited.
+      scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does.
+      section: Pairs of a batch row and a kv head whose items are dealt out together.
+      num_cores: Multiprocessors.
+      interpret: Whether to run on a CPU, in JAX's interpreter: by one block of threads, which need not take turns.
+    """
+
+    scale: float
+    kv_len: int
+    pair_test: Callable[..., jax.Array] | None
+    scales_dq: bool
+    section: int
+    num_cores: int
+    interpret: Any = None
+
+    @property
+    def has_ragged_keys(self) -> bool:
+        return self.kv_len % BLOCK != 0
+
+    @property
+    def tests_blocks(self) -> bool:
+        """Whether blocks may need the pair test, or to have keys left out."""
+        return self.pair_test is not None or self.has_ragged_keys
+
+
+class Turns(NamedTuple):
+    """When an item adds into a tile of dq: after how many others.
+
+    Either `table[row of keys, block of queries]`, or where rows visit one range each whose two ends never fall from row
+    to row, `rank[row of keys] - gone[block of queries]`: all rows before it that visit anything, less those that have
+    stopped before the block.
+
+    Attributes:
+      rank, gone: int32 `[B or 1, blocks]`.
+      table: int32 `[B or 1, blocks of keys, blocks of queries]`.
+    """
+
+    rank: Any
+    gone: Any
+    table: Any
+
+    @classmethod
+    def of(cls, q_blocks: BlockRanges, num_q_blocks: int) -> "Turns":
+        """Of the rows of a schedule, which take turns in ascending order.
+
+        A traced one is given the table, of T S / 2^14 numbers: half a percent of q, k and v of one head at a million
+        tokens. A constant one is known to need none as a rule.
+        """
+        start, stop = q_blocks.start, q_blocks.stop
+        if isinstance(start, np.ndarray) and start.shape[2] == 1:
+            start, stop = start[..., 0], stop[..., 0]
+            some = start < stop
+            # Among rows that visit anything, each must start and stop no sooner than the one before.
+            ends = (np.maximum.accumulate(np.where(some, x, 0), axis=1) for x in (start, stop))
+            if all(np.all((x == greatest) | ~some) for x, greatest in zip((start, stop), ends, strict=True)):
+                rank = np.cumsum(some, axis=1) - some
+                blocks = np.arange(num_q_blocks)
+                gone = [
+                    np.searchsorted(row[visits], blocks, side="right") for row, visits in zip(stop, some, strict=True)
+                ]
+                return cls(rank.astype(np.int32), np.stack(gone).astype(np.int32), None)
+        blocks = jnp.arange(num_q_blocks)
+        visited = jnp.any((start[..., None] <= blocks) & (blocks < stop[..., None]), axis=2).astype(jnp.int32)
+        return cls(None, None, jnp.cumsum(visited, axis=1) - visited)
+
+    def at(self, batch, row, block) -> ArrayLike:
+        """The turn of the item of `row` in the tiles of a block of queries."""
+        if self.table is not None:
+            return self.table[row_of_batch(self.table, batch), row, block]
+        batch = row_of_batch(self.rank, batch)
+        return self.rank[batch, row] - self.gone[batch, block]
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads; None where there is nothing to read.
+
+    q, k, v and dout are of lengths that are multiples of 8, the others of whole blocks of the schedule.
+
+    Attributes:
+      lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
+      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
+      ranges: The schedule's `q_blocks`, its order that in which turns are taken.
+      turns: None where dq may be added up in any order.
+      running: dk and dv to add to, float32.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    ranges: BlockRanges
+    q_positions: Any
+    kv_positions: Any
+    q_segment_ids: Any
+    kv_segment_ids: Any
+    turns: Turns | None
+    running: tuple[Any, Any] | None
+
+
+def differentiate(inputs: Inputs, dq: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys."""
+    B, T, N, H = inputs.q.shape
+    S, K = inputs.k.shape[1:3]
+    num_rows = -(-S // BLOCK)
+    num_pairs = B * K
+    deal = Deal(
+        num_blocks=1 if config.interpret else min(config.num_cores, num_pairs * num_rows),
+        num_pairs=num_pairs,
+        num_ranks=num_rows,
+        section=min(num_pairs, config.section),
+    )
+    tile = TILES[H]
+    kv_type = jax.ShapeDtypeStruct((B, num_rows * BLOCK, K, H), jnp.float32 if inputs.running else inputs.k.dtype)
+    dq_ref = jax.new_ref(dq)
+    counters = None
+    if inputs.turns is not None:
+        counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
+    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters))
+
+    def body(*refs):
+        refs = iter(refs)
+        inputs, dq_ref, counters = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        dk_ref, dv_ref = itertools.islice(refs, 2)
+        _Block(config, deal, inputs, _Outputs(dq_ref, counters, dk_ref, dv_ref), _Shared(*refs)).run()
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
+
+    dk, dv = plgpu.kernel(
+        body,
+        out_type=[kv_type, kv_type],
+        grid=(deal.num_blocks,),
+        grid_names=("block",),
+        num_threads=_NUM_CONSUMERS + 2,
+        thread_name="warpgroup",
+        scratch_types=_Shared(
+            k=smem(BLOCK, H),
+            v=smem(BLOCK, H),
+            q=smem(_SLOTS, tile, H),
+            dout=smem(_SLOTS, tile, H),
+            lse=plgpu.SMEM((_SLOTS, tile), jnp.float32),
+            delta=plgpu.SMEM((_SLOTS, tile), jnp.float32),
+            ds=smem(_SLOTS, _NUM_CONSUMERS, ROWS, tile),
+            dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, _PIECE, _PIECE), jnp.float32, transforms=_DQ_TRANSFORMS),
+            kv_full=plgpu.Barrier(num_arrivals=2),
+            tile_full=plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=config.interpret,
+    )(*leaves)
+    return jax.freeze(dq_ref), dk, dv
+
+
+class _Outputs(NamedTuple):
+    """What it writes; dq and the counters of its tiles' turns are read too."""
+
+    dq: Any
+    counters: Any
+    dk: Any
+    dv: Any
+
+
+class _Shared(NamedTuple):
+    """Shared memory, and the barriers that say when a buffer is full."""
+
+    k: Any
+    v: Any
+    q: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    ds: Any
+    dq: Any
+    kv_full: Any
+    tile_full: Any
+
+
+class _Block:
+    """What one block of threads does."""
+
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: _Outputs, shared: _Shared):
+        self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
+        self.num_heads, self.head_dim = inputs.q.shape[2:]
+        num_kv_heads = inputs.k.shape[2]
+        self.group = self.num_heads // num_kv_heads
+        self.tile_len = TILES[self.head_dim]
+        self.tiles_of_block = BLOCK // self.tile_len
+        self.num_tiles = -(-inputs.q.shape[1] // BLOCK) * self.tiles_of_block
+        self.walk = Walk(deal=deal, ranges=inputs.ranges, num_heads=num_kv_heads, tests_blocks=config.tests_blocks)
+        self.dtype = inputs.q.dtype
+        self.tile = ROWS, self.tile_len
+        self.warpgroup = lax.axis_index("warpgroup")
+        # Named barriers.
+        self.ds_ready, self.kv_free, self.tile_free, _, self.dq_full, _, self.dq_free, _ = NAMED_BARRIERS[:8]
+        self.consumers = WARPGROUP * _NUM_CONSUMERS
+        self.consumers_and_one = self.consumers + WARPGROUP
+
+    def run(self) -> None:
+        for warpgroups, registers, role in (
+            (range(2), 232, self.consume),
+            (range(2, 3), 24, self.produce),
+            (range(3, 4), 24, self.add),
+        ):
+
+            @pl.when((self.warpgroup >= warpgroups.start) & (self.warpgroup < warpgroups.stop))
+            def _(registers=registers, role=role):
+                plgpu.set_max_registers(registers, action="increase" if registers > 128 else "decrease")
+                role()
+
+    def for_each_tile(self, item: Item, body: Callable, state):
+        """state = body(q head, block of queries, tile of queries, whether the block is full, state), tile by tile."""
+
+        def one_head(member, state):
+            head = item.head * self.group + member
+
+            def one_block(block, is_full, state):
+                def one_tile(i, state):
+                    tile = (block + 1) * self.tiles_of_block - 1 - i
+                    return body(head, block, tile, is_full, state)
+
+                return lax.fori_loop(0, self.tiles_of_block, one_tile, state)
+
+            return self.walk.visit_backwards(item, one_block, state)
+
+        return one_head(0, state) if self.group == 1 else lax.fori_loop(0, self.group, one_head, state)
+
+    # The producer.
+
+    def produce(self) -> None:
+        inputs, shared = self.inputs, self.shared
+
+        def one_item(number, item: Item, count):
+            del number
+            sync(self.kv_free, self.consumers_and_one)
+            keys = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
+            plgpu.copy_gmem_to_smem(inputs.k.at[keys], shared.k, shared.kv_full)
+            plgpu.copy_gmem_to_smem(inputs.v.at[keys], shared.v, shared.kv_full)
+
+            def load(head, block, tile, is_full, count):
+                del block, is_full
+                slot = lax.rem(count, _SLOTS)
+                queries = pl.ds(tile * self.tile_len, self.tile_len)
+                sync(self.tile_free + slot, self.consumers_and_one)
+                for source, target in ((inputs.q, shared.q), (inputs.dout, shared.dout)):
+                    at = item.batch, queries, head
+                    plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
+                for source, target in ((inputs.lse, shared.lse), (inputs.delta, shared.delta)):
+                    at = item.batch, head, queries
+                    plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
+                return count + 1
+
+            return self.for_each_tile(item, load, count)
+
+        self.walk.for_each_item(one_item, jnp.int32(0))
+
+    # The adder.
+
+    def add(self) -> None:
+        for slot in range(_SLOTS):
+            arrive(self.dq_free + slot, self.consumers_and_one)
+
+        def one_item(number, item: Item, count):
+            del number
+
+            def one_tile(head, block, tile, is_full, count):
+                del is_full
+                slot = lax.rem(count, _SLOTS)
+                counter = (item.batch * self.num_heads + head) * self.num_tiles + tile
+                turn = self.inputs.turns.at(item.batch, item.row, block) if self.takes_turns else None
+                sync(self.dq_full + slot, self.consumers_and_one)
+                if self.takes_turns:
+                    wait_until(self.outputs.counters, counter, turn)
+                for piece in range(_NUM_CONSUMERS):
+                    self.add_piece(item.batch, head, tile, slot, piece)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                arrive(self.dq_free + slot, self.consumers_and_one)
+                if self.takes_turns:
+                    plgpu.wait_smem_to_gmem(0)
+                    release(self.outputs.counters, counter)
+                return count + 1
+
+            return self.for_each_tile(item, one_tile, count)
+
+        self.walk.for_each_item(one_item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.inputs.turns is not None and not self.config.interpret
+
+    def add_piece(self, batch, head, tile, slot, piece) -> None:
+        split_rows = self.tile_len // _PIECE == _NUM_CONSUMERS
+        q_start = tile * self.tile_len + (piece * _PIECE if split_rows else 0)
+        column = 0 if split_rows else piece * _PIECE
+        target = self.outputs.dq.at[batch, pl.ds(q_start, _PIECE), head, pl.ds(column, _PIECE)]
+        source = self.shared.dq.at[slot, piece]
+        if not self.config.interpret:
+            plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
+            return
+        target[...] = plgpu.load(target, layout=MATRIX, optimized=False) + source[...]
+
+    # A consumer.
+
+    def consume(self) -> None:
+        arrive(self.kv_free, self.consumers_and_one)
+        for slot in range(_SLOTS):
+            arrive(self.tile_free + slot, self.consumers_and_one)
+        self.walk.for_each_item(self.consume_item, jnp.int32(0))
+
+    def consume_item(self, number, item: Item, count):
+        plgpu.barrier_wait(self.shared.kv_full)
+        allowed = self.pair_test(item)
+        nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)
+
+        def one_tile(head, block, tile, is_full, state):
+            del head, block
+            return self.step(tile, is_full, allowed, *state)
+
+        count, dk, dv = self.for_each_tile(item, one_tile, (count, nothing, nothing))
+        arrive(self.kv_free, self.consumers_and_one)
+        self.write(item, dk * self.config.scale, dv)
+        return count
+
+    def step(self, tile, is_full, allowed: Callable, count, dk, dv):
+        """One tile of queries."""
+        config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
+        plgpu.barrier_wait(shared.tile_full.at[slot])
+        s, dp = self.scores(slot)
+        lse = plgpu.load(shared.lse.at[slot], layout=COLUMN, optimized=False)
+        p = jnp.exp2(s * (config.scale * _LOG2_E) - columns(lse, self.tile))
+        dp, p = self.settle(dp, p)
+        if config.tests_blocks:
+            p = lax.cond(is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
+        delta = plgpu.load(shared.delta.at[slot], layout=COLUMN, optimized=False)
+        ds = (p * (dp - columns(delta, self.tile))).astype(self.dtype)
+        p = p.astype(self.dtype)
+        shared.ds.at[slot, self.warpgroup][...] = ds
+        plgpu.commit_smem()
+        dv, dq, dk = self.gradients(slot, dv, dk, p, ds)
+        sync(self.dq_free + slot, self.consumers_and_one)
+        shared.dq.at[slot, self.warpgroup][...] = dq * config.scale if config.scales_dq else dq
+        plgpu.commit_smem()
+        arrive(self.dq_full + slot, self.consumers_and_one)
+        return count + 1, self.finish(dk, slot), dv
+
+    # Parts of a step: matmuls.
+
+    def scores(self, slot):
+        shared = self.shared
+        if not self.config.interpret:
+            return wgmma_backward.scores(shared.k, shared.v, shared.q, shared.dout, warpgroup=self.warpgroup, slot=slot)
+        mine = pl.ds(self.warpgroup * ROWS, ROWS)
+        return tuple(_dot(x.at[mine][...], y[slot].T) for x, y in ((shared.k, shared.q), (shared.v, shared.dout)))
+
+    def settle(self, dp, p):
+        return (dp, p) if self.config.interpret else wgmma_backward.settle(dp, p)
+
+    def gradients(self, slot, dv, dk, p, ds):
+        shared = self.shared
+        if not self.config.interpret:
+            return wgmma_backward.gradients(
+                dv,
+                dk,
+                p,
+                ds,
+                shared.k,
+                shared.q,
+                shared.dout,
+                shared.ds,
+                warpgroup=self.warpgroup,
+                slot=slot,
+                ds_slot=slot,
+                ds_ready=self.ds_ready,
+                num_threads=self.consumers,
+            )
+        dv = dv + _dot(p, shared.dout[slot])
+        sync(self.ds_ready, self.consumers)
+        ds_of_both = shared.ds[slot].reshape(BLOCK, self.tile_len)
+        dq = _dot(ds_of_both.T, shared.k[...]).reshape(-1, _PIECE, self.head_dim)
+        if self.head_dim == _PIECE:
+            dq = lax.dynamic_index_in_dim(dq, self.warpgroup, keepdims=False)
+        else:
+            dq = lax.dynamic_slice_in_dim(dq[0], self.warpgroup * _PIECE, _PIECE, axis=1)
+        return dv, dq, dk + _dot(ds, shared.q[slot])
+
+    def finish(self, dk, slot):
+        free = Arrival(self.tile_free + slot, self.consumers_and_one)
+        if not self.config.interpret:
+            return wgmma_backward.finish(dk, free)
+        arrive(free.barrier, free.num_threads)
+        return dk
+
+    def pair_test(self, item: Item) -> Callable:
+        """allowed(tile): which pairs of this warpgroup's keys and a tile of queries may attend."""
+        inputs, test = self.inputs, self.config.pair_test
+        kv_start = item.row * BLOCK + self.warpgroup * ROWS
+        if test is not None:
+            kv_positions = vector(inputs.kv_positions, item.batch, kv_start, ROWS, ROW, indices)
+            kv_segments = vector(inputs.kv_segment_ids, item.batch, kv_start, ROWS, ROW, zeros)
+
+        def allowed(tile) -> jax.Array:
+            start, bits = tile * self.tile_len, None
+            if test is not None:
+                q_positions = vector(inputs.q_positions, item.batch, start, self.tile_len, COLUMN, indices)
+                q_segments = vector(inputs.q_segment_ids, item.batch, start, self.tile_len, COLUMN, zeros)
+                bits = test(
+                    columns(q_positions, self.tile),
+                    rows(kv_positions, self.tile),
+                    columns(q_segments, self.tile),
+                    rows(kv_segments, self.tile),
+                )
+            if self.config.has_ragged_keys:
+                are_keys = rows(indices(kv_start, ROWS, ROW), self.tile) < self.config.kv_len
+                bits = are_keys if bits is None else bits & are_keys
+            return bits
+
+        return allowed
+
+    def write(self, item: Item, dk, dv) -> None:
+        """Writes what has come of 64 keys, added to what is running."""
+        at = item.batch, pl.ds(item.row * BLOCK + self.warpgroup * ROWS, ROWS), item.head
+        running = self.inputs.running or (None, None)
+        for target, x, before in ((self.outputs.dk, dk, running[0]), (self.outputs.dv, dv, running[1])):
+            if before is not None:
+                x = x + plgpu.load(before.at[at], layout=MATRIX, optimized=False)
+            target.at[at][...] = x.astype(target.dtype)
+
+
+def _dot(x, y) -> jax.Array:
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
