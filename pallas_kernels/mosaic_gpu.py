@@ -58,57 +58,88 @@ def _bar(operation: str, num_threads: int, index) -> None:
     llvm.inline_asm(void, [index.registers.item()], text, "r", has_side_effects=True)
 
 
-def wait_until(counters, index, value) -> None:
-    """Waits until `counters[index]`, int32 in device memory, is `value`, and sees what was done before it became so.
+def take_turn(counters, index, turn, last) -> None:
+    """Waits until `counters[index]`, int32 in device memory, is `turn`; before, ends the turn taken last.
 
-    All threads of the warpgroup read it, since all go on. What they copy from shared memory next comes after.
+    A turn ends when the copies to device memory that this warpgroup has started since are done, and adds 1 to its
+    counter. Both waits are under way at the same time, and the turn ends first, so that nobody waits for each other.
+
+    Args:
+      last: Index of the counter of the turn taken last; negative if none was.
     """
-    _with_counter(
+    _on_counters(
         """
-        .reg .pred waits;
-        .reg .b32 seen;
-        AGAIN:
         ld.acquire.gpu.global.b32 seen, [at];
-        setp.ne.b32 waits, seen, $2;
-        @waits bra AGAIN;
+        cp.async.bulk.wait_group 0;
+        bar.warp.sync 0xffffffff;
+        @ends red.release.gpu.global.add.s32 [at_last], 1;
+        AGAIN:
+        setp.eq.b32 ready, seen, $2;
+        @ready bra READY;
+        ld.acquire.gpu.global.b32 seen, [at];
+        bra AGAIN;
+        READY:
         fence.proxy.async;
         """,
         counters,
         index,
-        value,
+        turn,
+        last,
     )
 
 
-def release(counters, index) -> None:
-    """Adds 1 to `counters[index]`, int32 in device memory, behind all that this warpgroup has done and waited for."""
-    _with_counter(
+def end_turn(counters, last) -> None:
+    """Ends the turn taken last, as `take_turn` does."""
+    _on_counters(
         """
-        .reg .pred first;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        and.b32 thread, thread, 127;
-        setp.eq.b32 first, thread, 0;
-        fence.proxy.async;
-        @first red.release.gpu.global.add.s32 [at], $2;
+        cp.async.bulk.wait_group 0;
+        bar.warp.sync 0xffffffff;
+        @ends red.release.gpu.global.add.s32 [at_last], 1;
         """,
         counters,
-        index,
-        1,
+        0,
+        0,
+        last,
     )
 
 
-def _with_counter(lines: str, counters, index, operand) -> None:
-    """Inline PTX in which `at` is the address of a counter and `$2` an int32."""
+def _on_counters(lines: str, counters, index, turn, last) -> None:
+    """PTX in which `at` and `at_last` are addresses of counters, `$2` is the turn, and `ends` holds in one thread."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
-    def emit(_, counters, index, operand):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * 3))
+    def emit(_, counters, *scalars):
         i64 = ir.IntegerType.get_signless(64)
         base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(counters))
-        operands = [base, index.registers.item(), operand.registers.item()]
-        text = f"{{ .reg .b64 at; mad.wide.s32 at, $1, 4, $0; {lines} }}"
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "l,r,r,~{memory}", has_side_effects=True)
+        index, turn, last = (x.registers.item() for x in scalars)
+        text = f"""{{
+        .reg .b64 at, at_last;
+        .reg .b32 seen, thread;
+        .reg .pred ends, ready;
+        mad.wide.s32 at, $1, 4, $0;
+        mad.wide.s32 at_last, $3, 4, $0;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, {WARPGROUP - 1};
+        setp.eq.b32 ends, thread, 0;
+        setp.ge.and.s32 ends, $3, 0, ends;
+        {lines}
+        }}"""
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [base, index, turn, last], text, "l,r,r,r,~{memory}", has_side_effects=True)
 
-    emit(counters, *(jnp.asarray(x, jnp.int32) for x in (index, operand)))
+    emit(counters, *(jnp.asarray(x, jnp.int32) for x in (index, turn, last)))
+
+
+def fence_smem() -> None:
+    """Makes what this thread has written to shared memory visible to copies and matmuls, whose start must be behind a
+    barrier; `plgpu.commit_smem` is the same with a barrier of the warpgroup."""
+
+    @plgpu.inline_mgpu()
+    def emit(_):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [], "fence.proxy.async.shared::cta;", "~{memory}", has_side_effects=True
+        )
+
+    emit()
 
 
 def interpreter(*, detect_races: bool = False) -> plgpu.InterpretGPUParams:

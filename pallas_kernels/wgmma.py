@@ -174,7 +174,10 @@ def descriptor(smem: ir.Value, *at: tuple, leading: int, stride: int) -> ir.Valu
 
     address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(smem))
     for index, num_bytes in at:
-        offset = arith.muli(arith.extsi(i64, index.registers.item()), constant(num_bytes))
+        if isinstance(index, int):
+            offset = constant(index * num_bytes)
+        else:
+            offset = arith.muli(arith.extsi(i64, index.registers.item()), constant(num_bytes))
         address = arith.addi(address, offset)
     encoded = arith.shrui(arith.andi(address, constant(0x3FFFF)), constant(4))
     swizzle_128 = 1 << 30  # bit 62, of which this is shifted by 32: the constant would not fit a signed one

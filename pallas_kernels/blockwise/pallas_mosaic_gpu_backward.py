@@ -38,7 +38,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import wgmma_backward
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows, vector, zeros
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, release, sync, wait_until
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, end_turn, fence_smem, sync, take_turn
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
 
@@ -254,6 +254,7 @@ class _Block:
         self.group = self.num_heads // num_kv_heads
         self.tile_len = TILES[self.head_dim]
         self.tiles_of_block = BLOCK // self.tile_len
+        self.two_parts = self.tile_len == 2 * ROWS
         self.num_tiles = -(-inputs.q.shape[1] // BLOCK) * self.tiles_of_block
         self.walk = Walk(deal=deal, ranges=inputs.ranges, num_heads=num_kv_heads, tests_blocks=config.tests_blocks)
         self.dtype = inputs.q.dtype
@@ -327,30 +328,32 @@ class _Block:
     def add(self) -> None:
         for slot in range(_SLOTS):
             arrive(self.dq_free + slot, self.consumers_and_one)
+        counters, none = self.outputs.counters, jnp.int32(-1)
 
-        def one_item(number, item: Item, count):
+        def one_item(number, item: Item, state):
             del number
 
-            def one_tile(head, block, tile, is_full, count):
+            def one_tile(head, block, tile, is_full, state):
                 del is_full
+                count, last = state
                 slot = lax.rem(count, _SLOTS)
                 counter = (item.batch * self.num_heads + head) * self.num_tiles + tile
-                turn = self.inputs.turns.at(item.batch, item.row, block) if self.takes_turns else None
-                sync(self.dq_full + slot, self.consumers_and_one)
                 if self.takes_turns:
-                    wait_until(self.outputs.counters, counter, turn)
+                    take_turn(counters, counter, self.inputs.turns.at(item.batch, item.row, block), last)
+                else:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                # What was added last need no longer be kept.
+                pl.when(count > 0)(lambda: arrive(self.dq_free + _SLOTS - 1 - slot, self.consumers_and_one))
+                sync(self.dq_full + slot, self.consumers_and_one)
                 for piece in range(_NUM_CONSUMERS):
                     self.add_piece(item.batch, head, tile, slot, piece)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                arrive(self.dq_free + slot, self.consumers_and_one)
-                if self.takes_turns:
-                    plgpu.wait_smem_to_gmem(0)
-                    release(self.outputs.counters, counter)
-                return count + 1
+                return count + 1, counter
 
-            return self.for_each_tile(item, one_tile, count)
+            return self.for_each_tile(item, one_tile, state)
 
-        self.walk.for_each_item(one_item, jnp.int32(0))
+        _, last = self.walk.for_each_item(one_item, (jnp.int32(0), none))
+        if self.takes_turns:
+            end_turn(counters, last)
         plgpu.wait_smem_to_gmem(0)
 
     @property
@@ -358,9 +361,8 @@ class _Block:
         return self.inputs.turns is not None and not self.config.interpret
 
     def add_piece(self, batch, head, tile, slot, piece) -> None:
-        split_rows = self.tile_len // _PIECE == _NUM_CONSUMERS
-        q_start = tile * self.tile_len + (piece * _PIECE if split_rows else 0)
-        column = 0 if split_rows else piece * _PIECE
+        q_start = tile * self.tile_len + (piece * _PIECE if self.two_parts else 0)
+        column = 0 if self.two_parts else piece * _PIECE
         target = self.outputs.dq.at[batch, pl.ds(q_start, _PIECE), head, pl.ds(column, _PIECE)]
         source = self.shared.dq.at[slot, piece]
         if not self.config.interpret:
@@ -398,19 +400,37 @@ class _Block:
         lse = plgpu.load(shared.lse.at[slot], layout=COLUMN, optimized=False)
         p = jnp.exp2(s * (config.scale * _LOG2_E) - columns(lse, self.tile))
         dp, p = self.settle(dp, p)
+
+        def gradient_of_logits(p, dp, part: int):
+            """Of the part-th 64 queries."""
+            delta = plgpu.load(shared.delta.at[slot, pl.ds(part * ROWS, ROWS)], layout=COLUMN, optimized=False)
+            return p * (dp - columns(delta, p.shape))
+
         if config.tests_blocks:
             p = lax.cond(is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
-        delta = plgpu.load(shared.delta.at[slot], layout=COLUMN, optimized=False)
-        ds = (p * (dp - columns(delta, self.tile))).astype(self.dtype)
+        ds = [gradient_of_logits(p[:, :ROWS] if self.two_parts else p, dp, 0).astype(self.dtype)]
+        others = p[:, ROWS:] if self.two_parts else None
         p = p.astype(self.dtype)
-        shared.ds.at[slot, self.warpgroup][...] = ds
-        plgpu.commit_smem()
+        if self.two_parts:
+            dp, dv = self.more(slot, dv, p)
+            dv, second = self.settle(dv, gradient_of_logits(others, dp, 1))
+            ds.append(second.astype(self.dtype))
+        for part, x in enumerate(ds):
+            shared.ds.at[slot, self.warpgroup, :, pl.ds(part * ROWS, ROWS)][...] = x
+        self.fence()
         dv, dq, dk = self.gradients(slot, dv, dk, p, ds)
         sync(self.dq_free + slot, self.consumers_and_one)
         shared.dq.at[slot, self.warpgroup][...] = dq * config.scale if config.scales_dq else dq
-        plgpu.commit_smem()
+        self.fence()
         arrive(self.dq_full + slot, self.consumers_and_one)
         return count + 1, self.finish(dk, slot), dv
+
+    def fence(self) -> None:
+        """Before what this warpgroup has written to shared memory is read by a copy or a matmul."""
+        if self.config.interpret:
+            plgpu.commit_smem()
+        else:
+            fence_smem()
 
     # Parts of a step: matmuls.
 
@@ -419,38 +439,46 @@ class _Block:
         if not self.config.interpret:
             return wgmma_backward.scores(shared.k, shared.v, shared.q, shared.dout, warpgroup=self.warpgroup, slot=slot)
         mine = pl.ds(self.warpgroup * ROWS, ROWS)
-        return tuple(_dot(x.at[mine][...], y[slot].T) for x, y in ((shared.k, shared.q), (shared.v, shared.dout)))
+        s, dp = (_dot(x.at[mine][...], y[slot].T) for x, y in ((shared.k, shared.q), (shared.v, shared.dout)))
+        return s, dp[:, :ROWS]
 
-    def settle(self, dp, p):
-        return (dp, p) if self.config.interpret else wgmma_backward.settle(dp, p)
+    def settle(self, in_flight, x):
+        return (in_flight, x) if self.config.interpret else wgmma_backward.settle(in_flight, x)
+
+    def more(self, slot, dv, p):
+        shared = self.shared
+        if not self.config.interpret:
+            return wgmma_backward.more(dv, p, shared.v, shared.dout, warpgroup=self.warpgroup, slot=slot)
+        dout = shared.dout[slot]
+        return _dot(shared.v.at[pl.ds(self.warpgroup * ROWS, ROWS)][...], dout[ROWS:].T), dv + _dot(p, dout)
 
     def gradients(self, slot, dv, dk, p, ds):
         shared = self.shared
         if not self.config.interpret:
-            return wgmma_backward.gradients(
-                dv,
+            new_dv, dq, dk = wgmma_backward.gradients(
                 dk,
-                p,
                 ds,
+                None if self.two_parts else (dv, p),
                 shared.k,
                 shared.q,
                 shared.dout,
                 shared.ds,
                 warpgroup=self.warpgroup,
                 slot=slot,
-                ds_slot=slot,
                 ds_ready=self.ds_ready,
                 num_threads=self.consumers,
             )
-        dv = dv + _dot(p, shared.dout[slot])
+            return dv if self.two_parts else new_dv, dq, dk
+        if not self.two_parts:
+            dv = dv + _dot(p, shared.dout[slot])
         sync(self.ds_ready, self.consumers)
         ds_of_both = shared.ds[slot].reshape(BLOCK, self.tile_len)
         dq = _dot(ds_of_both.T, shared.k[...]).reshape(-1, _PIECE, self.head_dim)
-        if self.head_dim == _PIECE:
+        if self.two_parts:
             dq = lax.dynamic_index_in_dim(dq, self.warpgroup, keepdims=False)
         else:
             dq = lax.dynamic_slice_in_dim(dq[0], self.warpgroup * _PIECE, _PIECE, axis=1)
-        return dv, dq, dk + _dot(ds, shared.q[slot])
+        return dv, dq, dk + _dot(jnp.concatenate(ds, axis=1), shared.q[slot])
 
     def finish(self, dk, slot):
         free = Arrival(self.tile_free + slot, self.consumers_and_one)
