@@ -1,22 +1,63 @@
 """Measures blockwise attention: every implementation of the family and every peer, on the cases of cases.py."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.cases import PASSES, Case, Pass
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling, memory_bytes, time_calls
 from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
-from pallas_kernels import SoftmaxCarry, blockwise_attention, blockwise_attention_forward, make_schedule
+from pallas_kernels import (
+    SoftmaxCarry,
+    blockwise_attention,
+    blockwise_attention_backward,
+    blockwise_attention_forward,
+    make_schedule,
+)
 from pallas_kernels.blockwise import api
 from pallas_kernels.compiling import compile_all
 
 type Key = tuple[Case, Pass, str]
+type AnyCandidate = Candidate | BackwardCandidate
 
 OURS = tuple(name for name in api.FORWARD if name != "reference")
+# Whether gradients must come out the same each time, as each implementation is asked; others are asked both ways.
+DETERMINISTIC: Mapping[str, tuple[bool, ...]] = {"xla": (True,), "cudnn": (False,)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardCandidate:
+    """One way to compute the backward pass of a case alone, from the results of its forward pass.
+
+    Attributes:
+      name, ours, deterministic: As `Candidate`.
+      differentiate: (q, k, v, out, lse, dout, running) -> (dq, dk, dv).
+      accumulates: Whether it adds into running gradients, float32 and donated, as in the loop of a ring; else they are
+        None.
+    """
+
+    name: str
+    ours: bool
+    deterministic: bool
+    differentiate: Callable
+    accumulates: bool
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return ("backward",)
+
+    def running(self, case: Case, *, seed: int = 1) -> tuple[jax.Array, ...] | None:
+        """Running dq, dk and dv: drawn at random, so that what forgets or misplaces them is wrong."""
+        if not self.accumulates:
+            return None
+        *shapes, _ = case.shapes("float32")
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
+        return tuple(jax.random.normal(key, x.shape) for key, x in zip(keys, shapes, strict=True))
 
 
 def measure_blockwise(
@@ -29,7 +70,7 @@ def measure_blockwise(
     dtype: str = "bfloat16",
     repetitions: int = 20,
     progress: Callable[[str], None] = print,
-    candidates_of: Callable[[Case], Iterable[Candidate | Row]] | None = None,
+    candidates_of: Callable[[Case], Iterable[AnyCandidate | Row]] | None = None,
 ) -> list[Row]:
     """Compiles every program, then for each case checks and times its implementations one by one.
 
@@ -68,12 +109,13 @@ def measure_blockwise(
 
 def all_candidates(
     case: Case, *, implementations: Sequence[str], peers: Mapping[str, Peer]
-) -> Iterator[Candidate | Row]:
+) -> Iterator[AnyCandidate | Row]:
     """This project's implementations and the peers' for a case; a row for a peer that does not serve it."""
     for name in implementations:
-        yield our_candidate(case, name)
+        yield from our_candidates(case, name)
         if case.hop:
             yield hop_candidate(case, name)
+            yield from hop_backward_candidates(case, name)
     for name, peer in peers.items():
         try:
             yield from peer.candidates(case)
@@ -86,20 +128,46 @@ def all_candidates(
         yield Row(case=case.name, which="both passes", implementation=name, ours=False, problem=problem)
 
 
-def our_candidate(case: Case, implementation: str) -> Candidate:
-    """The public op with a named implementation; its schedule is built outside the timing, as a model builds it."""
+def our_candidates(case: Case, implementation: str) -> Iterator[Candidate]:
+    """The public op with a named implementation; its schedule is built outside the timing, as a model builds it.
 
-    def attend(q, k, v, extra):
+    Its forward pass, and its gradients such as come out the same each time, such as are added up in any order, or both.
+    """
+
+    def attend(q, k, v, extra, *, deterministic):
         tokens, schedule = extra
         return blockwise_attention(
-            q, k, v, mask=case.mask, tokens=tokens, schedule=schedule, implementation=implementation
+            q,
+            k,
+            v,
+            mask=case.mask,
+            tokens=tokens,
+            schedule=schedule,
+            implementation=implementation,
+            deterministic=deterministic,
         )
 
     def extra():
         tokens = case.tokens
         return tokens, make_schedule(case.mask, tokens, q_len=case.length, kv_len=case.length)
 
-    return Candidate(name=f"longctx {implementation}", ours=True, attend=attend, extra=extra)
+    passes_by_order: dict[bool, list[Pass]] = {True: ["forward"], False: []}
+    for deterministic in DETERMINISTIC.get(implementation, (True, False)):
+        passes_by_order[deterministic].append("forward+backward")
+    for deterministic, passes in passes_by_order.items():
+        if passes:
+            yield Candidate(
+                name=_our_name(implementation, deterministic),
+                ours=True,
+                deterministic=deterministic,
+                attend=functools.partial(attend, deterministic=deterministic),
+                extra=extra,
+                passes=tuple(passes),
+            )
+
+
+def _our_name(implementation: str, deterministic: bool) -> str:
+    return f"longctx {implementation}{'' if deterministic else ', any order'}"
 
 
 def hop_candidate(case: Case, implementation: str) -> Candidate:
@@ -118,6 +186,7 @@ def hop_candidate(case: Case, implementation: str) -> Candidate:
     return Candidate(
         name=f"longctx {implementation} with carry",
         ours=True,
+        deterministic=True,
         attend=attend,
         extra=extra,
         passes=("forward",),
@@ -125,7 +194,43 @@ def hop_candidate(case: Case, implementation: str) -> Candidate:
     )
 
 
-def _lower(candidate: Candidate, case: Case, which: Pass, dtype: str) -> jax.stages.Lowered:
+def hop_backward_candidates(case: Case, implementation: str) -> Iterator[BackwardCandidate]:
+    """A hop of a ring's backward pass: alone, and adding into running gradients. Nothing depends on lse."""
+
+    def differentiate(q, k, v, out, lse, dout, running, *, deterministic):
+        return blockwise_attention_backward(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dout,
+            None,
+            mask=case.mask,
+            accumulate=running,
+            implementation=implementation,
+            deterministic=deterministic,
+        )
+
+    for deterministic in DETERMINISTIC.get(implementation, (True, False)):
+        for accumulates in (False, True):
+            accumulating = f"{implementation} with accumulate" if accumulates else implementation
+            yield BackwardCandidate(
+                name=_our_name(accumulating, deterministic),
+                ours=True,
+                deterministic=deterministic,
+                differentiate=functools.partial(differentiate, deterministic=deterministic),
+                accumulates=accumulates,
+            )
+
+
+def _lower(candidate: AnyCandidate, case: Case, which: Pass, dtype: str) -> jax.stages.Lowered:
+    if isinstance(candidate, BackwardCandidate):
+        q, k, v, dout = case.shapes(dtype)
+        lse = jax.ShapeDtypeStruct((case.batch_size, case.num_heads, case.length), jnp.float32)
+        running = jax.eval_shape(functools.partial(candidate.running, case))
+        return jax.jit(candidate.differentiate, donate_argnums=6).lower(q, k, v, q, lse, dout, running)
+
     def forward(q, k, v, dout, extra):
         return (candidate.attend(q, k, v, extra),)
 
@@ -139,7 +244,7 @@ def _lower(candidate: Candidate, case: Case, which: Pass, dtype: str) -> jax.sta
 
 def _rows_of_case(
     case: Case,
-    candidates: Mapping[Key, Candidate],
+    candidates: Mapping[Key, AnyCandidate],
     compiled: Mapping[Key, jax.stages.Compiled | Exception],
     ceiling: Ceiling,
     dtype: str,
@@ -151,17 +256,26 @@ def _rows_of_case(
         if key[0] != case:
             continue
         which, program = key[1], compiled[key]
-        row = functools.partial(Row, case=case.name, which=which, implementation=candidate.name, ours=candidate.ours)
+        row = functools.partial(
+            Row,
+            case=case.name,
+            which=which,
+            implementation=candidate.name,
+            ours=candidate.ours,
+            deterministic=candidate.deterministic or which == "forward",
+        )
         try:
             if isinstance(program, Exception):
                 raise program
-            extra = jax.block_until_ready(candidate.extra())
-            out, *gradients = program(q, k, v, check.dout, extra)
-            problem = check.problem((candidate.out_of(out).astype(dtype), *gradients))
+            if isinstance(candidate, BackwardCandidate):
+                results, call = _backward_run(candidate, case, program, q, k, v, dout, check)
+            else:
+                results, call = _run(candidate, program, q, k, v, dout, check)
+            problem = check.problem(results)
             if problem is not None:
                 yield row(problem=f"wrong: {problem}")
                 continue
-            timing = time_calls(functools.partial(program, q, k, v, dout, extra), repetitions=repetitions)
+            timing = time_calls(call, repetitions=repetitions)
         except NotImplementedError as refusal:
             yield row(problem=f"refused: {refusal}")
         except Exception as error:  # peers raise what they like, and memory may not suffice
@@ -176,6 +290,37 @@ def _rows_of_case(
                 ceiling_share=flops_per_second / ceiling.flops,
                 memory_bytes=memory_bytes(program),
             )
+
+
+def _run(
+    candidate: Candidate, program: jax.stages.Compiled, q, k, v, dout, check: Check
+) -> tuple[tuple[jax.Array, ...], Callable]:
+    """What is checked, and the call that is timed."""
+    extra = jax.block_until_ready(candidate.extra())
+    out, *gradients = program(q, k, v, check.dout, extra)
+    results = candidate.out_of(out).astype(q.dtype), *gradients
+    return results, functools.partial(program, q, k, v, dout, extra)
+
+
+def _backward_run(
+    candidate: BackwardCandidate, case: Case, program: jax.stages.Compiled, q, k, v, dout, check: Check
+) -> tuple[tuple[jax.Array, ...], Callable]:
+    """As `_run`, of a forward pass by XLA; each timed call adds into what the one before it returned."""
+    forward = functools.partial(blockwise_attention_forward, mask=case.mask, tokens=case.tokens, implementation="xla")
+    out, lse = jax.jit(forward)(q, k, v)
+    gradients = program(q, k, v, out, lse, check.dout, candidate.running(case))
+    if candidate.accumulates:
+        added = (new - old for new, old in zip(gradients, candidate.running(case), strict=True))
+        gradients = tuple(x.astype(q.dtype) for x in added)
+    state = candidate.running(case)
+
+    def call():
+        nonlocal state
+        gradients = program(q, k, v, out, lse, dout, state)
+        state = gradients if candidate.accumulates else None
+        return gradients
+
+    return (out, *gradients), call
 
 
 def _first_line(error: Exception) -> str:

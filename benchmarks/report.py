@@ -40,7 +40,9 @@ def markdown(results: Results, *, picture: str | None) -> str:
         f"Settings: {', '.join(f'{name} {value}' for name, value in results.settings.items())}. Times are medians; in "
         f"brackets the 10th and 90th percentile. Ceiling: a {results.ceiling_size}^3 bfloat16 matmul of the same run, "
         f"{results.ceiling_tflops:.3g} TFLOP/s a device. Memory: arguments, results and temporaries of the program. "
-        "Ratio: the best peer's time over this one's; above 1 this one is faster.",
+        "Ratio: the best peer's time over this one's; above 1 this one is faster. One whose gradients come out the "
+        "same, bit by bit, each time is compared with the best peer of which that is true; one that adds them up in "
+        "any order, with the best of all.",
         *(f"\n{text}" for text in results.notes),
     ]
     if picture is not None:
@@ -56,7 +58,9 @@ def markdown(results: Results, *, picture: str | None) -> str:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     details = list(dict.fromkeys(name for row in rows for name in row.details))
-    head = ["case", "implementation", "ms", "TFLOP/s", "of ceiling", "memory", "ratio", *details]
+    tells_order = not all(row.deterministic for row in rows if row.problem is None)
+    orders = ["gradients"] if tells_order else []
+    head = ["case", "implementation", *orders, "ms", "TFLOP/s", "of ceiling", "memory", "ratio", *details]
     lines = [_line(*head), "|---" * len(head) + "|"]
     fastest: dict[str, float] = {}
     for row in rows:
@@ -71,6 +75,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
             _line(
                 row.case,
                 row.implementation,
+                *(["same each time" if row.deterministic else "any order"] if tells_order else []),
                 f"{median} ({row.low_ms:.3g} - {row.high_ms:.3g})",
                 f"{row.tflops:.3g}",
                 f"{row.ceiling_share:.0%}",

@@ -14,12 +14,14 @@ class Row:
     """One pass of one case by one implementation, or why there is no time of it.
 
     Attributes:
+      deterministic: Whether its results come out the same, bit by bit, each time: all forward passes' do.
       problem: "refused: ...", "wrong: ..." or "failed: ..."; None where it was timed.
       low_ms, high_ms: Between them lie 80 % of the measurements.
       tflops: TFLOP/s over the pairs that the mask allows.
       ceiling_share: tflops over those of the matmul of the same run.
       memory_bytes: What the program holds on a device: arguments, results and temporaries.
-      peer_ratio: The best peer's time over this one's: above 1 this one is faster. Of this project's rows only.
+      peer_ratio: The best peer's time over this one's: above 1 this one is faster. Of this project's rows only; a
+        deterministic one is compared with deterministic peers, another with all.
       details: Other figures, by name.
     """
 
@@ -27,6 +29,7 @@ class Row:
     which: str
     implementation: str
     ours: bool
+    deterministic: bool = True
     problem: str | None = None
     median_ms: float | None = None
     low_ms: float | None = None
@@ -75,16 +78,21 @@ class Results:
 
 
 def with_peer_ratios(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows, with this project's compared with the fastest peer of the same case and pass."""
+    """The rows, with this project's compared with the fastest peer of the same case and pass.
+
+    Where one's results come out the same each time, so must the peer's.
+    """
     rows = tuple(rows)
-    best: dict[tuple[str, str], float] = {}
-    for row in rows:
-        if not row.ours and row.median_ms is not None:
-            key = row.case, row.which
-            best[key] = min(row.median_ms, best.get(key, row.median_ms))
-    return tuple(
-        dataclasses.replace(row, peer_ratio=best[row.case, row.which] / row.median_ms)
-        if row.ours and row.median_ms is not None and (row.case, row.which) in best
-        else row
-        for row in rows
-    )
+    peers = [row for row in rows if not row.ours and row.median_ms is not None]
+
+    def compared(row: Row) -> Row:
+        if not row.ours or row.median_ms is None:
+            return row
+        times = [
+            peer.median_ms
+            for peer in peers
+            if (peer.case, peer.which) == (row.case, row.which) and (peer.deterministic or not row.deterministic)
+        ]
+        return dataclasses.replace(row, peer_ratio=min(times) / row.median_ms) if times else row
+
+    return tuple(map(compared, rows))

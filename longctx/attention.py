@@ -60,6 +60,7 @@ class Attention(nnx.Module):
       out_init_scale: Multiplies the initial standard deviation of W_o.
       implementation: Passed to `blockwise_attention`; None lets it choose.
       block_sizes: Passed to `blockwise_attention`; None takes its table.
+      deterministic: Whether gradients must come out the same, bit by bit, each time; False may be faster.
       sharding: Names the axes of your own mesh that attention is split over (inside `jax.set_mesh`); None splits it
         over those of `longctx.make_mesh` where such a mesh is in scope.
       rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
@@ -86,6 +87,7 @@ class Attention(nnx.Module):
         out_init_scale: float = 1.0,
         implementation: Implementation | None = None,
         block_sizes: BlockSizes | None = None,
+        deterministic: bool = True,
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
@@ -95,7 +97,7 @@ class Attention(nnx.Module):
         self.dim, self.num_kv_heads, self.head_dim = dim, num_kv_heads, head_dim
         self.mask, self.rotary, self.logits_soft_cap = mask, rotary, logits_soft_cap
         self.dtype, self.implementation, self.block_sizes = jnp.dtype(dtype), implementation, block_sizes
-        self.sharding = sharding
+        self.deterministic, self.sharding = deterministic, sharding
 
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
@@ -151,6 +153,7 @@ class Attention(nnx.Module):
             logits_soft_cap=self.logits_soft_cap,
             block_sizes=self.block_sizes,
             implementation=self.implementation,
+            deterministic=self.deterministic,
         )
         return self.out(constrain(attended_BTNH, "batch", "sequence", "heads", None))
 
@@ -192,6 +195,7 @@ class Attention(nnx.Module):
                 kv_segment_ids=jnp.where(slots < cache.length, 0, -1),
             ),
             logits_soft_cap=self.logits_soft_cap,
+            deterministic=self.deterministic,
         )
         y_BTD = self.out(attended_BTNH)
         return jnp.where(cache.length <= room, y_BTD, jnp.nan), cache

@@ -4,6 +4,7 @@
 was traced, so the table cannot promise what dispatch would refuse.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -105,19 +106,25 @@ def _carry_and_accumulate(implementation: str) -> str:
             q, k, v, carry=carry, return_carry=True, implementation=implementation, **options
         )
 
-    def backward(q, k, v, lse, accumulate):
-        return api.blockwise_attention_backward(
-            q, k, v, q, lse, q, None, accumulate=accumulate, implementation=implementation, **options
-        )
+    def serves_gradient(deterministic: bool) -> bool:
+        def backward(q, k, v, lse, accumulate):
+            return api.blockwise_attention_backward(
+                q, k, v, q, lse, q, None, accumulate=accumulate, implementation=implementation,
+                deterministic=deterministic, **options,
+            )  # fmt: skip
 
-    return _cell(
-        _serves(implementation, forward, (q, k, v, carry)),
-        _serves(implementation, backward, (q, k, v, carry.max, float32)),
-    )
+        return _serves(implementation, backward, (q, k, v, carry.max, float32))
+
+    return _cell(_serves(implementation, forward, (q, k, v, carry)), serves_gradient)
 
 
-def _cell(forward: bool, gradient: bool) -> str:
-    return "forward, gradient" if forward and gradient else "forward" if forward else "-"
+def _cell(forward: bool, serves_gradient: Callable[[bool], bool]) -> str:
+    """What is served, given whether the forward pass is; the gradient is asked for with `deterministic`."""
+    if not forward:
+        return "-"
+    if serves_gradient(True):
+        return "forward, gradient"
+    return "forward, gradient in any order" if serves_gradient(False) else "forward"
 
 
 def table() -> str:
@@ -133,10 +140,13 @@ def table() -> str:
         cells = []
         for name in names:
 
-            def attend(q, k, v, name=name, options=options):
-                return api.blockwise_attention(q, k, v, implementation=name, **options)
+            def attend(q, k, v, *, name=name, options=options, deterministic=True):
+                return api.blockwise_attention(q, k, v, implementation=name, deterministic=deterministic, **options)
 
-            cells.append(_cell(_serves(name, attend, qkv), _serves(name, _gradient(attend), qkv)))
+            def serves_gradient(deterministic: bool, *, name=name, qkv=qkv, attend=attend) -> bool:
+                return _serves(name, _gradient(functools.partial(attend, deterministic=deterministic)), qkv)
+
+            cells.append(_cell(_serves(name, attend, qkv), serves_gradient))
         rows.append([feature, *cells])
     rows.append(["carry in and out, accumulate (for rings)", *map(_carry_and_accumulate, names)])
     return markdown.table(rows)

@@ -105,13 +105,14 @@ def sharded_attention(
     tokens: Tokens,
     schedule: AnySchedule | None = None,
     sharding: AttentionSharding | None = None,
+    deterministic: bool = True,
     **options,
 ) -> jax.Array:
     """`blockwise_attention` over the mesh in scope.
 
     Args:
       q, k, v: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`, global.
-      mask, **options: As `blockwise_attention`.
+      mask, deterministic, **options: As `blockwise_attention`.
       tokens: Global; where the sequence is split and permuted (layout.py), its positions are those of the permuted
         tokens.
       schedule: From `sharded_schedule` with the same mask, tokens and sharding; None builds it here.
@@ -125,7 +126,9 @@ def sharded_attention(
     """
     split = _Split.of(sharding, q.shape[0])
     if split is None:
-        return blockwise_attention(q, k, v, mask=mask, tokens=tokens, schedule=schedule, **options)
+        return blockwise_attention(
+            q, k, v, mask=mask, tokens=tokens, schedule=schedule, deterministic=deterministic, **options
+        )
     split.check_heads(mask, k.shape[2])
     if split.ring_size > 1:
         tokens = split.filled(tokens, q.shape[1], k.shape[1])
@@ -139,7 +142,7 @@ def sharded_attention(
                 block_sizes=options.get("block_sizes"),
                 sharding=sharding,
             )
-    call = _Call(split=split, options=(("mask", mask), *options.items()))
+    call = _Call(split=split, deterministic=deterministic, options=(("mask", mask), *options.items()))
     return _attention(call, q, k, v, tokens, schedule)
 
 
@@ -237,9 +240,10 @@ class _Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What is static of a call; hashable."""
+    """What is static of a call; hashable. `options` go to both passes, `deterministic` to the backward alone."""
 
     split: _Split
+    deterministic: bool
     options: tuple[tuple[str, Any], ...]
 
 
@@ -270,7 +274,7 @@ def _attention_fwd(call: _Call, q, k, v, tokens, schedule):
 
 
 def _attention_bwd(call: _Call, residuals, dout):
-    split, options = call.split, dict(call.options)
+    split, options = call.split, dict(call.options) | {"deterministic": call.deterministic}
 
     def shard(q, k, v, out, lse, dout, tokens, schedule):
         dlse = jnp.zeros_like(lse)

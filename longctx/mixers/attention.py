@@ -41,6 +41,8 @@ class AttentionConfig(MixerConfig):
     """Queries in a tile of the attention op; null, with block_kv null too, takes the platform's table."""
     block_kv: int | None = None
     """Keys in a tile of the attention op; null, with block_q null too, takes the platform's table."""
+    deterministic: bool = True
+    """Whether the attention op's gradients must come out the same, bit by bit, each time; false may be faster."""
 
     def __post_init__(self):
         num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -103,6 +105,7 @@ class AttentionConfig(MixerConfig):
             out_init_scale=out_init_scale,
             implementation=self.implementation,
             block_sizes=self.block_sizes,
+            deterministic=self.deterministic,
             rngs=rngs,
         )
 

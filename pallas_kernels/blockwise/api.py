@@ -49,6 +49,7 @@ def blockwise_attention(
     dropout: Any = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
+    deterministic: bool = True,
     return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
     """Softmax attention computed block by block, in memory linear in T and S; differentiable in q, k and v.
@@ -68,6 +69,8 @@ def blockwise_attention(
       sinks, bias, dropout: Reserved; must be None.
       block_sizes: Tokens a block holds, and a tile; None leaves it to the implementation, or to the schedule.
       implementation: Which implementation to use; None takes the first of the platform's that serves the call.
+      deterministic: Whether the gradients must come out the same, bit by bit, each time; False also allows an
+        implementation that adds them up in any order, which may be faster. out and lse always do.
       return_lse: Whether to return lse too.
     Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured. A row that
       may attend to nothing is out = 0, lse = -inf, gradient 0.
@@ -77,7 +80,9 @@ def blockwise_attention(
     Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2.
     """
     _refuse_reserved("blockwise_attention", sinks=sinks, bias=bias, dropout=dropout)
-    options = _options("blockwise_attention", q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
+    options = _options(
+        "blockwise_attention", q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic
+    )
     return _attention(options, implementation, return_lse, q, k, v, tokens, schedule)
 
 
@@ -150,6 +155,7 @@ def blockwise_attention_backward(
     dropout: Any = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
+    deterministic: bool = True,
     accumulate: tuple[Float32[Array, "B T N H"], Float32[Array, "B S K H"], Float32[Array, "B S K V"]] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """One backward pass over one set of keys, given the results over all of them: a hop of a ring's backward.
@@ -169,7 +175,7 @@ def blockwise_attention_backward(
     """
     op = "blockwise_attention_backward"
     _refuse_reserved(op, sinks=sinks, bias=bias, dropout=dropout)
-    options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
+    options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic)
     if accumulate is not None:
         expected = {"dq": q.shape, "dk": k.shape, "dv": v.shape}
         _check_float32(op, "accumulate's {}", dict(zip(expected, accumulate, strict=True)), expected)
@@ -245,7 +251,9 @@ def _refuse_reserved(op: str, **reserved) -> None:
             raise NotImplementedError(f"{op}: {name} is reserved and not built yet; pass {name}=None")
 
 
-def _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes) -> Options:
+def _options(
+    op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic: bool = True
+) -> Options:
     """Validates a call, and gathers what is static of it."""
 
     def wrong(message: str) -> NoReturn:
@@ -289,6 +297,7 @@ def _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         block_sizes=block_sizes,
+        deterministic=deterministic,
     )
 
 

@@ -46,6 +46,8 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
     if accumulate is not None:
         _refuse("it adds into no running gradients (accumulate)")
     settings = _settings(q, k, v, tokens, options)
+    if options.deterministic:
+        _refuse("its dq is added up in no fixed order (deterministic=True); pass deterministic=False to allow that")
     # The backward's residuals are the forward's operands and results.
     operands = _parameters("_dot_product_attention_fwd")
     unused = (value for name, value in _unused(q).items() if name in operands)

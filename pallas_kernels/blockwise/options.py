@@ -15,10 +15,11 @@ class Options:
       scale: Multiplies q.k.
       logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
       block_sizes: Tokens a block holds; None lets the implementation choose.
+      deterministic: Whether gradients must come out the same, bit by bit, each time.
     """
 
     mask: Mask
     scale: float
     logits_soft_cap: float | None
     block_sizes: BlockSizes | None
-    deterministic: bool = True
+    deterministic: bool

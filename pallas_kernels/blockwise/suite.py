@@ -4,6 +4,7 @@ The truth is the reference's forward and its derivative by JAX, in float32, with
 so the hand-written backward of the reference is under test like any other.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -28,6 +29,7 @@ def truth(case: Case) -> Callable[[dict], dict]:
         scale=case.scale or case.head_dim**-0.5,
         logits_soft_cap=case.logits_soft_cap,
         block_sizes=None,
+        deterministic=True,
     )
 
     def attend(q, k, v):
@@ -47,13 +49,15 @@ def _gradient_of_out_and_lse(case: Case, implementation: str | None) -> Callable
     return _with_gradients(attend)
 
 
-def _gradient_of_out(case: Case, implementation: str | None) -> Callable[[dict], dict]:
+def _gradient_of_out(case: Case, implementation: str | None, *, deterministic: bool = True) -> Callable[[dict], dict]:
     """Every result where nothing depends on lse."""
     forward = _forward(case, implementation)
 
     def run(inputs):
         def attend(q, k, v):
-            return api.blockwise_attention(q, k, v, implementation=implementation, **case.arguments())
+            return api.blockwise_attention(
+                q, k, v, implementation=implementation, deterministic=deterministic, **case.arguments()
+            )
 
         out, vjp = jax.vjp(attend, *(inputs[name] for name in "qkv"))
         return forward(inputs) | {"out": out} | dict(zip(GRADIENTS, vjp(inputs["dout"]), strict=True))
@@ -145,6 +149,11 @@ def _with_gradients(attend: Callable) -> Callable[[dict], dict]:
 WAYS = {
     "forward": Way(function=_forward, ops=frozenset({_FORWARD}), absent=frozenset({"dout", "dlse"})),
     "gradient": Way(function=_gradient_of_out, ops=frozenset({_FORWARD, _BACKWARD}), absent=frozenset({"dlse"})),
+    "gradient in any order": Way(
+        function=functools.partial(_gradient_of_out, deterministic=False),
+        ops=frozenset({_FORWARD, _BACKWARD}),
+        absent=frozenset({"dlse"}),
+    ),
     "gradient of lse": Way(function=_gradient_of_out_and_lse, ops=frozenset({_FORWARD, _BACKWARD})),
     "hops": Way(function=_hops, ops=frozenset({_FORWARD, _BACKWARD})),
     "forward hops": Way(function=_forward_hops, ops=frozenset({_FORWARD}), absent=frozenset({"dout", "dlse"})),
@@ -152,8 +161,10 @@ WAYS = {
 
 
 def _ways_of(case: Case) -> tuple[tuple[str, ...], ...]:
-    strongest_first = ("gradient of lse", "gradient", "forward")
-    return (strongest_first, ("gradient",), ("hops", "forward hops")) if case.all_ways else (strongest_first,)
+    strongest_first = ("gradient of lse", "gradient", "gradient in any order", "forward")
+    if not case.all_ways:
+        return (strongest_first,)
+    return strongest_first, ("gradient",), ("gradient in any order",), ("hops", "forward hops")
 
 
 _ALL_CASES = CASES + KERNEL_CASES
@@ -187,7 +198,7 @@ SERVES = {
             *("window_D64", "window_D128"),
         }),
         dtypes=frozenset({"bfloat16", "float16"}),
-        ways=frozenset({"forward", "gradient"}),
+        ways=frozenset({"forward", "gradient in any order"}),
     ),
 }  # fmt: skip
 

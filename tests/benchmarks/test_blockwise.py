@@ -6,20 +6,26 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.blockwise import all_candidates, measure_blockwise, our_candidate
+from benchmarks.blockwise import all_candidates, hop_backward_candidates, measure_blockwise, our_candidates
 from benchmarks.cases import SMOKE
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling
 from benchmarks.peers import Candidate, Peer
 from pallas_kernels import blockwise_attention
+from pallas_kernels.blockwise import api, xla
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+HOP = next(case for case in SMOKE if case.hop)
 CEILING = Ceiling(size=8, flops=1e9)
 
 
 def right(case):
     """Attention by the reference's formula, as a candidate."""
-    return Candidate(name="right", ours=False, attend=attend_with(case))
+    return candidate("right", attend_with(case), ours=False)
+
+
+def candidate(name, attend, **options):
+    return Candidate(name=name, attend=attend, **{"ours": True, "deterministic": True} | options)
 
 
 def attend_with(case, **options):
@@ -89,7 +95,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_result_is_not_timed(name):
     case = SMOKE[2]
-    rows = measure(case, Candidate(name="wrong", ours=True, attend=WRONG[name](case)))
+    rows = measure(case, candidate("wrong", WRONG[name](case)))
     assert len(rows) == 2
     for row in rows:
         assert row.problem.startswith("wrong: max error ") and "of out's greatest, wanted <= 0.02" in row.problem
@@ -99,7 +105,7 @@ def test_a_wrong_result_is_not_timed(name):
 @pytest.mark.parametrize("argument", ["q", "k", "v"])
 @pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.name)
 def test_a_wrong_gradient_is_not_timed(case, argument):
-    forward, both = measure(case, Candidate(name="wrong", ours=True, attend=scaled_gradient(case, argument)))
+    forward, both = measure(case, candidate("wrong", scaled_gradient(case, argument)))
     assert forward.problem is None
     assert f"of d{argument}'s greatest" in both.problem and both.median_ms is None
 
@@ -114,9 +120,9 @@ def test_what_is_refused_or_fails_is_said_and_the_rest_goes_on():
     case = SMOKE[0]
     rows = measure(
         case,
-        Candidate(name="refuses", ours=False, attend=refuses, passes=("forward",)),
-        Candidate(name="fails", ours=False, attend=fails, passes=("forward",)),
-        our_candidate(case, "xla"),
+        candidate("refuses", refuses, ours=False, passes=("forward",)),
+        candidate("fails", fails, ours=False, passes=("forward",)),
+        *our_candidates(case, "xla"),
     )
     problems = [row.problem for row in rows]
     assert problems == ["refused: head dim 16", "failed: RuntimeError: no such kernel", None, None]
@@ -130,6 +136,66 @@ def test_a_peer_that_cannot_be_imported_is_said_and_the_rest_goes_on():
     ours, row = all_candidates(SMOKE[0], implementations=("xla",), peers={"broken": broken})
     assert ours.name == "longctx xla"
     assert row.implementation == "broken" and row.problem == "failed: ImportError: it wants another JAX"
+
+
+def test_gradients_in_any_order_are_candidates_of_their_own():
+    def told(implementation):
+        return [(x.name, x.deterministic, x.passes) for x in our_candidates(SMOKE[0], implementation)]
+
+    forward, both = ("forward",), ("forward+backward",)
+    assert told("xla") == [("longctx xla", True, forward + both)]
+    assert told("cudnn") == [("longctx cudnn", True, forward), ("longctx cudnn, any order", False, both)]
+    assert told("mosaic_gpu") == [
+        ("longctx mosaic_gpu", True, forward + both),
+        ("longctx mosaic_gpu, any order", False, both),
+    ]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_ops_are_asked_for_the_order_that_the_name_says(deterministic, monkeypatch):
+    told = set()
+
+    def backward(*args, options, **kwargs):
+        told.add(options.deterministic)
+        return xla.backward(*args, options=options, **kwargs)
+
+    monkeypatch.setitem(api.BACKWARD, "xla", backward)
+    monkeypatch.setattr("benchmarks.blockwise.DETERMINISTIC", {"xla": (deterministic,)})
+    rows = measure(HOP, *our_candidates(HOP, "xla"), *hop_backward_candidates(HOP, "xla"))
+    assert told == {deterministic} and all(row.problem is None for row in rows)
+    with_gradients = [row for row in rows if row.which != "forward"]
+    assert len(with_gradients) == 3
+    for row in with_gradients:
+        assert row.deterministic == deterministic == (not row.implementation.endswith(", any order"))
+    (forward,) = (row for row in rows if row.which == "forward")
+    assert forward.deterministic
+
+
+def test_the_backward_pass_of_a_hop_gets_its_figures():
+    alone, accumulating = measure(HOP, *hop_backward_candidates(HOP, "xla"))
+    assert alone.implementation == "longctx xla" and accumulating.implementation == "longctx xla with accumulate"
+    for row in (alone, accumulating):
+        assert row.which == "backward" and row.problem is None and row.ours
+        assert row.tflops == pytest.approx(2.5 * HOP.flops("forward") / (row.median_ms * 1e9))
+
+
+ACCUMULATES_WRONGLY = {
+    "not at all": lambda accumulate: tuple(map(jnp.zeros_like, accumulate)),
+    "twice": lambda accumulate: tuple(2 * x for x in accumulate),
+    "other rows": lambda accumulate: tuple(x[:, ::-1] for x in accumulate),
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATES_WRONGLY)
+def test_running_gradients_that_are_added_wrongly_are_not_timed(name, monkeypatch):
+    def wrong(*args, accumulate, **kwargs):
+        running = None if accumulate is None else ACCUMULATES_WRONGLY[name](accumulate)
+        return xla.backward(*args, accumulate=running, **kwargs)
+
+    monkeypatch.setitem(api.BACKWARD, "xla", wrong)
+    alone, accumulating = measure(HOP, *hop_backward_candidates(HOP, "xla"))
+    assert alone.problem is None
+    assert accumulating.problem.startswith("wrong: max error ") and "of dq's greatest" in accumulating.problem
 
 
 @pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.name)

@@ -13,6 +13,7 @@ def test_pairs_are_those_of_the_dense_mask(case):
     assert case.pairs == dense.sum()
     assert case.flops("forward") == 4 * dense.sum() * case.head_dim * case.num_heads * case.batch_size
     assert case.flops("forward+backward") == 3.5 * case.flops("forward")
+    assert case.flops("backward") == 2.5 * case.flops("forward")
 
 
 def test_a_window_inside_documents_counts_both():

@@ -1,5 +1,6 @@
 """The command: end to end on tiny cases, the files it writes, and what it says of a wrong command line."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -37,21 +38,31 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert code == 0
     saved, page = files(tmp_path, "blockwise")
     timed = [row for row in saved["rows"] if row["problem"] is None]
-    assert {row["implementation"] for row in timed} == {"longctx xla", "longctx xla with carry"} and len(timed) == 11
+    assert {row["implementation"] for row in timed} == {
+        "longctx xla",
+        "longctx xla with carry",
+        "longctx xla with accumulate",
+    }
+    assert len(timed) == 13
     refused = {row["implementation"]: row["problem"] for row in saved["rows"] if row["problem"]}
+    for order in ("", ", any order"):
+        assert refused.pop(f"longctx mosaic_gpu with accumulate{order}").startswith("refused: ")
     assert refused == {
         "cudnn": "refused: needs an NVIDIA GPU, the platform is cpu",
         "longctx mosaic_gpu": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx mosaic_gpu with carry": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx cudnn with carry": "refused: cudnn: it takes and returns no running softmax (carry, return_carry)",
         "longctx cudnn": "refused: cudnn: it needs an NVIDIA GPU, the platform is cpu",
+        "longctx cudnn, any order": "refused: cudnn: it needs an NVIDIA GPU, the platform is cpu",
+        "longctx cudnn with accumulate, any order": "refused: cudnn: it adds into no running gradients (accumulate)",
+        "longctx mosaic_gpu, any order": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
     }
     assert saved["machine"]["commit"] == "abc" and saved["machine"]["versions"]["jax"]
     assert saved["ceiling_size"] == 32 and saved["ceiling_tflops"] > 0
     assert "# blockwise: cpu" in page and "## forward+backward" in page and "Commit abc." in page
     assert "| documents 3 B1 S96 2/1 D16 | longctx xla | **" in page
     printed = capsys.readouterr().out
-    assert "[1/33] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
+    assert "[1/46] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
 
 
 def test_one_pass_alone(tmp_path, little_time):
@@ -59,6 +70,15 @@ def test_one_pass_alone(tmp_path, little_time):
     assert run.main([*arguments, "--repetitions", "1", "--out", str(tmp_path)]) == 0
     saved, _ = files(tmp_path, "blockwise")
     assert {row["which"] for row in saved["rows"]} == {"forward"}
+
+
+def test_the_backward_pass_alone_is_of_hops(tmp_path, little_time):
+    arguments = ["--cases", "smoke", "--peers", "", "--implementations", "xla", "--passes", "backward"]
+    assert run.main([*arguments, "--repetitions", "1", "--out", str(tmp_path)]) == 0
+    saved, page = files(tmp_path, "blockwise")
+    assert {(row["case"], row["which"]) for row in saved["rows"]} == {("hop, full B1 S64 2/2 D16", "backward")}
+    assert [row["implementation"] for row in saved["rows"]] == ["longctx xla", "longctx xla with accumulate"]
+    assert "Interrupted" not in page
 
 
 CONFIG = """
@@ -114,7 +134,11 @@ def test_list_shows_the_cases_that_match(capsys):
             ["--cases", "smoke", "--implementations", "xla,cuda"],
             "--implementations: got 'cuda', wanted some of mosaic_gpu,cudnn,xla",
         ),
-        (["--cases", "smoke", "--passes", "up"], "--passes: got 'up', wanted some of forward,forward+backward"),
+        (
+            ["--cases", "smoke", "--passes", "up"],
+            "--passes: got 'up', wanted some of forward,forward+backward,backward",
+        ),
+        (["--cases", "window", "--passes", "backward"], "--passes: 'backward' alone is measured of hops only"),
         (["--cases", "smoke", "model.dim=3"], "model.dim=3: overrides go with --family train"),
         (["--family", "train"], "--config: got none, wanted the YAML file of a run"),
     ],
@@ -135,11 +159,11 @@ def test_a_peer_that_is_not_installed_is_an_error_where_it_is_named(monkeypatch,
     assert peers.chosen_peers("", note=said.append) == {}
 
 
-def row(implementation, median_ms=None, *, ours=False, problem=None):
+def row(implementation, median_ms=None, *, ours=False, problem=None, deterministic=True):
     figures = {} if median_ms is None else dict(low_ms=median_ms, high_ms=median_ms, tflops=1.0, ceiling_share=0.5)
     return Row(
         case="causal", which="forward", implementation=implementation, ours=ours, problem=problem, median_ms=median_ms,
-        memory_bytes=2**20, **figures,
+        memory_bytes=2**20, deterministic=deterministic, **figures,
     )  # fmt: skip
 
 
@@ -148,6 +172,14 @@ ROWS = (
     row("b", 1.0),
     row("mine", 4.0, ours=True),
     row("mine too", ours=True, problem="wrong: all of it"),
+)
+
+
+ORDERED = (
+    row("slow and the same each time", 2.0),
+    row("fast in any order", 1.0, deterministic=False),
+    row("mine", 4.0, ours=True),
+    row("mine, any order", 4.0, ours=True, deterministic=False),
 )
 
 
@@ -169,6 +201,20 @@ def results(rows=ROWS):
 def test_ratios_are_to_the_best_peer():
     assert [row.peer_ratio for row in results().rows] == [None, None, 0.25, None]
     assert [row.peer_ratio for row in with_peer_ratios(ROWS[2:])] == [None, None]
+
+
+def test_ratios_of_gradients_are_to_peers_that_promise_as_much():
+    both = dataclasses.replace(results(), rows=with_peer_ratios(ORDERED)).rows
+    assert [row.peer_ratio for row in both] == [None, None, 0.5, 0.25]
+    assert [row.peer_ratio for row in with_peer_ratios(ORDERED[1:])] == [None, None, 0.25]
+
+
+def test_the_page_says_whose_gradients_come_in_any_order():
+    page = report.markdown(results(ORDERED), picture=None)
+    assert "| case | implementation | gradients | ms |" in page
+    assert "| causal | mine | same each time | 4 (4 - 4) |" in page
+    assert "| causal | mine, any order | any order | 4 (4 - 4) |" in page
+    assert "| case | implementation | ms |" in report.markdown(results(), picture=None)
 
 
 def test_results_survive_their_file_and_are_drawn_again(tmp_path):
@@ -216,7 +262,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, little_time, monkeypatch, caps
     assert "interrupted: what was measured until now is kept" in capsys.readouterr().out
     saved, page = files(tmp_path, "blockwise")
     assert "Interrupted before: documents 3 B1 S96 2/1 D16, blocks 1/4 B1 S384 2/1 D16." in page
-    assert len([row for row in saved["rows"] if row["problem"] is None]) == 7
+    assert len([row for row in saved["rows"] if row["problem"] is None]) == 9
 
 
 def test_calls_are_batched_until_they_can_be_timed(monkeypatch):

@@ -1,13 +1,17 @@
 """Attention on a mesh equals attention on one device, forward and every gradient, and moves nothing."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from longctx import AttentionSharding, MeshConfig, make_mesh, masks
+from longctx import Attention, AttentionSharding, MeshConfig, make_mesh, masks
 from longctx.context_parallel import sharded_attention
 from pallas_kernels import BlockSizes, Tokens, blockwise_attention, make_schedule
+from pallas_kernels.blockwise import api, xla
 from pallas_kernels.testing import assert_close, packed_tokens
 
 MASK = masks.causal() & masks.documents()
@@ -54,6 +58,24 @@ def test_equals_one_device(inputs, shape, packed):
         assert_close(name, got[name], want[name], "float32")
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in program
+
+
+@pytest.mark.parametrize("shape", [None, {"data": 8}, {"context_inner": 4, "data": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"deterministic": False}], ids=str)
+def test_the_layers_gradient_is_told_whether_it_must_come_out_the_same(shape, options, monkeypatch):
+    told = set()
+
+    def backward(*args, options, **kwargs):
+        told.add(options.deterministic)
+        return xla.backward(*args, options=options, **kwargs)
+
+    monkeypatch.setitem(api.BACKWARD, "xla", backward)
+    layer = Attention(16, num_heads=2, block_sizes=SIZES, rngs=nnx.Rngs(0), **options)
+    x = jax.ShapeDtypeStruct((8, 64, 16), jnp.float32)
+    with nullcontext() if shape is None else jax.set_mesh(make_mesh(MeshConfig(**shape))):
+        jax.eval_shape(jax.grad(lambda x: layer(x).sum()), x)
+        jax.eval_shape(jax.grad(lambda x: layer.decode(x, layer.init_cache(8, 64))[0].sum()), x)
+    assert told == {options.get("deterministic", True)}
 
 
 def test_axes_of_another_mesh(inputs):

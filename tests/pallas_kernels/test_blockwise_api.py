@@ -13,6 +13,7 @@ from pallas_kernels import (
     blockwise_attention_forward,
     make_schedule,
 )
+from pallas_kernels.blockwise import api, xla
 from pallas_kernels.mask import Causal, Full, PerHead, SameDocument, Window
 
 
@@ -97,6 +98,27 @@ def test_an_accumulator_of_the_wrong_dtype_is_refused():
 def test_an_implementation_that_is_not_there_is_refused():
     with pytest.raises(NotImplementedError, match="there is no 'mosaic_tpu' implementation; there are"):
         blockwise_attention(*qkv(), mask=Causal(), implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"deterministic": False}])
+def test_both_gradients_are_told_whether_they_must_come_out_the_same(options, monkeypatch):
+    told = []
+
+    def backward(*args, options, **kwargs):
+        told.append(options.deterministic)
+        return xla.backward(*args, options=options, **kwargs)
+
+    monkeypatch.setitem(api.BACKWARD, "xla", backward)
+    q, k, v = qkv(k=(1, 8, 4, 16))
+    rows = jnp.zeros((1, 4, 8))
+
+    def both(q, k, v):
+        arguments = {"mask": Causal(), "implementation": "xla"} | options
+        _, vjp = jax.vjp(lambda *x: blockwise_attention(*x, **arguments), q, k, v)
+        return vjp(q), blockwise_attention_backward(q, k, v, q, rows, q, None, **arguments)
+
+    jax.eval_shape(both, q, k, v)
+    assert told == [options.get("deterministic", True)] * 2
 
 
 def compiled(length: int, mask=None, tokens=None):

@@ -39,7 +39,7 @@ def qkv(q_len=128, kv_len=None, *, num_heads=4, num_kv_heads=2, head_dim=64, val
 
 
 def attend(**options):
-    options = {"mask": Causal(), "implementation": "cudnn"} | options
+    options = {"mask": Causal(), "implementation": "cudnn", "deterministic": False} | options
     return lambda q, k, v: blockwise_attention(q, k, v, **options)
 
 
@@ -89,7 +89,7 @@ def test_what_it_would_get_wrong_is_refused(reason, on_gpu):
 def test_it_refuses_all_that_the_conformance_suite_does_not_promise(dtype, on_gpu):
     serves = suite.SERVES["cudnn"]
     for case in suite.FAMILY.cases:
-        for name in ("gradient", "gradient of lse"):
+        for name in ("gradient in any order", "gradient", "gradient of lse"):
             promised = case.name in serves.cases and dtype in serves.dtypes and name in serves.ways
             run = functools.partial(jax.eval_shape, suite.WAYS[name].function(case, "cudnn"), case.inputs(dtype))
             with nullcontext() if promised else pytest.raises(NotImplementedError, match="^cudnn: "):
@@ -114,14 +114,15 @@ def test_a_carry_is_refused(on_gpu):
             jax.eval_shape(lambda *x, arguments=arguments: forward(*x, *arguments), *qkv())
 
 
-def backward(dlse, accumulate=None, implementation="cudnn"):
+def backward(dlse, accumulate=None, **options):
     q, k, v = qkv()
     lse = jax.ShapeDtypeStruct((2, 4, 128), jnp.float32)
 
     def run(q, k, v, lse, dlse, accumulate):
         return blockwise_attention_backward(
-            q, k, v, q, lse, q, dlse, mask=Causal(), accumulate=accumulate, implementation=implementation
-        )
+            q, k, v, q, lse, q, dlse, accumulate=accumulate, implementation="cudnn",
+            **{"mask": Causal(), "deterministic": False} | options,
+        )  # fmt: skip
 
     return jax.eval_shape(run, q, k, v, lse, lse if dlse else None, accumulate)
 
@@ -133,6 +134,22 @@ def test_a_cotangent_of_lse_and_running_gradients_are_refused(on_gpu):
     with pytest.raises(NotImplementedError, match="cudnn: it adds into no running gradients"):
         backward(dlse=False, accumulate=running)
     assert [x.dtype for x in backward(dlse=False)] == [jnp.bfloat16] * 3
+
+
+def test_gradients_that_must_come_out_the_same_each_time_are_refused(on_gpu):
+    reason = r"cudnn: its dq is added up in no fixed order \(deterministic=True\); pass deterministic=False to allow"
+    for options in ({}, {"deterministic": True}):
+        attend_by_default = functools.partial(blockwise_attention, mask=Causal(), implementation="cudnn", **options)
+        jax.eval_shape(attend_by_default, *qkv())
+        with pytest.raises(NotImplementedError, match=reason):
+            jax.eval_shape(lambda *x, attend=attend_by_default: jax.vjp(attend, *x)[1](x[0]), *qkv())
+    with pytest.raises(NotImplementedError, match=reason):
+        backward(dlse=False, deterministic=True)
+    with pytest.raises(NotImplementedError, match="length=9.*: it takes full and causal attention"):
+        backward(dlse=False, deterministic=True, mask=Causal() | Prefix(9))
+    with dispatch.record() as taken:
+        jax.eval_shape(gradient(implementation=None, deterministic=True), *qkv())
+    assert taken == [("blockwise_attention_forward", "cudnn"), ("blockwise_attention_backward", "xla")]
 
 
 def test_an_lse_that_is_returned_takes_its_gradient_elsewhere(on_gpu):

@@ -89,14 +89,28 @@ def test_a_refusal_of_what_is_promised_fails(monkeypatch):
 def test_a_refusal_that_is_promised_passes(monkeypatch):
     monkeypatch.setitem(api.FORWARD, "xla", refuse)
     (outcome,) = conformance.run(promising(cases=frozenset()), [TRIAL])
-    assert outcome.verdict == "-" and set(outcome.refused) == {"gradient of lse", "gradient", "forward"}
+    assert outcome.verdict == "-"
+    assert set(outcome.refused) == {"gradient of lse", "gradient", "gradient in any order", "forward"}
     monkeypatch.delitem(api.BACKWARD, "xla")
     monkeypatch.setitem(api.FORWARD, "xla", suite.api.xla.forward)
     (outcome,) = conformance.run(promising(ways=frozenset({"forward"})), [TRIAL])
-    assert outcome.verdict == "ok (no gradient of lse, no gradient)" and set(outcome.errors["forward"]) == {
-        "out",
-        "lse",
-    }
+    assert outcome.verdict == "ok (no gradient of lse, no gradient, no gradient in any order)"
+    assert set(outcome.errors["forward"]) == {"out", "lse"}
+
+
+def test_a_gradient_in_any_order_is_taken_before_the_forward_pass_alone(monkeypatch):
+    def unordered(*args, options, **kwargs):
+        if args[-1] is not None or kwargs["accumulate"] is not None or options.deterministic:
+            refuse()
+        return suite.api.xla.backward(*args, options=options, **kwargs)
+
+    monkeypatch.setitem(api.BACKWARD, "xla", unordered)
+    trial = dataclasses.replace(TRIAL, case=next(case for case in FAMILY.cases if case.all_ways))
+    ways = frozenset({"forward", "forward hops", "gradient in any order"})
+    (outcome,) = conformance.run(promising(ways=ways), [trial])
+    assert outcome.verdict == "ok (no gradient of lse, no gradient, no hops)"
+    assert set(outcome.errors) == {"gradient in any order", "forward hops"}
+    assert set(outcome.errors["gradient in any order"]) == {"out", "lse", "dq", "dk", "dv"}
 
 
 def test_a_refusal_without_the_name_fails(monkeypatch):
