@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.extend
@@ -195,17 +196,20 @@ class Deal:
     def num_rounds(self) -> int:
         return -(-self.num_pairs // self.section) * self.rounds_of_section
 
-    def item(self, block, turn) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What `block` does in round `turn`: whether anything, the pair and the rank; int32 scalars."""
-        section = lax.div(turn, self.rounds_of_section)
+    def item(self, block, turn) -> tuple[Any, Any, Any]:
+        """What `block` does in round `turn`: whether anything, the pair and the rank; int32, NumPy's if those are."""
+        is_constant = isinstance(turn, np.ndarray)
+        div, rem = (np.floor_divide, np.remainder) if is_constant else (lax.div, lax.rem)
+        minimum, where = (np.minimum, np.where) if is_constant else (jnp.minimum, jnp.where)
+        section = div(turn, self.rounds_of_section)
         spare = self.rounds_of_section * self.num_blocks - self.section * self.num_ranks
-        block = lax.rem(block + section * spare, self.num_blocks)
-        place = jnp.where(lax.rem(turn, 2) == 0, block, self.num_blocks - 1 - block)
-        number = lax.rem(turn, self.rounds_of_section) * self.num_blocks + place
-        width = jnp.minimum(self.section, self.num_pairs - section * self.section)
+        block = rem(block + section * spare, self.num_blocks)
+        place = where(rem(turn, 2) == 0, block, self.num_blocks - 1 - block)
+        number = rem(turn, self.rounds_of_section) * self.num_blocks + place
+        width = minimum(self.section, self.num_pairs - section * self.section)
         is_item = number < width * self.num_ranks
-        number = jnp.where(is_item, number, 0)
-        return is_item, section * self.section + lax.rem(number, width), lax.div(number, width)
+        number = where(is_item, number, 0)
+        return is_item, section * self.section + rem(number, width), div(number, width)
 
 
 def num_hopper_cores() -> int | None:

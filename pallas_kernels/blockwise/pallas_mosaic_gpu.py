@@ -8,7 +8,6 @@ Where tokens are given, the schedule is the caller's, or is built here, in block
 Reference: see pallas_mosaic_gpu_forward.py.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import NoReturn
@@ -21,6 +20,7 @@ from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.mask import Full, Mask
 from pallas_kernels.mosaic_gpu import elementwise, num_hopper_cores
 from pallas_kernels.online_softmax import SoftmaxCarry
@@ -35,7 +35,7 @@ def forward(
     q, k, v, *, tokens, schedule, carry, return_carry, options: Options, interpret=None
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    num_cores = _num_cores(interpret)
+    num_cores = _num_cores(interpret, 4)
     _check_call(q, v, options)
     tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
@@ -80,7 +80,8 @@ def backward(
     q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, interpret=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    num_cores = _num_cores(interpret)
+    # By one block of threads where it is interpreted: more would have to take turns there too.
+    num_cores = _num_cores(interpret, 1)
     _check_call(q, v, options)
     tokens = tokens or Tokens()
     q_len, kv_len, head_dim = q.shape[1], k.shape[1], q.shape[3]
@@ -89,14 +90,20 @@ def backward(
     ranges = blocks.q_blocks
     if kv_len < sizes.block_kv:
         ranges = _without_full_blocks(ranges)
-    turns = None
-    if options.deterministic:
-        num_q_blocks = -(-q_len // sizes.block_q)
-        turns = jax.tree.map(jnp.asarray, backward_kernel.Turns.of(ranges, num_q_blocks))
-        # Turns are taken in ascending order, so that is how items must go out.
-        order = jnp.arange(ranges.start.shape[1], dtype=jnp.int32)[None]
-        ranges = dataclasses.replace(ranges, order=order)
-
+    batch_size, _, num_heads, _ = q.shape
+    num_kv_heads = k.shape[2]
+    # Of a query head: q and dout, and dq in float32.
+    pair_bytes = num_heads // num_kv_heads * q_len * head_dim * (2 * q.dtype.itemsize + 4)
+    plan = make_plan(
+        ranges,
+        num_q_blocks=-(-q_len // sizes.block_q),
+        batch_size=batch_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        pair_bytes=pair_bytes,
+        num_cores=num_cores,
+        deterministic=options.deterministic,
+    )
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
     delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32)
     if dlse is not None:
@@ -123,20 +130,19 @@ def backward(
         kv_positions=_padded(tokens.kv_positions, padding_kv),
         q_segment_ids=_padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
         kv_segment_ids=_padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
-        turns=turns,
+        turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running,
     )
     dq, dk, dv = backward_kernel.differentiate(
         inputs,
         # The interpreter, unlike a copy, does not leave out what lies behind the end.
         _whole_tiles(dq) if interpret is None else _padded_length(dq, padding_q),
+        plan.deal,
         backward_kernel.Config(
             pair_test=_pair_test(q_len, kv_len, tokens, sizes, options, columns=backward_kernel.TILES[head_dim]),
             scale=options.scale,
             kv_len=kv_len,
             scales_dq=accumulate is not None,
-            section=backward_kernel.SECTION,
-            num_cores=num_cores,
             interpret=interpret,
         ),
     )
@@ -146,9 +152,9 @@ def backward(
     return dq, dk, dv
 
 
-def _num_cores(interpret) -> int:
+def _num_cores(interpret, num_interpreted: int) -> int:
     """Raises NotImplementedError where the device is none that the kernels run on."""
-    num_cores = num_hopper_cores() if interpret is None else 4
+    num_cores = num_hopper_cores() if interpret is None else num_interpreted
     if num_cores is None:
         _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
     return num_cores

@@ -12,10 +12,7 @@ gradients, dk and dv in registers.
 dS = P (dP - delta) with P = exp(S - lse), dP = dout v^T; delta comes with dlse subtracted.
 
 Many items add into one tile of dq, and float32 sums depend on their order. So unless told otherwise the adder waits for
-its turn: a counter for each tile says how many have added, an item's turn is how many items before it visit the tile
-(`Turns`), and items are dealt out in that order, so that nothing waits for what has not begun. Blocks of queries are
-visited from the last to the first: under a causal mask or a window the items at work then come to a tile in turn, one
-step apart, and none waits long.
+its turn (pallas_mosaic_gpu_turns.py): a counter for each tile says how many have added.
 
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2; Shah et al. 2024, FlashAttention-3,
 arXiv:2407.08608, Appendix B.
@@ -29,15 +26,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows, vector, zeros
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Turns
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, end_turn, fence_smem, sync, take_turn
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
@@ -46,10 +42,6 @@ BLOCK = 128
 """Tokens of the schedule's blocks, and keys of an item."""
 TILES = {64: 128, 128: 64}
 """Queries of a step, by head dim: what registers and shared memory have room for."""
-SECTION = 16
-"""Pairs of a batch row and a kv head whose items go out together. The more, the fewer items of one are at work at a
-time, and wait for each other; the fewer, the more of what they read stays in the second-level cache."""
-
 _SLOTS = 2
 _NUM_CONSUMERS = 2
 _PIECE = 64  # of dq: what a consumer computes of a tile, [64, 64]
@@ -67,8 +59,6 @@ class Config:
       pair_test: Whether pairs may attend, of their positions and segment ids (q, kv, q, kv), `[64, tile]` each; None
         where all may, of those that are visited.
       scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does.
-      section: Pairs of a batch row and a kv head whose items are dealt out together.
-      num_cores: Multiprocessors.
       interpret: Whether to run on a CPU, in JAX's interpreter: by one block of threads, which need not take turns.
     """
 
@@ -76,8 +66,6 @@ class Config:
     kv_len: int
     pair_test: Callable[..., jax.Array] | None
     scales_dq: bool
-    section: int
-    num_cores: int
     interpret: Any = None
 
     @property
@@ -90,54 +78,6 @@ class Config:
         return self.pair_test is not None or self.has_ragged_keys
 
 
-class Turns(NamedTuple):
-    """When an item adds into a tile of dq: after how many others.
-
-    Either `table[row of keys, block of queries]`, or where rows visit one range each whose two ends never fall from row
-    to row, `rank[row of keys] - gone[block of queries]`: all rows before it that visit anything, less those that have
-    stopped before the block.
-
-    Attributes:
-      rank, gone: int32 `[B or 1, blocks]`.
-      table: int32 `[B or 1, blocks of keys, blocks of queries]`.
-    """
-
-    rank: Any
-    gone: Any
-    table: Any
-
-    @classmethod
-    def of(cls, q_blocks: BlockRanges, num_q_blocks: int) -> "Turns":
-        """Of the rows of a schedule, which take turns in ascending order.
-
-        A traced one is given the table, of T S / 2^14 numbers: half a percent of q, k and v of one head at a million
-        tokens. A constant one is known to need none as a rule.
-        """
-        start, stop = q_blocks.start, q_blocks.stop
-        if isinstance(start, np.ndarray) and start.shape[2] == 1:
-            start, stop = start[..., 0], stop[..., 0]
-            some = start < stop
-            # Among rows that visit anything, each must start and stop no sooner than the one before.
-            ends = (np.maximum.accumulate(np.where(some, x, 0), axis=1) for x in (start, stop))
-            if all(np.all((x == greatest) | ~some) for x, greatest in zip((start, stop), ends, strict=True)):
-                rank = np.cumsum(some, axis=1) - some
-                blocks = np.arange(num_q_blocks)
-                gone = [
-                    np.searchsorted(row[visits], blocks, side="right") for row, visits in zip(stop, some, strict=True)
-                ]
-                return cls(rank.astype(np.int32), np.stack(gone).astype(np.int32), None)
-        blocks = jnp.arange(num_q_blocks)
-        visited = jnp.any((start[..., None] <= blocks) & (blocks < stop[..., None]), axis=2).astype(jnp.int32)
-        return cls(None, None, jnp.cumsum(visited, axis=1) - visited)
-
-    def at(self, batch, row, block) -> ArrayLike:
-        """The turn of the item of `row` in the tiles of a block of queries."""
-        if self.table is not None:
-            return self.table[row_of_batch(self.table, batch), row, block]
-        batch = row_of_batch(self.rank, batch)
-        return self.rank[batch, row] - self.gone[batch, block]
-
-
 class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
@@ -146,8 +86,7 @@ class Inputs(NamedTuple):
     Attributes:
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
-      ranges: The schedule's `q_blocks`, its order that in which turns are taken.
-      turns: None where dq may be added up in any order.
+      ranges, turns: Of the plan.
       running: dk and dv to add to, float32.
     """
 
@@ -166,20 +105,12 @@ class Inputs(NamedTuple):
     running: tuple[Any, Any] | None
 
 
-def differentiate(inputs: Inputs, dq: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+def differentiate(inputs: Inputs, dq: jax.Array, deal: Deal, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys."""
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
-    num_rows = -(-S // BLOCK)
-    num_pairs = B * K
-    deal = Deal(
-        num_blocks=1 if config.interpret else min(config.num_cores, num_pairs * num_rows),
-        num_pairs=num_pairs,
-        num_ranks=num_rows,
-        section=min(num_pairs, config.section),
-    )
     tile = TILES[H]
-    kv_type = jax.ShapeDtypeStruct((B, num_rows * BLOCK, K, H), jnp.float32 if inputs.running else inputs.k.dtype)
+    kv_type = jax.ShapeDtypeStruct((B, -(-S // BLOCK) * BLOCK, K, H), jnp.float32 if inputs.running else inputs.k.dtype)
     dq_ref = jax.new_ref(dq)
     counters = None
     if inputs.turns is not None:
@@ -339,7 +270,9 @@ class _Block:
                 slot = lax.rem(count, _SLOTS)
                 counter = (item.batch * self.num_heads + head) * self.num_tiles + tile
                 if self.takes_turns:
-                    take_turn(counters, counter, self.inputs.turns.at(item.batch, item.row, block), last)
+                    take_turn(
+                        counters, counter, self.inputs.turns.at(item.batch, head, self.num_heads, item.row, block), last
+                    )
                 else:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 # What was added last need no longer be kept.

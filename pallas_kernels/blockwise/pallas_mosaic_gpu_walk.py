@@ -118,10 +118,7 @@ class Walk:
         return lax.while_loop(visits_any, one_range, loop)[3]
 
     def visit_backwards(self, item: Item, body: Callable, state):
-        """state = body(j, whether j needs no pair test, state) for each block j that the item visits, last ones first.
-
-        Where rows have several ranges, this goes for the blocks of a range; ranges come in ascending order.
-        """
+        """state = body(j, whether j needs no pair test, state) for each block j that the item visits, descending."""
         num_ranges = self.ranges.start.shape[2]
 
         def one_range(current: Range, state):
@@ -136,16 +133,13 @@ class Walk:
         if num_ranges == 1:
             return one_range(item.first_range, state)
 
-        def visits_any(loop):
-            number, current, _ = loop
-            return (number < num_ranges) & (current.start < current.stop)
+        def one_more(i, loop):
+            current, state = loop
+            ahead = self.range_of(item.batch, item.row, jnp.maximum(num_ranges - 2 - i, 0))
+            return ahead, one_range(current, state)
 
-        def next_range(loop):
-            number, current, state = loop
-            ahead = self.range_of(item.batch, item.row, jnp.minimum(number + 1, num_ranges - 1))
-            return number + 1, ahead, one_range(current, state)
-
-        return lax.while_loop(visits_any, next_range, (jnp.int32(0), item.first_range, state))[2]
+        loop = self.range_of(item.batch, item.row, num_ranges - 1), state
+        return lax.fori_loop(0, num_ranges, one_more, loop)[1]
 
 
 def row_of_batch(ref, batch) -> ArrayLike:

@@ -185,7 +185,7 @@ SERVES = {
     "mosaic_gpu": Serves(
         cases=frozenset(case.name for case in KERNEL_CASES if case.name not in _NOT_ON_HOPPER),
         dtypes=frozenset({"bfloat16", "float16"}),
-        ways=frozenset({"forward", "forward hops"}),
+        ways=frozenset(WAYS),
     ),
     "reference": _EVERYTHING,
     "xla": _EVERYTHING,

@@ -1,0 +1,192 @@
+"""In which order the items of the Hopper backward kernel add into dq, so that the sum is the same each time.
+
+Items (a block of keys each) add into the tiles of dq that they visit. A sum that must not depend on who comes first
+needs an order, fixed beforehand, in which each tile is added to: the items' turns. Any order will do that never makes
+items wait for each other in a circle, and good ones make them wait little:
+
+- Where the schedule is constant the walk is rehearsed, every step taking the same time and nobody waiting for a turn,
+  but only so many adding into a tile at a time; turns go as items came to it. That is free of circles, and of waiting too as far
+  as steps do take the same time.
+- Otherwise turns go as items go out, longest first, and blocks of queries are visited from the last to the first. Under
+  a causal mask, a window or documents neighbours at work then come to a tile one step apart. It takes a few steps until
+  they do, so many pairs go out together: then few of each are at work at a time.
+
+Reference: Qiang et al. 2026, DASH: Deterministic Attention Scheduling for High-throughput Reproducible LLM Training,
+arXiv:2601.21824 (descending blocks of queries).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.mosaic_gpu import Deal
+from pallas_kernels.schedule import BlockRanges
+
+_SECTION = 32
+"""Pairs of a batch row and a kv head that go out together where turns are taken without a rehearsal."""
+_PRICE_OF_LARGE = 1.03
+"""How much longer it takes where a section reads more than the second-level cache holds: see the family's README."""
+_MOST_REHEARSED = 1 << 22
+"""Turns that a program may hold as a constant: 16 heads of 64K tokens. It takes about a second to find them."""
+
+
+class Turns(NamedTuple):
+    """After how many others an item adds into a tile of dq; one of three, the others None.
+
+    Attributes:
+      rehearsed: int32 `[B N, blocks of keys, blocks of queries]`.
+      line: `(rank, gone)`, int32 `[B or 1, blocks of keys]` and `[B or 1, blocks of queries]`: how many items that
+        visit anything go out before an item, and how many of those have ended before a block. The turn is the
+        difference, where items go out in ascending order and visit one range whose ends never fall.
+      table: int32 `[B or 1, blocks of keys, blocks of queries]`.
+    """
+
+    rehearsed: Any = None
+    line: tuple[Any, Any] | None = None
+    table: Any = None
+
+    def at(self, batch, head, num_heads: int, row, block) -> ArrayLike:
+        """The turn of the item of `row` in the tiles of a block of queries of a query head."""
+        if self.rehearsed is not None:
+            return self.rehearsed[batch * num_heads + head, row, block]
+        if self.table is not None:
+            return self.table[row_of_batch(self.table, batch), row, block]
+        rank, gone = self.line
+        batch = row_of_batch(rank, batch)
+        return rank[batch, row] - gone[batch, block]
+
+
+class Plan(NamedTuple):
+    """How the backward pass of a call goes.
+
+    Attributes:
+      deal: Who does which item; a pair is a batch row and a kv head.
+      turns: None where dq is added up in no fixed order.
+    """
+
+    deal: Deal
+    turns: Turns | None
+
+
+def plan(
+    ranges: BlockRanges,
+    *,
+    num_q_blocks: int,
+    batch_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    pair_bytes: int,
+    num_cores: int,
+    deterministic: bool,
+) -> Plan:
+    """Plans the walk over a schedule's `q_blocks`.
+
+    Args:
+      ranges: NumPy arrays where the schedule is constant.
+      pair_bytes: What the items of a pair read over and over.
+      deterministic: Whether each tile of dq is to be added to in a fixed order.
+    Memory: where turns are a table, one number for each block of keys and of queries, T S / 2^14 of them: 64 for each
+      token at a million tokens.
+    """
+    num_pairs, num_rows, num_ranges = batch_size * num_kv_heads, *ranges.start.shape[1:]
+    fitting = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
+    deals = _candidates(fitting, scattered=num_ranges > 1)
+
+    def price(deal: Deal, duration: int) -> float:
+        return duration * (_PRICE_OF_LARGE if deal.section > fitting.section else 1.0)
+
+    if not deterministic:
+        return Plan(min(deals, key=lambda deal: price(deal, deal.num_rounds)), None)
+    is_constant = isinstance(ranges.start, np.ndarray)
+    if is_constant and batch_size * num_heads * num_rows * num_q_blocks <= _MOST_REHEARSED:
+        rehearsals = [(deal, *_rehearse(deal, ranges, num_q_blocks, num_heads // num_kv_heads)) for deal in deals]
+        deal, _, turns = min(rehearsals, key=lambda rehearsal: price(*rehearsal[:2]))
+        return Plan(deal, Turns(rehearsed=turns))
+    deal = dataclasses.replace(fitting, section=min(num_pairs, max(fitting.section, _SECTION)))
+    line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
+    return Plan(deal, Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks)))
+
+
+def _candidates(fitting: Deal, *, scattered: bool) -> list[Deal]:
+    """Deals with smaller and larger sections than the one that fits the second-level cache, from small to large.
+
+    Where rows visit scattered blocks, items of a pair meet in the cache only, and sections must fit it.
+    """
+    sections = [n for n in range(1, fitting.num_pairs + 1) if fitting.num_pairs % n == 0 or n == fitting.section]
+    largest = (1 if scattered else 16) * fitting.section
+    sections = [n for n in sections if fitting.section <= 2 * n and n <= largest]
+    return [dataclasses.replace(fitting, section=n) for n in sections]
+
+
+def _rehearse(deal: Deal, ranges: BlockRanges, num_q_blocks: int, group: int) -> tuple[int, np.ndarray]:
+    """How many steps it takes, and `Turns.rehearsed`."""
+    visited = _visited(ranges, num_q_blocks)[0]
+    num_rows = len(visited)
+    blocks_of = [np.flatnonzero(row)[::-1] for row in visited]
+    everyone = np.meshgrid(*(np.arange(n) for n in (deal.num_blocks, deal.num_rounds)), indexing="ij")
+    steps = []  # of each block of threads: places in the result, tile by tile
+    for items in np.stack(deal.item(*everyone), axis=-1):
+        places = [np.empty(0, np.int64)]
+        for _, pair, rank in items[items[:, 0] == 1]:
+            row = ranges.order[0, rank]
+            heads = (pair * group + np.arange(group))[:, None]
+            places.append((((heads * num_rows) + row) * num_q_blocks + blocks_of[row]).ravel())
+        steps.append(np.concatenate(places))
+    lengths = np.array([len(x) for x in steps])
+    table = np.zeros((len(steps), max(1, lengths.max())), np.int64)
+    for places, row in zip(steps, table, strict=True):
+        row[: len(places)] = places
+
+    turns = np.zeros(deal.num_pairs * group * num_rows * num_q_blocks, np.int32)
+    added = np.zeros(deal.num_pairs * group * num_q_blocks, np.int32)
+    position, duration = np.zeros(len(steps), np.int64), 0
+    while len(at_work := np.flatnonzero(position < lengths)):
+        places = table[at_work, position[at_work]]
+        tiles = places // (num_rows * num_q_blocks) * num_q_blocks + places % num_q_blocks
+        # Of those that want to add into a tile, two do: it takes about half a step.
+        sorting = np.argsort(tiles, kind="stable")
+        _, first, group_of = np.unique(tiles[sorting], return_index=True, return_inverse=True)
+        waiting = np.arange(len(tiles)) - first[group_of]
+        now, ahead = sorting[waiting < 2], waiting[waiting < 2]
+        turns[places[now]] = added[tiles[now]] + ahead
+        np.add.at(added, tiles[now], 1)
+        position[at_work[now]] += 1
+        duration += 1
+    return duration, turns.reshape(-1, num_rows, num_q_blocks)
+
+
+def _line(ranges: BlockRanges, num_q_blocks: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """`Turns.line`, or None where rows are not what it takes."""
+    start, stop = ranges.start[..., 0], ranges.stop[..., 0]
+    some = start < stop
+    ends = (np.maximum.accumulate(np.where(some, x, 0), axis=1) for x in (start, stop))
+    in_line = all(np.all((x == greatest) | ~some) for x, greatest in zip((start, stop), ends, strict=True))
+    going_out = np.take_along_axis(np.where(some, np.arange(some.shape[1]), -1), ranges.order, axis=1)
+    ascending = all(np.all(np.diff(rows[rows >= 0]) > 0) for rows in going_out)
+    if not in_line or not ascending:
+        return None
+    rank = np.cumsum(some, axis=1) - some
+    blocks = np.arange(num_q_blocks)
+    gone = [np.searchsorted(x[visits], blocks, side="right") for x, visits in zip(stop, some, strict=True)]
+    return rank.astype(np.int32), np.stack(gone).astype(np.int32)
+
+
+def _table(ranges: BlockRanges, num_q_blocks: int) -> Any:
+    """`Turns.table`: of the items that visit a block, in the order in which they go out."""
+    order = jnp.asarray(ranges.order)
+    rows = jnp.arange(order.shape[1], dtype=jnp.int32)
+    place = jnp.zeros_like(order).at[jnp.arange(len(order))[:, None], order].set(rows)
+    visited = jnp.asarray(_visited(ranges, num_q_blocks), jnp.int32)
+    visited = jnp.take_along_axis(visited, order[..., None], axis=1)
+    return jnp.take_along_axis(lax.cumsum(visited, axis=1) - visited, place[..., None], axis=1)
+
+
+def _visited(ranges: BlockRanges, num_q_blocks: int):
+    """Which blocks each row visits, `[B or 1, rows, blocks]`."""
+    blocks = np.arange(num_q_blocks)
+    return ((ranges.start[..., None] <= blocks) & (blocks < ranges.stop[..., None])).any(axis=2)
