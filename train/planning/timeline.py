@@ -207,9 +207,9 @@ class _Runner:
     # --- compute ---
 
     def _instruction(self, instruction: Instruction, computation: Computation, result: _Result) -> None:
-        called = instruction.called
-        if self._is_op_call(instruction):
-            self._op_call(instruction, result)
+        called, subject = instruction.called, self._subject(instruction)
+        if self._is_op_call(subject):
+            self._op_call(subject, result)
         elif instruction.opcode == "while":
             times = self._module.trip_count(instruction, computation)
             if times is None:
@@ -225,7 +225,14 @@ class _Runner:
             num_bytes = self._work.main_memory_bytes(instruction, computation)
             seconds = max(flops / self._spec.matmul_flops, num_bytes / (self._spec.memory_gb_per_s * 1e9))
             if seconds:
-                result.work((part_of(instruction.op_name), phase_of(instruction.op_name)), seconds, flops)
+                result.work((part_of(subject.op_name), phase_of(subject.op_name)), seconds, flops)
+
+    def _subject(self, instruction: Instruction) -> Instruction:
+        """The kernel or matmul that a fusion without a name is made around: on GPUs XLA fuses slices of operands."""
+        if instruction.opcode != "fusion" or instruction.op_name:
+            return instruction
+        fused = self._module.computations[instruction.called["calls"][0]].instructions
+        return next((i for i in fused if i.opcode == "custom-call" and i.op_name), instruction)
 
     def _is_op_call(self, instruction: Instruction) -> bool:
         if not _OP.search(instruction.op_name):

@@ -147,3 +147,15 @@ def test_a_call_of_an_attention_op_costs_what_the_caller_says_hop_by_hop():
 def test_an_attention_op_of_unknown_cost_is_noted():
     timeline = on_paper(loop(start="parameter(3)", op_name=SCOPE), *LOOP)
     assert timeline.seconds == 0 and "unknown cost" in timeline.notes[0]
+
+
+def test_a_kernel_that_is_fused_with_slices_is_found():
+    """As XLA does on GPUs with one that writes into the activations of all layers."""
+    fused = f"""%fused (x: f32[1]) -> f32[1] {{
+  %x = f32[1]{{0}} parameter(0)
+  ROOT %kernel = f32[1]{{0}} custom-call(%x), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{SCOPE}"}}
+}}"""
+    calls = {("a", "forward"): OpCall(seconds=np.array([1.0]), flops=np.array([4.0]))}
+    body = "  %p = f32[1]{0} parameter(0)\n  ROOT %f = f32[1]{0} fusion(%p), kind=kCustom, calls=%fused"
+    timeline = on_paper(body, fused, calls=calls)
+    assert timeline.compute[("a attention", "forward")] == 1.0 and timeline.flops[("a attention", "forward")] == 4.0
