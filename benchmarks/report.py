@@ -5,6 +5,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +13,17 @@ from pathlib import Path
 from benchmarks.results import Results, Row
 
 
-def write_report(results: Results, folder: Path, *, note: Callable[[str], None] = print) -> list[Path]:
-    """Writes JSON, Markdown and, where matplotlib is installed, PNG; returns their paths."""
+def write_report(
+    results: Results, folder: Path, *, stem: str | None = None, note: Callable[[str], None] = print
+) -> list[Path]:
+    """Writes JSON, Markdown and, where matplotlib is installed, PNG; returns their paths.
+
+    Args:
+      stem: The files' name without an ending; by default one that no results have, so that a second run of a day is
+        numbered and the first stays.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{results.stem}.{ending}" for ending in ("json", "md", "png")]
+    paths = [folder / f"{stem or _free_stem(results, folder)}.{ending}" for ending in ("json", "md", "png")]
     results.write_json(paths[0])
     has_picture = importlib.util.find_spec("matplotlib") is not None
     paths[1].write_text(markdown(results, picture=paths[2].name if has_picture else None), encoding="utf-8")
@@ -24,6 +32,11 @@ def write_report(results: Results, folder: Path, *, note: Callable[[str], None] 
         return paths
     note(f"no picture, matplotlib is not installed: `python -m benchmarks.report {paths[0]}` draws it elsewhere")
     return paths[:2]
+
+
+def _free_stem(results: Results, folder: Path) -> str:
+    stems = itertools.chain([results.stem], (f"{results.stem}_{number}" for number in itertools.count(2)))
+    return next(stem for stem in stems if not (folder / f"{stem}.json").exists())
 
 
 def markdown(results: Results, *, picture: str | None) -> str:
@@ -127,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Writes page and picture anew.")
     parser.add_argument("results", metavar="RESULTS.json", type=Path, help="what a run wrote")
     options = parser.parse_args(arguments)
-    for path in write_report(Results.read_json(options.results), options.results.parent):
+    for path in write_report(Results.read_json(options.results), options.results.parent, stem=options.results.stem):
         print(path)
     return 0
 

@@ -231,6 +231,14 @@ def test_results_survive_their_file_and_are_drawn_again(tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(PNG)
 
 
+def test_a_second_run_of_a_day_leaves_the_first_alone(tmp_path):
+    first, *_ = report.write_report(results(), tmp_path)
+    before = first.read_bytes()
+    second, page, *_ = report.write_report(results(), tmp_path)
+    assert second.stem == f"{first.stem}_2" and first.read_bytes() == before
+    assert f"({second.stem}.png)" in page.read_text()
+
+
 def test_without_matplotlib_the_picture_is_left_for_later(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
