@@ -3,8 +3,9 @@
     pip install -e ".[plan-cuda]"
     python scripts/ptxas_report.py [REGEX]
 
-compiles, for an H100 that need not be there, the kernels' conformance cases whose name the pattern matches: each
-without and with a carry. It needs ptxas, from a CUDA toolkit on the PATH or from the package nvidia-cuda-nvcc.
+compiles, for an H100 that need not be there, the kernels' conformance cases whose name the pattern matches: of each the
+forward pass without and with a carry, and the backward pass, deterministic and in any order. It needs ptxas, from a
+CUDA toolkit on the PATH or from the package nvidia-cuda-nvcc.
 """
 
 import functools
@@ -21,7 +22,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx.sharding import MeshConfig
-from pallas_kernels import SoftmaxCarry, blockwise_attention_forward
+from pallas_kernels import SoftmaxCarry, blockwise_attention_backward, blockwise_attention_forward
 from pallas_kernels.blockwise.cases import KERNEL_CASES, Case
 from pallas_kernels.blockwise.suite import SERVES
 from train.devices import device_table
@@ -37,29 +38,56 @@ def main() -> int:
     serialized = False
     for case in KERNEL_CASES:
         if case.name in SERVES["mosaic_gpu"].cases and re.search(pattern, case.name):
-            for with_carry in (False, True):
-                text = _said_of(functools.partial(_compile, case, with_carry, mesh))
+            for kernel, compile_it in _KERNELS.items():
+                text = _said_of(functools.partial(compile_it, case, mesh))
                 found = "; ".join(match.group().strip() for match in map(_PASSED_ON.search, text.splitlines()) if match)
                 serialized |= "serialized" in found
-                print(f"{case.name}{', carry' if with_carry else ''}: {found or 'nothing was said'}", flush=True)
+                print(f"{case.name}{kernel}: {found or 'nothing was said'}", flush=True)
     return int(serialized)
 
 
-def _compile(case: Case, with_carry: bool, mesh) -> None:
-    inputs, arguments = case.inputs("bfloat16"), case.arguments()
-    here = NamedSharding(mesh, PartitionSpec())
-    q, k, v = (jax.ShapeDtypeStruct(inputs[x].shape, inputs[x].dtype, sharding=here) for x in "qkv")
-    options = arguments | {"implementation": "mosaic_gpu", "return_carry": with_carry}
+def _compile_forward(case: Case, mesh, *, with_carry: bool) -> None:
+    inputs = case.inputs("bfloat16")
     carry = None
     if with_carry:
-        B, T, N, V = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+        B, T, N, _ = inputs["q"].shape
+        V = inputs["v"].shape[3]
         carry = jax.eval_shape(lambda: SoftmaxCarry.empty(batch_size=B, q_len=T, num_heads=N, value_dim=V))
 
     def forward(q, k, v, carry):
-        return blockwise_attention_forward(q, k, v, carry=carry, **options)
+        return blockwise_attention_forward(
+            q, k, v, carry=carry, return_carry=with_carry, implementation="mosaic_gpu", **case.arguments()
+        )
 
+    _compile(forward, *(inputs[x] for x in "qkv"), carry, mesh=mesh)
+
+
+def _compile_backward(case: Case, mesh, *, deterministic: bool) -> None:
+    inputs = case.inputs("bfloat16")
+
+    def backward(q, k, v, out, lse, dout, dlse):
+        return blockwise_attention_backward(
+            q, k, v, out, lse, dout, dlse,
+            deterministic=deterministic, implementation="mosaic_gpu", **case.arguments(),
+        )  # fmt: skip
+
+    dout, dlse = inputs["dout"], inputs["dlse"]
+    _compile(backward, *(inputs[x] for x in "qkv"), dout, dlse, dout, dlse, mesh=mesh)
+
+
+_KERNELS = {
+    "": functools.partial(_compile_forward, with_carry=False),
+    ", carry": functools.partial(_compile_forward, with_carry=True),
+    ", backward": functools.partial(_compile_backward, deterministic=True),
+    ", backward in any order": functools.partial(_compile_backward, deterministic=False),
+}
+
+
+def _compile(function: Callable, *arguments, mesh) -> None:
+    here = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
     with jax.set_mesh(mesh):
-        jax.jit(forward, out_shardings=here).lower(q, k, v, carry).compile()
+        jax.jit(function, out_shardings=here).lower(*shapes).compile()
 
 
 def _said_of(run: Callable[[], None]) -> str:

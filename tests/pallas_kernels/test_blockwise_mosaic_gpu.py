@@ -17,6 +17,7 @@ from pallas_kernels import (
     SoftmaxCarry,
     Tokens,
     blockwise_attention,
+    blockwise_attention_backward,
     blockwise_attention_forward,
     dispatch,
     make_schedule,
@@ -34,39 +35,58 @@ SERVED = [case for case in KERNEL_CASES if case.name in suite.SERVES["mosaic_gpu
 CASES_BY_NAME = {case.name: case for case in KERNEL_CASES}
 
 
-def lowered(function, *arguments) -> str:
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+def lowered(function, *arguments):
+    """What it returns (shapes), and its text for CUDA."""
+    traced = jax.jit(function).trace(*arguments)
+    return traced.out_info, traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+BOTH = [("blockwise_attention_forward", "mosaic_gpu"), ("blockwise_attention_backward", "mosaic_gpu")]
 
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_lowers_for_cuda(case):
+    """Out and lse, and their gradients."""
     inputs, arguments = case.inputs("bfloat16"), case.arguments()
+
+    def differentiate(q, k, v, dout, dlse):
+        attend = functools.partial(blockwise_attention, return_lse=True, **arguments)
+        return jax.vjp(attend, q, k, v)[1]((dout, dlse))
+
     with tracing_for(H100), dispatch.record() as taken:
-        text = lowered(
-            functools.partial(blockwise_attention, return_lse=True, **arguments), *(inputs[name] for name in "qkv")
-        )
-    assert taken == [("blockwise_attention_forward", "mosaic_gpu")]
-    assert text.count("mosaic_gpu_v2") == 1
+        gradients, text = lowered(differentiate, *inputs.values())
+    assert taken == BOTH
+    assert text.count("mosaic_gpu_v2") == 2
+    assert [like(x) for x in gradients] == [like(inputs[name]) for name in "qkv"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("in_order", [True, False], ids=["in_order", "positions"])
-def test_every_configuration_lowers_with_carry(head_dim, dtype, in_order):
+def test_every_configuration_lowers_as_a_hop(head_dim, dtype, in_order):
+    """With a carry and with running gradients; gradients in any order too."""
     q, k, carry = shapes(head_dim, dtype)
+    running = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, k))
     tokens = None if in_order else Tokens.self_attention(*(jnp.zeros((1, 300), jnp.int32),) * 2)
+    options = {"mask": Causal() & SameDocument(), "tokens": tokens, "implementation": "mosaic_gpu"}
 
-    def hop(q, k, v, carry):
-        options = {"mask": Causal() & SameDocument(), "tokens": tokens, "implementation": "mosaic_gpu"}
+    def hop(q, k, v, carry, running):
         after = blockwise_attention_forward(q, k, v, carry=carry, return_carry=True, **options)
-        return after, blockwise_attention_forward(q, k, v, carry=carry, **options)
+        out, lse = blockwise_attention_forward(q, k, v, carry=carry, **options)
+        backward = functools.partial(blockwise_attention_backward, q, k, v, out, lse, out, lse, **options)
+        return after, (out, lse), backward(accumulate=running), backward(deterministic=False)
 
     with tracing_for(H100):
-        after, (out, lse) = jax.eval_shape(hop, q, k, k, carry)
-        text = lowered(hop, q, k, k, carry)
-    assert text.count("mosaic_gpu_v2") == 2
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), carry)
-    assert (out.shape, out.dtype) == (q.shape, q.dtype) and (lse.shape, lse.dtype) == ((2, 4, 300), jnp.float32)
+        (after, (out, lse), added, gradients), text = lowered(hop, q, k, k, carry, running)
+    assert text.count("mosaic_gpu_v2") == 4
+    assert jax.tree.map(like, after) == jax.tree.map(like, carry)
+    assert like(out) == like(q) and like(lse) == ((2, 4, 300), jnp.float32)
+    assert [like(x) for x in added] == [like(x) for x in running]
+    assert [like(x) for x in gradients] == [like(x) for x in (q, k, k)]
+
+
+def like(x) -> tuple:
+    return x.shape, x.dtype
 
 
 def shapes(head_dim: int, dtype: str, q_len: int = 300):
@@ -80,34 +100,71 @@ INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64",
                "cross_one_key_D64", "documents_padding_row_D64")  # fmt: skip
 
 
+# And whether gradients are added to running ones.
+INTERPRETED_BACKWARD = {
+    "cross_one_key_D64": False,
+    "empty_rows_D64": True,
+    "gqa_heads_of_3_rows_D64": False,
+    "sinks_window_D64": True,
+    "causal_T63_D128": False,
+    "documents_padding_row_D64": True,
+    "documents_window_gqa_D128": False,
+    "table_D128": True,
+}
+
+
 def in_interpreter(case, inputs, *, detect_races=False, **options):
     """The op on a CPU, by the very kernel but for its matmuls, which the interpreter cannot read in PTX."""
-    arguments = case.arguments()
-    static = Options(
-        mask=case.mask,
-        scale=case.scale or case.head_dim**-0.5,
-        logits_soft_cap=None,
-        block_sizes=arguments["block_sizes"],
-    )
     run = functools.partial(
         pallas_mosaic_gpu.forward,
-        tokens=arguments["tokens"],
-        schedule=None,
-        options=static,
-        interpret=interpreter(detect_races=detect_races),
+        **fixed(case, detect_races),
         **{"carry": None, "return_carry": False} | options,
     )
     return jax.jit(run)(*(inputs[name] for name in "qkv"))
 
 
+def backward_in_interpreter(case, inputs, out, lse, *, detect_races=False, accumulate=None):
+    """Its gradients in the same way; by one block of threads, which adds to dq in one order without turns."""
+    run = functools.partial(pallas_mosaic_gpu.backward, **fixed(case, detect_races))
+    q, k, v, dout, dlse = inputs.values()
+    return jax.jit(run)(q, k, v, out.astype(q.dtype), lse, dout, dlse, accumulate=accumulate)
+
+
+def fixed(case, detect_races: bool) -> dict:
+    arguments = case.arguments()
+    options = Options(
+        mask=case.mask,
+        scale=case.scale or case.head_dim**-0.5,
+        logits_soft_cap=None,
+        block_sizes=arguments["block_sizes"],
+        deterministic=True,
+    )
+    interpret = interpreter(detect_races=detect_races)
+    return {"tokens": arguments["tokens"], "schedule": None, "options": options, "interpret": interpret}
+
+
+@functools.cache
+def truth(name: str) -> dict:
+    case = CASES_BY_NAME[name]
+    return suite.truth(case)({name: x.astype(jnp.float32) for name, x in case.inputs("bfloat16").items()})
+
+
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_equals_reference_in_the_interpreter(name):
-    case = CASES_BY_NAME[name]
-    inputs = case.inputs("bfloat16")
-    out, lse = in_interpreter(case, inputs)
-    want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
+    case, want = CASES_BY_NAME[name], truth(name)
+    out, lse = in_interpreter(case, case.inputs("bfloat16"))
     assert_close("out", out, want["out"], "bfloat16")
     assert_close("lse", lse, want["lse"], "float16")
+
+
+@pytest.mark.parametrize(("name", "accumulates"), INTERPRETED_BACKWARD.items(), ids=INTERPRETED_BACKWARD)
+def test_gradients_equal_the_reference_in_the_interpreter(name, accumulates):
+    case, want = CASES_BY_NAME[name], truth(name)
+    inputs = case.inputs("bfloat16")
+    running = tuple(jnp.full(inputs[name].shape, 0.125, jnp.float32) for name in "qkv") if accumulates else None
+    gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"], accumulate=running)
+    for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
+        assert_close(name, gradient - 0.125 if accumulates else gradient, want[name], "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["gqa_heads_of_3_rows_D64", "documents_D128", "empty_rows_D64"])
@@ -118,13 +175,21 @@ def test_no_race_between_copies_and_matmuls(name, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("name", ["causal_D64", "causal_D128"])
+def test_no_race_in_the_backward_pass(name, capfd):
+    case = dataclasses.replace(CASES_BY_NAME[name], q_len=260, batch_size=1, num_kv_heads=1)
+    inputs = case.inputs("bfloat16")
+    out, lse = inputs["dout"], inputs["dlse"]  # any will do
+    jax.block_until_ready(backward_in_interpreter(case, inputs, out, lse, detect_races=True))
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("name", ["cross_D64", "empty_rows_D64", "striped_D128"])
 def test_carry_in_the_interpreter(name):
     """Keys once more after a carry over all of them: each weighs twice, so out stays and lse grows by log 2."""
     case = CASES_BY_NAME[name]
-    inputs = case.inputs("bfloat16")
+    inputs, want = case.inputs("bfloat16"), truth(name)
     carry = in_interpreter(case, inputs, return_carry=True)
-    want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
     out, lse = carry.finalize(jnp.bfloat16)
     assert_close("out", out, want["out"], "bfloat16")
     assert_close("lse", lse, want["lse"], "float16")
@@ -151,6 +216,20 @@ def refusal(message: str, device=H100, **changes):
     return pytest.param(device, message, options, id=message[:40])
 
 
+def forward_alone(q, k, v, **options):
+    return blockwise_attention_forward(q, k, v, implementation="mosaic_gpu", **options)
+
+
+def backward_alone(q, k, v, **options):
+    lse = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+    out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    return blockwise_attention_backward(q, k, v, out, lse, out, None, implementation="mosaic_gpu", **options)
+
+
+ALONE = pytest.mark.parametrize("op", [forward_alone, backward_alone])
+
+
+@ALONE
 @pytest.mark.parametrize(
     ("device", "message", "options"),
     [
@@ -177,28 +256,31 @@ def refusal(message: str, device=H100, **changes):
         ),
     ],
 )
-def test_refuses(device, message, options):
+def test_refuses(device, message, options, op):
+    options = dict(options)
     q, k, _ = shapes(options.pop("head_dim"), options.pop("dtype"), options.pop("q_len"))
-
-    def attend(q, k, v):
-        return blockwise_attention(q, k, v, implementation="mosaic_gpu", **options)
-
     with tracing_for(device), pytest.raises(NotImplementedError, match=re.escape(message)):
-        jax.eval_shape(attend, q, k, k)
+        jax.eval_shape(functools.partial(op, **options), q, k, k)
 
 
-def test_values_of_another_head_dim_are_refused():
+@ALONE
+def test_values_of_another_head_dim_are_refused(op):
     q, k, _ = shapes(64, "bfloat16")
     v = jax.ShapeDtypeStruct((2, 300, 2, 128), "bfloat16")
     with tracing_for(H100), pytest.raises(NotImplementedError, match="values have head dim 128 and keys 64"):
-        jax.eval_shape(functools.partial(blockwise_attention, mask=Causal(), implementation="mosaic_gpu"), q, k, v)
+        jax.eval_shape(functools.partial(op, mask=Causal()), q, k, v)
 
 
 def test_is_what_a_hopper_takes_first():
     q, k, _ = shapes(128, "bfloat16")
+
+    def differentiate(q, k, v):
+        out, vjp = jax.vjp(functools.partial(blockwise_attention, mask=Causal()), q, k, v)
+        return vjp(out)
+
     with tracing_for(H100), dispatch.record() as taken:
-        jax.eval_shape(functools.partial(blockwise_attention, mask=Causal()), q, k, k)
-    assert taken == [("blockwise_attention_forward", "mosaic_gpu")]
+        jax.eval_shape(differentiate, q, k, k)
+    assert taken == BOTH
 
 
 def _is_odd(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
@@ -220,7 +302,7 @@ def test_a_schedule_from_outside_serves_every_head_dim():
     schedule = make_schedule(mask, tokens, q_len=384, kv_len=384, block_sizes=BlockSizes(block_q=128, block_kv=128))
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 1, 64)), jnp.bfloat16) for _ in range(3))
-    options = Options(mask=mask, scale=0.125, logits_soft_cap=None, block_sizes=None)
+    options = Options(mask=mask, scale=0.125, logits_soft_cap=None, block_sizes=None, deterministic=True)
     call = {"tokens": tokens, "schedule": schedule, "carry": None, "return_carry": False, "options": options}
     out, lse = pallas_mosaic_gpu.forward(q, k, v, interpret=interpreter(), **call)
     want, want_lse = reference.forward(*(x.astype(jnp.float32) for x in (q, k, v)), **call)
