@@ -5,8 +5,8 @@ needs an order, fixed beforehand, in which each tile is added to: the items' tur
 items wait for each other in a circle, and good ones make them wait little:
 
 - Where the schedule is constant the walk is rehearsed, every step taking the same time and nobody waiting for a turn,
-  but only so many adding into a tile at a time; turns go as items came to it. That is free of circles, and of waiting too as far
-  as steps do take the same time.
+  but only so many adding into a tile at a time; turns go as items came to it. That is free of circles, and of waiting
+  too as far as steps do take the same time.
 - Otherwise turns go as items go out, longest first, and blocks of queries are visited from the last to the first. Under
   a causal mask, a window or documents neighbours at work then come to a tile one step apart. It takes a few steps until
   they do, so many pairs go out together: then few of each are at work at a time.
