@@ -308,3 +308,33 @@ def test_a_schedule_from_outside_serves_every_head_dim():
     want, want_lse = reference.forward(*(x.astype(jnp.float32) for x in (q, k, v)), **call)
     assert_close("out", out, want, "bfloat16")
     assert_close("lse", lse, want_lse, "float16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["causal", "documents", "table"])
+def test_gradients_are_the_same_each_time(kind):
+    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row."""
+    length = 4096
+    documents = ((1000, 1, 700, 2000, 395),)
+    tokens = jax.tree.map(jnp.asarray, packed_tokens(documents, length)) if kind == "documents" else None
+    blocks = np.random.default_rng(0).random((32, 32)) < 0.3
+    masks = {
+        "causal": Causal(),
+        "documents": Causal() & SameDocument(),
+        "table": Table(blocks, block_q=128, block_kv=128),
+    }
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, dout = (
+        jax.random.normal(key, (1, length, n, 128), jnp.bfloat16) for key, n in zip(keys, (8, 4, 4, 8), strict=True)
+    )
+
+    @jax.jit
+    def gradients(q, k, v, dout):
+        options = {"mask": masks[kind], "tokens": tokens, "implementation": "mosaic_gpu"}
+        return jax.vjp(functools.partial(blockwise_attention, **options), q, k, v)[1](dout)
+
+    first = jax.device_get(gradients(q, k, v, dout))
+    assert all(np.isfinite(x.astype(np.float32)).all() and x.any() for x in first)
+    for _ in range(5):
+        for name, x, y in zip(suite.GRADIENTS, first, jax.device_get(gradients(q, k, v, dout)), strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=name)
