@@ -86,7 +86,8 @@ class Inputs(NamedTuple):
     Attributes:
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
-      ranges, turns: Of the plan.
+      ranges: The schedule's `q_blocks`, from which the plan was made.
+      turns: The plan's.
       running: dk and dv to add to, float32.
     """
 

@@ -11,6 +11,9 @@ items wait for each other in a circle, and good ones make them wait little:
   a causal mask, a window or documents neighbours at work then come to a tile one step apart. It takes a few steps until
   they do, so many pairs go out together: then few of each are at work at a time.
 
+Who waits for a turn counts on those before it being at work or done: blocks of threads take their items in the order of
+the plan, and one that has not begun yet, since another kernel has its multiprocessor, is waited for.
+
 Reference: Qiang et al. 2026, DASH: Deterministic Attention Scheduling for High-throughput Reproducible LLM Training,
 arXiv:2601.21824 (descending blocks of queries).
 """
