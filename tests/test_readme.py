@@ -15,9 +15,9 @@ def test_the_support_table_is_current():
 
 def test_the_support_table_tells_refusals_apart():
     rows = {row.split("|")[1].strip(): row for row in support.table().splitlines()}
-    assert rows["causal"].count("forward, gradient") == 3
+    assert rows["causal"].count("forward, gradient") == 4
     assert [x.strip() for x in rows["gradient through the lse"].split("|")[2:-1]] == [
-        *("forward", "forward"),
+        *("forward, gradient", "forward"),
         *("forward, gradient", "forward, gradient"),
     ]
     assert rows["attention dropout"].count(" - ") == 4
