@@ -31,7 +31,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import wgmma_backward
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows, vector, zeros
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
+    COLUMN,
+    MATRIX,
+    ROW,
+    columns,
+    indices,
+    rows,
+    store_parts_of_sectors,
+    vector,
+    zeros,
+)
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, end_turn, fence_smem, sync, take_turn
@@ -454,7 +464,10 @@ class _Block:
         for target, x, before in ((self.outputs.dk, dk, running[0]), (self.outputs.dv, dv, running[1])):
             if before is not None:
                 x = x + plgpu.load(before.at[at], layout=MATRIX, optimized=False)
-            target.at[at][...] = x.astype(target.dtype)
+            if self.config.interpret:
+                target.at[at][...] = x.astype(target.dtype)
+            else:
+                store_parts_of_sectors(target.at[at], x.astype(target.dtype))
 
 
 def _dot(x, y) -> jax.Array:

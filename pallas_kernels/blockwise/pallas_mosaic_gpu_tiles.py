@@ -37,3 +37,11 @@ def indices(start, length: int, layout) -> jax.Array:
 def zeros(start, length: int, layout) -> jax.Array:
     del start
     return plgpu.layout_cast(jnp.zeros((length,), jnp.int32), layout)
+
+
+def store_parts_of_sectors(ref, value) -> None:
+    """ref[...] = value, in device memory, where a warp's rows are shorter than the 32 bytes that memory moves."""
+    if hasattr(plgpu, "store"):  # JAX 0.12 wants to be told, JAX 0.11 has no way to
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
