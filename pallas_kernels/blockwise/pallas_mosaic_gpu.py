@@ -10,7 +10,7 @@ Reference: see pallas_mosaic_gpu_forward.py.
 
 import math
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +45,12 @@ def forward(
         # The schedule's one block of keys is shorter than the kernel's, which reads on behind the last key.
         ranges = _without_full_blocks(ranges)
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
-    uses_segments = options.mask.uses_segments
     inputs = forward_kernel.Inputs(
         q=_whole_tiles(q),
         k=_whole_tiles(k),
         v=_whole_tiles(v),
         ranges=jax.tree.map(jnp.asarray, ranges),
-        q_positions=_padded(tokens.q_positions, padding_q),
-        kv_positions=_padded(tokens.kv_positions, padding_kv),
-        q_segment_ids=_padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
-        kv_segment_ids=_padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
+        **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         carry=None if carry is None else _padded_carry(carry, padding_q),
     )
     outputs = forward_kernel.attend(
@@ -117,7 +113,6 @@ def backward(
         running = tuple(_padded_length(x, padding_kv) for x in running)
     else:
         dq = jnp.zeros(q.shape, jnp.float32)
-    uses_segments = options.mask.uses_segments
     inputs = backward_kernel.Inputs(
         q=_whole_tiles(q),
         k=_whole_tiles(k),
@@ -126,10 +121,7 @@ def backward(
         lse=lse,
         delta=jnp.pad(delta, rows),
         ranges=jax.tree.map(jnp.asarray, ranges),
-        q_positions=_padded(tokens.q_positions, padding_q),
-        kv_positions=_padded(tokens.kv_positions, padding_kv),
-        q_segment_ids=_padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
-        kv_segment_ids=_padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
+        **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running,
     )
@@ -248,6 +240,17 @@ def _whole_tiles(x_BLNH):
 
 def _padded_length(x_BLNH, padding: int):
     return jnp.pad(x_BLNH, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x_BLNH
+
+
+def _padded_tokens(tokens: Tokens, mask: Mask, padding_q: int, padding_kv: int) -> dict[str, Any]:
+    """What the kernels' inputs say of tokens; no segment ids where the mask does not ask for them."""
+    uses_segments = mask.uses_segments
+    return {
+        "q_positions": _padded(tokens.q_positions, padding_q),
+        "kv_positions": _padded(tokens.kv_positions, padding_kv),
+        "q_segment_ids": _padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
+        "kv_segment_ids": _padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
+    }
 
 
 def _padded(x, padding: int):
