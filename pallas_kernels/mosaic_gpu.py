@@ -130,6 +130,30 @@ def _on_counters(lines: str, counters, index, turn, last) -> None:
     emit(counters, *(jnp.asarray(x, jnp.int32) for x in (index, turn, last)))
 
 
+def take_number(counter, cell) -> None:
+    """cell[0] = counter[0] and counter[0] += 1, in one go; both int32 `[1]` in device memory.
+
+    One thread writes the cell, so a barrier of the warpgroup must come before it is read.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def emit(_, counter, cell):
+        i64 = ir.IntegerType.get_signless(64)
+        at, to = (llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (counter, cell))
+        text = f"""{{
+        .reg .b32 number, thread;
+        .reg .pred takes;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, {WARPGROUP - 1};
+        setp.eq.b32 takes, thread, 0;
+        @takes atom.relaxed.gpu.global.add.s32 number, [$0], 1;
+        @takes st.global.s32 [$1], number;
+        }}"""
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [at, to], text, "l,l,~{memory}", has_side_effects=True)
+
+    emit(counter, cell)
+
+
 def fence_smem() -> None:
     """Makes what this thread has written to shared memory visible to copies and matmuls, whose start must be behind a
     barrier; `plgpu.commit_smem` is the same with a barrier of the warpgroup."""
@@ -195,6 +219,21 @@ class Deal:
     @property
     def num_rounds(self) -> int:
         return -(-self.num_pairs // self.section) * self.rounds_of_section
+
+    @property
+    def num_items(self) -> int:
+        return self.num_pairs * self.num_ranks
+
+    def item_in_line(self, number) -> tuple[Any, Any, Any]:
+        """The same of items that go out one by one, to whoever asks next; also by sections, and rank by rank in each."""
+        div, rem = (np.floor_divide, np.remainder) if isinstance(number, np.ndarray) else (lax.div, lax.rem)
+        minimum = np.minimum if isinstance(number, np.ndarray) else jnp.minimum
+        is_item = number < self.num_items
+        number = minimum(number, self.num_items - 1)
+        section = div(number, self.section * self.num_ranks)
+        number = number - section * (self.section * self.num_ranks)
+        width = minimum(self.section, self.num_pairs - section * self.section)
+        return is_item, section * self.section + rem(number, width), div(number, width)
 
     def item(self, block, turn) -> tuple[Any, Any, Any]:
         """What `block` does in round `turn`: whether anything, the pair and the rank; int32, NumPy's if those are."""

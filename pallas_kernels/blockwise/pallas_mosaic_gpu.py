@@ -8,6 +8,7 @@ Where tokens are given, the schedule is the caller's, or is built here, in block
 Reference: see pallas_mosaic_gpu_forward.py.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -120,7 +121,7 @@ def backward(
         dout=_whole_tiles(dout.astype(q.dtype)),
         lse=lse,
         delta=jnp.pad(delta, rows),
-        ranges=jax.tree.map(jnp.asarray, ranges),
+        ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running,
@@ -130,6 +131,7 @@ def backward(
         # The interpreter, unlike a copy, does not leave out what lies behind the end.
         _whole_tiles(dq) if interpret is None else _padded_length(dq, padding_q),
         plan.deal,
+        plan.in_line,
         backward_kernel.Config(
             pair_test=_pair_test(q_len, kv_len, tokens, sizes, options, columns=backward_kernel.TILES[head_dim]),
             scale=options.scale,

@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import wgmma_backward
+from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -96,7 +97,7 @@ class Inputs(NamedTuple):
     Attributes:
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
-      ranges: The schedule's `q_blocks`, from which the plan was made.
+      ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       turns: The plan's.
       running: dk and dv to add to, float32.
     """
@@ -116,23 +117,28 @@ class Inputs(NamedTuple):
     running: tuple[Any, Any] | None
 
 
-def differentiate(inputs: Inputs, dq: jax.Array, deal: Deal, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+def differentiate(
+    inputs: Inputs, dq: jax.Array, deal: Deal, in_line: bool, config: Config
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys."""
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
     tile = TILES[H]
     kv_type = jax.ShapeDtypeStruct((B, -(-S // BLOCK) * BLOCK, K, H), jnp.float32 if inputs.running else inputs.k.dtype)
     dq_ref = jax.new_ref(dq)
-    counters = None
+    counters = taken = None
     if inputs.turns is not None:
         counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
-    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters))
+    if in_line:
+        taken = jax.new_ref(jnp.zeros((1,), jnp.int32))
+    notes = jax.new_ref(jnp.zeros((deal.num_blocks, queue.NOTES), jnp.int32))
+    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, taken, notes))
 
     def body(*refs):
         refs = iter(refs)
-        inputs, dq_ref, counters = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        inputs, dq_ref, counters, taken, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         dk_ref, dv_ref = itertools.islice(refs, 2)
-        _Block(config, deal, inputs, _Outputs(dq_ref, counters, dk_ref, dv_ref), _Shared(*refs)).run()
+        _Block(config, deal, inputs, taken, notes, _Outputs(dq_ref, counters, dk_ref, dv_ref), _Shared(*refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
@@ -155,6 +161,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, deal: Deal, config: Config) -> 
             dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, _PIECE, _PIECE), jnp.float32, transforms=_DQ_TRANSFORMS),
             kv_full=plgpu.Barrier(num_arrivals=2),
             tile_full=plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
+            item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
@@ -184,12 +191,13 @@ class _Shared(NamedTuple):
     dq: Any
     kv_full: Any
     tile_full: Any
+    item_full: Any
 
 
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: _Outputs, shared: _Shared):
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, taken, notes, outputs: _Outputs, shared: _Shared):
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
         self.num_heads, self.head_dim = inputs.q.shape[2:]
         num_kv_heads = inputs.k.shape[2]
@@ -203,9 +211,18 @@ class _Block:
         self.tile = ROWS, self.tile_len
         self.warpgroup = lax.axis_index("warpgroup")
         # Named barriers.
-        self.ds_ready, self.kv_free, self.tile_free, _, self.dq_full, _, self.dq_free, _ = NAMED_BARRIERS[:8]
+        self.ds_ready, self.kv_free, self.tile_free, _, self.dq_full, _, self.dq_free, _, item_free, _ = NAMED_BARRIERS[:10]
         self.consumers = WARPGROUP * _NUM_CONSUMERS
         self.consumers_and_one = self.consumers + WARPGROUP
+        self.queue = queue.Queue(
+            walk=self.walk,
+            counter=taken,
+            notes=notes,
+            full=shared.item_full,
+            free=item_free,
+            num_threads=self.consumers + 2 * WARPGROUP,
+            interpret=config.interpret,
+        )
 
     def run(self) -> None:
         for warpgroups, registers, role in (
@@ -220,29 +237,28 @@ class _Block:
                 role()
 
     def for_each_tile(self, item: Item, body: Callable, state):
-        """state = body(q head, block of queries, tile of queries, whether the block is full, state), tile by tile."""
+        """state = body(q head, block of queries, tile of queries, whether the block is full, state), tile by tile.
 
-        def one_head(member, state):
-            head = item.head * self.group + member
+        A block of all heads of the group before the next, so that items that follow each other in the schedule do so
+        in the tiles of every head.
+        """
 
-            def one_block(block, is_full, state):
-                def one_tile(i, state):
-                    tile = (block + 1) * self.tiles_of_block - 1 - i
-                    return body(head, block, tile, is_full, state)
+        def one_block(block, is_full, state):
+            def one_tile(i, state):
+                member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
+                tile = (block + 1) * self.tiles_of_block - 1 - i
+                return body(item.head * self.group + member, block, tile, is_full, state)
 
-                return lax.fori_loop(0, self.tiles_of_block, one_tile, state)
+            return lax.fori_loop(0, self.group * self.tiles_of_block, one_tile, state)
 
-            return self.walk.visit_backwards(item, one_block, state)
-
-        return one_head(0, state) if self.group == 1 else lax.fori_loop(0, self.group, one_head, state)
+        return self.walk.visit_backwards(item, one_block, state)
 
     # The producer.
 
     def produce(self) -> None:
         inputs, shared = self.inputs, self.shared
 
-        def one_item(number, item: Item, count):
-            del number
+        def one_item(item: Item, count):
             sync(self.kv_free, self.consumers_and_one)
             keys = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
             plgpu.copy_gmem_to_smem(inputs.k.at[keys], shared.k, shared.kv_full)
@@ -263,7 +279,7 @@ class _Block:
 
             return self.for_each_tile(item, load, count)
 
-        self.walk.for_each_item(one_item, jnp.int32(0))
+        self.queue.hand_out(one_item, jnp.int32(0))
 
     # The adder.
 
@@ -272,9 +288,7 @@ class _Block:
             arrive(self.dq_free + slot, self.consumers_and_one)
         counters, none = self.outputs.counters, jnp.int32(-1)
 
-        def one_item(number, item: Item, state):
-            del number
-
+        def one_item(item: Item, state):
             def one_tile(head, block, tile, is_full, state):
                 del is_full
                 count, last = state
@@ -295,7 +309,7 @@ class _Block:
 
             return self.for_each_tile(item, one_tile, state)
 
-        _, last = self.walk.for_each_item(one_item, (jnp.int32(0), none))
+        _, last = self.queue.take(one_item, (jnp.int32(0), none))
         if self.takes_turns:
             end_turn(counters, last)
         plgpu.wait_smem_to_gmem(0)
@@ -320,9 +334,9 @@ class _Block:
         arrive(self.kv_free, self.consumers_and_one)
         for slot in range(_SLOTS):
             arrive(self.tile_free + slot, self.consumers_and_one)
-        self.walk.for_each_item(self.consume_item, jnp.int32(0))
+        self.queue.take(self.consume_item, jnp.int32(0))
 
-    def consume_item(self, number, item: Item, count):
+    def consume_item(self, item: Item, count):
         plgpu.barrier_wait(self.shared.kv_full)
         allowed = self.pair_test(item)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)

@@ -4,15 +4,15 @@ Items (a block of keys each) add into the tiles of dq that they visit. A sum tha
 needs an order, fixed beforehand, in which each tile is added to: the items' turns. Any order will do that never makes
 items wait for each other in a circle, and good ones make them wait little:
 
-- Where the schedule is constant the walk is rehearsed, every step taking the same time and nobody waiting for a turn,
-  but only so many adding into a tile at a time; turns go as items came to it. That is free of circles, and of waiting
-  too as far as steps do take the same time.
-- Otherwise turns go as items go out, longest first, and blocks of queries are visited from the last to the first. Under
-  a causal mask, a window or documents neighbours at work then come to a tile one step apart. It takes a few steps until
-  they do, so many pairs go out together: then few of each are at work at a time.
-
-Who waits for a turn counts on those before it being at work or done: blocks of threads take their items in the order of
-the plan, and one that has not begun yet, since another kernel has its multiprocessor, is waited for.
+- Where a row visits one range of blocks, items go out in one line (pallas_mosaic_gpu_queue.py), blocks of keys from the
+  first to the last, and turns go as they go out; each visits its blocks of queries from the last to the first. Under a
+  causal mask, a window or documents, an item then comes to a tile one step behind the one before it, and waits for
+  nobody.
+- Where rows visit scattered blocks and the schedule is constant, items are dealt out beforehand and the walk is
+  rehearsed, every step taking the same time and nobody waiting for a turn, but only so many adding into a tile at a
+  time; turns go as items came to it. That is free of circles, and of waiting too as far as steps do take the same time.
+  Who waits for a turn counts on those before it being at work or done: blocks of threads take their items in the order
+  of the plan, and one that has not begun yet, since another kernel has its multiprocessor, is waited for.
 
 Reference: Qiang et al. 2026, DASH: Deterministic Attention Scheduling for High-throughput Reproducible LLM Training,
 arXiv:2601.21824 (descending blocks of queries).
@@ -21,6 +21,7 @@ arXiv:2601.21824 (descending blocks of queries).
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -30,10 +31,6 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
 from pallas_kernels.mosaic_gpu import Deal
 from pallas_kernels.schedule import BlockRanges
 
-_SECTION = 32
-"""Pairs of a batch row and a kv head that go out together where turns are taken without a rehearsal."""
-_PRICE_OF_LARGE = 1.03
-"""How much longer it takes where a section reads more than the second-level cache holds: see the family's README."""
 _MOST_REHEARSED = 1 << 22
 """Turns that a program may hold as a constant: 16 heads of 64K tokens. It takes about a second to find them."""
 
@@ -44,8 +41,8 @@ class Turns(NamedTuple):
     Attributes:
       rehearsed: int32 `[B N, blocks of keys, blocks of queries]`.
       line: `(rank, gone)`, int32 `[B or 1, blocks of keys]` and `[B or 1, blocks of queries]`: how many items that
-        visit anything go out before an item, and how many of those have ended before a block. The turn is the
-        difference, where items go out in ascending order and visit one range whose ends never fall.
+        visit anything come before an item, and how many of those have ended before a block. The turn is the
+        difference, where items visit one range whose ends never fall.
       table: int32 `[B or 1, blocks of keys, blocks of queries]`.
     """
 
@@ -68,11 +65,15 @@ class Plan(NamedTuple):
     """How the backward pass of a call goes.
 
     Attributes:
-      deal: Who does which item; a pair is a batch row and a kv head.
+      deal: Who does which item, or in which sections they go out; a pair is a batch row and a kv head.
+      in_line: Whether items go out in one line, to whoever asks next, and are not dealt beforehand.
+      order: As `BlockRanges.order`: the rows of a pair as they go out.
       turns: None where dq is added up in no fixed order.
     """
 
     deal: Deal
+    in_line: bool
+    order: Any
     turns: Turns | None
 
 
@@ -97,33 +98,23 @@ def plan(
       token at a million tokens.
     """
     num_pairs, num_rows, num_ranges = batch_size * num_kv_heads, *ranges.start.shape[1:]
-    fitting = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
-    deals = _candidates(fitting, scattered=num_ranges > 1)
-
-    def price(deal: Deal, duration: int) -> float:
-        return duration * (_PRICE_OF_LARGE if deal.section > fitting.section else 1.0)
-
+    deal = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
     if not deterministic:
-        return Plan(min(deals, key=lambda deal: price(deal, deal.num_rounds)), None)
+        return Plan(deal, True, ranges.order, None)
     is_constant = isinstance(ranges.start, np.ndarray)
-    if is_constant and batch_size * num_heads * num_rows * num_q_blocks <= _MOST_REHEARSED:
-        rehearsals = [(deal, *_rehearse(deal, ranges, num_q_blocks, num_heads // num_kv_heads)) for deal in deals]
-        deal, _, turns = min(rehearsals, key=lambda rehearsal: price(*rehearsal[:2]))
-        return Plan(deal, Turns(rehearsed=turns))
-    deal = dataclasses.replace(fitting, section=min(num_pairs, max(fitting.section, _SECTION)))
+    if is_constant and num_ranges > 1 and batch_size * num_heads * num_rows * num_q_blocks <= _MOST_REHEARSED:
+        rehearsals = [(x, *_rehearse(x, ranges, num_q_blocks, num_heads // num_kv_heads)) for x in _smaller(deal)]
+        deal, _, turns = min(rehearsals, key=lambda rehearsal: rehearsal[1])
+        return Plan(deal, False, ranges.order, Turns(rehearsed=turns))
+    ascending = np.arange(num_rows, dtype=np.int32)[None]
     line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
-    return Plan(deal, Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks)))
+    return Plan(deal, True, ascending, Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks)))
 
 
-def _candidates(fitting: Deal, *, scattered: bool) -> list[Deal]:
-    """Deals with smaller and larger sections than the one that fits the second-level cache, from small to large.
-
-    Where rows visit scattered blocks, items of a pair meet in the cache only, and sections must fit it.
-    """
-    sections = [n for n in range(1, fitting.num_pairs + 1) if fitting.num_pairs % n == 0 or n == fitting.section]
-    largest = (1 if scattered else 16) * fitting.section
-    sections = [n for n in sections if fitting.section <= 2 * n and n <= largest]
-    return [dataclasses.replace(fitting, section=n) for n in sections]
+def _smaller(deal: Deal) -> list[Deal]:
+    """The deal, and such with sections of half the size or more: with fewer items at once, others are neighbours."""
+    sections = [n for n in range(1, deal.section + 1) if deal.num_pairs % n == 0 or n == deal.section]
+    return [dataclasses.replace(deal, section=n) for n in sections if deal.section <= 2 * n]
 
 
 def _rehearse(deal: Deal, ranges: BlockRanges, num_q_blocks: int, group: int) -> tuple[int, np.ndarray]:
@@ -137,8 +128,8 @@ def _rehearse(deal: Deal, ranges: BlockRanges, num_q_blocks: int, group: int) ->
         places = [np.empty(0, np.int64)]
         for _, pair, rank in items[items[:, 0] == 1]:
             row = ranges.order[0, rank]
-            heads = (pair * group + np.arange(group))[:, None]
-            places.append((((heads * num_rows) + row) * num_q_blocks + blocks_of[row]).ravel())
+            heads = pair * group + np.arange(group)
+            places.append((((heads * num_rows) + row) * num_q_blocks + blocks_of[row][:, None]).ravel())
         steps.append(np.concatenate(places))
     lengths = np.array([len(x) for x in steps])
     table = np.zeros((len(steps), max(1, lengths.max())), np.int64)
@@ -168,10 +159,7 @@ def _line(ranges: BlockRanges, num_q_blocks: int) -> tuple[np.ndarray, np.ndarra
     start, stop = ranges.start[..., 0], ranges.stop[..., 0]
     some = start < stop
     ends = (np.maximum.accumulate(np.where(some, x, 0), axis=1) for x in (start, stop))
-    in_line = all(np.all((x == greatest) | ~some) for x, greatest in zip((start, stop), ends, strict=True))
-    going_out = np.take_along_axis(np.where(some, np.arange(some.shape[1]), -1), ranges.order, axis=1)
-    ascending = all(np.all(np.diff(rows[rows >= 0]) > 0) for rows in going_out)
-    if not in_line or not ascending:
+    if not all(np.all((x == greatest) | ~some) for x, greatest in zip((start, stop), ends, strict=True)):
         return None
     rank = np.cumsum(some, axis=1) - some
     blocks = np.arange(num_q_blocks)
@@ -179,14 +167,10 @@ def _line(ranges: BlockRanges, num_q_blocks: int) -> tuple[np.ndarray, np.ndarra
     return rank.astype(np.int32), np.stack(gone).astype(np.int32)
 
 
-def _table(ranges: BlockRanges, num_q_blocks: int) -> Any:
-    """`Turns.table`: of the items that visit a block, in the order in which they go out."""
-    order = jnp.asarray(ranges.order)
-    rows = jnp.arange(order.shape[1], dtype=jnp.int32)
-    place = jnp.zeros_like(order).at[jnp.arange(len(order))[:, None], order].set(rows)
+def _table(ranges: BlockRanges, num_q_blocks: int) -> jax.Array:
+    """`Turns.table`: of the items that visit a block, in ascending order."""
     visited = jnp.asarray(_visited(ranges, num_q_blocks), jnp.int32)
-    visited = jnp.take_along_axis(visited, order[..., None], axis=1)
-    return jnp.take_along_axis(lax.cumsum(visited, axis=1) - visited, place[..., None], axis=1)
+    return lax.cumsum(visited, axis=1) - visited
 
 
 def _visited(ranges: BlockRanges, num_q_blocks: int):

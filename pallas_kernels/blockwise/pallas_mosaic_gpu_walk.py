@@ -59,11 +59,7 @@ class Walk:
         block = lax.axis_index("block")
 
         def look_up(turn) -> Item:
-            exists, pair, rank = self.deal.item(block, jnp.minimum(turn, self.deal.num_rounds - 1))
-            batch, head = lax.div(pair, self.num_heads), lax.rem(pair, self.num_heads)
-            order = self.ranges.order
-            row = order[row_of_batch(order, batch), rank]
-            return Item(exists, batch, head, row, self.range_of(batch, row, 0))
+            return self.item_of(*self.deal.item(block, jnp.minimum(turn, self.deal.num_rounds - 1)))
 
         def one_round(turn, loop):
             number, item, state = loop
@@ -73,6 +69,12 @@ class Walk:
 
         first = jnp.int32(0), look_up(jnp.int32(0)), state
         return lax.fori_loop(0, self.deal.num_rounds, one_round, first)[2]
+
+    def item_of(self, exists, pair, rank) -> Item:
+        batch, head = lax.div(pair, self.num_heads), lax.rem(pair, self.num_heads)
+        order = self.ranges.order
+        row = order[row_of_batch(order, batch), rank]
+        return Item(exists, batch, head, row, self.range_of(batch, row, 0))
 
     def range_of(self, batch, row, number) -> Range:
         at = row_of_batch(self.ranges.start, batch), row, number

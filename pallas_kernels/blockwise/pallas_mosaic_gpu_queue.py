@@ -1,0 +1,112 @@
+"""How a Hopper kernel's items reach the warpgroups of a block: its producer takes one after the other and hands it on.
+
+Items go out in one line over the whole grid, the next to whichever block asks first, so no block is idle while there
+are items left, however long each takes. An item may wait for those before it in the line: all of them have been taken by
+blocks that are at work, whatever else the machine runs, and the first of those that are not done waits for nobody.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Range, Walk
+from pallas_kernels.mosaic_gpu import arrive, sync, take_number
+
+SLOTS = 2
+_FIELDS = 8  # numbers that say what an item is
+NOTES = SLOTS * _FIELDS + 1
+"""Numbers that a producer leaves: an item in each slot, and what it has taken from the counter."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Queue:
+    """The items of one block of threads.
+
+    Attributes:
+      walk: What an item is.
+      counter: How many items have been taken, int32 `[1]` in device memory; None where they are dealt beforehand.
+      notes: What the producer tells, int32 `[blocks, NOTES]` in device memory: the kernels' operands leave no shared
+        memory for it.
+      full: Barriers, one a slot.
+      free: The first of SLOTS named barriers.
+      num_threads: Of all warpgroups that take part, the producer's included.
+      interpret: As of the kernel.
+    """
+
+    walk: Walk
+    counter: Any
+    notes: Any
+    full: Any
+    free: int
+    num_threads: int
+    interpret: Any
+
+    def hand_out(self, body: Callable, state) -> None:
+        """The producer's: state = body(item, state) for each, which the others are told of before."""
+        deal = self.walk.deal
+        block = lax.axis_index("block")
+        in_line = self.counter is not None
+        num_numbers = deal.num_items if in_line else deal.num_rounds
+
+        def one_item(loop):
+            number, count, state = loop
+            item = self.walk.item_of(*(deal.item_in_line(number) if in_line else deal.item(block, number)))
+
+            def begin(state):
+                count, state = state
+                self._tell(count, item)
+                return count + 1, body(item, state)
+
+            count, state = lax.cond(item.exists, begin, lambda state: state, (count, state))
+            return self._next(number), count, state
+
+        first = self._next(jnp.int32(-1)), jnp.int32(0), state
+        loop = lax.while_loop(lambda loop: loop[0] < num_numbers, one_item, first)
+        nothing = jnp.int32(0)
+        self._tell(loop[1], jax.tree.unflatten(jax.tree.structure(_AN_ITEM), [nothing] * _FIELDS))
+
+    def take(self, body: Callable, state):
+        """The others': state = body(item, state) for each item."""
+        for slot in range(SLOTS):
+            arrive(self.free + slot, self.num_threads)
+
+        def one_item(loop):
+            count, item, state = loop
+            state = body(item, state)
+            return count + 1, self._read(count + 1), state
+
+        first = jnp.int32(0), self._read(jnp.int32(0)), state
+        return lax.while_loop(lambda loop: loop[1].exists, one_item, first)[2]
+
+    def _next(self, number):
+        if self.counter is None or self.interpret:
+            return number + 1
+        block = lax.axis_index("block")
+        take_number(self.counter, self.notes.at[block, pl.ds(NOTES - 1, 1)])
+        plgpu.commit_smem()  # for its barrier
+        return self.notes[block, NOTES - 1]
+
+    def _tell(self, count, item: Item) -> None:
+        slot = lax.rem(count, SLOTS)
+        sync(self.free + slot, self.num_threads)
+        for i, x in enumerate(jax.tree.leaves(item)):
+            self.notes[lax.axis_index("block"), slot * _FIELDS + i] = jnp.asarray(x).astype(jnp.int32)
+        plgpu.barrier_arrive(self.full.at[slot])
+
+    def _read(self, count) -> Item:
+        slot = lax.rem(count, SLOTS)
+        plgpu.barrier_wait(self.full.at[slot])
+        block = lax.axis_index("block")
+        notes = [self.notes[block, slot * _FIELDS + i] for i in range(_FIELDS)]
+        item = jax.tree.unflatten(jax.tree.structure(_AN_ITEM), notes)
+        arrive(self.free + slot, self.num_threads)
+        return item._replace(exists=item.exists != 0)
+
+
+_AN_ITEM = Item(0, 0, 0, 0, Range(0, 0, 0, 0))
