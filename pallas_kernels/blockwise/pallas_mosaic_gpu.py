@@ -130,8 +130,7 @@ def backward(
         inputs,
         # The interpreter, unlike a copy, does not leave out what lies behind the end.
         _whole_tiles(dq) if interpret is None else _padded_length(dq, padding_q),
-        plan.deal,
-        plan.in_line,
+        plan,
         backward_kernel.Config(
             pair_test=_pair_test(q_len, kv_len, tokens, sizes, options, columns=backward_kernel.TILES[head_dim]),
             scale=options.scale,

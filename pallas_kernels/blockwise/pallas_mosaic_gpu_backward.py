@@ -38,14 +38,15 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     ROW,
     columns,
     indices,
+    prefetch_vector,
     rows,
     store_parts_of_sectors,
     vector,
     zeros,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Turns
+from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, end_turn, fence_smem, sync, take_turn
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, end_turn, fence_smem, sync, take_turn
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
 
@@ -117,9 +118,7 @@ class Inputs(NamedTuple):
     running: tuple[Any, Any] | None
 
 
-def differentiate(
-    inputs: Inputs, dq: jax.Array, deal: Deal, in_line: bool, config: Config
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys."""
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
@@ -129,16 +128,16 @@ def differentiate(
     counters = taken = None
     if inputs.turns is not None:
         counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
-    if in_line:
+    if plan.in_line:
         taken = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    notes = jax.new_ref(jnp.zeros((deal.num_blocks, queue.NOTES), jnp.int32))
+    notes = jax.new_ref(jnp.zeros((plan.deal.num_blocks, queue.NOTES), jnp.int32))
     leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, taken, notes))
 
     def body(*refs):
         refs = iter(refs)
         inputs, dq_ref, counters, taken, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         dk_ref, dv_ref = itertools.islice(refs, 2)
-        _Block(config, deal, inputs, taken, notes, _Outputs(dq_ref, counters, dk_ref, dv_ref), _Shared(*refs)).run()
+        _Block(config, plan, inputs, taken, notes, _Outputs(dq_ref, counters, dk_ref, dv_ref), _Shared(*refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
@@ -146,7 +145,7 @@ def differentiate(
     dk, dv = plgpu.kernel(
         body,
         out_type=[kv_type, kv_type],
-        grid=(deal.num_blocks,),
+        grid=(plan.deal.num_blocks,),
         grid_names=("block",),
         num_threads=_NUM_CONSUMERS + 2,
         thread_name="warpgroup",
@@ -197,8 +196,9 @@ class _Shared(NamedTuple):
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, deal: Deal, inputs: Inputs, taken, notes, outputs: _Outputs, shared: _Shared):
+    def __init__(self, config: Config, plan: Plan, inputs: Inputs, taken, notes, outputs: _Outputs, shared: _Shared):
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
+        self.ascends = plan.ascends
         self.num_heads, self.head_dim = inputs.q.shape[2:]
         num_kv_heads = inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
@@ -206,12 +206,14 @@ class _Block:
         self.tiles_of_block = BLOCK // self.tile_len
         self.two_parts = self.tile_len == 2 * ROWS
         self.num_tiles = -(-inputs.q.shape[1] // BLOCK) * self.tiles_of_block
-        self.walk = Walk(deal=deal, ranges=inputs.ranges, num_heads=num_kv_heads, tests_blocks=config.tests_blocks)
+        self.walk = Walk(deal=plan.deal, ranges=inputs.ranges, num_heads=num_kv_heads, tests_blocks=config.tests_blocks)
         self.dtype = inputs.q.dtype
         self.tile = ROWS, self.tile_len
         self.warpgroup = lax.axis_index("warpgroup")
         # Named barriers.
-        self.ds_ready, self.kv_free, self.tile_free, _, self.dq_full, _, self.dq_free, _, item_free, _ = NAMED_BARRIERS[:10]
+        self.ds_ready, self.kv_free, self.tile_free, _, self.dq_full, _, self.dq_free, _, item_free, _ = NAMED_BARRIERS[
+            :10
+        ]
         self.consumers = WARPGROUP * _NUM_CONSUMERS
         self.consumers_and_one = self.consumers + WARPGROUP
         self.queue = queue.Queue(
@@ -246,12 +248,12 @@ class _Block:
         def one_block(block, is_full, state):
             def one_tile(i, state):
                 member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
-                tile = (block + 1) * self.tiles_of_block - 1 - i
+                tile = block * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
                 return body(item.head * self.group + member, block, tile, is_full, state)
 
             return lax.fori_loop(0, self.group * self.tiles_of_block, one_tile, state)
 
-        return self.walk.visit_backwards(item, one_block, state)
+        return self.walk.visit_in_order(item, one_block, state, ascending=self.ascends)
 
     # The producer.
 
@@ -265,9 +267,11 @@ class _Block:
             plgpu.copy_gmem_to_smem(inputs.v.at[keys], shared.v, shared.kv_full)
 
             def load(head, block, tile, is_full, count):
-                del block, is_full
+                del block
                 slot = lax.rem(count, _SLOTS)
                 queries = pl.ds(tile * self.tile_len, self.tile_len)
+
+                self.prefetch(item.batch, tile, is_full)
                 sync(self.tile_free + slot, self.consumers_and_one)
                 for source, target in ((inputs.q, shared.q), (inputs.dout, shared.dout)):
                     at = item.batch, queries, head
@@ -280,6 +284,16 @@ class _Block:
             return self.for_each_tile(item, load, count)
 
         self.queue.hand_out(one_item, jnp.int32(0))
+
+    def prefetch(self, batch, tile, is_full) -> None:
+        """What consumers wait for where they test pairs."""
+        if self.config.pair_test is None or self.config.interpret:
+            return
+
+        @pl.when(jnp.logical_not(is_full))
+        def _():
+            for x in (self.inputs.q_positions, self.inputs.q_segment_ids):
+                prefetch_vector(x, batch, tile * self.tile_len, self.tile_len)
 
     # The adder.
 

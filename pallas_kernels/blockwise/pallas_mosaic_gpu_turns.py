@@ -4,10 +4,11 @@ Items (a block of keys each) add into the tiles of dq that they visit. A sum tha
 needs an order, fixed beforehand, in which each tile is added to: the items' turns. Any order will do that never makes
 items wait for each other in a circle, and good ones make them wait little:
 
-- Where a row visits one range of blocks, items go out in one line (pallas_mosaic_gpu_queue.py), blocks of keys from the
-  first to the last, and turns go as they go out; each visits its blocks of queries from the last to the first. Under a
-  causal mask, a window or documents, an item then comes to a tile one step behind the one before it, and waits for
-  nobody.
+- Items go out in one line (pallas_mosaic_gpu_queue.py), and turns go as they go out. Blocks of keys go from the first
+  to the last, each visiting its blocks of queries from the last to the first: under a causal mask or a window an item
+  then comes to a tile a step behind the one before it, if that began a step earlier, which takes several pairs side by
+  side. Or both the other way round: then each begins with a tile of its own, whenever it does, but the longest items of
+  a causal mask go out last.
 - Where rows visit scattered blocks and the schedule is constant, items are dealt out beforehand and the walk is
   rehearsed, every step taking the same time and nobody waiting for a turn, but only so many adding into a tile at a
   time; turns go as items came to it. That is free of circles, and of waiting too as far as steps do take the same time.
@@ -31,6 +32,8 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
 from pallas_kernels.mosaic_gpu import Deal
 from pallas_kernels.schedule import BlockRanges
 
+_ONE_BEHIND_THE_OTHER = 16
+"""Items of a pair that are at work at a time where they come to a tile one after the other."""
 _MOST_REHEARSED = 1 << 22
 """Turns that a program may hold as a constant: 16 heads of 64K tokens. It takes about a second to find them."""
 
@@ -67,12 +70,14 @@ class Plan(NamedTuple):
     Attributes:
       deal: Who does which item, or in which sections they go out; a pair is a batch row and a kv head.
       in_line: Whether items go out in one line, to whoever asks next, and are not dealt beforehand.
+      ascends: Whether an item visits its blocks of queries from the first to the last.
       order: As `BlockRanges.order`: the rows of a pair as they go out.
       turns: None where dq is added up in no fixed order.
     """
 
     deal: Deal
     in_line: bool
+    ascends: bool
     order: Any
     turns: Turns | None
 
@@ -100,15 +105,21 @@ def plan(
     num_pairs, num_rows, num_ranges = batch_size * num_kv_heads, *ranges.start.shape[1:]
     deal = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
     if not deterministic:
-        return Plan(deal, True, ranges.order, None)
-    is_constant = isinstance(ranges.start, np.ndarray)
+        return Plan(deal=deal, in_line=True, ascends=False, order=ranges.order, turns=None)
+    group, is_constant = num_heads // num_kv_heads, isinstance(ranges.start, np.ndarray)
     if is_constant and num_ranges > 1 and batch_size * num_heads * num_rows * num_q_blocks <= _MOST_REHEARSED:
-        rehearsals = [(x, *_rehearse(x, ranges, num_q_blocks, num_heads // num_kv_heads)) for x in _smaller(deal)]
+        rehearsals = [(x, *_rehearse(x, ranges, num_q_blocks, group)) for x in _smaller(deal)]
         deal, _, turns = min(rehearsals, key=lambda rehearsal: rehearsal[1])
-        return Plan(deal, False, ranges.order, Turns(rehearsed=turns))
-    ascending = np.arange(num_rows, dtype=np.int32)[None]
+        return Plan(deal=deal, in_line=False, ascends=False, order=ranges.order, turns=Turns(rehearsed=turns))
     line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
-    return Plan(deal, True, ascending, Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks)))
+    # Of documents, rows that end together are few. With several heads to a block they are apart all the same.
+    ascends = line is None and group == 1
+    if not ascends:
+        side_by_side = max(deal.section, deal.num_blocks // _ONE_BEHIND_THE_OTHER)
+        deal = dataclasses.replace(deal, section=min(num_pairs, side_by_side))
+    order = np.arange(num_rows, dtype=np.int32)[None, :: -1 if ascends else 1]
+    turns = Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks, ascends))
+    return Plan(deal=deal, in_line=True, ascends=ascends, order=order, turns=turns)
 
 
 def _smaller(deal: Deal) -> list[Deal]:
@@ -167,10 +178,10 @@ def _line(ranges: BlockRanges, num_q_blocks: int) -> tuple[np.ndarray, np.ndarra
     return rank.astype(np.int32), np.stack(gone).astype(np.int32)
 
 
-def _table(ranges: BlockRanges, num_q_blocks: int) -> jax.Array:
-    """`Turns.table`: of the items that visit a block, in ascending order."""
+def _table(ranges: BlockRanges, num_q_blocks: int, descending: bool) -> jax.Array:
+    """`Turns.table`: of the items that visit a block, in ascending or descending order."""
     visited = jnp.asarray(_visited(ranges, num_q_blocks), jnp.int32)
-    return lax.cumsum(visited, axis=1) - visited
+    return lax.cumsum(visited, axis=1, reverse=descending) - visited
 
 
 def _visited(ranges: BlockRanges, num_q_blocks: int):

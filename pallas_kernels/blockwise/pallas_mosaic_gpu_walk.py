@@ -119,15 +119,15 @@ class Walk:
 
         return lax.while_loop(visits_any, one_range, loop)[3]
 
-    def visit_backwards(self, item: Item, body: Callable, state):
-        """state = body(j, whether j needs no pair test, state) for each block j that the item visits, descending."""
+    def visit_in_order(self, item: Item, body: Callable, state, *, ascending: bool):
+        """state = body(j, whether j needs no pair test, state) for each block j that the item visits."""
         num_ranges = self.ranges.start.shape[2]
 
         def one_range(current: Range, state):
             start, stop, full_start, full_stop = current
 
             def one_block(i, state):
-                j = start + stop - 1 - i
+                j = i if ascending else start + stop - 1 - i
                 return body(j, (full_start <= j) & (j < full_stop), state)
 
             return lax.fori_loop(start, stop, one_block, state)
@@ -135,13 +135,17 @@ class Walk:
         if num_ranges == 1:
             return one_range(item.first_range, state)
 
+        def number(i):
+            i = jnp.minimum(i, num_ranges - 1)
+            return i if ascending else num_ranges - 1 - i
+
         def one_more(i, loop):
             current, state = loop
-            ahead = self.range_of(item.batch, item.row, jnp.maximum(num_ranges - 2 - i, 0))
+            ahead = self.range_of(item.batch, item.row, number(i + 1))
             return ahead, one_range(current, state)
 
-        loop = self.range_of(item.batch, item.row, num_ranges - 1), state
-        return lax.fori_loop(0, num_ranges, one_more, loop)[1]
+        first = item.first_range if ascending else self.range_of(item.batch, item.row, number(0))
+        return lax.fori_loop(0, num_ranges, one_more, (first, state))[1]
 
 
 def row_of_batch(ref, batch) -> ArrayLike:
