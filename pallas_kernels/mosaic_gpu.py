@@ -154,28 +154,6 @@ def take_number(counter, cell) -> None:
     emit(counter, cell)
 
 
-def prefetch(ref) -> None:
-    """Asks for a vector in device memory, of up to 128 elements of 32 bits, to be brought to the first-level cache."""
-    (length,) = ref.shape
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def emit(_, ref):
-        at = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))
-        text = f"""{{
-        .reg .b32 thread;
-        .reg .b64 at;
-        .reg .pred has_one;
-        mov.u32 thread, %tid.x;
-        and.b32 thread, thread, {WARPGROUP - 1};
-        setp.lt.u32 has_one, thread, {length};
-        mad.wide.u32 at, thread, 4, $0;
-        @has_one prefetch.global.L1 [at];
-        }}"""
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [at], text, "l", has_side_effects=True)
-
-    emit(ref)
-
-
 def fence_smem() -> None:
     """Makes what this thread has written to shared memory visible to copies and matmuls, whose start must be behind a
     barrier; `plgpu.commit_smem` is the same with a barrier of the warpgroup."""
@@ -247,7 +225,7 @@ class Deal:
         return self.num_pairs * self.num_ranks
 
     def item_in_line(self, number) -> tuple[Any, Any, Any]:
-        """The same of items that go out one by one, to whoever asks next; also by sections, and rank by rank in each."""
+        """As `item`, of items that go out one by one to whoever asks next: by sections too, rank by rank in each."""
         div, rem = (np.floor_divide, np.remainder) if isinstance(number, np.ndarray) else (lax.div, lax.rem)
         minimum = np.minimum if isinstance(number, np.ndarray) else jnp.minimum
         is_item = number < self.num_items

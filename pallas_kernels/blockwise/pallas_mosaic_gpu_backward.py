@@ -38,7 +38,6 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     ROW,
     columns,
     indices,
-    prefetch_vector,
     rows,
     store_parts_of_sectors,
     vector,
@@ -267,11 +266,9 @@ class _Block:
             plgpu.copy_gmem_to_smem(inputs.v.at[keys], shared.v, shared.kv_full)
 
             def load(head, block, tile, is_full, count):
-                del block
+                del block, is_full
                 slot = lax.rem(count, _SLOTS)
                 queries = pl.ds(tile * self.tile_len, self.tile_len)
-
-                self.prefetch(item.batch, tile, is_full)
                 sync(self.tile_free + slot, self.consumers_and_one)
                 for source, target in ((inputs.q, shared.q), (inputs.dout, shared.dout)):
                     at = item.batch, queries, head
@@ -284,16 +281,6 @@ class _Block:
             return self.for_each_tile(item, load, count)
 
         self.queue.hand_out(one_item, jnp.int32(0))
-
-    def prefetch(self, batch, tile, is_full) -> None:
-        """What consumers wait for where they test pairs."""
-        if self.config.pair_test is None or self.config.interpret:
-            return
-
-        @pl.when(jnp.logical_not(is_full))
-        def _():
-            for x in (self.inputs.q_positions, self.inputs.q_segment_ids):
-                prefetch_vector(x, batch, tile * self.tile_len, self.tile_len)
 
     # The adder.
 

@@ -39,17 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
-    COLUMN,
-    MATRIX,
-    ROW,
-    columns,
-    indices,
-    prefetch_vector,
-    rows,
-    vector,
-    zeros,
-)
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows, vector, zeros
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
@@ -281,19 +271,9 @@ class _Block:
                 plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
                 return num_blocks + 1
 
-            def load_tested(j, num_blocks):
-                self.prefetch(inputs.kv_positions, inputs.kv_segment_ids, item.batch, j * block_kv, block_kv)
-                return load(j, num_blocks)
-
-            return self.walk.visit(item, load_tested, load, num_blocks, skip=0)
+            return self.walk.visit(item, load, load, num_blocks, skip=0)
 
         self.walk.for_each_item(one_item, jnp.int32(0))
-
-    def prefetch(self, positions, segment_ids, batch, start, length: int) -> None:
-        """Of tokens, which consumers wait for where they test pairs."""
-        if self.config.pair_test is not None and not self.config.interpret:
-            prefetch_vector(positions, batch, start, length)
-            prefetch_vector(segment_ids, batch, start, length)
 
     # A consumer.
 

@@ -1,8 +1,9 @@
 """How a Hopper kernel's items reach the warpgroups of a block: its producer takes one after the other and hands it on.
 
 Items go out in one line over the whole grid, the next to whichever block asks first, so no block is idle while there
-are items left, however long each takes. An item may wait for those before it in the line: all of them have been taken by
-blocks that are at work, whatever else the machine runs, and the first of those that are not done waits for nobody.
+are items left, however long each takes. An item may wait for those before it in the line: they have all been taken by
+blocks that are at work, whatever else the machine runs, and the first of those that are not done waits for nobody. Or
+items are dealt out beforehand, and each producer hands on its own.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ NOTES = SLOTS * _FIELDS + 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Queue:
-    """The items of one block of threads.
+    """The items of one block of threads; a producer walks ahead of the others by what buffers allow.
 
     Attributes:
       walk: What an item is.

@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
-from pallas_kernels.mosaic_gpu import prefetch
 
 MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -29,12 +28,6 @@ def vector(ref, batch, start, length: int, layout, default: Callable) -> jax.Arr
     if ref is None:
         return default(start, length, layout)
     return plgpu.load(ref.at[row_of_batch(ref, batch), pl.ds(start, length)], layout=layout, optimized=False)
-
-
-def prefetch_vector(ref, batch, start, length: int) -> None:
-    """Before another warpgroup of the block asks for `vector`, where it is to be read at all."""
-    if ref is not None:
-        prefetch(ref.at[row_of_batch(ref, batch), pl.ds(start, length)])
 
 
 def indices(start, length: int, layout) -> jax.Array:

@@ -105,6 +105,11 @@ def plan(
     num_pairs, num_rows, num_ranges = batch_size * num_kv_heads, *ranges.start.shape[1:]
     deal = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
     if not deterministic:
+        # Sections of one size: the items of a smaller last one would not keep all blocks at work.
+        section = next(
+            n for n in range(1, num_pairs + 1) if num_pairs % n == 0 and n >= min(num_pairs, max(2, deal.section))
+        )
+        deal = dataclasses.replace(deal, section=section)
         return Plan(deal=deal, in_line=True, ascends=False, order=ranges.order, turns=None)
     group, is_constant = num_heads // num_kv_heads, isinstance(ranges.start, np.ndarray)
     if is_constant and num_ranges > 1 and batch_size * num_heads * num_rows * num_q_blocks <= _MOST_REHEARSED:
@@ -112,7 +117,7 @@ def plan(
         deal, _, turns = min(rehearsals, key=lambda rehearsal: rehearsal[1])
         return Plan(deal=deal, in_line=False, ascends=False, order=ranges.order, turns=Turns(rehearsed=turns))
     line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
-    # Of documents, rows that end together are few. With several heads to a block they are apart all the same.
+    # A block of several heads takes long enough for turns to be passed on.
     ascends = line is None and group == 1
     if not ascends:
         side_by_side = max(deal.section, deal.num_blocks // _ONE_BEHIND_THE_OTHER)

@@ -37,7 +37,11 @@ def test_every_item_is_dealt_once(num_pairs, num_ranks, fit, group, num_cores):
         num_cores=num_cores,
     )
     dealt = [item for block in items_of(deal) for item in block]
-    assert sorted(dealt) == [(pair, rank) for pair in range(num_pairs) for rank in range(num_ranks)]
+    everything = [(pair, rank) for pair in range(num_pairs) for rank in range(num_ranks)]
+    assert sorted(dealt) == everything
+    is_item, *in_line = deal.item_in_line(np.arange(deal.num_items + 3))
+    assert is_item.tolist() == [True] * deal.num_items + [False] * 3
+    assert sorted(zip(*(x[is_item].tolist() for x in in_line), strict=True)) == everything
 
 
 @pytest.mark.parametrize("length", [8192, 32768])
