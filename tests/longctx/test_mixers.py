@@ -126,7 +126,7 @@ def test_every_option_reaches_the_layer():
     assert layer.q.kernel.shape == (16, 4, 6) and layer.k.kernel.shape == (16, 2, 6)
     assert layer.mask == config.mask and layer.block_sizes == config.block_sizes
     assert layer.rotary.theta == 77.0 and layer.logits_soft_cap == 5.0 and layer.implementation == "reference"
-    assert not layer.deterministic
+    assert not layer.deterministic_gradients
     assert layer.q_norm.eps == 0.1 and layer.k_norm.eps == 0.1
     assert layer.dtype == jnp.bfloat16 and layer.q.kernel.dtype == jnp.float16
     assert dataclasses.replace(config, rope_theta=None).build(16, rngs=nnx.Rngs(0)).rotary is None
