@@ -317,7 +317,7 @@ def _check_sinks(op: str, sinks, q) -> None:
         )
 
 
-def _checked_dropout(op: str, dropout: Dropout | None, q) -> Dropout | None:
+def _checked_dropout(op: str, dropout: Any, q) -> Dropout | None:
     """The dropout, or None where it drops nothing."""
     if dropout is None:
         return None

@@ -1,5 +1,6 @@
 """Dropout: how its draws are spread, that nothing but tokens and seeds decides them, and what it refuses."""
 
+import functools
 import itertools
 
 import jax
@@ -13,6 +14,7 @@ from pallas_kernels.mask import Causal, Full, SameDocument
 from pallas_kernels.testing import assert_close, packed_tokens
 from pallas_kernels.tokens import TokenAxis
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 RATES = (0.02, 0.1, 0.5)
 LENGTH = 512
 
@@ -22,7 +24,7 @@ def dropout(rate=0.3, batch_size=2, num_heads=4, seed=0):
 
 
 def standardised(rate, tokens=None):
-    """1 where a pair is kept and 0 where not, `[B, N, T, S]`, less the mean and over the deviation that it should have."""
+    """Of each pair whether it is kept, less the mean and over the deviation that this should have, `[B, N, T, S]`."""
     kept = np.asarray(dropout(rate).dense(tokens, LENGTH, LENGTH)) > 0
     return (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
 
@@ -79,15 +81,37 @@ def test_the_words_of_keys_differ_within_a_document():
     assert np.unique(words).size == 2**20
 
 
-def test_the_draws_are_pinned():
+def lowbias32(x, between=0):
+    """Written down once more, in Python's integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = (x + between) * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def is_kept(rate, seed, q_position, q_segment, kv_position, kv_segment):
+    key = lowbias32((lowbias32(kv_segment % 2**32) + kv_position) % 2**32)
+    first, second = (
+        lowbias32((lowbias32((x + lowbias32(q_segment % 2**32)) % 2**32) + q_position) % 2**32)
+        for x in (seed, 2**32 - 1 - seed)
+    )
+    return lowbias32(key ^ first, second) >= rate * 2**32
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_draws_follow_the_formula(rate):
     """A run that goes on with another version goes on with the same draws."""
-    seeds = jnp.asarray([[1, 2**32 - 1]], jnp.uint32)
-    tokens = Tokens(kv_positions=jnp.asarray([[0, 1, 2, 3, 2**31 - 1]], jnp.int32))
-    z = Dropout(rate=0.5, seeds=seeds).dense(tokens, 3, 5)
-    assert (np.asarray(z) > 0).astype(int).tolist() == PINNED
-
-
-PINNED = None
+    seeds = [[1, 2**32 - 1, 12345], [0, 2**31, 7]]
+    q, kv = ([0, 5, 2**31 - 1], [0, 3, -1]), ([0, 1, 2**31 - 1, 9], [3, 0, 0, -1])
+    names = ("q_positions", "q_segment_ids", "kv_positions", "kv_segment_ids")
+    tokens = Tokens(**{name: jnp.asarray([x], jnp.int32) for name, x in zip(names, (*q, *kv), strict=True)})
+    z = Dropout(rate=rate, seeds=jnp.asarray(seeds, jnp.uint32)).dense(tokens, 3, 4)
+    want = [
+        [[[is_kept(rate, seed, *t, *s) for s in zip(*kv, strict=True)] for t in zip(*q, strict=True)] for seed in row]
+        for row in seeds
+    ]
+    np.testing.assert_array_equal(z, np.where(want, np.float32(1 / (1 - rate)), 0))
 
 
 def qkv(length=48, num_heads=4):
@@ -125,22 +149,24 @@ def test_the_order_of_tokens_and_block_sizes_do_not_matter(blocks):
         assert_close(name, got[name], want[name][:, order], "float32")
 
 
+causal = jax.jit(functools.partial(blockwise_attention, mask=Causal()), static_argnames=("return_lse",))
+
+
 def test_a_row_and_a_group_of_heads_alone_draw_what_they_draw_among_others():
     q, k, v, _ = qkv()
-    arguments = {"mask": Causal(), "implementation": "xla"}
-    want = blockwise_attention(q, k, v, dropout=dropout(), **arguments)
+    want = causal(q, k, v, dropout=dropout())
     part = Dropout(rate=0.3, seeds=dropout().seeds[1:, 2:])
-    got = blockwise_attention(q[1:, :, 2:], k[1:, :, 1:], v[1:, :, 1:], dropout=part, **arguments)
+    got = causal(q[1:, :, 2:], k[1:, :, 1:], v[1:, :, 1:], dropout=part)
     np.testing.assert_allclose(got, want[1:, :, 2:], atol=1e-6)
 
 
 def test_lse_is_without_dropout_and_rate_0_is_none():
     q, k, v, _ = qkv()
-    out, lse = blockwise_attention(q, k, v, mask=Causal(), return_lse=True)
-    dropped, same_lse = blockwise_attention(q, k, v, mask=Causal(), dropout=dropout(), return_lse=True)
+    out, lse = causal(q, k, v, return_lse=True)
+    dropped, same_lse = causal(q, k, v, dropout=dropout(), return_lse=True)
     np.testing.assert_array_equal(lse, same_lse)
     assert not np.allclose(out, dropped, atol=0.1)
-    np.testing.assert_array_equal(out, blockwise_attention(q, k, v, mask=Causal(), dropout=dropout(0.0)))
+    np.testing.assert_array_equal(out, causal(q, k, v, dropout=dropout(0.0)))
 
 
 def test_the_mean_over_seeds_is_the_result_without_dropout():

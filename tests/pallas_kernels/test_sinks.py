@@ -1,5 +1,7 @@
 """Learned sinks beside their numbers, which the conformance suite compares: what they start, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from pallas_kernels import (
 from pallas_kernels.mask import Causal
 from pallas_kernels.testing import tracing_for
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
 
 
@@ -36,15 +39,16 @@ def test_sinks_of_minus_infinity_are_none(offset):
         results, vjp = jax.vjp(attend, *operands)
         return *results, *vjp((dout, jnp.ones_like(results[1])))
 
-    *got, dsinks = results(jnp.full(4, -jnp.inf))
-    for x, y in zip(got, results(None), strict=True):
+    *got, dsinks = jax.jit(results)(jnp.full(4, -jnp.inf))
+    for x, y in zip(got, jax.jit(results)(None), strict=True):
         np.testing.assert_array_equal(x, y)
     np.testing.assert_array_equal(dsinks, 0)
 
 
 def test_a_large_sink_takes_everything():
     q, k, v, _ = inputs()
-    out, lse = blockwise_attention_forward(q, k, v, mask=Causal(), sinks=jnp.full(4, 1e4))
+    attend = jax.jit(functools.partial(blockwise_attention_forward, mask=Causal()))
+    out, lse = attend(q, k, v, sinks=jnp.full(4, 1e4))
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, 1e4)
 
@@ -52,10 +56,14 @@ def test_a_large_sink_takes_everything():
 def test_dsinks_have_the_dtype_of_the_sinks_and_are_computed_in_float32():
     q, k, v, dout = inputs("bfloat16")
     sinks = jnp.linspace(-1, 1, 4).astype(jnp.bfloat16)
-    out, vjp = jax.vjp(lambda sinks: blockwise_attention(q, k, v, mask=Causal(), sinks=sinks), sinks)
-    (dsinks,) = vjp(dout)
-    _, lse = blockwise_attention_forward(q, k, v, mask=Causal(), sinks=sinks)
-    want = sinks_gradient(sinks, out, lse, dout, None)
+
+    @jax.jit
+    def both(sinks):
+        out, vjp = jax.vjp(lambda sinks: blockwise_attention(q, k, v, mask=Causal(), sinks=sinks), sinks)
+        _, lse = blockwise_attention_forward(q, k, v, mask=Causal(), sinks=sinks)
+        return *vjp(dout), sinks_gradient(sinks, out, lse, dout, None)
+
+    dsinks, want = both(sinks)
     assert dsinks.dtype == jnp.bfloat16 and want.dtype == jnp.float32
     np.testing.assert_array_equal(dsinks, want.astype(jnp.bfloat16))
 
