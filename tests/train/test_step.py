@@ -122,9 +122,9 @@ def noisy(stand_in):
     return Noisy
 
 
-@pytest.mark.parametrize("changes", [{"mesh": MESH}, {"accumulate_steps": 4}, {"mesh": MESH, "accumulate_steps": 2}])
+@pytest.mark.parametrize("changes", [{"mesh": MESH}, {"mesh": MESH, "accumulate_steps": 2}], ids=str)
 def test_what_is_random_depends_on_the_run_the_step_and_the_row_alone(noisy, make_batch, changes):
-    """Neither the mesh nor how the batch is cut changes it; each step draws anew, and again the same from its state."""
+    """Neither the mesh nor how the batch is cut changes it."""
     one, state = setup(noisy, mesh=MeshConfig(), is_stochastic=True)
     other, other_state = setup(noisy, is_stochastic=True, **{"mesh": MeshConfig()} | changes)
     for _ in range(2):
@@ -133,12 +133,14 @@ def test_what_is_random_depends_on_the_run_the_step_and_the_row_alone(noisy, mak
         close(other_metrics, metrics, rtol=1e-5)
     close(other_state.params, state.params, rtol=1e-4, atol=2e-5)
 
-    run, state = setup(noisy, mesh=MeshConfig(), is_stochastic=True, optimizer=OptimizerConfig(learning_rate=0.0))
+
+def test_each_step_draws_anew(noisy, make_batch):
+    run, state = setup(noisy, mesh=MeshConfig(), is_stochastic=True, optimizer=OptimizerConfig(learning_rate=1e-9))
     drawn = []
     for _ in range(2):
         state, metrics = run(state, make_batch(2))
         drawn.append(float(metrics["loss"]))
-    assert abs(drawn[0] - drawn[1]) > 1e-3, "the parameters stay, so only what is drawn differs"
+    assert abs(drawn[0] - drawn[1]) > 1e-3, "the parameters hardly move, so what is drawn differs"
 
 
 def test_learning_rate_of_the_step_at_hand(stand_in, make_batch):
