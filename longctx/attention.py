@@ -13,7 +13,12 @@ from longctx.norms import RMSNorm
 from longctx.projections import projection
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import constrain
-from pallas_kernels import BlockSizes, Implementation, Mask, Tokens, blockwise_attention
+from pallas_kernels import BlockSizes, Dropout, Implementation, Mask, Tokens, blockwise_attention
+from pallas_kernels.dropout import check_rate
+
+RandomSource = nnx.Rngs | nnx.RngStream | jax.Array
+"""Where a call draws from, as Flax's layers take it: streams, of which it takes `dropout`; a stream; or a typed random
+key. Also a key for each row of the batch, `[B]`: then a row's draws do not depend on what other rows are in it."""
 
 _CAUSAL = masks.causal()
 _ROTARY = RotaryConfig()
@@ -39,6 +44,47 @@ class KVCache(NamedTuple):
         )
 
 
+def key_of(rngs: RandomSource) -> jax.Array:
+    """The next key of a random source.
+
+    Raises: ValueError where it is an array that is no typed key.
+    """
+    if isinstance(rngs, nnx.Rngs):
+        rngs = rngs.dropout
+    if isinstance(rngs, nnx.RngStream):
+        return rngs()
+    if not jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"rngs: got {rngs.dtype}{list(rngs.shape)}, wanted a typed key; make it with jax.random.key")
+    return rngs
+
+
+class AttentionDropout(nnx.Module):
+    """Whether and how much an attention layer drops: a module of its own, for Flax's `train()` and `eval()` to reach.
+
+    Args:
+      rate: The share of attention probabilities that is dropped in training, 0 <= rate < 1.
+      deterministic: As in `flax.nnx.Dropout`: nothing is dropped. `train()` makes it false, `eval()` true.
+    """
+
+    def __init__(self, rate: float, *, deterministic: bool = False):
+        check_rate("dropout_rate", rate)
+        self.rate, self.deterministic = rate, deterministic
+
+    def __call__(self, rngs: RandomSource | None, *, batch_size: int, num_heads: int) -> Dropout | None:
+        """What the op is to drop; None in evaluation.
+
+        Raises: ValueError in training without a random source.
+        """
+        if self.deterministic:
+            return None
+        if rngs is None:
+            raise ValueError(
+                f"rngs: got None in training, wanted a random source for dropout_rate={self.rate}; pass "
+                "rngs=nnx.Rngs(dropout=seed) to the call, or call eval() on the module to drop nothing"
+            )
+        return Dropout.of_key(self.rate, key_of(rngs), batch_size=batch_size, num_heads=num_heads)
+
+
 class Attention(nnx.Module):
     """Multi-head softmax attention with grouped queries.
 
@@ -54,20 +100,26 @@ class Attention(nnx.Module):
       rotary: Rotary position embedding, default theta 10000; None leaves q and k as they are.
       qk_norm: RMSNorm over head_dim on each head of q and k, one gain for all heads.
       logits_soft_cap: Logits become cap * tanh(logits / cap); None leaves them.
+      sinks: Whether each query head has a learned logit that takes part in the softmax and has no value, so that a
+        token may attend to nothing. They start at 0, a softmax with 1 more in its denominator.
+      dropout_rate: The share of attention probabilities that is dropped in training, 0 <= rate < 1. Follows `train()`,
+        which is how a layer starts out, and `eval()`; decoding drops nothing.
       dtype: Compute dtype and dtype of y; x and the kernels are cast to it.
       param_dtype: Dtype of the parameters.
       norm_eps: Epsilon of qk_norm.
       out_init_scale: Multiplies the initial standard deviation of W_o.
       implementation: Passed to `blockwise_attention`; None lets it choose.
       block_sizes: Passed to `blockwise_attention`; None takes its table.
-      deterministic: Whether gradients must come out the same, bit by bit, each time; False may be faster.
+      deterministic: Whether gradients must come out the same, bit by bit, each time; False may be faster. It has
+        nothing to do with the option of that name of Flax's layers, which switches dropout off, as `eval()` does here.
       sharding: Names the axes of your own mesh that attention is split over (inside `jax.set_mesh`); None splits it
         over those of `longctx.make_mesh` where such a mesh is in scope.
       rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
 
     Raises: ValueError where the numbers of heads and dims do not divide.
     Memory: O(B T (N + K) H) for a call, in the backward pass too.
-    Reference: Ainslie et al., GQA, arXiv:2305.13245.
+    Reference: Ainslie et al., GQA, arXiv:2305.13245. Sinks: Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; that they
+      start at 0: Miller 2023, Attention is off by one.
     """
 
     def __init__(
@@ -81,6 +133,8 @@ class Attention(nnx.Module):
         rotary: RotaryConfig | None = _ROTARY,
         qk_norm: bool = False,
         logits_soft_cap: float | None = None,
+        sinks: bool = False,
+        dropout_rate: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         norm_eps: float = 1e-6,
@@ -97,7 +151,8 @@ class Attention(nnx.Module):
         self.dim, self.num_kv_heads, self.head_dim = dim, num_kv_heads, head_dim
         self.mask, self.rotary, self.logits_soft_cap = mask, rotary, logits_soft_cap
         self.dtype, self.implementation, self.block_sizes = jnp.dtype(dtype), implementation, block_sizes
-        self.deterministic, self.sharding = deterministic, sharding
+        # Not called `deterministic`, which Flax's train() and eval() would overwrite.
+        self.deterministic_gradients, self.sharding = deterministic, sharding
 
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
@@ -113,6 +168,8 @@ class Attention(nnx.Module):
         )
         self.q_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), logical_axes=("heads",)) if sinks else None
+        self.dropout = AttentionDropout(dropout_rate) if dropout_rate else None
 
     def __call__(
         self,
@@ -121,6 +178,7 @@ class Attention(nnx.Module):
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "#B T"] | None = None,
         schedule: AnySchedule | None = None,
+        rngs: RandomSource | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends within x.
 
@@ -129,9 +187,11 @@ class Attention(nnx.Module):
           positions: Position of each token, for rotary and for the mask; default 0, 1, 2, ...
           segment_ids: Document of each token, negative for padding; the mask must read them.
           schedule: `sharded_schedule` of this layer's mask and these tokens, where the caller shares it between layers.
+          rngs: What dropout draws from; the layer keeps no random state. None where nothing is dropped.
 
         Returns: y in the layer's dtype; zero where a token may attend to nothing.
-        Raises: ValueError on segment_ids that the mask would ignore, and on an x of another dim.
+        Raises: ValueError on segment_ids that the mask would ignore, on an x of another dim, and where there is
+          something to drop and no rngs.
         """
         if segment_ids is not None and not self.mask.uses_segments:
             raise ValueError(
@@ -142,6 +202,9 @@ class Attention(nnx.Module):
         if positions is None:
             rotary_positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotary_positions)
+        dropout = None
+        if self.dropout is not None:
+            dropout = self.dropout(rngs, batch_size=q_BTNH.shape[0], num_heads=q_BTNH.shape[2])
         attended_BTNH = sharded_attention(
             q_BTNH,
             k_BTKH,
@@ -150,10 +213,12 @@ class Attention(nnx.Module):
             tokens=Tokens.self_attention(positions, segment_ids),
             schedule=schedule,
             sharding=self.sharding,
+            sinks=self._sinks(),
+            dropout=dropout,
             logits_soft_cap=self.logits_soft_cap,
             block_sizes=self.block_sizes,
             implementation=self.implementation,
-            deterministic=self.deterministic,
+            deterministic=self.deterministic_gradients,
         )
         return self.out(constrain(attended_BTNH, "batch", "sequence", "heads", None))
 
@@ -194,11 +259,15 @@ class Attention(nnx.Module):
                 q_segment_ids=jnp.zeros_like(positions),
                 kv_segment_ids=jnp.where(slots < cache.length, 0, -1),
             ),
+            sinks=self._sinks(),
             logits_soft_cap=self.logits_soft_cap,
-            deterministic=self.deterministic,
+            deterministic=self.deterministic_gradients,
         )
         y_BTD = self.out(attended_BTNH)
         return jnp.where(cache.length <= room, y_BTD, jnp.nan), cache
+
+    def _sinks(self) -> jax.Array | None:
+        return None if self.sinks is None else self.sinks[...]
 
     def _project(self, x_BTD, positions):
         if x_BTD.shape[-1] != self.dim:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
+from longctx.attention import RandomSource
 from longctx.context_parallel import AnySchedule
 from longctx.mixers.registry import MixerConfig
 from longctx.mlp import SwiGLU
@@ -55,10 +56,14 @@ class Block(nnx.Module):
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "#B T"] | None = None,
         schedule: AnySchedule | None = None,
+        rngs: RandomSource | None = None,
     ) -> Float[Array, "B T D"]:
-        """One layer; the arguments are the mixer's."""
+        """One layer; the arguments are the mixer's, and rngs only where it is stochastic."""
+        source = {} if rngs is None else {"rngs": rngs}
         with jax.named_scope("mixer"):
-            mixed = self.mixer(self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule)
+            mixed = self.mixer(
+                self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule, **source
+            )
         return self._feed_forward(x_BTD, mixed)
 
     def init_cache(self, batch_size: int, max_length: int) -> Any:

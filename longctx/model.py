@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
 
+from longctx.attention import RandomSource, key_of
 from longctx.block import Block
 from longctx.context_parallel import AnySchedule, sharded_schedule
 from longctx.mixers.registry import MixerConfig
@@ -80,6 +81,11 @@ class ModelConfig:
     def __hash__(self):
         fields = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "mixers")
         return hash((*fields, frozenset(self.mixers.items())))
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a layer draws random numbers in training."""
+        return any(mixer.is_stochastic for mixer in self.mixers.values())
 
     @property
     def num_periods(self) -> int:
@@ -153,6 +159,7 @@ class TransformerLM(nnx.Module):
         *,
         positions: Int32[Array, "#B T"] | None = None,
         segment_ids: Int32[Array, "#B T"] | None = None,
+        rngs: RandomSource | None = None,
     ) -> Float32[Array, "B T V"]:
         """Scores of the token after each token.
 
@@ -160,30 +167,41 @@ class TransformerLM(nnx.Module):
           tokens_BT: Token ids; an id outside the vocabulary gives NaN.
           positions: Position of each token in its document; default 0, 1, 2, ... along the row.
           segment_ids: Document of each token, negative for padding; nothing crosses documents. Default: one a row.
+          rngs: What a config that `is_stochastic` draws from in training, one key for the whole call or one a row; each
+            layer's is that with the number of the layer folded in. None after `eval()`.
 
         Returns: logits, float32.
+        Raises: ValueError in training without rngs, where there is something to draw.
         """
         config, schedules = self.config, self._schedules(tokens_BT.shape, positions, segment_ids)
+        # One for all layers, since a stream could not be advanced inside the scan over them.
+        key = key_of(rngs) if config.is_stochastic and rngs is not None else None
 
-        def layer(block: Block, name: str, x_BTD: jax.Array, *, prevent_cse: bool) -> jax.Array:
-            def run(block, x_BTD):
+        def layer(block: Block, name: str, x_BTD: jax.Array, index, *, prevent_cse: bool) -> jax.Array:
+            def run(block, x_BTD, index):
                 schedule = schedules.get(_schedule_key(config.mixers[name]))
+                draws = key is not None and config.mixers[name].is_stochastic
                 with jax.named_scope(f"layer.{name}"):
-                    return block(x_BTD, positions=positions, segment_ids=segment_ids, schedule=schedule)
+                    return block(
+                        x_BTD, positions=positions, segment_ids=segment_ids, schedule=schedule,
+                        rngs=_folded(key, index) if draws else None,
+                    )  # fmt: skip
 
-            return _rematerialised(run, config.remat, prevent_cse)(block, x_BTD)
+            return _rematerialised(run, config.remat, prevent_cse)(block, x_BTD, index)
 
-        def period(x_BTD, blocks):
-            for block, name in zip(blocks, config.pattern, strict=True):
+        def period(x_BTD, blocks_and_number):
+            blocks, number = blocks_and_number
+            for place, (block, name) in enumerate(zip(blocks, config.pattern, strict=True)):
                 # The scan already keeps XLA from merging the recomputation with the forward pass.
-                x_BTD = layer(block, name, x_BTD, prevent_cse=False)
+                x_BTD = layer(block, name, x_BTD, number * len(config.pattern) + place, prevent_cse=False)
             return x_BTD, None
 
         x_BTD = self._embed(tokens_BT)
         if self.periods:
-            x_BTD, _ = jax.lax.scan(period, x_BTD, tuple(self.periods))
-        for block, name in zip(self.remainder, config.remainder, strict=True):
-            x_BTD = layer(block, name, x_BTD, prevent_cse=True)
+            x_BTD, _ = jax.lax.scan(period, x_BTD, (tuple(self.periods), jnp.arange(config.num_periods)))
+        first = config.num_periods * len(config.pattern)
+        for place, (block, name) in enumerate(zip(self.remainder, config.remainder, strict=True)):
+            x_BTD = layer(block, name, x_BTD, first + place, prevent_cse=True)
         return self._logits(x_BTD)
 
     def init_cache(self, batch_size: int, max_length: int) -> DecodeCache:
@@ -329,6 +347,11 @@ def _stacked_block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
         if isinstance(param, nnx.Param):
             param.set_metadata(logical_axes=("layers", *param.get_metadata("logical_axes")))
     return block
+
+
+def _folded(key: jax.Array, index: jax.typing.ArrayLike) -> jax.Array:
+    """The key, or the key of each row, with the number of a layer folded in."""
+    return jax.random.fold_in(key, index) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, index)
 
 
 def _rematerialised(function: Callable, remat: str, prevent_cse: bool) -> Callable:

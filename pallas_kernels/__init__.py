@@ -9,8 +9,10 @@ from pallas_kernels.blockwise.api import (
     blockwise_attention,
     blockwise_attention_backward,
     blockwise_attention_forward,
+    sinks_gradient,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import SoftmaxCarry, merge_partials
 from pallas_kernels.schedule import Schedule, make_schedule
@@ -20,6 +22,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "PADDING_SEGMENT_ID",
     "BlockSizes",
+    "Dropout",
     "Implementation",
     "Mask",
     "Schedule",
@@ -30,4 +33,5 @@ __all__ = [
     "blockwise_attention_forward",
     "make_schedule",
     "merge_partials",
+    "sinks_gradient",
 ]

@@ -1,7 +1,7 @@
 """The softmax over blocks: its running state, the (out, lse) convention, and the one merge of finished parts.
 
 Convention of every softmax op: lse is the natural-log sum of exponentials of the scaled, masked logits, float32,
-`[B, N, T]`. A row that may attend to nothing has out = 0, lse = -inf and gradient 0.
+`[B, N, T]`. A row that may attend to nothing has out = 0, lse = -inf and gradient 0; with a sink, lse is the sink.
 """
 
 import dataclasses
@@ -49,6 +49,21 @@ class SoftmaxCarry:
             max=jnp.full(rows, -jnp.inf, jnp.float32),
             sum=jnp.zeros(rows, jnp.float32),
             acc=jnp.zeros((batch_size, q_len, num_heads, value_dim), jnp.float32),
+        )
+
+    @classmethod
+    def of_sinks(cls, sinks: Float[Array, " N"], *, batch_size: int, q_len: int, value_dim: int) -> "SoftmaxCarry":
+        """The state before any key where each query head has a sink: a logit that has been seen, with no value.
+
+        Args:
+          sinks: Of each query head; -inf is none.
+        """
+        sinks = sinks.astype(jnp.float32)
+        rows = (batch_size, sinks.shape[0], q_len)
+        return cls(
+            max=jnp.broadcast_to(sinks[:, None], rows),
+            sum=jnp.broadcast_to(jnp.where(sinks == -jnp.inf, 0.0, 1.0)[:, None], rows),
+            acc=jnp.zeros((batch_size, q_len, sinks.shape[0], value_dim), jnp.float32),
         )
 
     def finalize(self, dtype: DTypeLike) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, markdown
 from pallas_kernels.blockwise import api
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Causal, Full, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Chunked, Neighborhood, Strided
 from pallas_kernels.online_softmax import SoftmaxCarry
@@ -67,9 +68,9 @@ FEATURES = {
     "float32": _call(dtype="float32"),
     "gradient through the lse": _call(return_lse=True),
     "logit soft cap": _call(logits_soft_cap=30.0),
-    "attention sinks": _call(sinks=jnp.zeros(4)),
+    "learned sinks": _call(sinks=jnp.zeros(4)),
     "additive bias": _call(bias=jnp.zeros((4, 256, 256))),
-    "attention dropout": _call(dropout=0.1),
+    "attention dropout": _call(dropout=Dropout(rate=0.1, seeds=jnp.zeros((2, 4), jnp.uint32))),
 }
 
 

@@ -20,7 +20,15 @@ def test_the_support_table_tells_refusals_apart():
         *("forward, gradient", "forward"),
         *("forward, gradient", "forward, gradient"),
     ]
-    assert rows["attention dropout"].count(" - ") == 4
+    assert [x.strip() for x in rows["learned sinks"].split("|")[2:-1]] == [
+        *("forward, gradient", "-"),
+        *("forward, gradient", "forward, gradient"),
+    ]
+    assert [x.strip() for x in rows["attention dropout"].split("|")[2:-1]] == [
+        *("-", "-"),
+        *("forward, gradient", "forward, gradient"),
+    ]
+    assert rows["additive bias"].count(" - ") == 4
 
 
 def test_the_layer_example_is_the_script():

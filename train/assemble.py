@@ -69,7 +69,9 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
         graphdef=graphdef,
         optimizer=optimizer,
         abstract=abstract,
-        train_step=make_train_step(graphdef, abstract, optimizer, schedule, config.training, mesh),
+        train_step=make_train_step(
+            graphdef, abstract, optimizer, schedule, config.training, mesh, is_stochastic=model.is_stochastic
+        ),
     )
 
 

@@ -31,7 +31,7 @@ class TrainConfig:
     run_dir: str
     """The folder of the run: checkpoints, metrics, plots and the resolved config are written under it."""
     seed: int = 0
-    """Seeds the weights, the split and the order of the data, and sampling."""
+    """Seeds the weights, the split and the order of the data, dropout and sampling."""
     init_from: str | None = None
     """A run folder whose weights a new run starts from. Optimizer, step and data position start afresh."""
     model: ModelConfig

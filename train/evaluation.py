@@ -32,10 +32,14 @@ class EvaluationConfig:
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Builds the jitted step(params, batch) -> float32 sums of weighted nll (nats), weights and source bytes."""
+    """Builds the jitted step(params, batch) -> float32 sums of weighted nll (nats), weights and source bytes.
+
+    Nothing is dropped in it.
+    """
 
     def step(params, batch):
         model = nnx.merge(graphdef, params)
+        model.eval()
         logits_BTV = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
         sums = cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"])
         return sums.nll_sum, sums.weight_sum, jnp.sum(batch["num_bytes"])

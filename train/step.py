@@ -64,6 +64,8 @@ def make_train_step(
     schedule: Schedule,
     config: TrainingConfig,
     mesh: Mesh | AbstractMesh,
+    *,
+    is_stochastic: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted step; the state passed to it is donated.
 
@@ -79,6 +81,9 @@ def make_train_step(
       schedule: Learning rate by number of updates, for the metrics.
       config: Accumulation, z-loss.
       mesh: Where the batch lies.
+      is_stochastic: Whether the model draws random numbers, for dropout: then its call is given a key for each row,
+        `rngs`, which follows from the state's key, the number of the step and the row. So neither the mesh, nor how
+        the batch is cut, nor a resume changes what is drawn.
     Returns: step(state, batch, stop=None) -> (state, metrics). Metrics are scalars: loss (mean nll in nats a token),
       bits_per_byte, z_loss (when on), grad_norm (before clipping), learning_rate, tokens (total weight),
       finite, skipped_steps, and, where `stop` is given (bool [devices]), stop: whether any of it is true, by which
@@ -89,8 +94,9 @@ def make_train_step(
 
     def loss_sum(params, microbatch):
         model = nnx.merge(graphdef, params)
+        source = {"rngs": microbatch["row_keys"]} if is_stochastic else {}
         logits_BTV = model(
-            microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"]
+            microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"], **source
         )
         with jax.named_scope("loss"):
             sums = cross_entropy(logits_BTV, microbatch["targets"], microbatch["loss_weights"], z_loss=config.z_loss)
@@ -115,6 +121,8 @@ def make_train_step(
         return carry
 
     def step(state: TrainState, batch: Batch, stop: jax.Array | None = None) -> tuple[TrainState, Metrics]:
+        if is_stochastic:
+            batch = {**batch, "row_keys": _row_keys(state, len(batch["tokens"]))}
         (loss, nll, weight), gradients = accumulate(state.params, batch)
         divisor = jnp.where(weight > 0, weight, 1.0)
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
@@ -153,6 +161,12 @@ def make_train_step(
         return new_state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=_compiler_options(mesh))
+
+
+def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
+    """A random key for each row of the step's batch, `[B]`."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    return jax.random.split(key, num_rows)
 
 
 def _compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str]:

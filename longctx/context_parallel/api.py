@@ -18,6 +18,7 @@ from longctx.context_parallel.ring import RingSchedule, ring_backward, ring_forw
 from longctx.sharding import ACTIVATION_AXES, own_mesh_in_scope
 from pallas_kernels import (
     BlockSizes,
+    Dropout,
     Mask,
     Schedule,
     Tokens,
@@ -25,6 +26,7 @@ from pallas_kernels import (
     blockwise_attention_backward,
     blockwise_attention_forward,
     make_schedule,
+    sinks_gradient,
 )
 
 AnySchedule = Schedule | RingSchedule
@@ -105,6 +107,8 @@ def sharded_attention(
     tokens: Tokens,
     schedule: AnySchedule | None = None,
     sharding: AttentionSharding | None = None,
+    sinks: jax.Array | None = None,
+    dropout: Dropout | None = None,
     deterministic: bool = True,
     **options,
 ) -> jax.Array:
@@ -118,17 +122,22 @@ def sharded_attention(
       schedule: From `sharded_schedule` with the same mask, tokens and sharding; None builds it here.
       sharding: The mesh axes to split over; None means those of `longctx.make_mesh` where such a mesh is in scope,
         and otherwise calls the op directly.
+      sinks: `[N]`, global; split as the heads are.
+      dropout: Global; its seeds are split as rows and heads are, and since they are drawn with by positions and segment
+        ids, the result does not depend on the split.
     Returns: out `[B, T, N, V]`, split as q.
     Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads or the lengths;
       NotImplementedError where the heads are split and the mask differs between them.
-    Cost: what the strategy states (ring.py); nothing moves where the sequence is not split. A batch that the batch axes
+    Cost: what the strategy states (ring.py); nothing moves where the sequence is not split, but for the gradient of the
+      sinks, N float32 that are summed over the devices that split rows and tokens. A batch that the batch axes
       do not divide is computed by each of their devices in full.
     """
     split = _Split.of(sharding, q.shape[0])
     if split is None:
         return blockwise_attention(
-            q, k, v, mask=mask, tokens=tokens, schedule=schedule, deterministic=deterministic, **options
-        )
+            q, k, v, mask=mask, tokens=tokens, schedule=schedule, sinks=sinks, dropout=dropout,
+            deterministic=deterministic, **options,
+        )  # fmt: skip
     split.check_heads(mask, k.shape[2])
     if split.ring_size > 1:
         tokens = split.filled(tokens, q.shape[1], k.shape[1])
@@ -143,7 +152,7 @@ def sharded_attention(
                 sharding=sharding,
             )
     call = _Call(split=split, deterministic=deterministic, options=(("mask", mask), *options.items()))
-    return _attention(call, q, k, v, tokens, schedule)
+    return _attention(call, q, k, v, tokens, schedule, sinks, dropout)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,6 +238,14 @@ class _Split:
         """Of every array of a ring's schedule, `[hops, B or 1, ...]`, made of tokens with these positions."""
         return PartitionSpec(None, self._batch_of(positions.shape[0]), self.sequence)
 
+    def sinks_spec(self, sinks: jax.Array | None) -> PartitionSpec | None:
+        """Of `[N]` arrays."""
+        return None if sinks is None else PartitionSpec(self.heads)
+
+    def dropout_spec(self, dropout: Dropout | None) -> Any:
+        """Of its seeds, `[B or 1, N]`."""
+        return jax.tree.map(lambda seeds: PartitionSpec(self._batch_of(seeds.shape[0]), self.heads), dropout)
+
     def schedule_spec(self, schedule: AnySchedule | None) -> Any:
         if isinstance(schedule, RingSchedule):
             return self.hops(schedule.kv_positions[0])
@@ -250,52 +267,67 @@ class _Call:
 # Differentiated here and not inside the shard_map, whose transpose would add a reduction over every axis that its
 # inputs are not split over; and a ring's backward is not the derivative of its hops.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, q, k, v, tokens, schedule):
-    return _attention_fwd(call, q, k, v, tokens, schedule)[0]
+def _attention(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
+    return _attention_fwd(call, q, k, v, tokens, schedule, sinks, dropout)[0]
 
 
-def _attention_fwd(call: _Call, q, k, v, tokens, schedule):
+def _attention_fwd(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
     split, options = call.split, dict(call.options)
 
-    def shard(q, k, v, tokens, schedule):
+    def shard(q, k, v, tokens, schedule, sinks, dropout):
+        extras = {"sinks": sinks, "dropout": dropout}
         if split.sequence:
             with jax.named_scope(HOP_SCOPE):
-                return ring_forward(q, k, v, tokens, schedule, axes=split.sequence, **options)
-        return blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **options)
+                return ring_forward(q, k, v, tokens, schedule, axes=split.sequence, **extras, **options)
+        return blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **extras, **options)
 
     heads = split.heads_spec
     out, lse = jax.shard_map(
         shard,
-        in_specs=(heads, heads, heads, split.rows(tokens), split.schedule_spec(schedule)),
+        in_specs=(
+            *(heads, heads, heads, split.rows(tokens), split.schedule_spec(schedule)),
+            *(split.sinks_spec(sinks), split.dropout_spec(dropout)),
+        ),
         out_specs=(heads, split.lse_spec),
         check_vma=False,  # the op's loops start from constants, which that check would have to be told of
-    )(q, k, v, tokens, schedule)
-    return out, (q, k, v, out, lse, tokens, schedule)
+    )(q, k, v, tokens, schedule, sinks, dropout)
+    return out, (q, k, v, out, lse, tokens, schedule, sinks, dropout)
 
 
 def _attention_bwd(call: _Call, residuals, dout):
-    split, options = call.split, dict(call.options) | {"deterministic": call.deterministic}
+    split = call.split
 
-    def shard(q, k, v, out, lse, dout, tokens, schedule):
+    def shard(q, k, v, out, lse, dout, tokens, schedule, sinks, dropout):
+        options = dict(call.options) | {"deterministic": call.deterministic, "dropout": dropout}
         dlse = jnp.zeros_like(lse)
         if split.sequence:
             with jax.named_scope(HOP_SCOPE):
-                return ring_backward(q, k, v, out, lse, dout, dlse, tokens, schedule, axes=split.sequence, **options)
-        return blockwise_attention_backward(q, k, v, out, lse, dout, dlse, tokens=tokens, schedule=schedule, **options)
+                gradients = ring_backward(
+                    q, k, v, out, lse, dout, dlse, tokens, schedule, axes=split.sequence, **options
+                )
+        else:
+            gradients = blockwise_attention_backward(
+                q, k, v, out, lse, dout, dlse, tokens=tokens, schedule=schedule, **options
+            )
+        if sinks is None:
+            return *gradients, None
+        dsinks = jax.lax.psum(sinks_gradient(sinks, out, lse, dout, None), (*split.batch, *split.sequence))
+        return *gradients, dsinks.astype(sinks.dtype)
 
-    q, k, v, out, lse, tokens, schedule = residuals
+    q, k, v, out, lse, tokens, schedule, sinks, dropout = residuals
     heads = split.heads_spec
-    gradients = jax.shard_map(
+    dq, dk, dv, dsinks = jax.shard_map(
         shard,
         in_specs=(
             *(heads, heads, heads, heads, split.lse_spec, heads),
             split.rows(tokens),
             split.schedule_spec(schedule),
+            *(split.sinks_spec(sinks), split.dropout_spec(dropout)),
         ),
-        out_specs=(heads, heads, heads),
+        out_specs=(heads, heads, heads, split.sinks_spec(sinks)),
         check_vma=False,  # as in the forward
-    )(q, k, v, out, lse, dout, tokens, schedule)
-    return *gradients, None, None
+    )(q, k, v, out, lse, dout, tokens, schedule, sinks, dropout)
+    return dq, dk, dv, None, None, dsinks, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

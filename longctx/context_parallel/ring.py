@@ -93,8 +93,10 @@ def ring_schedule(
     return RingSchedule(hops=hops, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
 
 
-def ring_forward(q, k, v, tokens: Tokens, schedule: RingSchedule, *, axes: tuple[str, ...], **options):
-    """`(out, lse)` of this device's queries over the keys of all devices; per shard."""
+def ring_forward(
+    q, k, v, tokens: Tokens, schedule: RingSchedule, *, axes: tuple[str, ...], sinks: jax.Array | None = None, **options
+):
+    """`(out, lse)` of this device's queries over the keys of all devices, and the sinks if any; per shard."""
     size = jax.lax.axis_size(axes)
     key_dim = k.shape[3]
 
@@ -114,7 +116,11 @@ def ring_forward(q, k, v, tokens: Tokens, schedule: RingSchedule, *, axes: tuple
         next_kv = _to_next(kv, axes)
         return (next_kv, attend(hop, kv, carry)), None
 
-    carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
+    shape = {"batch_size": q.shape[0], "q_len": q.shape[1], "value_dim": v.shape[3]}
+    if sinks is None:
+        carry = SoftmaxCarry.empty(num_heads=q.shape[2], **shape)
+    else:
+        carry = SoftmaxCarry.of_sinks(sinks, **shape)
     kv = jnp.concatenate([k, v], axis=-1)
     (kv, carry), _ = jax.lax.scan(hop_and_pass_on, (kv, carry), jnp.arange(size - 1), unroll=_unroll(size))
     return attend(size - 1, kv, carry).finalize(q.dtype)

@@ -35,6 +35,10 @@ class AttentionConfig(MixerConfig):
     """Whether to normalise each head of the queries and keys (RMSNorm with a learned gain)."""
     logits_soft_cap: float | None = None
     """Attention logits become cap * tanh(logits / cap); null leaves them."""
+    sinks: bool = False
+    """Whether each query head has a learned logit that takes part in the softmax and has no value."""
+    dropout: float = 0.0
+    """The share of attention probabilities that is dropped in training; 0 drops nothing."""
     implementation: Implementation | None = None
     """Implementation of the attention op; null takes the first that serves the call on the platform at hand."""
     block_q: int | None = None
@@ -53,6 +57,8 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"rope_theta: got {self.rope_theta}, wanted null or a number > 1; 10000 is customary")
         if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
             raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}, wanted 0 <= dropout < 1; 0 drops nothing")
         if (self.block_q is None) != (self.block_kv is None):
             missing, given = ("block_kv", "block_q") if self.block_kv is None else ("block_q", "block_kv")
             raise ValueError(f"{missing}: got null although {given} is set, wanted both or neither; set {missing}")
@@ -65,6 +71,10 @@ class AttentionConfig(MixerConfig):
     def mask(self) -> Mask:
         within = masks.causal() if self.window is None else masks.sliding_window(left=self.window - 1)
         return within & masks.documents()
+
+    @property
+    def is_stochastic(self) -> bool:
+        return self.dropout > 0
 
     @property
     def block_sizes(self) -> BlockSizes | None:
@@ -99,6 +109,8 @@ class AttentionConfig(MixerConfig):
             rotary=None if self.rope_theta is None else RotaryConfig(theta=self.rope_theta),
             qk_norm=self.qk_norm,
             logits_soft_cap=self.logits_soft_cap,
+            sinks=self.sinks,
+            dropout_rate=self.dropout,
             dtype=dtype,
             param_dtype=param_dtype,
             norm_eps=norm_eps,

@@ -25,6 +25,7 @@ class MixerConfig(abc.ABC):
         cross documents where segment_ids are given,
       `init_cache(batch_size, max_length) -> cache`, a pytree of arrays, and
       `decode(x_BTD, cache) -> (y_BTD, cache)`.
+    Where the config `is_stochastic`, the call also takes `rngs=None` (`longctx.attention.RandomSource`) to draw from.
     """
 
     kind: ClassVar[str]
@@ -38,6 +39,11 @@ class MixerConfig(abc.ABC):
     def block_sizes(self) -> BlockSizes | None:
         """What else the layer's schedule is built from; None takes the kernel's table."""
         return None
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the layer draws random numbers in training."""
+        return False
 
     @abc.abstractmethod
     def build(

@@ -13,6 +13,7 @@ from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, reference, xla
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import Schedule
@@ -44,17 +45,19 @@ def blockwise_attention(
     schedule: Schedule | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Any = None,
+    sinks: Float[Array, " N"] | None = None,
     bias: Any = None,
-    dropout: Any = None,
+    dropout: Dropout | None = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
-    """Softmax attention computed block by block, in memory linear in T and S; differentiable in q, k and v.
+    """Softmax attention computed block by block, in memory linear in T and S; differentiable in q, k, v and sinks.
 
     out[t] = sum_s softmax_s(scale q[t].k[s]) v[s], over the keys s that the mask lets t attend to
+    with sinks:    out[t] = sum_s exp(S[t, s] - lse[t]) v[s],  lse[t] = log(exp(sink) + sum_s exp(S[t, s]))
+    with dropout:  out[t] = sum_s exp(S[t, s] - lse[t]) Z[t, s] v[s],  Z either 0 or 1 / (1 - rate)
 
     Args:
       q: Queries; N is a multiple of K, and query head n reads kv head n // (N / K).
@@ -66,24 +69,30 @@ def blockwise_attention(
         Build it once and hand it to every layer.
       scale: Multiplies q.k; default H ** -0.5.
       logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
-      sinks, bias, dropout: Reserved; must be None.
+      sinks: A logit for each query head that takes part in the softmax and has no value, any float dtype, computed in
+        float32; -inf is none. Not to be confused with sink tokens, which are a mask (`longctx.masks.sink_tokens`).
+      bias: Reserved; must be None.
+      dropout: Which probabilities to drop: by tokens and seeds, so however the call is cut up. Rate 0 is None.
       block_sizes: Tokens a block holds, and a tile; None leaves it to the implementation, or to the schedule.
       implementation: Which implementation to use; None takes the first of the platform's that serves the call.
       deterministic: Whether the gradients must come out the same, bit by bit, each time; False also allows an
         implementation that adds them up in any order, which may be faster. out and lse always do.
       return_lse: Whether to return lse too.
     Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured. A row that
-      may attend to nothing is out = 0, lse = -inf, gradient 0.
+      may attend to nothing is out = 0, lse = -inf (with sinks, lse = sink), gradient 0.
     Raises: ValueError where the call is wrong; NotImplementedError where the named implementation, or a reserved
       argument, is not there; ExceptionGroup with every reason where no implementation serves the call.
     Memory: O(B T N (H + V)) plus one tile of logits.
-    Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2.
+    Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2. Sinks: Miller 2023, Attention is off by
+      one, of which they are the learned form in Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; what they replace: Xiao
+      et al. 2023, StreamingLLM, arXiv:2309.17453.
     """
-    _refuse_reserved("blockwise_attention", sinks=sinks, bias=bias, dropout=dropout)
-    options = _options(
-        "blockwise_attention", q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic
-    )
-    return _attention(options, implementation, return_lse, q, k, v, tokens, schedule)
+    op = "blockwise_attention"
+    _refuse_bias(op, bias)
+    options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic)
+    _check_sinks(op, sinks, q)
+    dropout = _checked_dropout(op, dropout, q)
+    return _attention(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)
 
 
 def blockwise_attention_forward(
@@ -96,9 +105,9 @@ def blockwise_attention_forward(
     schedule: Schedule | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Any = None,
+    sinks: Float[Array, " N"] | None = None,
     bias: Any = None,
-    dropout: Any = None,
+    dropout: Dropout | None = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     carry: SoftmaxCarry | None = None,
@@ -107,7 +116,7 @@ def blockwise_attention_forward(
     """One forward pass over one set of keys, to be continued: a hop of a ring. Not differentiable by itself.
 
     Args:
-      carry: The running softmax over keys already seen; None starts afresh.
+      carry: The running softmax over keys already seen; None starts afresh. It holds the sinks already.
       return_carry: Whether to return the running softmax, to be continued, instead of the result.
       Others: as `blockwise_attention`.
     Returns: `(out, lse)` over all keys seen, or with return_carry the SoftmaxCarry, float32.
@@ -115,8 +124,15 @@ def blockwise_attention_forward(
     Memory: O(B T N (H + V)) plus one tile of logits.
     """
     op = "blockwise_attention_forward"
-    _refuse_reserved(op, sinks=sinks, bias=bias, dropout=dropout)
+    _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
+    _check_sinks(op, sinks, q)
+    dropout = _checked_dropout(op, dropout, q)
+    if carry is not None and sinks is not None:
+        raise ValueError(
+            f"{op}: got both sinks and carry, wanted at most one: sinks are what a softmax starts from; pass them with "
+            "the first keys only"
+        )
     if carry is not None:
         B, T, N, V = *q.shape[:3], v.shape[3]
         expected = {"max": (B, N, T), "sum": (B, N, T), "acc": (B, T, N, V)}
@@ -130,9 +146,10 @@ def blockwise_attention_forward(
         v,
         tokens=tokens,
         schedule=schedule,
-        carry=carry,
+        carry=_starting_from(sinks, q, v) if carry is None else carry,
         return_carry=return_carry,
         options=options,
+        dropout=dropout,
     )
 
 
@@ -150,9 +167,8 @@ def blockwise_attention_backward(
     schedule: Schedule | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Any = None,
     bias: Any = None,
-    dropout: Any = None,
+    dropout: Dropout | None = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     deterministic: bool = True,
@@ -160,11 +176,13 @@ def blockwise_attention_backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """One backward pass over one set of keys, given the results over all of them: a hop of a ring's backward.
 
-    dS = P (dP - delta + dlse) with P = exp(S - lse), dP = dout v^T, delta = rowsum(dout out)
+    dS = P (dP - delta + dlse) with P = exp(S - lse), dP = dout v^T (times Z with dropout), delta = rowsum(dout out)
+
+    Sinks are in lse, and change nothing else here; `sinks_gradient` has their own gradient.
 
     Args:
       out: The attention's result over all keys.
-      lse: Its log-sum-exp over all keys.
+      lse: Its log-sum-exp over all keys, and the sinks if there are any.
       dout: Cotangent of out.
       dlse: Cotangent of lse; None where nothing depends on lse, which some implementations require.
       accumulate: Running (dq, dk, dv) to add into; None starts from zero.
@@ -174,8 +192,9 @@ def blockwise_attention_backward(
     Memory: O(B T N (H + V)) plus one tile of logits.
     """
     op = "blockwise_attention_backward"
-    _refuse_reserved(op, sinks=sinks, bias=bias, dropout=dropout)
+    _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic)
+    dropout = _checked_dropout(op, dropout, q)
     if accumulate is not None:
         expected = {"dq": q.shape, "dk": k.shape, "dv": v.shape}
         _check_float32(op, "accumulate's {}", dict(zip(expected, accumulate, strict=True)), expected)
@@ -194,15 +213,42 @@ def blockwise_attention_backward(
         schedule=schedule,
         accumulate=accumulate,
         options=options,
+        dropout=dropout,
     )
 
 
+def sinks_gradient(
+    sinks: Float[Array, " N"],
+    out: Float[Array, "B T N V"],
+    lse: Float32[Array, "B N T"],
+    dout: Float[Array, "B T N V"],
+    dlse: Float32[Array, "B N T"] | None,
+) -> Float32[Array, " N"]:
+    """The gradient of sinks, given the results over all keys: what `blockwise_attention_backward` leaves to be done.
+
+    dsinks[n] = sum_{b, t} exp(sinks[n] - lse) (dlse - rowsum(dout out))
+
+    Args:
+      sinks: As `blockwise_attention`.
+      out, lse: The attention's results over all keys and the sinks.
+      dout, dlse: Their cotangents; dlse None is zero.
+    Returns: dsinks, summed over the rows and queries at hand: where those are split over devices, sum it over them too.
+    Cost: O(B T N V) elementwise.
+    """
+    delta = jnp.einsum("btnv,btnv->bnt", out.astype(jnp.float32), dout.astype(jnp.float32))
+    weight = -delta if dlse is None else dlse - delta
+    sinks = sinks.astype(jnp.float32)[:, None]
+    # Without a sink a row may be empty, and -inf - -inf is nan.
+    p = jnp.where(sinks == -jnp.inf, 0.0, jnp.exp(sinks - jnp.where(sinks == -jnp.inf, 0.0, lse)))
+    return jnp.sum(p * weight, axis=(0, 2))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(options: Options, implementation, return_lse: bool, q, k, v, tokens, schedule):
-    return _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule)[0]
+def _attention(options: Options, implementation, return_lse: bool, q, k, v, tokens, schedule, sinks, dropout):
+    return _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)[0]
 
 
-def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule):
+def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout):
     out, lse = dispatch.run(
         "blockwise_attention_forward",
         FORWARD,
@@ -212,15 +258,16 @@ def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedul
         v,
         tokens=tokens,
         schedule=schedule,
-        carry=None,
+        carry=_starting_from(sinks, q, v),
         return_carry=False,
         options=options,
+        dropout=dropout,
     )
-    return (out, lse) if return_lse else out, (q, k, v, out, lse, tokens, schedule)
+    return (out, lse) if return_lse else out, (q, k, v, out, lse, tokens, schedule, sinks, dropout)
 
 
 def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
-    q, k, v, out, lse, tokens, schedule = residuals
+    q, k, v, out, lse, tokens, schedule, sinks, dropout = residuals
     # An lse that was not returned has no cotangent: None says so to implementations that could not take one.
     dout, dlse = cotangents if return_lse else (cotangents, None)
     gradients = dispatch.run(
@@ -238,17 +285,51 @@ def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
         schedule=schedule,
         accumulate=None,
         options=options,
+        dropout=dropout,
     )
-    return *gradients, None, None
+    dsinks = None if sinks is None else sinks_gradient(sinks, out, lse, dout, dlse).astype(sinks.dtype)
+    return *gradients, None, None, dsinks, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _refuse_reserved(op: str, **reserved) -> None:
-    for name, value in reserved.items():
-        if value is not None:
-            raise NotImplementedError(f"{op}: {name} is reserved and not built yet; pass {name}=None")
+def _starting_from(sinks, q, v) -> SoftmaxCarry | None:
+    """The carry that sinks are. So an implementation that takes a carry serves sinks, and knows nothing of them."""
+    if sinks is None:
+        return None
+    return SoftmaxCarry.of_sinks(sinks, batch_size=q.shape[0], q_len=q.shape[1], value_dim=v.shape[3])
+
+
+def _refuse_bias(op: str, bias) -> None:
+    if bias is not None:
+        raise NotImplementedError(f"{op}: bias is reserved and not built yet; pass bias=None")
+
+
+def _check_sinks(op: str, sinks, q) -> None:
+    if sinks is None:
+        return
+    num_heads = q.shape[2]
+    if sinks.shape != (num_heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(
+            f"{op}: sinks is {sinks.dtype}{list(sinks.shape)}, wanted floats of shape [{num_heads}], one for each "
+            "query head"
+        )
+
+
+def _checked_dropout(op: str, dropout: Any, q) -> Dropout | None:
+    """The dropout, or None where it drops nothing."""
+    if dropout is None:
+        return None
+    if not isinstance(dropout, Dropout):
+        raise ValueError(f"{op}: dropout={dropout!r}, wanted None or a Dropout, such as Dropout.of_key(rate, key, ...)")
+    seeds, (batch_size, _, num_heads, _) = dropout.seeds, q.shape
+    if seeds.shape not in ((batch_size, num_heads), (1, num_heads)) or seeds.dtype != jnp.uint32:
+        raise ValueError(
+            f"{op}: dropout.seeds is {seeds.dtype}{list(seeds.shape)}, wanted uint32 [{batch_size} or 1, {num_heads}], "
+            "one for each row and query head; make them with Dropout.of_key"
+        )
+    return dropout if dropout.rate > 0 else None
 
 
 def _options(

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
 from pallas_kernels.testing import packed_tokens
 from pallas_kernels.tokens import Tokens
 
+_SINCE_RECORDED = ("sinks", "dropout_rate")
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Case:
     """One call of the ops.
 
@@ -23,6 +26,8 @@ class Case:
         then data, and out of order.
       all_ways: Whether the conformance suite also calls it without a cotangent of lse, and with its keys in two hops.
       block_sizes: None lets the implementation choose.
+      sinks: Whether each query head has a learned sink; the mask of sink tokens is another thing.
+      dropout_rate: The share of pairs that is dropped.
     """
 
     name: str
@@ -40,6 +45,14 @@ class Case:
     scale: float | None = None
     all_ways: bool = False
     block_sizes: BlockSizes | None = BlockSizes(block_q=16, block_kv=24)
+    sinks: bool = False
+    dropout_rate: float = 0.0
+
+    def __repr__(self) -> str:
+        """All that the case is. Fields that outcomes on record do not know of are left out at their defaults, so that
+        the same case has the same text then and now."""
+        fields = [f for f in dataclasses.fields(self) if f.name not in _SINCE_RECORDED or getattr(self, f.name)]
+        return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
     def tokens(self) -> Tokens | None:
         """The case's tokens, or None for the static path."""
@@ -55,7 +68,7 @@ class Case:
         return jax.tree.map(jnp.asarray, tokens)
 
     def inputs(self, dtype: str, seed: int = 0) -> dict[str, jax.Array]:
-        """q, k, v, and cotangents dout and dlse: normal, rounded to `dtype` (dlse float32)."""
+        """q, k, v, cotangents dout and dlse, and sinks if any: normal, rounded to `dtype` (dlse and sinks float32)."""
         B, T, S = self.batch_size, self.q_len, self.kv_len or self.q_len
         V = self.value_dim or self.head_dim
         shapes = {
@@ -65,18 +78,28 @@ class Case:
             "dout": (B, T, self.num_heads, V),
             "dlse": (B, self.num_heads, T),
         }
+        if self.sinks:
+            shapes["sinks"] = (self.num_heads,)
         # NumPy's, since JAX would compile a program for each shape.
         normal = np.random.default_rng(seed).standard_normal
-        dtypes = dict.fromkeys(shapes, jnp.dtype(dtype)) | {"dlse": jnp.dtype("float32")}
+        dtypes = dict.fromkeys(shapes, jnp.dtype(dtype)) | dict.fromkeys(("dlse", "sinks"), jnp.dtype("float32"))
         return {name: jnp.asarray(normal(shape, np.float32).astype(dtypes[name])) for name, shape in shapes.items()}
 
+    def dropout(self) -> Dropout | None:
+        """The case's dropout, or None where nothing is dropped."""
+        if not self.dropout_rate:
+            return None
+        seeds = np.random.default_rng(1).integers(2**32, size=(self.batch_size, self.num_heads), dtype=np.uint32)
+        return Dropout(rate=self.dropout_rate, seeds=jnp.asarray(seeds))
+
     def arguments(self) -> dict:
-        """The keyword arguments of the ops."""
+        """The keyword arguments of the ops, but for sinks, which are an input: they have a gradient."""
         return {
             "mask": self.mask,
             "tokens": self.tokens(),
             "scale": self.scale,
             "logits_soft_cap": self.logits_soft_cap,
+            "dropout": self.dropout(),
             "block_sizes": self.block_sizes,
         }
 
@@ -132,6 +155,13 @@ CASES = (
     Case(name="predicate", mask=Causal() & ~Predicate(_remainders_agree), q_len=50),
     Case(name="per_head_gqa", mask=Causal() & PerHead((Window(left=9), Full(), Strided(2))), q_len=50, num_heads=6,
          num_kv_heads=2),
+    Case(name="learned_sinks_gqa_documents", mask=Causal() & SameDocument(), q_len=70, num_heads=6, num_kv_heads=2,
+         documents=_PACKED, sinks=True),
+    Case(name="learned_sinks_empty_rows", mask=Causal(offset=-20), q_len=64, sinks=True),
+    Case(name="dropout_gqa_documents", mask=Causal() & SameDocument(), q_len=70, num_heads=6, num_kv_heads=2,
+         documents=_PACKED, dropout_rate=0.3),
+    Case(name="dropout_learned_sinks_soft_cap", mask=Causal(offset=-5), q_len=37, num_heads=4, dropout_rate=0.2,
+         sinks=True, logits_soft_cap=2.0, all_ways=True),
 )  # fmt: skip
 
 
@@ -195,4 +225,14 @@ KERNEL_CASES = (
     _kernel_case("predicate", Causal() & ~Predicate(_remainders_agree), 300, head_dim=128),
     _kernel_case("per_head_gqa", Causal() & PerHead((Window(left=99), Full(), Strided(2))), 300, num_heads=6,
                  num_kv_heads=2),
+    _kernel_case("learned_sinks_gqa", Causal(), 300, num_heads=6, num_kv_heads=2, sinks=True, all_ways=True),
+    _kernel_case("learned_sinks_gqa", Causal(), 384, head_dim=128, num_heads=4, sinks=True, all_ways=True),
+    _kernel_case("learned_sinks_documents", Causal() & SameDocument(), 512, documents=_LONG_PACKED, sinks=True),
+    _kernel_case("learned_sinks_documents", Causal() & SameDocument(), 512, head_dim=128, documents=_LONG_PACKED,
+                 sinks=True),
+    _kernel_case("learned_sinks_empty_rows", Causal(offset=-200), 512, sinks=True, all_ways=True),
+    _kernel_case("learned_sinks_all_empty", Causal(offset=-256), 256, head_dim=128, sinks=True),
+    _kernel_case("dropout_documents_gqa", Causal() & SameDocument(), 512, num_heads=4, documents=_LONG_PACKED,
+                 dropout_rate=0.1, all_ways=True),
+    _kernel_case("dropout", Causal(), 384, head_dim=128, dropout_rate=0.5),
 )  # fmt: skip

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import And, Causal, Full, Mask, SameDocument, Window
 from pallas_kernels.tokens import Tokens
 
@@ -28,24 +29,26 @@ MIN_LENGTH = 64
 MAX_ELEMENTS = 2**31
 
 
-def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options):
+def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
     """`blockwise_attention_forward` by cuDNN; needs no schedule."""
     del schedule
     if carry is not None or return_carry:
-        _refuse("it takes and returns no running softmax (carry, return_carry)")
-    settings = _settings(q, k, v, tokens, options)
+        _refuse("it takes and returns no running softmax (carry, return_carry, sinks)")
+    settings = _settings(q, k, v, tokens, dropout, options)
     out, lse = _call("_dot_product_attention_fwd", query=q, key=k, value=v, **_unused(q), **settings)
     return out, lse
 
 
-def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options):
+def backward(
+    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
+):
     """`blockwise_attention_backward` by cuDNN; needs no schedule."""
     del schedule
     if dlse is not None:
         _refuse("its gradient leaves out the cotangent of lse (dlse); it serves dlse=None, which means zero")
     if accumulate is not None:
         _refuse("it adds into no running gradients (accumulate)")
-    settings = _settings(q, k, v, tokens, options)
+    settings = _settings(q, k, v, tokens, dropout, options)
     if options.deterministic:
         _refuse("its dq is added up in no fixed order (deterministic=True); pass deterministic=False to allow that")
     # The backward's residuals are the forward's operands and results.
@@ -57,7 +60,7 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
     return dq, dk, dv
 
 
-def _settings(q, k, v, tokens: Tokens | None, options: Options) -> dict[str, Any]:
+def _settings(q, k, v, tokens: Tokens | None, dropout: Dropout | None, options: Options) -> dict[str, Any]:
     """The static arguments of JAX's functions for a call that cuDNN serves.
 
     Raises: NotImplementedError with the reason where it does not.
@@ -68,6 +71,8 @@ def _settings(q, k, v, tokens: Tokens | None, options: Options) -> dict[str, Any
         _refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
     if options.logits_soft_cap is not None:
         _refuse("it has no soft cap of logits")
+    if dropout is not None:
+        _refuse("it draws dropout by where a pair lies in the arrays, not by its tokens (dropout)")
     head_dim, value_dim = q.shape[3], v.shape[3]
     if value_dim != head_dim:
         _refuse(f"values have head dim {value_dim} and keys {head_dim}, it takes one head dim")

@@ -22,6 +22,7 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kern
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Full, Mask
 from pallas_kernels.mosaic_gpu import elementwise, num_hopper_cores
 from pallas_kernels.online_softmax import SoftmaxCarry
@@ -33,11 +34,11 @@ HEAD_DIMS = (64, 128)
 
 
 def forward(
-    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, interpret=None
+    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None, interpret=None
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = _num_cores(interpret, 4)
-    _check_call(q, v, options)
+    _check_call(q, v, dropout, options)
     tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
     sizes = _block_sizes(q.shape[3], tokens, options)
@@ -74,12 +75,25 @@ def forward(
 
 
 def backward(
-    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, interpret=None
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    tokens,
+    schedule,
+    accumulate,
+    options: Options,
+    dropout: Dropout | None = None,
+    interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     # By one block of threads where it is interpreted: more would have to take turns there too.
     num_cores = _num_cores(interpret, 1)
-    _check_call(q, v, options)
+    _check_call(q, v, dropout, options)
     tokens = tokens or Tokens()
     q_len, kv_len, head_dim = q.shape[1], k.shape[1], q.shape[3]
     sizes = _block_sizes("schedule", tokens, options)
@@ -153,7 +167,7 @@ def _num_cores(interpret, num_interpreted: int) -> int:
     return num_cores
 
 
-def _check_call(q, v, options: Options) -> None:
+def _check_call(q, v, dropout: Dropout | None, options: Options) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         _refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
@@ -163,6 +177,8 @@ def _check_call(q, v, options: Options) -> None:
         _refuse(f"values have head dim {v.shape[3]} and keys {q.shape[3]}, it takes one head dim")
     if options.logits_soft_cap is not None:
         _refuse("it has no soft cap of logits")
+    if dropout is not None:
+        _refuse("it has no dropout")
     if not options.scale > 0:
         _refuse(f"scale={options.scale}, it takes positive ones")
     if options.mask.head_groups > 1:

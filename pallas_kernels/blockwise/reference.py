@@ -3,8 +3,11 @@
   S = scale q k^T;  S = cap tanh(S / cap) if capped;  S = -inf where the mask forbids
   lse = log sum_s exp(S);  P = exp(S - lse);  out = P v
   dV = P^T dO;  dS = P (dO v^T - rowsum(dO out) + dlse);  dQ = scale dS k;  dK = scale dS^T q
+  with dropout:  out = (P Z) v;  dV = (P Z)^T dO;  dS = P ((dO v^T) Z - rowsum(dO out) + dlse)
+  with sinks, one for each query head:  lse = log(exp(sink) + sum_s exp(S))
 
-Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, section 3.1; the dlse term follows from d lse / d S = P.
+Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, section 3.1; the dlse term follows from d lse / d S = P,
+and the rowsum with dropout from out being (P Z) v. Sinks: Agarwal et al. 2025, gpt-oss, arXiv:2508.10925.
 """
 
 import functools
@@ -13,13 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
 
 # GPUs and TPUs would otherwise multiply float32 in TF32 and bfloat16.
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options):
+def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
     """The reference of `blockwise_attention_forward`; needs no schedule."""
     del schedule
     s, _ = _logits(q, k, tokens, options)
@@ -28,7 +32,7 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
         row_max = jnp.maximum(row_max, carry.max)
     p = jnp.exp(s - finite_max(row_max)[..., None])
     row_sum = jnp.sum(p, axis=-1)
-    acc = einsum("BNTS,BSNV->BTNV", p, _per_query_head(v, q))
+    acc = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), _per_query_head(v, q))
     if carry is not None:
         rescale = jnp.exp(carry.max - finite_max(row_max))
         row_sum += rescale * carry.sum
@@ -37,7 +41,22 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
     return result if return_carry else result.finalize(q.dtype)
 
 
-def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options):
+def forward_with_sinks(q, k, v, sinks, *, tokens, options: Options, dropout: Dropout | None = None):
+    """`(out, lse)` by one softmax over the logits and a column of sinks, whose probability meets no value.
+
+    `forward` knows sinks only as a carry to start from; this is what that is held to.
+    """
+    s, _ = _logits(q, k, tokens, options)
+    column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (*s.shape[:3], 1))
+    s = jnp.concatenate([s, column], axis=-1)
+    p = jax.nn.softmax(s, axis=-1)[..., :-1]
+    out = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), _per_query_head(v, q))
+    return out.astype(q.dtype), jax.nn.logsumexp(s, axis=-1)
+
+
+def backward(
+    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
+):
     """The reference of `blockwise_attention_backward`; needs no schedule."""
     del schedule
     s, cap_slope = _logits(q, k, tokens, options)
@@ -46,11 +65,11 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
     if dlse is not None:
         delta -= dlse
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
-    dp = einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q))
+    dp = _dropped(einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q)), tokens, dropout)
     ds = options.scale * cap_slope * p * (dp - delta[..., None])
     dq = einsum("BNTS,BSNH->BTNH", ds, _per_query_head(k, q))
     dk = _per_kv_head(einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
-    dv = _per_kv_head(einsum("BNTS,BTNV->BSNV", p, dout), v)
+    dv = _per_kv_head(einsum("BNTS,BTNV->BSNV", _dropped(p, tokens, dropout), dout), v)
     if accumulate is not None:
         return tuple(a + g for a, g in zip(accumulate, (dq, dk, dv), strict=True))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
@@ -65,6 +84,11 @@ def _logits(q, k, tokens, options: Options) -> tuple[jax.Array, jax.Array]:
         s, slope = options.logits_soft_cap * squashed, 1 - squashed**2
     allowed = options.mask.dense(tokens, q.shape[1], k.shape[1], num_heads=q.shape[2])
     return jnp.where(allowed, s, MASK_VALUE), slope
+
+
+def _dropped(x_BNTS, tokens, dropout: Dropout | None):
+    """x Z."""
+    return x_BNTS if dropout is None else x_BNTS * dropout.dense(tokens, *x_BNTS.shape[2:])
 
 
 def _per_query_head(x_BSKH, q):

@@ -23,7 +23,7 @@ _FORWARD, _BACKWARD = "blockwise_attention_forward", "blockwise_attention_backwa
 
 
 def truth(case: Case) -> Callable[[dict], dict]:
-    """out, lse, dq, dk and dv of float32 inputs, the gradients by differentiating the reference's forward."""
+    """out, lse and every gradient of float32 inputs, by differentiating the reference's forward."""
     options = Options(
         mask=case.mask,
         scale=case.scale or case.head_dim**-0.5,
@@ -31,22 +31,35 @@ def truth(case: Case) -> Callable[[dict], dict]:
         block_sizes=None,
         deterministic=True,
     )
+    call = {"tokens": case.tokens(), "dropout": case.dropout(), "options": options}
 
-    def attend(q, k, v):
-        return reference.forward(
-            q, k, v, tokens=case.tokens(), schedule=None, carry=None, return_carry=False, options=options
-        )
+    def attend(q, k, v, sinks=None):
+        if sinks is not None:
+            return reference.forward_with_sinks(q, k, v, sinks, **call)
+        return reference.forward(q, k, v, schedule=None, carry=None, return_carry=False, **call)
 
-    return _with_gradients(attend)
+    return _with_gradients(case, attend)
+
+
+def operands(case: Case, inputs: dict) -> tuple[jax.Array, ...]:
+    """What the op is differentiated in: q, k, v, and sinks where the case has them."""
+    return tuple(inputs[name] for name in ("q", "k", "v", "sinks")[: 4 if case.sinks else 3])
+
+
+def named(gradients: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+    """The gradients of `operands` by name."""
+    return dict(zip((*GRADIENTS, "dsinks")[: len(gradients)], gradients, strict=True))
 
 
 def _gradient_of_out_and_lse(case: Case, implementation: str | None) -> Callable[[dict], dict]:
     """Every result of the differentiable op, with cotangents of out and lse."""
 
-    def attend(q, k, v):
-        return api.blockwise_attention(q, k, v, implementation=implementation, return_lse=True, **case.arguments())
+    def attend(q, k, v, sinks=None):
+        return api.blockwise_attention(
+            q, k, v, sinks=sinks, implementation=implementation, return_lse=True, **case.arguments()
+        )
 
-    return _with_gradients(attend)
+    return _with_gradients(case, attend)
 
 
 def _gradient_of_out(case: Case, implementation: str | None, *, deterministic: bool = True) -> Callable[[dict], dict]:
@@ -54,13 +67,13 @@ def _gradient_of_out(case: Case, implementation: str | None, *, deterministic: b
     forward = _forward(case, implementation)
 
     def run(inputs):
-        def attend(q, k, v):
+        def attend(q, k, v, sinks=None):
             return api.blockwise_attention(
-                q, k, v, implementation=implementation, deterministic=deterministic, **case.arguments()
+                q, k, v, sinks=sinks, implementation=implementation, deterministic=deterministic, **case.arguments()
             )
 
-        out, vjp = jax.vjp(attend, *(inputs[name] for name in "qkv"))
-        return forward(inputs) | {"out": out} | dict(zip(GRADIENTS, vjp(inputs["dout"]), strict=True))
+        out, vjp = jax.vjp(attend, *operands(case, inputs))
+        return forward(inputs) | {"out": out} | named(vjp(inputs["dout"]))
 
     return run
 
@@ -69,8 +82,8 @@ def _forward(case: Case, implementation: str | None) -> Callable[[dict], dict]:
     """out and lse alone."""
 
     def run(inputs):
-        qkv = (inputs[name] for name in "qkv")
-        out, lse = api.blockwise_attention_forward(*qkv, implementation=implementation, **case.arguments())
+        arguments = case.arguments() | {"implementation": implementation, "sinks": inputs.get("sinks")}
+        out, lse = api.blockwise_attention_forward(*(inputs[name] for name in "qkv"), **arguments)
         return {"out": out, "lse": lse}
 
     return run
@@ -82,7 +95,7 @@ def _forward_hops(case: Case, implementation: str | None) -> Callable[[dict], di
     tokens = arguments.pop("tokens")
 
     def run(inputs):
-        out, lse = _hop_by_hop(inputs["q"], _hops_of(inputs, tokens), arguments)
+        out, lse = _hop_by_hop(inputs, _hops_of(inputs, tokens), arguments)
         return {"out": out, "lse": lse}
 
     return run
@@ -95,11 +108,12 @@ def _hops_of(inputs: dict, tokens: Tokens | None) -> list[tuple]:
     return [(inputs["k"][:, part], inputs["v"][:, part], keys_of(tokens, part, q_len, kv_len)) for part in parts]
 
 
-def _hop_by_hop(q, hops: list[tuple], arguments: dict) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) over all hops, by a carry that goes from the first to the last."""
-    carry = None
+def _hop_by_hop(inputs: dict, hops: list[tuple], arguments: dict) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) over all hops, by a carry that goes from the first, which takes the sinks, to the last."""
+    q, start = inputs["q"], {"sinks": inputs.get("sinks")}
     for k, v, tokens in hops:
-        carry = api.blockwise_attention_forward(q, k, v, tokens=tokens, carry=carry, return_carry=True, **arguments)
+        carry = api.blockwise_attention_forward(q, k, v, tokens=tokens, return_carry=True, **start, **arguments)
+        start = {"carry": carry}
     return carry.finalize(q.dtype)
 
 
@@ -111,7 +125,7 @@ def _hops(case: Case, implementation: str | None) -> Callable[[dict], dict]:
     def run(inputs):
         q, dout, dlse = (inputs[name] for name in ("q", "dout", "dlse"))
         hops = _hops_of(inputs, tokens)
-        out, lse = _hop_by_hop(q, hops, arguments)
+        out, lse = _hop_by_hop(inputs, hops, arguments)
         dq, gradients_kv = jnp.zeros(q.shape, jnp.float32), []
         for k_part, v_part, tokens_part in hops:
             running = dq, *(jnp.full(x.shape, _RUNNING, jnp.float32) for x in (k_part, v_part))
@@ -120,7 +134,10 @@ def _hops(case: Case, implementation: str | None) -> Callable[[dict], dict]:
             )
             gradients_kv.append((dk - _RUNNING, dv - _RUNNING))
         dk, dv = (jnp.concatenate(x, axis=1) for x in zip(*gradients_kv, strict=True))
-        return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        gradients = dq, dk, dv
+        if case.sinks:
+            gradients += (api.sinks_gradient(inputs["sinks"], out, lse, dout, dlse),)
+        return {"out": out, "lse": lse} | named(gradients)
 
     return run
 
@@ -137,11 +154,10 @@ def keys_of(tokens: Tokens | None, part: slice, q_len: int, kv_len: int) -> Toke
     )
 
 
-def _with_gradients(attend: Callable) -> Callable[[dict], dict]:
+def _with_gradients(case: Case, attend: Callable) -> Callable[[dict], dict]:
     def run(inputs):
-        (out, lse), vjp = jax.vjp(attend, *(inputs[name] for name in "qkv"))
-        gradients = vjp((inputs["dout"], inputs["dlse"]))
-        return {"out": out, "lse": lse} | dict(zip(GRADIENTS, gradients, strict=True))
+        (out, lse), vjp = jax.vjp(attend, *operands(case, inputs))
+        return {"out": out, "lse": lse} | named(vjp((inputs["dout"], inputs["dlse"])))
 
     return run
 
@@ -178,6 +194,7 @@ _NOT_ON_HOPPER = {
     *("soft_cap_D64", "soft_cap_empty_rows_gqa_D128"),
     "table_of_64_D64",  # its blocks are smaller than the kernel's, whose pair test reads no table
     "per_head_gqa_D64",
+    *(case.name for case in KERNEL_CASES if case.dropout_rate),
 }
 
 # An implementation that api.py has and this has not fails the suite.

@@ -3,7 +3,7 @@
 One tile of logits lives at a time. Blocks of queries are walked in order, and for each the blocks of keys that its
 schedule names, so work is proportional to the blocks visited. Query heads stay grouped by the kv head they share;
 K and V are never expanded. The backward recomputes a tile from lse and adds into dq, dk and dv in one walk: five
-matmuls a tile.
+matmuls a tile. Dropout is drawn anew for each tile, in both passes.
 
 Reference: Rabe and Staats 2021, Self-attention does not need O(n^2) memory, arXiv:2112.05682; Dao 2023,
 FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2.
@@ -20,15 +20,16 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.block_sizes import XLA_TILES
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.dropout import Dropout, key_words
 from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
 from pallas_kernels.schedule import Schedule, make_schedule, merged_walk
 from pallas_kernels.tokens import TokenAxis, Tokens
 
 
-def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options):
+def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
     """`blockwise_attention_forward` on any platform."""
     schedule = _schedule(q, k, tokens, schedule, options)
-    tiles = _Tiles(q, k, tokens, schedule, options)
+    tiles = _Tiles(q, k, tokens, schedule, options, dropout)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
     if carry is None:
         carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
@@ -36,6 +37,7 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
 
     def one_q_block(xs):
         i, q_i, state = xs
+        dropped = tiles.dropping(i)
 
         def visit(j, state):
             row_max, row_sum, acc = state
@@ -43,7 +45,7 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
             new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
             p = jnp.exp(s - finite_max(new_max)[..., None])
             rescale = jnp.exp(row_max - finite_max(new_max))
-            pv = tiles.matmul("bkgqs,bksv->bkgqv", p.astype(v.dtype), v_blocks[j])
+            pv = tiles.matmul("bkgqs,bksv->bkgqv", dropped(j, p).astype(v.dtype), v_blocks[j])
             return new_max, rescale * row_sum + jnp.sum(p, axis=-1), rescale[..., None] * acc + pv
 
         return tiles.walk(i, visit, state)
@@ -54,10 +56,12 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options)
     return result if return_carry else result.finalize(q.dtype)
 
 
-def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options):
+def backward(
+    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
+):
     """`blockwise_attention_backward` on any platform."""
     schedule = _schedule(q, k, tokens, schedule, options)
-    tiles = _Tiles(q, k, tokens, schedule, options)
+    tiles = _Tiles(q, k, tokens, schedule, options, dropout)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
     if dlse is not None:
@@ -73,19 +77,20 @@ def backward(q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, opt
         i, q_i, dout_i, lse_i, delta_i, dq_i = xs
         # Rows that may attend to nothing, missing rows of a ragged block among them: exp(-inf - inf) = 0.
         lse_i = jnp.where(lse_i == -jnp.inf, jnp.inf, lse_i)
+        dropped = tiles.dropping(i)
 
         def visit(j, state):
             dq_i, dk, dv = state
             s, cap_slope = tiles.logits(i, j, q_i, k_blocks[j])
             p = jnp.exp(s - lse_i[..., None])
-            dp = tiles.matmul("bkgqv,bksv->bkgqs", dout_i, v_blocks[j])
+            dp = dropped(j, tiles.matmul("bkgqv,bksv->bkgqs", dout_i, v_blocks[j]))
             ds = p * (dp - delta_i[..., None]) * options.scale
             if cap_slope is not None:
                 ds *= cap_slope
             ds = ds.astype(q.dtype)
             dq_i += tiles.matmul("bkgqs,bksh->bkgqh", ds, k_blocks[j])
             dk = dk.at[j].add(tiles.matmul("bkgqs,bkgqh->bksh", ds, q_i))
-            dv = dv.at[j].add(tiles.matmul("bkgqs,bkgqv->bksv", p.astype(dout.dtype), dout_i))
+            dv = dv.at[j].add(tiles.matmul("bkgqs,bkgqv->bksv", dropped(j, p).astype(dout.dtype), dout_i))
             return dq_i, dk, dv
 
         dq_i, *dk_dv = tiles.walk(i, visit, (dq_i, *dk_dv))
@@ -129,9 +134,9 @@ def _merges(schedule: Schedule, options: Options) -> dict[str, int]:
 class _Tiles:
     """The blocks of one call: how arrays split into them, which are visited, and the logits of a tile."""
 
-    def __init__(self, q, k, tokens: Tokens | None, schedule: Schedule, options: Options):
+    def __init__(self, q, k, tokens: Tokens | None, schedule: Schedule, options: Options, dropout: Dropout | None):
         tokens = tokens or Tokens()
-        self.options = options
+        self.options, self.dropout = options, dropout
         self.q_len, self.kv_len = q.shape[1], k.shape[1]
         self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
         tiles, self.start, self.stop = merged_walk(schedule, **_merges(schedule, options))
@@ -173,6 +178,19 @@ class _Tiles:
             allowed &= j * self.block_kv + jnp.arange(self.block_kv) < self.kv_len
         b, n, *tile = allowed.shape
         return allowed.reshape(b, *((self.num_kv_heads, -1) if n > 1 else (1, 1)), *tile)
+
+    def dropping(self, i) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """A function of j and of a tile x of queries i and keys j, `[b, k, g, q, s]`, that returns x Z."""
+        if self.dropout is None:
+            return lambda j, x: x
+        query_words = self.dropout.query_words(TokenAxis(*(x[i] for x in self.q_tokens)))
+        query_words = tuple(x.reshape(x.shape[0], self.num_kv_heads, -1, self.block_q, 1) for x in query_words)
+
+        def dropped(j, x):
+            kv_words = key_words(TokenAxis(*(x[j] for x in self.kv_tokens)))
+            return x * self.dropout.multipliers(query_words, kv_words[:, None, None, None, :])
+
+        return dropped
 
     def split_q(self, x_BTNH) -> jax.Array:
         """`[B, T, N, H]` to `[n, b, k, g, q, h]`, zero-padded."""

@@ -18,6 +18,7 @@ VARIANTS = {
     "grouped": dict(num_heads=4, num_kv_heads=2, head_dim=6),
     "one kv head, no rotary": dict(num_heads=4, num_kv_heads=1, rotary=None),
     "qk-norm, soft cap, window": dict(num_heads=2, qk_norm=True, logits_soft_cap=2.0, mask=WINDOW),
+    "sinks": dict(num_heads=4, num_kv_heads=2, sinks=True, mask=WINDOW),
     "theta": dict(num_heads=2, rotary=RotaryConfig(theta=50.0), block_sizes=BlockSizes(block_q=4, block_kv=4)),
 }
 
@@ -32,6 +33,8 @@ def _build(kwargs):
     for norm in (layer.q_norm, layer.k_norm):
         if norm is not None:
             norm.scale[...] = 1 + jax.random.normal(jax.random.key(9), norm.scale.shape, norm.scale.dtype)
+    if layer.sinks is not None:
+        layer.sinks[...] = jax.random.normal(jax.random.key(8), layer.sinks.shape, layer.sinks.dtype)
     return layer
 
 
@@ -55,7 +58,11 @@ def textbook(layer, x, positions, segment_ids, *, num_heads, **_):
     if layer.logits_soft_cap is not None:
         logits = layer.logits_soft_cap * jnp.tanh(logits / layer.logits_soft_cap)
     allowed = layer.mask.dense(Tokens.self_attention(positions, segment_ids), LENGTH, LENGTH)
-    weights = jax.nn.softmax(jnp.where(allowed[:, None], logits, -1e30), axis=-1)
+    logits = jnp.where(allowed[:, None], logits, -1e30)
+    if layer.sinks is not None:
+        column = jnp.broadcast_to(layer.sinks[...][:, None, None], (*logits.shape[:3], 1))
+        logits = jnp.concatenate([logits, column], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :LENGTH]
     return jnp.einsum("bnts,bsnh,nhd->btd", weights, v, layer.out.kernel[...])
 
 
@@ -111,6 +118,64 @@ def test_compute_and_parameter_dtypes_are_explicit():
     assert {param.dtype for param in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype("float16")}
     assert jax.eval_shape(layer, inputs()).dtype == jnp.bfloat16
     assert layer.init_cache(1, 4).k.dtype == jnp.bfloat16
+
+
+def test_sinks_start_at_zero_and_are_one_for_each_query_head():
+    layer = Attention(DIM, num_heads=4, num_kv_heads=2, sinks=True, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert layer.sinks.dtype == jnp.bfloat16 and layer.sinks.get_metadata("logical_axes") == ("heads",)
+    np.testing.assert_array_equal(layer.sinks[...], np.zeros(4))
+    assert Attention(DIM, num_heads=4, rngs=nnx.Rngs(0)).sinks is None
+
+
+def dropping(**kwargs):
+    return build(num_heads=2, dropout_rate=0.5, **kwargs)
+
+
+def test_dropout_in_training_and_none_in_evaluation_and_decoding():
+    layer, plain, x = dropping(), build(num_heads=2), inputs()
+    wanted = call(plain, x)
+    dropped = call(layer, x, rngs=jax.random.key(0))
+    assert not np.allclose(dropped, wanted, atol=0.05)
+    np.testing.assert_array_equal(call(layer, x, rngs=jax.random.key(0)), dropped)
+    assert not np.allclose(call(layer, x, rngs=jax.random.key(1)), dropped, atol=0.05)
+    np.testing.assert_allclose(decode(layer, x, layer.init_cache(2, LENGTH))[0], wanted, atol=1e-5)
+    layer.eval()
+    np.testing.assert_array_equal(call(layer, x), wanted)
+    layer.train()
+    np.testing.assert_array_equal(call(layer, x, rngs=jax.random.key(0)), dropped)
+
+
+def test_dropout_takes_streams_a_key_and_keys_for_rows():
+    layer, x = dropping(), inputs()
+    rngs = nnx.Rngs(dropout=3)
+    key = nnx.Rngs(dropout=3).dropout()
+    first = layer(x, rngs=rngs)
+    np.testing.assert_array_equal(first, layer(x, rngs=key))
+    np.testing.assert_array_equal(first, layer(x, rngs=nnx.Rngs(dropout=3).dropout))
+    assert not np.allclose(first, layer(x, rngs=rngs), atol=0.05), "the stream goes on"
+    keys = jax.random.split(key, 2)
+    both = layer(x, rngs=keys)
+    np.testing.assert_allclose(layer(x[1:], rngs=keys[1:]), both[1:], atol=1e-6)
+
+
+def test_train_and_eval_leave_the_order_of_gradients_alone():
+    """Flax sets an attribute `deterministic` on every module that has one; here that word means something else."""
+    for deterministic in (True, False):
+        layer = dropping(deterministic=deterministic)
+        for switch in (layer.train, layer.eval):
+            switch()
+            assert layer.deterministic_gradients == deterministic
+
+
+def test_dropout_without_a_random_source_is_refused():
+    with pytest.raises(
+        ValueError, match=r"rngs: got None in training, wanted a random source for dropout_rate=0.5; .*"
+    ):
+        dropping()(inputs())
+    with pytest.raises(ValueError, match=r"rngs: got uint32\[2\], wanted a typed key; make it with jax.random.key"):
+        dropping()(inputs(), rngs=jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match=r"dropout_rate=1.0, wanted 0 <= rate < 1; 0 drops nothing"):
+        Attention(DIM, num_heads=2, dropout_rate=1.0, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def test_every_option_reaches_the_layer():
         rope_theta=77.0,
         qk_norm=True,
         logits_soft_cap=5.0,
+        sinks=True,
+        dropout=0.25,
         implementation="reference",
         block_q=8,
         block_kv=16,
@@ -126,7 +128,8 @@ def test_every_option_reaches_the_layer():
     assert layer.q.kernel.shape == (16, 4, 6) and layer.k.kernel.shape == (16, 2, 6)
     assert layer.mask == config.mask and layer.block_sizes == config.block_sizes
     assert layer.rotary.theta == 77.0 and layer.logits_soft_cap == 5.0 and layer.implementation == "reference"
-    assert not layer.deterministic
+    assert not layer.deterministic_gradients
+    assert layer.sinks.shape == (4,) and layer.dropout.rate == 0.25 and config.is_stochastic
     assert layer.q_norm.eps == 0.1 and layer.k_norm.eps == 0.1
     assert layer.dtype == jnp.bfloat16 and layer.q.kernel.dtype == jnp.float16
     assert dataclasses.replace(config, rope_theta=None).build(16, rngs=nnx.Rngs(0)).rotary is None
@@ -140,6 +143,7 @@ def test_every_option_reaches_the_layer():
         (dict(num_heads=4, window=0), r"window: got 0, wanted null or a number of tokens >= 1"),
         (dict(num_heads=4, rope_theta=0.0), r"rope_theta: got 0.0, wanted null or a number > 1; 10000 is customary"),
         (dict(num_heads=4, logits_soft_cap=0.0), r"logits_soft_cap: got 0.0, wanted null or a number > 0"),
+        (dict(num_heads=4, dropout=1.0), r"dropout: got 1.0, wanted 0 <= dropout < 1; 0 drops nothing"),
         (dict(num_heads=4, block_q=8), r"block_kv: got null although block_q is set, .* set block_kv"),
         (dict(num_heads=4, block_kv=8), r"block_q: got null although block_kv is set, .* set block_q"),
         (dict(num_heads=4, block_q=8, block_kv=0), r"block_kv: got 0, wanted null or a number of tokens >= 1"),

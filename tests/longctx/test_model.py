@@ -12,6 +12,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from longctx import AttentionConfig, Block, ModelConfig, TransformerLM, cross_entropy
+from longctx import attention as attention_module
 from longctx.context_parallel import api
 from longctx.model import _project_float32
 from pallas_kernels import make_schedule
@@ -300,3 +301,64 @@ def test_a_model_needs_its_vocabulary():
         ValueError, match=r"vocab_size: got None, wanted the number of token ids; set it with dataclass"
     ):
         TransformerLM(dataclasses.replace(CONFIG, vocab_size=None), rngs=nnx.Rngs(0))
+
+
+DROPPING = dataclasses.replace(
+    CONFIG,
+    num_layers=5,
+    mixers=CONFIG.mixers | {"global": dataclasses.replace(CONFIG.mixers["global"], dropout=0.5, sinks=True)},
+)
+
+
+def test_dropout_of_each_layer_is_drawn_by_its_number(monkeypatch):
+    """Of the layers that drop, in the scan and behind it, and of no other; from a key for each row."""
+    seeds = []
+
+    def record(*args, dropout, **kwargs):
+        if dropout is not None:
+            jax.debug.callback(lambda seeds_now: seeds.append(np.asarray(seeds_now)), dropout.seeds)
+        return attention(*args, **kwargs)
+
+    attention = attention_module.sharded_attention
+    monkeypatch.setattr(attention_module, "sharded_attention", record)
+    keys = jax.random.split(jax.random.key(7), 2)
+    config = dataclasses.replace(DROPPING, pattern=("global", "local"))
+    jax.block_until_ready(jax.jit(TransformerLM.__call__)(build(config), random_tokens(2, 6), rngs=keys))
+    jax.effects_barrier()
+    wanted = [
+        np.stack([jax.random.bits(jax.random.fold_in(key, layer), (2,), jnp.uint32) for key in keys])
+        for layer in (0, 2, 4)
+    ]
+    assert sorted(x.tolist() for x in seeds) == sorted(x.tolist() for x in wanted)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_dropout_in_training_is_the_same_when_recomputed():
+    tokens, key = random_tokens(2, 6), jax.random.key(0)
+    config = dataclasses.replace(
+        DROPPING, num_layers=2, pattern=("global",), mixers={"global": DROPPING.mixers["global"]}
+    )
+
+    def gradient(config):
+        graphdef, state = nnx.split(build(config))
+
+        def loss(state):
+            logits = nnx.merge(graphdef, state)(tokens, rngs=key)
+            return cross_entropy(logits, tokens, jnp.ones(tokens.shape)).loss_sum
+
+        return jax.jit(jax.grad(loss))(state)
+
+    got, want = gradient(dataclasses.replace(config, remat="full")), gradient(config)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_dropout_is_off_after_eval_and_asks_for_a_source_before():
+    model, tokens = build(DROPPING), random_tokens(2, 6)
+    with pytest.raises(ValueError, match="rngs: got None in training, wanted a random source for dropout_rate=0.5"):
+        model(tokens)
+    without = dataclasses.replace(DROPPING.mixers["global"], dropout=0.0)
+    plain = dataclasses.replace(DROPPING, mixers=DROPPING.mixers | {"global": without})
+    graphdef, state = nnx.split(model)
+    evaluated = nnx.merge(graphdef, state)
+    evaluated.eval()
+    np.testing.assert_array_equal(call(evaluated, tokens), call(build(plain), tokens))

@@ -79,6 +79,20 @@ def test_the_gradient_of_an_lse_is_taken_by_another_implementation():
     assert_all_close(got, truth(case, inputs), "bfloat16")
 
 
+@pytest.mark.gpu
+def test_sinks_reach_the_backward_pass_of_cudnn_in_the_lse():
+    """It takes no carry, so the forward pass is another's; its gradients of q, k and v know sinks by the lse alone."""
+    case = dataclasses.replace(CASES_BY_NAME["learned_sinks_gqa_D64"], head_dim=96)
+    inputs = case.inputs("bfloat16")
+    with dispatch.record() as taken:
+        got = jax.jit(suite.WAYS["gradient in any order"].function(case, None))(inputs)
+    assert {op.removeprefix("blockwise_attention_"): name for op, name in taken} == {
+        "forward": "xla",
+        "backward": "cudnn",
+    }
+    assert_all_close(got, truth(case, inputs | {"dlse": jnp.zeros_like(inputs["dlse"])}), "bfloat16")
+
+
 def truth(case, inputs):
     return jax.jit(suite.truth(case))({name: x.astype(jnp.float32) for name, x in inputs.items()})
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import (
+    Dropout,
     SoftmaxCarry,
     Tokens,
     blockwise_attention,
@@ -112,6 +113,16 @@ def test_a_carry_is_refused(on_gpu):
     for arguments in ((carry, False), (None, True)):
         with pytest.raises(NotImplementedError, match="cudnn: it takes and returns no running softmax"):
             jax.eval_shape(lambda *x, arguments=arguments: forward(*x, *arguments), *qkv())
+
+
+def test_sinks_and_dropout_are_refused(on_gpu):
+    with pytest.raises(NotImplementedError, match=r"cudnn: it takes and returns no running softmax \(.*, sinks\)"):
+        jax.eval_shape(attend(sinks=jnp.zeros(4)), *qkv())
+    dropout = Dropout(rate=0.1, seeds=jnp.zeros((2, 4), jnp.uint32))
+    with pytest.raises(NotImplementedError, match="cudnn: it draws dropout by where a pair lies in the arrays"):
+        jax.eval_shape(attend(dropout=dropout), *qkv())
+    with pytest.raises(NotImplementedError, match="cudnn: it draws dropout by where a pair lies in the arrays"):
+        backward(dlse=False, dropout=dropout)
 
 
 def backward(dlse, accumulate=None, **options):

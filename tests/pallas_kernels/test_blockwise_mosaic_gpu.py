@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels import (
     BlockSizes,
+    Dropout,
     SoftmaxCarry,
     Tokens,
     blockwise_attention,
@@ -32,6 +33,7 @@ from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_fo
 
 A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
 SERVED = [case for case in KERNEL_CASES if case.name in suite.SERVES["mosaic_gpu"].cases]
+WITH_SINKS = [case for case in SERVED if case.sinks]
 CASES_BY_NAME = {case.name: case for case in KERNEL_CASES}
 
 
@@ -49,13 +51,13 @@ def some_slow(cases, quick) -> list:
     return [pytest.param(case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize("case", some_slow(SERVED, SERVED[::3]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some_slow(SERVED, SERVED[::3] + WITH_SINKS[:2]), ids=lambda case: case.name)
 def test_lowers_for_cuda(case):
     """Out and lse, and their gradients."""
     inputs, arguments = case.inputs("bfloat16"), case.arguments()
 
-    def differentiate(q, k, v, dout, dlse):
-        attend = functools.partial(blockwise_attention, return_lse=True, **arguments)
+    def differentiate(q, k, v, dout, dlse, sinks=None):
+        attend = functools.partial(blockwise_attention, sinks=sinks, return_lse=True, **arguments)
         return jax.vjp(attend, q, k, v)[1]((dout, dlse))
 
     with tracing_for(H100), dispatch.record() as taken:
@@ -207,6 +209,18 @@ def test_carry_in_the_interpreter(name):
     assert_close("lse", lse, want["lse"] + np.log(2), "float16")
 
 
+@pytest.mark.parametrize("name", some_slow([case.name for case in WITH_SINKS], ["learned_sinks_empty_rows_D64"]))
+def test_sinks_in_the_interpreter(name):
+    """A carry to start from, no keys seen; rows that see no key end with it."""
+    case, want = CASES_BY_NAME[name], truth(name)
+    inputs = case.inputs("bfloat16")
+    batch_size, q_len, _, head_dim = inputs["q"].shape
+    carry = SoftmaxCarry.of_sinks(inputs["sinks"], batch_size=batch_size, q_len=q_len, value_dim=head_dim)
+    out, lse = in_interpreter(case, inputs, carry=carry)
+    assert_close("out", out, want["out"], "bfloat16")
+    assert_close("lse", lse, want["lse"], "float16")
+
+
 def test_large_logits_that_grow_from_block_to_block():
     """Rescaling, which is left out where a maximum grows by little, is not left out where it must not be."""
     case = dataclasses.replace(CASES_BY_NAME["causal_D64"], q_len=640, batch_size=1, num_heads=1, num_kv_heads=1)
@@ -246,6 +260,7 @@ ALONE = pytest.mark.parametrize("op", [forward_alone, backward_alone])
         refusal("q is float32, it takes bfloat16 and float16", dtype="float32"),
         refusal("head dim 96, it takes 64 and 128", head_dim=96),
         refusal("it has no soft cap of logits", logits_soft_cap=20.0),
+        refusal("it has no dropout", dropout=Dropout(rate=0.1, seeds=np.zeros((2, 4), np.uint32))),
         refusal("scale=-1.0, it takes positive ones", scale=-1.0),
         refusal("the mask differs between heads", mask=PerHead((Causal(), Full()))),
         refusal("it uses concatenate", mask=Table(np.eye(5, dtype=bool), block_q=64, block_kv=64)),

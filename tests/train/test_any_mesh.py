@@ -41,7 +41,12 @@ def config_file(tmp_path_factory):
             "dim": 16,
             "num_layers": 1,
             "mlp_dim": 32,
-            "mixers": {"local": {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "window": 12}},
+            "mixers": {
+                "local": {
+                    **{"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "window": 12},
+                    **{"sinks": True, "dropout": 0.1},
+                },
+            },
             "pattern": ["local"],
             "dtype": "float32",
         },

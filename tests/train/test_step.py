@@ -15,7 +15,7 @@ from train.step import TrainingConfig, make_train_step
 MESH = MeshConfig(data=2, fsdp=2)
 
 
-def setup(build, *, mesh=MESH, optimizer=None, **training):
+def setup(build, *, mesh=MESH, optimizer=None, is_stochastic=False, **training):
     mesh = make_mesh(mesh, jax.devices()[: math.prod((mesh.data, mesh.fsdp))])
     optimizer_config = optimizer or OptimizerConfig(learning_rate=0.05, weight_decay=0.1, clip_norm=0.5)
     config = TrainingConfig(**{"steps": 10, "batch_size": 8} | training)
@@ -24,7 +24,9 @@ def setup(build, *, mesh=MESH, optimizer=None, **training):
     with jax.set_mesh(mesh):
         state = create_state(build, optimizer, mesh, seed=3)
     abstract = abstract_state(build, optimizer, mesh)
-    step = make_train_step(abstract_model(build)[0], abstract, optimizer, schedule, config, mesh)
+    step = make_train_step(
+        abstract_model(build)[0], abstract, optimizer, schedule, config, mesh, is_stochastic=is_stochastic
+    )
 
     def run(state, batch, stop=None):
         rows, length = batch["tokens"].shape
@@ -106,6 +108,39 @@ def test_mesh_does_not_change_the_update(stand_in, make_batch):
     four_state, four_metrics = four(four_state, make_batch(2))
     close(four_metrics, metrics, rtol=1e-5)
     close(four_state.params, state.params, rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture
+def noisy(stand_in):
+    """A stand-in that scales its activations by what a key for each row says."""
+
+    class Noisy(stand_in):
+        def __call__(self, tokens_BT, *, rngs, **arguments):
+            scale_B = 1 + 0.5 * jax.vmap(jax.random.normal)(rngs)
+            return super().__call__(tokens_BT, **arguments) * scale_B[:, None, None]
+
+    return Noisy
+
+
+@pytest.mark.parametrize("changes", [{"mesh": MESH}, {"mesh": MESH, "accumulate_steps": 2}], ids=str)
+def test_what_is_random_depends_on_the_run_the_step_and_the_row_alone(noisy, make_batch, changes):
+    """Neither the mesh nor how the batch is cut changes it."""
+    one, state = setup(noisy, mesh=MeshConfig(), is_stochastic=True)
+    other, other_state = setup(noisy, is_stochastic=True, **{"mesh": MeshConfig()} | changes)
+    for _ in range(2):
+        state, metrics = one(state, make_batch(2))
+        other_state, other_metrics = other(other_state, make_batch(2))
+        close(other_metrics, metrics, rtol=1e-5)
+    close(other_state.params, state.params, rtol=1e-4, atol=2e-5)
+
+
+def test_each_step_draws_anew(noisy, make_batch):
+    run, state = setup(noisy, mesh=MeshConfig(), is_stochastic=True, optimizer=OptimizerConfig(learning_rate=1e-9))
+    drawn = []
+    for _ in range(2):
+        state, metrics = run(state, make_batch(2))
+        drawn.append(float(metrics["loss"]))
+    assert abs(drawn[0] - drawn[1]) > 1e-3, "the parameters hardly move, so what is drawn differs"
 
 
 def test_learning_rate_of_the_step_at_hand(stand_in, make_batch):
