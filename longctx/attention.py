@@ -193,7 +193,12 @@ class Attention(nnx.Module):
         return jnp.where(cache.length <= cache.room, y_BTD, jnp.nan), cache
 
     def prefill(
-        self, x_BTD: Float[Array, "B T D"], plan: PrefillPlan, max_length: int
+        self,
+        x_BTD: Float[Array, "B T D"],
+        plan: PrefillPlan,
+        max_length: int,
+        *,
+        schedule: AnySchedule | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Attends within a context that is split over devices, one document a row, and keeps it in a new cache.
 
@@ -201,6 +206,7 @@ class Attention(nnx.Module):
           x_BTD: The tokens of `plan.places`, of which some stand more than once and some are padding.
           plan: How the context is split, and whether attention is exact or star attention.
           max_length: Tokens of a row to have room for, the context's among them.
+          schedule: `prefill_schedule` of this layer's mask and this plan, where the caller shares it between layers.
 
         Returns: y, of the same places, and the cache.
         Raises: ValueError where the context is longer than max_length.
@@ -215,6 +221,7 @@ class Attention(nnx.Module):
             plan=plan,
             num_slots=plan.num_slots(max_length),
             mask=self.mask,
+            schedule=schedule,
             sharding=self.sharding,
             logits_soft_cap=self.logits_soft_cap,
             block_sizes=self.block_sizes,

@@ -16,11 +16,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from longctx import masks
-from longctx.context_parallel.api import HOP_SCOPE, AttentionSharding, _axes_size, sharded_attention
+from longctx.context_parallel.api import (
+    HOP_SCOPE,
+    AnySchedule,
+    AttentionSharding,
+    _axes_size,
+    sharded_attention,
+    sharded_schedule,
+)
 from longctx.context_parallel.kv_cache import EMPTY, KVCache, room_of, write_own
+from longctx.context_parallel.layout import ContextParallelConfig
 from longctx.context_parallel.tree import tree_backward, tree_decode
 from longctx.sharding import ACTIVATION_AXES, own_mesh_in_scope
-from pallas_kernels import PADDING_SEGMENT_ID, Mask, Tokens, blockwise_attention
+from pallas_kernels import PADDING_SEGMENT_ID, BlockSizes, Mask, Tokens, blockwise_attention, make_schedule
 
 _OWN_AXES = AttentionSharding(
     batch=ACTIVATION_AXES["batch"], heads=ACTIVATION_AXES["heads"], sequence=ACTIVATION_AXES["sequence"]
@@ -31,9 +39,10 @@ _OWN_AXES = AttentionSharding(
 class PrefillPlan:
     """Where the tokens of a context are worked on, and then stay, when it is split over devices.
 
-    The context is cut into one run of equal length a device, the last ones shorter. For star attention a run is made of
-    whole blocks, and each device but the first also works on a copy of the first block, the anchor, in front of its
-    run. So what the devices hold, one after the other, is [anchor, run] P times.
+    Each device has a run of equal length; where the context ends early, padding stands at its end. For exact attention
+    runs are those of the zigzag layout, which evens out causal masks. For star attention a run is one of whole blocks,
+    and each device but the first also works on a copy of the first block, the anchor, in front of its run. So what the
+    devices hold, one after the other, is [anchor, run] P times.
 
     Attributes:
       length: Tokens of the context, C.
@@ -56,8 +65,8 @@ class PrefillPlan:
     @property
     def run_len(self) -> int:
         """Tokens of a run."""
-        block = self.star_block or 1
-        return -(-self.length // (block * self.degree)) * block
+        multiple = self._layout.multiple(self.degree) if self.star_block is None else self.degree * self.star_block
+        return -(-self.length // multiple) * multiple // self.degree
 
     @property
     def anchor_len(self) -> int:
@@ -67,7 +76,7 @@ class PrefillPlan:
     @property
     def num_filled(self) -> Int[np.ndarray, " devices"]:
         """Tokens of each device's run."""
-        return np.clip(self.length - self.run_len * np.arange(self.degree), 0, self.run_len)
+        return (self.places.reshape(self.degree, -1)[:, self.anchor_len :] >= 0).sum(axis=1)
 
     @property
     def places(self) -> Int[np.ndarray, " tokens"]:
@@ -75,11 +84,15 @@ class PrefillPlan:
 
         A device's own positions and its anchor's are those that they have in the context.
         """
-        runs = np.arange(self.degree * self.run_len).reshape(self.degree, self.run_len)
+        order = self._layout.order(self.degree * self.run_len, self.degree)
         anchors = np.tile(np.arange(self.anchor_len), (self.degree, 1))
         anchors[0] = EMPTY  # the first run begins with it
-        places = np.concatenate([anchors, runs], axis=1).reshape(-1).astype(np.int32)
-        return np.where(places < self.length, places, EMPTY)
+        places = np.concatenate([anchors, order.reshape(self.degree, -1)], axis=1).reshape(-1).astype(np.int32)
+        return np.where(places < self.length, places, np.int32(EMPTY))
+
+    @property
+    def _layout(self) -> ContextParallelConfig:
+        return ContextParallelConfig(layout="zigzag" if self.star_block is None else "contiguous")
 
     def num_slots(self, max_length: int) -> int:
         """Slots of a device whose row is to have room for max_length tokens.
@@ -201,6 +214,37 @@ def sharded_decode(
     return _attend(call, q, cache.k, cache.v, tokens), cache
 
 
+def prefill_schedule(
+    mask: Mask,
+    plan: PrefillPlan,
+    *,
+    batch_size: int,
+    block_sizes: BlockSizes | None = None,
+    sharding: AttentionSharding | None = None,
+) -> AnySchedule:
+    """The schedule that `sharded_prefill` takes; to be built once per distinct mask, for all layers.
+
+    Args: as `sharded_prefill`; batch_size is global.
+    """
+    tokens, mask, length = plan_tokens(plan), plan.mask(mask), len(plan.places)
+    split = _Split.of(sharding)
+    if split is None or plan.star_block is None:
+        return sharded_schedule(
+            mask,
+            tokens,
+            batch_size=batch_size,
+            q_len=length,
+            kv_len=length,
+            block_sizes=block_sizes,
+            sharding=sharding,
+        )
+    of_a_device = functools.partial(
+        make_schedule, mask, q_len=length // plan.degree, kv_len=length // plan.degree, block_sizes=block_sizes
+    )
+    spec = PartitionSpec(None, split.sequence)
+    return jax.shard_map(of_a_device, in_specs=spec, out_specs=spec, check_vma=False)(tokens)
+
+
 def sharded_prefill(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -209,6 +253,7 @@ def sharded_prefill(
     plan: PrefillPlan,
     num_slots: int,
     mask: Mask,
+    schedule: AnySchedule | None = None,
     sharding: AttentionSharding | None = None,
     deterministic: bool = True,
     **options,
@@ -221,27 +266,32 @@ def sharded_prefill(
         strategy. Else star attention, of which nothing is sent.
       num_slots: Slots of a device, from `plan.num_slots`.
       mask: Which pairs may attend, were it not for the plan; one document a row.
+      schedule: From `prefill_schedule` with the same mask, plan and sharding; None builds it here.
       sharding: As for `sharded_decode`.
       deterministic, **options: As `blockwise_attention`.
     Returns: out, laid out as q, and the cache.
     """
     split = _Split.of(sharding, batch_size=q.shape[0], num_kv_heads=k.shape[2], mask=mask)
-    options = options | {"mask": plan.mask(mask)}
-    tokens = plan_tokens(plan)
-    if split is None or plan.star_block is None:
-        out = sharded_attention(q, k, v, tokens=tokens, sharding=sharding, deterministic=deterministic, **options)
-    else:
-        heads = PartitionSpec(split.batch, split.sequence, split.heads)
+    options = options | {"mask": plan.mask(mask), "deterministic": deterministic}
+    if schedule is None:
+        schedule = prefill_schedule(
+            mask, plan, batch_size=q.shape[0], block_sizes=options.get("block_sizes"), sharding=sharding
+        )
 
-        def attend(q, k, v, tokens):
-            return blockwise_attention(q, k, v, tokens=tokens, deterministic=deterministic, **options)
+    def attend(q, k, v, tokens, schedule):
+        if plan.star_block is None:
+            return sharded_attention(q, k, v, tokens=tokens, schedule=schedule, sharding=sharding, **options)
+        return blockwise_attention(q, k, v, tokens=tokens, schedule=schedule, **options)
 
-        out = jax.shard_map(
+    if split is not None and plan.star_block is not None:
+        heads, rows = PartitionSpec(split.batch, split.sequence, split.heads), PartitionSpec(None, split.sequence)
+        attend = jax.shard_map(
             attend,
-            in_specs=(heads, heads, heads, PartitionSpec(None, split.sequence)),
+            in_specs=(heads, heads, heads, rows, rows),
             out_specs=heads,
             check_vma=False,  # as in api.py
-        )(q, k, v, tokens)
+        )
+    out = attend(q, k, v, plan_tokens(plan), schedule)
 
     def keep(k, v, places):
         spare = num_slots - plan.run_len
