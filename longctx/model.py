@@ -11,8 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
 
 from longctx.block import Block
-from longctx.context_parallel import AnySchedule, PrefillPlan, sharded_schedule
-from longctx.context_parallel.inference import cache_degree, prefill_schedule
+from longctx.context_parallel import (
+    AnySchedule,
+    PrefillPlan,
+    cache_degree,
+    prefill_schedule,
+    sharded_schedule,
+)
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
 from longctx.sharding import constrain
@@ -231,9 +236,7 @@ class TransformerLM(nnx.Module):
             remainder_caches.append(block_cache)
         return self._logits(x_BTD), DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
 
-    def prefill(
-        self, tokens_BT: Int32[Array, "B T"], max_length: int, *, star_block: int | None = None
-    ) -> DecodeCache:
+    def prefill(self, tokens_BT: Int32[Array, "B T"], max_length: int, *, star_block: int | None = None) -> DecodeCache:
         """Caches that hold a context, which is split over the devices of the mesh in scope, one document a row.
 
         Each device works on a run of the context and keeps it. Then `decode` goes on: with the last token of the
@@ -254,8 +257,8 @@ class TransformerLM(nnx.Module):
         Returns: the caches.
         Raises: NotImplementedError where a mixer has no prefill; ValueError where the context has no tokens, or more
           than max_length, or star_block is not positive.
-        Cost: the layers on T / P tokens a device, of star attention on b more, and what attention sends. Parameters that
-          are split over the context axes are gathered, as in training.
+        Cost: the layers on T / P tokens a device, of star attention on b more, and what attention sends. Parameters
+          that are split over the context axes are gathered, as in training.
         Reference: Acharya, Jia and Ginsburg, Star Attention, arXiv:2411.17116, section 2.1.
         """
         plan = PrefillPlan(length=tokens_BT.shape[1], degree=cache_degree(), star_block=star_block)

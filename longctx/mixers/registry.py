@@ -25,8 +25,8 @@ class MixerConfig(abc.ABC):
         cross documents where segment_ids are given,
       `init_cache(batch_size, max_length) -> cache`, a pytree of arrays, and
       `decode(x_BTD, cache) -> (y_BTD, cache)`, and may have
-      `prefill(x_BTD, plan, max_length, *, schedule=None) -> (y_BTD, cache)`, which works on a context that is split over
-        devices as the PrefillPlan says and returns a new cache that holds it.
+      `prefill(x_BTD, plan, max_length, *, schedule=None) -> (y_BTD, cache)`, which works on a context that is split
+        over devices as the PrefillPlan says, and returns a new cache that holds it.
     """
 
     kind: ClassVar[str]
