@@ -194,7 +194,7 @@ def test_a_cache_of_another_mesh_is_refused():
     cache = empty_cache(batch_size=2, max_length=6, num_kv_heads=2, head_dim=8, dtype="float32", mask=CAUSAL)
     with (
         jax.set_mesh(mesh_of(context_inner=4)),
-        pytest.raises(ValueError, match="a cache of 6 slots does not split over the 4 devices of mesh axes .*; make it"),
+        pytest.raises(ValueError, match="a cache of 6 slots does not split over the 4 devices of mesh axes .*; make"),
     ):
         sharded_decode(q, k, v, cache, mask=CAUSAL)
 
