@@ -103,6 +103,7 @@ def test_equals_one_device(degree, q_len, merge):
     ],
     ids=["mqa", "value_dim", "window", "per_head", "soft_cap", "bfloat16"],
 )
+@pytest.mark.parametrize("merge", ["gathered", pytest.param("reduced", marks=pytest.mark.slow)], indirect=True)
 def test_heads_masks_options_and_dtypes(shapes, options, merge):
     tokens = tokens_of((48, 21), 2, degree=4)
     dtype = shapes.get("dtype", "float32")
