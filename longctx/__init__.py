@@ -2,9 +2,9 @@
 
 from longctx import masks
 from longctx._version import __version__
-from longctx.attention import Attention, KVCache
+from longctx.attention import Attention
 from longctx.block import Block
-from longctx.context_parallel import AttentionSharding, ContextParallelConfig
+from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
 from longctx.mixers.attention import AttentionConfig

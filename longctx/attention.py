@@ -1,19 +1,26 @@
 """Softmax attention as a layer: projections, rotary positions and a KV cache around `blockwise_attention`."""
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
-from longctx.context_parallel import AnySchedule, AttentionSharding, sharded_attention
+from longctx.context_parallel import (
+    AnySchedule,
+    AttentionSharding,
+    KVCache,
+    PrefillPlan,
+    empty_cache,
+    sharded_attention,
+    sharded_decode,
+    sharded_prefill,
+)
+from longctx.context_parallel.inference import plan_tokens
 from longctx.norms import RMSNorm
 from longctx.projections import projection
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import constrain
-from pallas_kernels import BlockSizes, Dropout, Implementation, Mask, Tokens, blockwise_attention
+from pallas_kernels import BlockSizes, Dropout, Implementation, Mask, Tokens
 from pallas_kernels.dropout import check_rate
 
 RandomSource = nnx.Rngs | nnx.RngStream | jax.Array
@@ -22,26 +29,6 @@ key. Also a key for each row of the batch, `[B]`: then a row's draws do not depe
 
 _CAUSAL = masks.causal()
 _ROTARY = RotaryConfig()
-
-
-class KVCache(NamedTuple):
-    """The keys and values of the tokens decoded so far, in slots 0 .. length - 1 of S."""
-
-    k: jax.Array
-    """Keys, rotated, `[B, S, K, H]`."""
-    v: jax.Array
-    """Values, `[B, S, K, H]`."""
-    length: jax.Array
-    """Number of filled slots, which is also the position of the next token; int32 scalar."""
-
-    def extended(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "KVCache":
-        """The cache with T more tokens."""
-        start = (0, self.length, 0, 0)
-        return KVCache(
-            k=jax.lax.dynamic_update_slice(self.k, k_BTKH, start),
-            v=jax.lax.dynamic_update_slice(self.v, v_BTKH, start),
-            length=self.length + k_BTKH.shape[1],
-        )
 
 
 def key_of(rngs: RandomSource) -> jax.Array:
@@ -223,9 +210,20 @@ class Attention(nnx.Module):
         return self.out(constrain(attended_BTNH, "batch", "sequence", "heads", None))
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row. Memory O(batch_size max_length K H)."""
-        shape = (batch_size, max_length, self.num_kv_heads, self.head_dim)
-        return KVCache(k=jnp.zeros(shape, self.dtype), v=jnp.zeros(shape, self.dtype), length=jnp.zeros((), jnp.int32))
+        """An empty cache with room for `max_length` tokens a row.
+
+        Where the mesh in scope splits sequences over P devices, each holds every P-th token of a row, and room is for a
+        multiple of P. Memory O(batch_size max_length K H / P) a device.
+        """
+        return empty_cache(
+            batch_size=batch_size,
+            max_length=max_length,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            mask=self.mask,
+            sharding=self.sharding,
+        )
 
     def decode(self, x_BTD: Float[Array, "B T D"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """Attends from the next T tokens of one document a row to those before them and to each other.
@@ -235,36 +233,68 @@ class Attention(nnx.Module):
 
         Args:
           x_BTD: T = 1 to generate, T > 1 to prefill.
-          cache: From `init_cache` or the previous call.
+          cache: From `init_cache`, `prefill` or the previous call.
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
         Raises: ValueError if T alone exceeds the room of the cache.
+        Cost: over a mesh that splits the cache, tree attention (context_parallel/tree.py): the cache stays where it is,
+          and what is sent does not depend on its length.
         """
-        num_new, room = x_BTD.shape[1], cache.k.shape[1]
-        if num_new > room:
-            raise ValueError(f"decode: T={num_new} tokens do not fit a cache of {room}; raise max_length in init_cache")
-        positions = (cache.length + jnp.arange(num_new, dtype=jnp.int32))[None]
+        positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
-        cache = cache.extended(k_BTKH, v_BTKH)
-        slots = jnp.arange(room, dtype=jnp.int32)[None]
-        attended_BTNH = blockwise_attention(
+        attended_BTNH, cache = sharded_decode(
             q_BTNH,
-            cache.k,
-            cache.v,
-            mask=self.mask & masks.documents(),
-            tokens=Tokens(
-                q_positions=positions,
-                kv_positions=slots,
-                q_segment_ids=jnp.zeros_like(positions),
-                kv_segment_ids=jnp.where(slots < cache.length, 0, -1),
-            ),
+            k_BTKH,
+            v_BTKH,
+            cache,
+            mask=self.mask,
+            sharding=self.sharding,
             sinks=self._sinks(),
             logits_soft_cap=self.logits_soft_cap,
             deterministic=self.deterministic_gradients,
         )
         y_BTD = self.out(attended_BTNH)
-        return jnp.where(cache.length <= room, y_BTD, jnp.nan), cache
+        return jnp.where(cache.length <= cache.room, y_BTD, jnp.nan), cache
+
+    def prefill(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        plan: PrefillPlan,
+        max_length: int,
+        *,
+        schedule: AnySchedule | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Attends within a context that is split over devices, one document a row, and keeps it in a new cache.
+
+        Args:
+          x_BTD: The tokens of `plan.places`, of which some stand more than once and some are padding.
+          plan: How the context is split, and whether attention is exact or star attention.
+          max_length: Tokens of a row to have room for, the context's among them.
+          schedule: `prefill_schedule` of this layer's mask and this plan, where the caller shares it between layers.
+
+        Returns: y, of the same places, and the cache.
+        Raises: ValueError where the context is longer than max_length.
+        Cost: of exact attention, that of a call; of star attention, nothing is sent.
+        """
+        tokens = plan_tokens(plan)
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, tokens.q_positions)
+        attended_BTNH, cache = sharded_prefill(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            plan=plan,
+            num_slots=plan.num_slots(max_length),
+            mask=self.mask,
+            schedule=schedule,
+            sharding=self.sharding,
+            sinks=self._sinks(),
+            logits_soft_cap=self.logits_soft_cap,
+            block_sizes=self.block_sizes,
+            implementation=self.implementation,
+            deterministic=self.deterministic_gradients,
+        )
+        return self.out(constrain(attended_BTNH, "batch", "sequence", "heads", None)), cache
 
     def _sinks(self) -> jax.Array | None:
         return None if self.sinks is None else self.sinks[...]

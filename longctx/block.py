@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx.attention import RandomSource
-from longctx.context_parallel import AnySchedule
+from longctx.context_parallel import AnySchedule, PrefillPlan
 from longctx.mixers.registry import MixerConfig
 from longctx.mlp import SwiGLU
 from longctx.norms import RMSNorm
@@ -73,6 +73,18 @@ class Block(nnx.Module):
     def decode(self, x_BTD: Float[Array, "B T D"], cache: Any) -> tuple[Float[Array, "B T D"], Any]:
         """One layer on the next T tokens, and the mixer's cache after them."""
         mixed, cache = self.mixer.decode(self.mixer_norm(x_BTD), cache)
+        return self._feed_forward(x_BTD, mixed), cache
+
+    def prefill(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        plan: PrefillPlan,
+        max_length: int,
+        *,
+        schedule: AnySchedule | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """One layer on a context that is split over devices, and the mixer's cache that holds it."""
+        mixed, cache = self.mixer.prefill(self.mixer_norm(x_BTD), plan, max_length, schedule=schedule)
         return self._feed_forward(x_BTD, mixed), cache
 
     def _feed_forward(self, x_BTD: jax.Array, mixed: jax.Array) -> jax.Array:

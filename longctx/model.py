@@ -12,7 +12,13 @@ from jaxtyping import Array, Float32, Int, Int32
 
 from longctx.attention import RandomSource, key_of
 from longctx.block import Block
-from longctx.context_parallel import AnySchedule, sharded_schedule
+from longctx.context_parallel import (
+    AnySchedule,
+    PrefillPlan,
+    cache_degree,
+    prefill_schedule,
+    sharded_schedule,
+)
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
 from longctx.sharding import constrain
@@ -207,7 +213,8 @@ class TransformerLM(nnx.Module):
     def init_cache(self, batch_size: int, max_length: int) -> DecodeCache:
         """Empty caches with room for `max_length` tokens a row.
 
-        Memory: O(num_layers batch_size max_length K H) for attention layers, with or without a window.
+        Memory: O(num_layers batch_size max_length K H / P) a device for attention layers, with or without a window,
+          where the mesh in scope splits sequences over P devices.
         """
         num_periods = self.config.num_periods
 
@@ -226,7 +233,7 @@ class TransformerLM(nnx.Module):
 
         Args:
           tokens_BT: Token ids.
-          cache: From `init_cache` or the previous call; jit with it donated to update it in place.
+          cache: From `init_cache`, `prefill` or the previous call; jit with it donated to update it in place.
 
         Returns: logits and the cache after these tokens; logits are NaN once the cache overflows.
         """
@@ -247,11 +254,70 @@ class TransformerLM(nnx.Module):
             remainder_caches.append(block_cache)
         return self._logits(x_BTD), DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
 
+    def prefill(self, tokens_BT: Int32[Array, "B T"], max_length: int, *, star_block: int | None = None) -> DecodeCache:
+        """Caches that hold a context, which is split over the devices of the mesh in scope, one document a row.
+
+        Each device works on a run of the context and keeps it. Then `decode` goes on: with the last token of the
+        context, if it was held back for its scores, or with a question about it.
+
+        Without star_block this is exact: the caches hold what `decode` would have put into them.
+
+        With star_block = b it is star attention, an approximation that is made for questions about long contexts: the
+        context is cut into blocks of b tokens, and in every layer a token sees, of what the layer's mask lets it see,
+        its own block and the first alone. Each device works on whole blocks and on a copy of the first in front of
+        them, and sends nothing. Tokens keep their positions. Exact where the context is one block.
+
+        Args:
+          tokens_BT: The context; every device has all of it.
+          max_length: Tokens of a row to have room for, the context's among them.
+          star_block: Tokens of a block of star attention; of one block a device, a P-th of the context.
+
+        Returns: the caches.
+        Raises: NotImplementedError where a mixer has no prefill; ValueError where the context has no tokens, or more
+          than max_length, or star_block is not positive.
+        Cost: the layers on T / P tokens a device, of star attention on b more, and what attention sends. Parameters
+          that are split over the context axes are gathered, as in training.
+        Reference: Acharya, Jia and Ginsburg, Star Attention, arXiv:2411.17116, section 2.1.
+        """
+        plan = PrefillPlan(length=tokens_BT.shape[1], degree=cache_degree(), star_block=star_block)
+        for name, block in zip(self.config.pattern, (*self.periods, *self.remainder), strict=False):
+            if not hasattr(block.mixer, "prefill"):
+                raise NotImplementedError(
+                    f"prefill: mixer {name!r} of kind {self.config.mixers[name].kind!r} has none; pass the context to "
+                    "decode instead"
+                )
+        schedules = {
+            key: prefill_schedule(key.mask, plan, batch_size=tokens_BT.shape[0], block_sizes=key.block_sizes)
+            for key in self._schedule_keys()
+        }
+
+        def layer(block: Block, name: str, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+            schedule = schedules.get(_schedule_key(self.config.mixers[name]))
+            return block.prefill(x_BTD, plan, max_length, schedule=schedule)
+
+        def period(x_BTD, blocks):
+            caches = []
+            for block, name in zip(blocks, self.config.pattern, strict=True):
+                x_BTD, cache = layer(block, name, x_BTD)
+                caches.append(cache)
+            return x_BTD, tuple(caches)
+
+        x_BTD = self._embed(jnp.take(tokens_BT, jnp.asarray(plan.places), axis=1, mode="clip"))
+        period_caches, remainder_caches = (), []
+        if self.periods:
+            x_BTD, period_caches = jax.lax.scan(period, x_BTD, tuple(self.periods))
+        for block, name in zip(self.remainder, self.config.remainder, strict=True):
+            x_BTD, block_cache = layer(block, name, x_BTD)
+            remainder_caches.append(block_cache)
+        return DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
+
+    def _schedule_keys(self) -> set[_ScheduleKey]:
+        return {_schedule_key(mixer) for mixer in self.config.mixers.values()} - {None}
+
     def _schedules(
         self, shape: tuple[int, int], positions: jax.Array | None, segment_ids: jax.Array | None
     ) -> dict[_ScheduleKey, AnySchedule]:
         """One schedule for each distinct mask, shared by all layers that have it."""
-        keys = {_schedule_key(mixer) for mixer in self.config.mixers.values()} - {None}
         batch_size, length = shape
         return {
             key: sharded_schedule(
@@ -262,7 +328,7 @@ class TransformerLM(nnx.Module):
                 kv_len=length,
                 block_sizes=key.block_sizes,
             )
-            for key in keys
+            for key in self._schedule_keys()
         }
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:

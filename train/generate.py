@@ -33,11 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or its config file")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys to change, such as sample.seed=1")
     parser.add_argument("--prompt", metavar="TEXT", help="short for sample.prompt=TEXT")
+    parser.add_argument("--prefill", metavar="HOW", help="short for sample.prefill=HOW: how the prompt is read")
     options = parser.parse_intermixed_args(arguments)
-    prompt = [] if options.prompt is None else [f"sample.prompt={json.dumps(options.prompt)}"]
+    short = [
+        f"sample.{name}={json.dumps(value)}"
+        for name, value in (("prompt", options.prompt), ("prefill", options.prefill))
+        if value is not None
+    ]
 
     def run() -> None:
-        config = config_of(options.source, [*options.overrides, *prompt])
+        config = config_of(options.source, [*options.overrides, *short])
         text = generate(config)
         if jax.process_index() == 0:
             print(config.sample.prompt + text)

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from longctx.context_parallel import cache_degree
 from train.data import Tokenizer
 
 
@@ -30,8 +31,33 @@ class SampleConfig:
     """Sample only among the likeliest tokens that together have this probability. Default: no limit."""
     seed: int = 0
     """Seed of the sampling."""
+    prefill: Literal["decode", "context_parallel", "star"] = "decode"
+    """How the prompt is read. `decode`: every device has all of its tokens, and attends from them to its part of the KV
+    cache; for short prompts. `context_parallel`: its tokens are split over the context axes of the mesh, as in
+    training; for long ones. Both give the same. `star`: split too, and of what is before it a token sees its own block
+    and the first alone, in every layer: star attention, an approximation without communication (docs/inference.md)."""
+    star_block: int | None = None
+    """Tokens of a block, for `prefill: star`; null takes an equal part of the prompt a device of the context axes."""
+    query_tokens: int = 1
+    """Last tokens of the prompt that see all of it, for `prefill: star`: the question about a long context. Also the
+    tokens that `prefill: context_parallel` leaves to the first step of decoding. Where the prompt has no others, it is
+    read by `decode`."""
 
     def __post_init__(self):
+        for name in ("star_block", "query_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, wanted 1 or more")
+        if self.star_block is not None and self.prefill != "star":
+            raise ValueError(
+                f"star_block: got {self.star_block} with prefill={self.prefill}, which has no blocks; leave it out or "
+                "choose prefill=star"
+            )
+        if self.query_tokens != 1 and self.prefill == "decode":
+            raise ValueError(
+                f"query_tokens: got {self.query_tokens} with prefill=decode, where all tokens see the whole prompt; "
+                "leave it out or choose another prefill"
+            )
         for name in ("num_tokens", "temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
@@ -69,16 +95,15 @@ def sample_tokens(
     """Continues each row of a prompt by config.num_tokens tokens: int32 [B, num_tokens].
 
     Args:
-      graphdef: Static half of a model with init_cache and decode, as TransformerLM has them.
+      graphdef: Static half of a model with init_cache, prefill and decode, as TransformerLM has them.
       params: Its parameters.
       prompt_BT: int32 token ids, T >= 1.
       key: Random key.
       config: How to sample; its prompt and seed are not used here.
-    Memory: one cache of T + num_tokens tokens a row.
+    Memory: one cache of T + num_tokens tokens a row, split over the devices that split its tokens.
     """
     model = nnx.merge(graphdef, params)
-    batch_size, length = prompt_BT.shape
-    logits_BTV, cache = model.decode(prompt_BT, model.init_cache(batch_size, length + config.num_tokens))
+    logits_BTV, cache = _read_prompt(model, prompt_BT, config)
 
     def choose(logits_BV, key):
         if config.temperature == 0:
@@ -95,6 +120,20 @@ def sample_tokens(
     keys = jax.random.split(key, config.num_tokens)
     _, tokens_TB = jax.lax.scan(body, (logits_BTV[:, -1], cache), keys)
     return tokens_TB.T
+
+
+def _read_prompt(model: nnx.Module, prompt_BT: jax.Array, config: SampleConfig) -> tuple[jax.Array, Any]:
+    """Logits after the last tokens of a prompt, and caches that hold it, with room for what is sampled."""
+    batch_size, length = prompt_BT.shape
+    max_length = length + config.num_tokens
+    context_len = 0 if config.prefill == "decode" else max(0, length - config.query_tokens)
+    if context_len == 0:
+        return model.decode(prompt_BT, model.init_cache(batch_size, max_length))
+    star_block = None
+    if config.prefill == "star":
+        star_block = config.star_block or -(-context_len // cache_degree())
+    cache = model.prefill(prompt_BT[:, :context_len], max_length, star_block=star_block)
+    return model.decode(prompt_BT[:, context_len:], cache)
 
 
 def sample_text(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, config: SampleConfig) -> str:

@@ -24,7 +24,9 @@ class MixerConfig(abc.ABC):
       `__call__(x_BTD, *, positions=None, segment_ids=None, schedule=None) -> y_BTD`, which must not let information
         cross documents where segment_ids are given,
       `init_cache(batch_size, max_length) -> cache`, a pytree of arrays, and
-      `decode(x_BTD, cache) -> (y_BTD, cache)`.
+      `decode(x_BTD, cache) -> (y_BTD, cache)`, and may have
+      `prefill(x_BTD, plan, max_length, *, schedule=None) -> (y_BTD, cache)`, which works on a context that is split
+        over devices as the PrefillPlan says, and returns a new cache that holds it.
     Where the config `is_stochastic`, the call also takes `rngs=None` (`longctx.attention.RandomSource`) to draw from.
     """
 

@@ -195,6 +195,9 @@ def test_the_generate_command(finished, capsys):
     assert generate_main(command) == 0
     text = capsys.readouterr().out
     assert text.startswith("abc: #1") and len(text) > len("abc: #1\n")
+    split = ["distributed.virtual_cpu_devices=4", "mesh.data=1", "mesh.context_inner=4"]
+    assert generate_main([*command, *split, "--prefill", "context_parallel"]) == 0
+    assert capsys.readouterr().out == text
     assert generate_main([str(finished.parent)]) == 2
     assert "holds no config.yaml, so it is no run's folder" in capsys.readouterr().err
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from longctx.mixers.attention import AttentionConfig
 from longctx.model import ModelConfig, TransformerLM
 from longctx.sharding import MeshConfig, make_mesh
 from train.data import open_tokenizer
-from train.sampling import SampleConfig, limited, sample_text, sample_tokens
+from train.sampling import SampleConfig, _read_prompt, limited, sample_text, sample_tokens
 
 CONFIG = ModelConfig(
     vocab_size=257,
@@ -58,6 +60,50 @@ def test_one_prompt_on_a_mesh_of_several_devices(split):
     np.testing.assert_array_equal(alone, spread)
 
 
+@pytest.mark.parametrize("prefill", ["decode", pytest.param("context_parallel", marks=pytest.mark.slow)])
+def test_a_prompt_and_its_continuation_split_over_devices(split, prefill):
+    alone = sample_tokens(*split, PROMPT_BT, jax.random.key(0), GREEDY)
+    with jax.set_mesh(make_mesh(MeshConfig(context_outer=2, context_inner=2), jax.devices()[:4])):
+        spread = sample_tokens(
+            *split, PROMPT_BT, jax.random.key(0), dataclasses.replace(GREEDY, prefill=prefill)
+        ).block_until_ready()
+    np.testing.assert_array_equal(alone, spread)
+
+
+class Recorder:
+    """Stands for a model: what it is asked to read, and how."""
+
+    def __init__(self):
+        self.calls = []
+
+    def init_cache(self, batch_size, max_length):
+        self.calls.append(("init_cache", max_length))
+
+    def prefill(self, tokens, max_length, *, star_block):
+        self.calls.append(("prefill", tokens.shape[1], max_length, star_block))
+
+    def decode(self, tokens, cache):
+        self.calls.append(("decode", tokens.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [
+        ({}, [("init_cache", 13), ("decode", 5)]),
+        ({"prefill": "context_parallel"}, [("prefill", 4, 13, None), ("decode", 1)]),
+        ({"prefill": "star"}, [("prefill", 4, 13, 2), ("decode", 1)]),
+        ({"prefill": "star", "star_block": 1, "query_tokens": 2}, [("prefill", 3, 13, 1), ("decode", 2)]),
+        ({"prefill": "star", "query_tokens": 5}, [("init_cache", 13), ("decode", 5)]),
+    ],
+    ids=str,
+)
+def test_how_a_prompt_is_read(settings, calls):
+    model = Recorder()
+    with jax.set_mesh(make_mesh(MeshConfig(context_inner=2), jax.devices()[:2])):
+        _read_prompt(model, PROMPT_BT, dataclasses.replace(GREEDY, **settings))
+    assert model.calls == calls
+
+
 def test_text_depends_on_the_seed_and_ends_with_the_document(model, split, monkeypatch):
     tokenizer = open_tokenizer("bytes")
     texts = [sample_text(*split, tokenizer, SampleConfig(num_tokens=8, seed=seed)) for seed in (0, 0, 1)]
@@ -90,6 +136,9 @@ def test_limits(limits, kept):
         ({"temperature": -1.0}, "temperature: got -1.0, wanted 0 or more"),
         ({"top_k": 0}, "top_k: got 0, wanted 1 or more"),
         ({"top_p": 0.0}, "top_p: got 0.0, wanted 0 < top_p <= 1"),
+        ({"prefill": "star", "star_block": 0}, "star_block: got 0, wanted 1 or more"),
+        ({"star_block": 8}, "star_block: got 8 with prefill=decode, which has no blocks; leave it out or choose"),
+        ({"query_tokens": 8}, "query_tokens: got 8 with prefill=decode, where all tokens see the whole prompt; leave"),
     ],
 )
 def test_refused_settings(settings, message):
