@@ -1,5 +1,6 @@
 """Softmax attention as a layer: projections, rotary positions and a KV cache around `blockwise_attention`."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
