@@ -120,7 +120,8 @@ def plan(
     # A block of several heads takes long enough for turns to be passed on.
     ascends = line is None and group == 1
     if not ascends:
-        side_by_side = max(deal.section, deal.num_blocks // _ONE_BEHIND_THE_OTHER)
+        # An item of several heads is longer, so the next begins later.
+        side_by_side = max(deal.section, deal.num_blocks // (_ONE_BEHIND_THE_OTHER * min(group, 2)))
         deal = dataclasses.replace(deal, section=min(num_pairs, side_by_side))
     order = np.arange(num_rows, dtype=np.int32)[None, :: -1 if ascends else 1]
     turns = Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks, ascends))
