@@ -154,6 +154,38 @@ def take_number(counter, cell) -> None:
     emit(counter, cell)
 
 
+def bring_near(*refs) -> None:
+    """Reads vectors in device memory, of 128 elements of 32 bits, so that the first-level cache holds them after.
+
+    Hopper does nothing for PTX's `prefetch.global.L1`. A read whose result nobody wants would be left out, so a thread
+    that finds one certain number sleeps for a nanosecond.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+    def emit(_, *refs):
+        i64 = ir.IntegerType.get_signless(64)
+        starts = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
+        reads = "\n".join(
+            f"mad.wide.u32 at, thread, 4, ${i}; ld.global.b32 found{i}, [at];" for i in range(len(starts))
+        )
+        uses = "\n".join(
+            f"setp.eq.s32 sleeps, found{i}, 0x80000001; @sleeps nanosleep.u32 1;" for i in range(len(starts))
+        )
+        text = f"""{{
+        .reg .b32 thread, {", ".join(f"found{i}" for i in range(len(starts)))};
+        .reg .b64 at;
+        .reg .pred sleeps;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, {WARPGROUP - 1};
+        {reads}
+        {uses}
+        }}"""
+        constraints = ",".join("l" for _ in starts)
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), starts, text, constraints, has_side_effects=True)
+
+    emit(*refs)
+
+
 def fence_smem() -> None:
     """Makes what this thread has written to shared memory visible to copies and matmuls, whose start must be behind a
     barrier; `plgpu.commit_smem` is the same with a barrier of the warpgroup."""

@@ -44,8 +44,17 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     zeros,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, end_turn, fence_smem, sync, take_turn
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.mosaic_gpu import (
+    NAMED_BARRIERS,
+    WARPGROUP,
+    arrive,
+    bring_near,
+    end_turn,
+    fence_smem,
+    sync,
+    take_turn,
+)
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
 
@@ -266,7 +275,6 @@ class _Block:
             plgpu.copy_gmem_to_smem(inputs.v.at[keys], shared.v, shared.kv_full)
 
             def load(head, block, tile, is_full, count):
-                del block, is_full
                 slot = lax.rem(count, _SLOTS)
                 queries = pl.ds(tile * self.tile_len, self.tile_len)
                 sync(self.tile_free + slot, self.consumers_and_one)
@@ -276,11 +284,20 @@ class _Block:
                 for source, target in ((inputs.lse, shared.lse), (inputs.delta, shared.delta)):
                     at = item.batch, head, queries
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
+                self.bring_tokens_near(item.batch, block, is_full)
                 return count + 1
 
             return self.for_each_tile(item, load, count)
 
         self.queue.hand_out(one_item, jnp.int32(0))
+
+    def bring_tokens_near(self, batch, block, is_full) -> None:
+        """Those of queries that consumers will wait for, to test pairs: there is no shared memory left for them."""
+        given = [x for x in (self.inputs.q_positions, self.inputs.q_segment_ids) if x is not None]
+        if self.config.pair_test is None or not given or self.config.interpret:
+            return
+        at = [x.at[row_of_batch(x, batch), pl.ds(block * BLOCK, BLOCK)] for x in given]
+        pl.when(jnp.logical_not(is_full))(lambda: bring_near(*at))
 
     # The adder.
 
