@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
 
 from longctx.block import Block
-from longctx.context_parallel import AnySchedule, sharded_schedule
+from longctx.context_parallel import AnySchedule, AttentionSharding, sharded_schedule
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
 from longctx.sharding import constrain
@@ -119,16 +119,18 @@ class TransformerLM(nnx.Module):
 
     Args:
       config: Its vocab_size must be set.
+      sharding: How layers are split over a mesh where their tokens are; None means a ring over the axes of
+        `longctx.make_mesh`, where such a mesh is in scope.
       rngs: Source of the initial values, stream `params`.
 
     Raises: ValueError if config.vocab_size is None.
     Memory: a backward pass keeps, a layer, what `config.remat` says: at least its input, O(B T dim).
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, sharding: AttentionSharding | None = None, rngs: nnx.Rngs):
         if config.vocab_size is None:
             raise ValueError("vocab_size: got None, wanted the number of token ids; set it with dataclasses.replace")
-        self.config = config
+        self.config, self.sharding = config, sharding
         param_dtype = jnp.dtype(config.param_dtype)
         # JAX's own truncated_normal takes the deviation before truncation, which leaves 0.88 of it.
         table_init = jax.nn.initializers.variance_scaling(
@@ -141,9 +143,9 @@ class TransformerLM(nnx.Module):
 
         self.embedding = table()
         self.periods = nnx.List(
-            _stacked_block(config, name, rngs) for name in (config.pattern if config.num_periods else ())
+            _stacked_block(config, name, sharding, rngs) for name in (config.pattern if config.num_periods else ())
         )
-        self.remainder = nnx.List(_block(config, name, rngs) for name in config.remainder)
+        self.remainder = nnx.List(_block(config, name, sharding, rngs) for name in config.remainder)
         self.final_norm = RMSNorm(config.dim, eps=config.norm_eps, param_dtype=param_dtype)
         self.unembedding = None if config.tie_embeddings else table()
 
@@ -243,6 +245,7 @@ class TransformerLM(nnx.Module):
                 q_len=length,
                 kv_len=length,
                 block_sizes=key.block_sizes,
+                sharding=self.sharding,
             )
             for key in keys
         }
@@ -303,7 +306,7 @@ def _schedule_key(mixer: MixerConfig) -> _ScheduleKey | None:
     return None if mixer.mask is None else _ScheduleKey(mixer.mask, mixer.block_sizes)
 
 
-def _block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
+def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
     return Block(
         config.dim,
         mixer=config.mixers[name],
@@ -312,17 +315,18 @@ def _block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         out_init_scale=(2 * config.num_layers) ** -0.5,
+        sharding=sharding,
         rngs=rngs,
     )
 
 
-def _stacked_block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
+def _stacked_block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
     """A Block whose every parameter has a leading dim over the periods, each period with its own initial values."""
 
     @nnx.split_rngs(splits=config.num_periods)
     @nnx.vmap
     def build(rngs):
-        return _block(config, name, rngs)
+        return _block(config, name, sharding, rngs)
 
     block = build(rngs)
     for _, param in nnx.iter_graph(block):
