@@ -80,7 +80,7 @@ class MixerConfig(abc.ABC):
     def refusal(
         self, dim: int, *, seq_len: int, heads_split: int, ring_size: int, sharding: AttentionSharding
     ) -> str | None:
-        """Why a layer cannot be split this way, in one sentence with a remedy; None if it can. Arguments: `transfers`."""
+        """Why a layer cannot be split this way, in one sentence with a remedy; None if it can. Args: `transfers`."""
         return None
 
     def transfers(

@@ -98,8 +98,8 @@ class OpCall:
     """One call of an attention op on one device.
 
     Attributes:
-      seconds: By hop, of the device with most work in it; `[hops]`.
-      flops: By hop, mean over devices; `[hops]`.
+      seconds: By call that a layer makes, of the device with most work in it; `[calls]`: one a hop of a ring.
+      flops: By call, mean over devices; `[calls]`.
     """
 
     seconds: np.ndarray

@@ -166,7 +166,8 @@ def test_dropping_every_document_is_an_error():
     with pytest.raises(
         DataError,
         match=r"test: data.long_documents='drop' leaves none of 2 documents, of which the "
-        r"shortest fills 11 slots, data.seq_len=10; raise seq_len or use long_documents='split'",
+        r"shortest fills 11 slots, of 10 that it may; raise data.seq_len or data.max_document_length, or use "
+        r"long_documents='split'",
     ):
         cut([11, 25], 10, "drop")
 

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from longctx import sharding
-from longctx.context_parallel import api
+from longctx.context_parallel.ring import Ring
+from longctx.context_parallel.strategy import Residuals
 from pallas_kernels import SoftmaxCarry, blockwise_attention_forward
 from train.config import TrainConfig
 from train.devices import device_table
@@ -126,9 +127,9 @@ def test_a_ring_on_gpus_sends_what_it_states_and_hides_it():
     assert plan.fits
 
 
-def ring_with_the_usual_mistakes(q, k, v, tokens, schedule, *, axes, **options):
+def ring_with_the_usual_mistakes(self, setting, q, k, v, tokens, schedule, **options):
     """Keys and values travel apart, only after the compute, and once more than needed."""
-    size = jax.lax.axis_size(axes)
+    size, axes = setting.degree, setting.axes
     ring = [(rank, (rank + 1) % size) for rank in range(size)]
 
     def hop(state, number):
@@ -142,12 +143,13 @@ def ring_with_the_usual_mistakes(q, k, v, tokens, schedule, *, axes, **options):
 
     carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
     (_, _, carry), _ = jax.lax.scan(hop, (k, v, carry), jnp.arange(size))
-    return carry.finalize(q.dtype)
+    out, lse = carry.finalize(q.dtype)
+    return out, Residuals(q, k, v, out, lse)
 
 
 @needs_libtpu
 def test_a_bad_program_is_reported_as_bad(monkeypatch):
-    monkeypatch.setattr(api, "ring_forward", ring_with_the_usual_mistakes)
+    monkeypatch.setattr(Ring, "forward", ring_with_the_usual_mistakes)
     monkeypatch.setattr(sharding, "PARAMETER_AXES", {name: () for name in sharding.PARAMETER_AXES})
     plan = plan_of("v5e:2x4", config(8))
     problems = "\n".join(plan.problems)
