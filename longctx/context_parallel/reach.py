@@ -21,8 +21,8 @@ from pallas_kernels.mask import Span
 def slot_span(setting: Setting) -> Span:
     """How far apart in the sequence, in slots, a query and a key that it may attend to can be; None is no bound.
 
-    That of the mask, and of the longest document where that is bounded and the mask keeps to documents. Nothing is
-    bounded where slots and positions need not agree: for T != S, and for a mask that crosses documents while positions
+    That of the mask, and of the longest document where that is bounded, the mask keeps to documents and positions are
+    passed, by which documents can be measured. Nothing is bounded where slots and positions need not agree: for T != S, and for a mask that crosses documents while positions
     are passed, which may start anew in each.
     """
     unbounded = Span(None, None)
@@ -30,7 +30,7 @@ def slot_span(setting: Setting) -> Span:
         return unbounded
     if not setting.mask.within_documents:
         return unbounded if setting.has_positions else setting.mask.span
-    if setting.max_document_length is None:
+    if setting.max_document_length is None or not setting.has_positions:
         return setting.mask.span
     longest = setting.max_document_length - 1
     return Span(*(longest if bound is None else min(bound, longest) for bound in setting.mask.span))
@@ -49,6 +49,8 @@ def hops_needed(setting: Setting) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _hops(layout: Layout, degree: int, length: int, span: Span) -> tuple[int, ...]:
+    if None not in span and span.left + span.right < 0:
+        return (0,)  # no pair is allowed
     runs = layout.runs(degree)
     chunk, num_chunks = length // runs.size, runs.size
     holder = np.argsort(runs.reshape(-1)) // runs.shape[1]
