@@ -205,7 +205,8 @@ def _to_owners(setting: Setting, x: jax.Array) -> jax.Array:
     for message in _messages(setting):
         received = message.send(setting, jnp.concatenate([held[piece] for piece in message.pieces], axis=1), back=True)
         for piece, part in zip(message.pieces, _split(received, message.pieces), strict=True):
-            total = total.at[:, piece.start : piece.stop].add(part)
+            around = (piece.start, total.shape[1] - piece.stop)
+            total += jnp.pad(part, ((0, 0), around, *((0, 0),) * (part.ndim - 2)))
     return total
 
 

@@ -22,8 +22,8 @@ def slot_span(setting: Setting) -> Span:
     """How far apart in the sequence, in slots, a query and a key that it may attend to can be; None is no bound.
 
     That of the mask, and of the longest document where that is bounded, the mask keeps to documents and positions are
-    passed, by which documents can be measured. Nothing is bounded where slots and positions need not agree: for T != S, and for a mask that crosses documents while positions
-    are passed, which may start anew in each.
+    passed, by which documents can be measured. Nothing is bounded where slots and positions need not agree: for T != S,
+    and for a mask that crosses documents while positions are passed, which may start anew in each.
     """
     unbounded = Span(None, None)
     if setting.layout is None or setting.layout.runs(setting.degree) is None or setting.q_len != setting.kv_len:

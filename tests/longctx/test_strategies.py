@@ -164,7 +164,7 @@ def how(strategy, layout="zigzag"):
     return AttentionSharding(strategy=strategy, layout=LAYOUTS[layout])
 
 
-@pytest.mark.parametrize(("strategy", "name", "layout", "degree"), every_case())
+@pytest.mark.parametrize(("strategy", "name", "layout", "degree"), list(every_case()))
 def test_every_mask_layout_and_degree(strategy, name, layout, degree):
     """Two devices have no hop between the first and the last, four are unrolled, eight go round in a loop."""
     mask, packed = MASKS[name]
@@ -175,7 +175,8 @@ def test_the_quick_cases_are_served():
     assert {case[:4] for case in QUICK} <= {param.values for param in every_case()}
 
 
-def some_slow(cases, quick):
+def some_slow(cases, quick) -> list:
+    """The cases, all but the quick ones marked slow."""
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
