@@ -178,6 +178,13 @@ class _Split:
                 f"sharded_attention: got positions=None with layout={layout.name}, wanted those of the permuted "
                 "tokens; pass permute(positions, layout.order(length, degree)), or leave the layout out"
             )
+        multiple = self.degree if layout is None else layout.multiple(self.degree)
+        for name, length in (("T", q_len), ("S", kv_len)):
+            if length % multiple:
+                raise ValueError(
+                    f"sharded_attention: {name}={length} does not split over the {self.degree} devices of mesh axes "
+                    f"{self.sequence}, which takes a multiple of {multiple}; pad it to a multiple"
+                )
         setting = self.sharding.setting(
             mask,
             degree=self.degree,
@@ -211,12 +218,6 @@ class _Split:
 
     def filled(self, tokens: Tokens, q_len: int, kv_len: int) -> Tokens:
         """The tokens with nothing None and one number of rows: a shard cannot know its place in the sequence."""
-        for name, length in (("T", q_len), ("S", kv_len)):
-            if length % self.degree:
-                raise ValueError(
-                    f"sharded_attention: {name}={length} does not split over the {self.degree} devices of mesh axes "
-                    f"{self.sequence}; pad it to a multiple"
-                )
         sides = (*tokens.queries(q_len), *tokens.keys(kv_len))
         num_rows = max(x.shape[0] for x in sides)
         q_positions, q_segment_ids, kv_positions, kv_segment_ids = (

@@ -398,9 +398,21 @@ def test_lengths_must_split_over_the_ring():
     arrays = inputs(q_len=90)
     with (
         jax.set_mesh(make_mesh(MeshConfig(context_inner=4, data=2))),
-        pytest.raises(ValueError, match="T=90 does not split over the 4 devices of mesh axes .*; pad it to a multiple"),
+        pytest.raises(
+            ValueError, match="T=90 does not split over the 4 devices of mesh axes .* a multiple of 4; pad it to"
+        ),
     ):
         sharded_attention(*arrays[:3], mask=masks.causal(), tokens=Tokens())
+
+
+def test_lengths_must_suit_the_layout():
+    arrays, ids = inputs(q_len=92), jnp.zeros((1, 96), jnp.int32)
+    tokens = Tokens(q_positions=ids[:, :92], kv_positions=ids)
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(context_inner=4, data=2))),
+        pytest.raises(ValueError, match="T=92 does not split over the 4 devices .* which takes a multiple of 8; pad"),
+    ):
+        sharded_attention(*arrays[:3], mask=masks.causal(), tokens=tokens, sharding=how("all_gather"))
 
 
 def test_a_wrong_hop_fails(monkeypatch):
