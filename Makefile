@@ -28,6 +28,7 @@ lint: $(VENV)/.installed-dev ## check style, imports and spelling
 docs: $(VENV)/.installed-train ## regenerate docs/config.md and the READMEs' tables
 	$(BIN)/python -m train.config
 	$(BIN)/python -m pallas_kernels.support README.md
+	$(BIN)/python -m longctx.context_parallel.support docs/context_parallel.md
 	$(BIN)/python -m pallas_kernels.conformance --readme
 
 clean: ## remove .venv and what tools leave behind; runs/ stays

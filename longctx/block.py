@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx.attention import RandomSource
-from longctx.context_parallel import AnySchedule, PrefillPlan
+from longctx.context_parallel import AnySchedule, AttentionSharding, PrefillPlan
 from longctx.mixers.registry import MixerConfig
 from longctx.mlp import SwiGLU
 from longctx.norms import RMSNorm
@@ -28,6 +28,7 @@ class Block(nnx.Module):
       dtype: Compute dtype.
       param_dtype: Dtype of the parameters.
       out_init_scale: Multiplies the initial standard deviation of the two projections back into the residual.
+      sharding: How the mixer is split over a mesh.
       rngs: Source of the initial values.
     """
 
@@ -41,11 +42,12 @@ class Block(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         out_init_scale: float = 1.0,
+        sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, out_init_scale=out_init_scale, rngs=rngs)
         self.mixer_norm = RMSNorm(dim, eps=norm_eps, param_dtype=param_dtype)
-        self.mixer = mixer.build(dim, norm_eps=norm_eps, **kwargs)
+        self.mixer = mixer.build(dim, norm_eps=norm_eps, sharding=sharding, **kwargs)
         self.mlp_norm = RMSNorm(dim, eps=norm_eps, param_dtype=param_dtype)
         self.mlp = SwiGLU(dim, mlp_dim, **kwargs)
 

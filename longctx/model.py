@@ -14,6 +14,7 @@ from longctx.attention import RandomSource, key_of
 from longctx.block import Block
 from longctx.context_parallel import (
     AnySchedule,
+    AttentionSharding,
     PrefillPlan,
     cache_degree,
     prefill_schedule,
@@ -131,16 +132,18 @@ class TransformerLM(nnx.Module):
 
     Args:
       config: Its vocab_size must be set.
+      sharding: How layers are split over a mesh where their tokens are; None means a ring over the axes of
+        `longctx.make_mesh`, where such a mesh is in scope.
       rngs: Source of the initial values, stream `params`.
 
     Raises: ValueError if config.vocab_size is None.
     Memory: a backward pass keeps, a layer, what `config.remat` says: at least its input, O(B T dim).
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, sharding: AttentionSharding | None = None, rngs: nnx.Rngs):
         if config.vocab_size is None:
             raise ValueError("vocab_size: got None, wanted the number of token ids; set it with dataclasses.replace")
-        self.config = config
+        self.config, self.sharding = config, sharding
         param_dtype = jnp.dtype(config.param_dtype)
         # JAX's own truncated_normal takes the deviation before truncation, which leaves 0.88 of it.
         table_init = jax.nn.initializers.variance_scaling(
@@ -153,9 +156,9 @@ class TransformerLM(nnx.Module):
 
         self.embedding = table()
         self.periods = nnx.List(
-            _stacked_block(config, name, rngs) for name in (config.pattern if config.num_periods else ())
+            _stacked_block(config, name, sharding, rngs) for name in (config.pattern if config.num_periods else ())
         )
-        self.remainder = nnx.List(_block(config, name, rngs) for name in config.remainder)
+        self.remainder = nnx.List(_block(config, name, sharding, rngs) for name in config.remainder)
         self.final_norm = RMSNorm(config.dim, eps=config.norm_eps, param_dtype=param_dtype)
         self.unembedding = None if config.tie_embeddings else table()
 
@@ -279,7 +282,7 @@ class TransformerLM(nnx.Module):
           that are split over the context axes are gathered, as in training.
         Reference: Acharya, Jia and Ginsburg, Star Attention, arXiv:2411.17116, section 2.1.
         """
-        plan = PrefillPlan(length=tokens_BT.shape[1], degree=cache_degree(), star_block=star_block)
+        plan = PrefillPlan(length=tokens_BT.shape[1], degree=cache_degree(self.sharding), star_block=star_block)
         for name, block in zip(self.config.pattern, (*self.periods, *self.remainder), strict=False):
             if not hasattr(block.mixer, "prefill"):
                 raise NotImplementedError(
@@ -287,7 +290,13 @@ class TransformerLM(nnx.Module):
                     "decode instead"
                 )
         schedules = {
-            key: prefill_schedule(key.mask, plan, batch_size=tokens_BT.shape[0], block_sizes=key.block_sizes)
+            key: prefill_schedule(
+                key.mask,
+                plan,
+                batch_size=tokens_BT.shape[0],
+                block_sizes=key.block_sizes,
+                sharding=self.sharding,
+            )
             for key in self._schedule_keys()
         }
 
@@ -327,6 +336,7 @@ class TransformerLM(nnx.Module):
                 q_len=length,
                 kv_len=length,
                 block_sizes=key.block_sizes,
+                sharding=self.sharding,
             )
             for key in self._schedule_keys()
         }
@@ -387,7 +397,7 @@ def _schedule_key(mixer: MixerConfig) -> _ScheduleKey | None:
     return None if mixer.mask is None else _ScheduleKey(mixer.mask, mixer.block_sizes)
 
 
-def _block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
+def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
     return Block(
         config.dim,
         mixer=config.mixers[name],
@@ -396,17 +406,18 @@ def _block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         out_init_scale=(2 * config.num_layers) ** -0.5,
+        sharding=sharding,
         rngs=rngs,
     )
 
 
-def _stacked_block(config: ModelConfig, name: str, rngs: nnx.Rngs) -> Block:
+def _stacked_block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
     """A Block whose every parameter has a leading dim over the periods, each period with its own initial values."""
 
     @nnx.split_rngs(splits=config.num_periods)
     @nnx.vmap
     def build(rngs):
-        return _block(config, name, rngs)
+        return _block(config, name, sharding, rngs)
 
     block = build(rngs)
     for _, param in nnx.iter_graph(block):

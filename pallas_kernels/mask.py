@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,16 @@ class TileVerdict(NamedTuple):
     all: ArrayLike
 
 
+class Span(NamedTuple):
+    """How far a mask can see at most: from t - left to t + right, in positions. None is no bound.
+
+    Both may be negative: a mask that sees only the past, 40 positions away or more, has right = -40.
+    """
+
+    left: int | None
+    right: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask(abc.ABC):
     """A predicate over (query, key) pairs; combine masks with `&`, `|` and `~`.
@@ -64,6 +75,14 @@ class Mask(abc.ABC):
     def head_groups(self) -> int:
         """1 where all heads share the mask; otherwise the number of query heads must be a multiple of this."""
         return 1
+
+    @property
+    def span(self) -> Span:
+        """Bounds on the distance between the positions of a query and of a key that it may attend to.
+
+        On the safe side: no allowed pair is farther apart, and a bound may be None although there is one.
+        """
+        return Span(None, None)
 
     def of_head(self, head: int, num_heads: int) -> "Mask":
         """The mask of one query head of `num_heads`: the same for all heads, unless a PerHead is part of it."""
@@ -192,6 +211,14 @@ def _broadcast_true(*arrays) -> jax.Array:
     return jnp.ones(jnp.broadcast_shapes(*(jnp.shape(a) for a in arrays)), bool)
 
 
+def _least(bounds: Iterable[int | None]) -> int | None:
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _widest(spans: Iterable[Span]) -> Span:
+    return Span(*(None if None in bounds else max(bounds) for bounds in zip(*spans, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every query may attend to every key."""
@@ -209,6 +236,10 @@ class Causal(Mask):
     """A query at position t may attend to keys at positions <= t + offset."""
 
     offset: int = 0
+
+    @property
+    def span(self):
+        return Span(None, self.offset)
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         return kv_positions <= q_positions + self.offset
@@ -235,6 +266,10 @@ class Window(Mask):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"Window: {name}={value}, wanted None or a number of tokens >= 0")
+
+    @property
+    def span(self):
+        return Span(self.left, self.right)
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         distance = kv_positions - q_positions
@@ -327,6 +362,10 @@ class And(_Pair):
     def within_documents(self):
         return self.left.within_documents or self.right.within_documents
 
+    @property
+    def span(self):
+        return Span(*(_least(bounds) for bounds in zip(self.left.span, self.right.span, strict=True)))
+
     def num_runs(self, length, gap):
         return self.left.num_runs(length, gap) + self.right.num_runs(length, gap) - 1
 
@@ -345,6 +384,10 @@ class Or(_Pair):
     @property
     def within_documents(self):
         return self.left.within_documents and self.right.within_documents
+
+    @property
+    def span(self):
+        return _widest((self.left.span, self.right.span))
 
     def num_runs(self, length, gap):
         return self.left.num_runs(length, gap) + self.right.num_runs(length, gap)
@@ -407,6 +450,10 @@ class PerHead(Mask):
     @property
     def within_documents(self):
         return all(mask.within_documents for mask in self.masks)
+
+    @property
+    def span(self):
+        return _widest(mask.span for mask in self.masks)
 
     @property
     def head_groups(self):

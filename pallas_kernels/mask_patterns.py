@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pallas_kernels.mask import Bounds, Mask, TileVerdict
+from pallas_kernels.mask import Bounds, Mask, Span, TileVerdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +113,10 @@ class Chunked(Mask):
 
     def __post_init__(self):
         _check_at_least("Chunked", 1, size=self.size)
+
+    @property
+    def span(self):
+        return Span(self.size - 1, self.size - 1)
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
         return q_positions // self.size == kv_positions // self.size

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh
 
+from longctx.context_parallel import AttentionSharding
 from longctx.model import ModelConfig, TransformerLM
 from longctx.sharding import CONTEXT_AXES, make_mesh
 from train.checkpoint import CheckpointError, Checkpoints
@@ -58,7 +59,7 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
     Raises: ConfigError when the config names a vocabulary that is too small for the tokenizer's `vocab_size`.
     """
     model = resolved_model(config, vocab_size)
-    build = model_builder(model)
+    build = model_builder(model, config.attention_sharding)
     graphdef, _ = abstract_model(build)
     schedule = make_schedule(config.optimizer, total_steps=config.training.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule)
@@ -119,9 +120,9 @@ def resolved_model(config: TrainConfig, vocab_size: int) -> ModelConfig:
     return config.model
 
 
-def model_builder(config: ModelConfig) -> Callable[[nnx.Rngs], TransformerLM]:
+def model_builder(config: ModelConfig, sharding: AttentionSharding) -> Callable[[nnx.Rngs], TransformerLM]:
     """A function of the random keys that builds the model."""
-    return lambda rngs: TransformerLM(config, rngs=rngs)
+    return lambda rngs: TransformerLM(config, sharding=sharding, rngs=rngs)
 
 
 def config_of(source: str, overrides: Sequence[str] = ()) -> TrainConfig:

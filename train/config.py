@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from longctx.context_parallel import ContextParallelConfig
+from longctx.context_parallel import AttentionSharding, ContextParallelConfig
 from longctx.model import ModelConfig
 from longctx.sharding import AXIS_NAMES, CONTEXT_AXES, MeshConfig
 from train import schema, schema_docs
@@ -73,7 +73,8 @@ class TrainConfig:
         self.check_mesh(sizes)
 
     def check_mesh(self, sizes: Mapping[str, int]) -> None:
-        """Refuses rows or tokens that do not split evenly over a mesh of these sizes; an axis of -1 is left unchecked.
+        """Refuses rows or tokens that do not split evenly over a mesh of these sizes, and layers that its strategy does
+        not serve; an axis of -1 is left unchecked.
 
         Raises: ValueError naming the key.
         """
@@ -88,6 +89,25 @@ class TrainConfig:
         degree = math.prod(sizes[axis] for axis in CONTEXT_AXES)
         if degree > 0:
             self.context_parallel.order(self.data.seq_len, degree)
+        if degree > 1 and sizes["tensor"] > 0:
+            self._check_strategies(degree, sizes["tensor"])
+
+    @property
+    def attention_sharding(self) -> AttentionSharding:
+        """What the layers of the model are told of context parallelism."""
+        return self.context_parallel.sharding(max_document_length=self.data.max_document_length)
+
+    def _check_strategies(self, degree: int, heads_split: int) -> None:
+        for name, mixer in self.model.mixers.items():
+            reason = mixer.refusal(
+                self.model.dim,
+                seq_len=self.data.seq_len,
+                heads_split=heads_split,
+                ring_size=degree,
+                sharding=self.attention_sharding,
+            )
+            if reason is not None:
+                raise ValueError(f"context_parallel: model.mixers.{name}: {reason}")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

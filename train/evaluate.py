@@ -22,7 +22,7 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
     mesh = start_mesh(config)
     with jax.set_mesh(mesh):
         data = open_data(config.data, seed=config.seed)
-        build = model_builder(resolved_model(config, data.tokenizer.vocab_size))
+        build = model_builder(resolved_model(config, data.tokenizer.vocab_size), config.attention_sharding)
         params = load_params(directory / str(step), abstract_params(build, mesh))
         batch_size = config.training.batch_size // config.training.accumulate_steps
         placement = batch_placement(config, mesh, batch_size=batch_size)

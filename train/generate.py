@@ -22,7 +22,7 @@ def generate(config: TrainConfig) -> str:
     mesh = start_mesh(config)
     with jax.set_mesh(mesh):
         tokenizer = open_tokenizer(config.data.tokenizer, end_token=config.data.end_token)
-        build = model_builder(resolved_model(config, tokenizer.vocab_size))
+        build = model_builder(resolved_model(config, tokenizer.vocab_size), config.attention_sharding)
         params = load_params(directory / str(step), abstract_params(build, mesh))
         return sample_text(abstract_model(build)[0], params, tokenizer, config.sample)
 

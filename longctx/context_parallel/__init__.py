@@ -1,6 +1,7 @@
 """Attention over a mesh."""
 
-from longctx.context_parallel.api import AnySchedule, AttentionSharding, sharded_attention, sharded_schedule
+from longctx.context_parallel.api import AnySchedule, sharded_attention, sharded_schedule
+from longctx.context_parallel.config import AttentionSharding, ContextParallelConfig
 from longctx.context_parallel.inference import (
     PrefillPlan,
     cache_degree,
@@ -10,13 +11,14 @@ from longctx.context_parallel.inference import (
     sharded_prefill,
 )
 from longctx.context_parallel.kv_cache import KVCache
-from longctx.context_parallel.layout import ContextParallelConfig
+from longctx.context_parallel.layout import Layout
 
 __all__ = [
     "AnySchedule",
     "AttentionSharding",
     "ContextParallelConfig",
     "KVCache",
+    "Layout",
     "PrefillPlan",
     "cache_degree",
     "empty_cache",

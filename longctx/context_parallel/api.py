@@ -8,13 +8,14 @@ strategy says how queries meet the keys of other devices.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from longctx.context_parallel.ring import RingSchedule, ring_backward, ring_forward, ring_schedule
+from longctx.context_parallel.config import AttentionSharding
+from longctx.context_parallel.strategy import Residuals, Setting, ShardedSchedule, Strategy
 from longctx.sharding import ACTIVATION_AXES, own_mesh_in_scope
 from pallas_kernels import (
     BlockSizes,
@@ -29,34 +30,10 @@ from pallas_kernels import (
     sinks_gradient,
 )
 
-AnySchedule = Schedule | RingSchedule
+AnySchedule = Schedule | ShardedSchedule
 HOP_SCOPE = "context_parallel"  # names, in a compiled program, the collectives that a strategy sends for each layer
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionSharding:
-    """Names the mesh axes that attention is split over.
-
-    Attributes:
-      batch: Axes that split the rows of the batch.
-      heads: Axes that split the heads; their size must divide the number of kv heads.
-      sequence: Axes that split the tokens, queries and keys alike; their size must divide both lengths.
-      strategy: How queries meet the keys of other devices, where `sequence` splits anything.
-    """
-
-    batch: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-    sequence: tuple[str, ...] = ()
-    strategy: Literal["ring"] = "ring"
-
-    def __post_init__(self):
-        if self.strategy != "ring":
-            raise ValueError(f"AttentionSharding: strategy={self.strategy!r}, wanted 'ring', the one there is so far")
-
-
-_OWN_AXES = AttentionSharding(
-    batch=ACTIVATION_AXES["batch"], heads=ACTIVATION_AXES["heads"], sequence=ACTIVATION_AXES["sequence"]
-)
+_OWN_AXES = {axis: ACTIVATION_AXES[axis] for axis in ("batch", "heads", "sequence")}
 
 
 def sharded_schedule(
@@ -76,25 +53,23 @@ def sharded_schedule(
       tokens: Global, as for `sharded_attention`.
       batch_size, q_len, kv_len: Global.
       sharding: As for `sharded_attention`.
-    Raises: ValueError where an axis is not of the mesh, or the sequence axes do not divide the lengths.
+    Raises: ValueError where an axis is not of the mesh, or the sequence axes do not divide the lengths, or the layout
+        is another than that of the tokens; NotImplementedError where the strategy does not serve the mask or lengths.
     """
     split = _Split.of(sharding, batch_size)
-    if split is None or split.ring_size == 1:
+    if split is None or not split.sequence:
         return make_schedule(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
+    setting = split.setting(mask, tokens, q_len=q_len, kv_len=kv_len)
     tokens = split.filled(tokens, q_len, kv_len)
 
     def shard(tokens):
-        return ring_schedule(
-            mask,
-            tokens,
-            q_len=q_len // split.ring_size,
-            kv_len=kv_len // split.ring_size,
-            block_sizes=block_sizes,
-            axes=split.sequence,
-        )
+        return split.strategy(mask).schedule(setting, tokens, block_sizes=block_sizes)
 
     return jax.shard_map(
-        shard, in_specs=(split.rows(tokens),), out_specs=split.hops(tokens.q_positions), check_vma=False
+        shard,
+        in_specs=(split.rows(tokens),),
+        out_specs=split.schedule_spec(mask, tokens.q_positions.shape[0]),
+        check_vma=False,
     )(tokens)
 
 
@@ -126,11 +101,12 @@ def sharded_attention(
       dropout: Global; its seeds are split as rows and heads are, and since they are drawn with by positions and segment
         ids, the result does not depend on the split.
     Returns: out `[B, T, N, V]`, split as q.
-    Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads or the lengths;
-      NotImplementedError where the heads are split and the mask differs between them.
-    Cost: what the strategy states (ring.py); nothing moves where the sequence is not split, but for the gradient of the
-      sinks, N float32 that are summed over the devices that split rows and tokens. A batch that the batch axes
-      do not divide is computed by each of their devices in full.
+    Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads or the lengths, or the
+        layout is another than that of the tokens; NotImplementedError where the strategy does not serve the call, or
+        the heads are split and the mask differs between them.
+    Cost: what the strategy states (the head of its file); nothing moves where the sequence is not split, but for the
+      gradient of the sinks, N float32 that are summed over the devices that split rows and tokens. A batch that the
+      batch axes do not divide is computed by each of their devices in full.
     """
     split = _Split.of(sharding, q.shape[0])
     if split is None:
@@ -139,19 +115,21 @@ def sharded_attention(
             deterministic=deterministic, **options,
         )  # fmt: skip
     split.check_heads(mask, k.shape[2])
-    if split.ring_size > 1:
-        tokens = split.filled(tokens, q.shape[1], k.shape[1])
+    setting = None
+    if split.sequence:
+        lengths = dict(q_len=q.shape[1], kv_len=k.shape[1])
+        setting = split.setting(mask, tokens, **lengths, num_heads=q.shape[2], num_kv_heads=k.shape[2])
         if schedule is None:
             schedule = sharded_schedule(
                 mask,
                 tokens,
                 batch_size=q.shape[0],
-                q_len=q.shape[1],
-                kv_len=k.shape[1],
+                **lengths,
                 block_sizes=options.get("block_sizes"),
                 sharding=sharding,
             )
-    call = _Call(split=split, deterministic=deterministic, options=(("mask", mask), *options.items()))
+        tokens = split.filled(tokens, **lengths)
+    call = _Call(split=split, setting=setting, deterministic=deterministic, options=(("mask", mask), *options.items()))
     return _attention(call, q, k, v, tokens, schedule, sinks, dropout)
 
 
@@ -159,31 +137,76 @@ def sharded_attention(
 class _Split:
     """How one call is split over the mesh in scope; hashable."""
 
+    sharding: AttentionSharding
     batch_size: int
     batch: tuple[str, ...]
     heads: tuple[str, ...]
     heads_size: int
     sequence: tuple[str, ...]
-    ring_size: int
+    degree: int
 
     @classmethod
     def of(cls, sharding: AttentionSharding | None, batch_size: int) -> "_Split | None":
         """None where there is nothing to split over."""
+        sharding = with_axes(sharding)
         if sharding is None:
-            if own_mesh_in_scope() is None:
-                return None
-            sharding = _OWN_AXES
+            return None
         mesh = jax.sharding.get_abstract_mesh()
-        divides = batch_size % _axes_size("batch", sharding.batch, mesh) == 0
-        ring_size = _axes_size("sequence", sharding.sequence, mesh)
+        divides = batch_size % axes_size("batch", sharding.batch, mesh) == 0
+        degree = axes_size("sequence", sharding.sequence, mesh)
         return cls(
+            sharding=sharding,
             batch_size=batch_size,
             batch=sharding.batch if divides else (),
             heads=sharding.heads,
-            heads_size=_axes_size("heads", sharding.heads, mesh),
-            sequence=sharding.sequence if ring_size > 1 else (),
-            ring_size=ring_size,
+            heads_size=axes_size("heads", sharding.heads, mesh),
+            sequence=sharding.sequence if degree > 1 else (),
+            degree=degree,
         )
+
+    def strategy(self, mask: Mask) -> Strategy:
+        return self.sharding.strategy_for(mask)
+
+    def setting(
+        self,
+        mask: Mask,
+        tokens: Tokens,
+        *,
+        q_len: int,
+        kv_len: int,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+    ) -> Setting:
+        """The setting of a call, whose strategy must serve it; numbers of heads are global."""
+        layout = self.sharding.layout
+        given = [x is not None for x in (tokens.q_positions, tokens.kv_positions)]
+        if layout is not None and layout.name != "contiguous" and not all(given):
+            raise ValueError(
+                f"sharded_attention: got positions=None with layout={layout.name}, wanted those of the permuted "
+                "tokens; pass permute(positions, layout.order(length, degree)), or leave the layout out"
+            )
+        multiple = self.degree if layout is None else layout.multiple(self.degree)
+        for name, length in (("T", q_len), ("S", kv_len)):
+            if length % multiple:
+                raise ValueError(
+                    f"sharded_attention: {name}={length} does not split over the {self.degree} devices of mesh axes "
+                    f"{self.sequence}, which takes a multiple of {multiple}; pad it to a multiple"
+                )
+        setting = self.sharding.setting(
+            mask,
+            degree=self.degree,
+            axes=self.sequence,
+            q_len=q_len,
+            kv_len=kv_len,
+            num_heads=num_heads and num_heads // self.heads_size,
+            num_kv_heads=num_kv_heads and num_kv_heads // self.heads_size,
+            has_positions=any(given),
+            has_segments=tokens.q_segment_ids is not None or tokens.kv_segment_ids is not None,
+        )
+        reason = self.strategy(mask).refusal(setting)
+        if reason is not None:
+            raise NotImplementedError(f"sharded_attention: {reason}")
+        return setting
 
     def check_heads(self, mask: Mask, num_kv_heads: int) -> None:
         if self.heads_size > 1 and mask.head_groups > 1:
@@ -202,12 +225,6 @@ class _Split:
 
     def filled(self, tokens: Tokens, q_len: int, kv_len: int) -> Tokens:
         """The tokens with nothing None and one number of rows: a shard cannot know its place in the sequence."""
-        for name, length in (("T", q_len), ("S", kv_len)):
-            if length % self.ring_size:
-                raise ValueError(
-                    f"sharded_attention: {name}={length} does not split over the {self.ring_size} devices of mesh axes "
-                    f"{self.sequence}; pad it to a multiple"
-                )
         sides = (*tokens.queries(q_len), *tokens.keys(kv_len))
         num_rows = max(x.shape[0] for x in sides)
         q_positions, q_segment_ids, kv_positions, kv_segment_ids = (
@@ -234,10 +251,6 @@ class _Split:
         """Of a tree of tokens, or of schedules where the sequence is whole: `[B or 1, ...]`."""
         return jax.tree.map(lambda x: PartitionSpec(self._batch_of(x.shape[0]), self.sequence), tree)
 
-    def hops(self, positions: jax.Array) -> PartitionSpec:
-        """Of every array of a ring's schedule, `[hops, B or 1, ...]`, made of tokens with these positions."""
-        return PartitionSpec(None, self._batch_of(positions.shape[0]), self.sequence)
-
     def sinks_spec(self, sinks: jax.Array | None) -> PartitionSpec | None:
         """Of `[N]` arrays."""
         return None if sinks is None else PartitionSpec(self.heads)
@@ -246,10 +259,10 @@ class _Split:
         """Of its seeds, `[B or 1, N]`."""
         return jax.tree.map(lambda seeds: PartitionSpec(self._batch_of(seeds.shape[0]), self.heads), dropout)
 
-    def schedule_spec(self, schedule: AnySchedule | None) -> Any:
-        if isinstance(schedule, RingSchedule):
-            return self.hops(schedule.kv_positions[0])
-        return self.rows(schedule)
+    def schedule_spec(self, mask: Mask, num_rows: int) -> PartitionSpec:
+        """Of every array of a schedule of the mask's strategy, made of tokens with that many rows."""
+        before = (None,) * self.strategy(mask).schedule_dims
+        return PartitionSpec(*before, self._batch_of(num_rows), self.sequence)
 
     def _batch_of(self, num_rows: int) -> tuple[str, ...]:
         return self.batch if num_rows == self.batch_size else ()
@@ -257,83 +270,123 @@ class _Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What is static of a call; hashable. `options` go to both passes, `deterministic` to the backward alone."""
+    """What is static of a call; hashable. `options` go to both passes, `deterministic` to the backward alone.
+
+    `setting` is None where the sequence is whole.
+    """
 
     split: _Split
+    setting: Setting | None
     deterministic: bool
     options: tuple[tuple[str, Any], ...]
 
+    @property
+    def strategy(self) -> Strategy:
+        return self.split.strategy(self.setting.mask)
+
+    @property
+    def residual_specs(self) -> Residuals:
+        split = self.split
+        if self.setting is None:
+            return Residuals(*(split.heads_spec,) * 4, split.lse_spec)
+        return Residuals(*self.strategy.residual_specs(split.batch, split.sequence, split.heads))
+
+    def specs(self, tokens: Tokens, schedule: AnySchedule | None, sinks, dropout) -> tuple:
+        split = self.split
+        if self.setting is None:
+            of_schedule = split.rows(schedule)
+        else:
+            of_schedule = split.schedule_spec(self.setting.mask, tokens.q_positions.shape[0])
+        return split.rows(tokens), of_schedule, split.sinks_spec(sinks), split.dropout_spec(dropout)
+
+    def of_own_heads(self, tree: Any) -> Any:
+        """Arrays whose last dim is this shard's heads, as those that this device is given; per shard."""
+        if self.setting is None:
+            return tree
+        return jax.tree.map(lambda x: self.strategy.own_heads(self.setting, x.T).T, tree)
+
+    def dsinks(self, sinks: jax.Array | None, residuals: Residuals, dout) -> jax.Array | None:
+        """Over all rows and tokens; per shard. dout is split as the residuals are."""
+        if sinks is None:
+            return None
+        own = sinks_gradient(self.of_own_heads(sinks), residuals.out, residuals.lse, dout, None)
+        if self.setting is not None:
+            own = self.strategy.in_all_heads(self.setting, own, len(sinks))
+        return jax.lax.psum(own, (*self.split.batch, *self.split.sequence)).astype(sinks.dtype)
+
 
 # Differentiated here and not inside the shard_map, whose transpose would add a reduction over every axis that its
-# inputs are not split over; and a ring's backward is not the derivative of its hops.
+# inputs are not split over; and a strategy's backward pass is not the derivative of its forward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
     return _attention_fwd(call, q, k, v, tokens, schedule, sinks, dropout)[0]
 
 
 def _attention_fwd(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
-    split, options = call.split, dict(call.options)
+    options, heads = dict(call.options), call.split.heads_spec
 
     def shard(q, k, v, tokens, schedule, sinks, dropout):
-        extras = {"sinks": sinks, "dropout": dropout}
-        if split.sequence:
+        extras = {"sinks": call.of_own_heads(sinks), "dropout": call.of_own_heads(dropout)}
+        if call.setting is not None:
             with jax.named_scope(HOP_SCOPE):
-                return ring_forward(q, k, v, tokens, schedule, axes=split.sequence, **extras, **options)
-        return blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **extras, **options)
+                return call.strategy.forward(call.setting, q, k, v, tokens, schedule, **extras, **options)
+        out, lse = blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **extras, **options)
+        return out, Residuals(q, k, v, out, lse)
 
-    heads = split.heads_spec
-    out, lse = jax.shard_map(
+    out, residuals = jax.shard_map(
         shard,
-        in_specs=(
-            *(heads, heads, heads, split.rows(tokens), split.schedule_spec(schedule)),
-            *(split.sinks_spec(sinks), split.dropout_spec(dropout)),
-        ),
-        out_specs=(heads, split.lse_spec),
+        in_specs=(heads, heads, heads, *call.specs(tokens, schedule, sinks, dropout)),
+        out_specs=(heads, call.residual_specs),
         check_vma=False,  # the op's loops start from constants, which that check would have to be told of
     )(q, k, v, tokens, schedule, sinks, dropout)
-    return out, (q, k, v, out, lse, tokens, schedule, sinks, dropout)
+    return out, (residuals, tokens, schedule, sinks, dropout)
 
 
-def _attention_bwd(call: _Call, residuals, dout):
-    split = call.split
+def _attention_bwd(call: _Call, saved, dout):
+    split, options = call.split, dict(call.options) | {"deterministic": call.deterministic}
 
-    def shard(q, k, v, out, lse, dout, tokens, schedule, sinks, dropout):
-        options = dict(call.options) | {"deterministic": call.deterministic, "dropout": dropout}
-        dlse = jnp.zeros_like(lse)
-        if split.sequence:
+    # Only out is returned, so lse has no cotangent: None says so to implementations that could not take one.
+    def shard(residuals, dout, tokens, schedule, sinks, dropout):
+        dropped = {"dropout": call.of_own_heads(dropout)}
+        if call.setting is not None:
             with jax.named_scope(HOP_SCOPE):
-                gradients = ring_backward(
-                    q, k, v, out, lse, dout, dlse, tokens, schedule, axes=split.sequence, **options
+                dout = call.strategy.like_residuals(call.setting, dout)
+                gradients = call.strategy.backward(
+                    call.setting, residuals, dout, tokens, schedule, **dropped, **options
                 )
         else:
             gradients = blockwise_attention_backward(
-                q, k, v, out, lse, dout, dlse, tokens=tokens, schedule=schedule, **options
+                *residuals, dout, None, tokens=tokens, schedule=schedule, **dropped, **options
             )
-        if sinks is None:
-            return *gradients, None
-        dsinks = jax.lax.psum(sinks_gradient(sinks, out, lse, dout, None), (*split.batch, *split.sequence))
-        return *gradients, dsinks.astype(sinks.dtype)
+        return *gradients, call.dsinks(sinks, residuals, dout)
 
-    q, k, v, out, lse, tokens, schedule, sinks, dropout = residuals
+    residuals, tokens, schedule, sinks, dropout = saved
     heads = split.heads_spec
     dq, dk, dv, dsinks = jax.shard_map(
         shard,
-        in_specs=(
-            *(heads, heads, heads, heads, split.lse_spec, heads),
-            split.rows(tokens),
-            split.schedule_spec(schedule),
-            *(split.sinks_spec(sinks), split.dropout_spec(dropout)),
-        ),
+        in_specs=(call.residual_specs, heads, *call.specs(tokens, schedule, sinks, dropout)),
         out_specs=(heads, heads, heads, split.sinks_spec(sinks)),
         check_vma=False,  # as in the forward
-    )(q, k, v, out, lse, dout, tokens, schedule, sinks, dropout)
+    )(residuals, dout, tokens, schedule, sinks, dropout)
     return dq, dk, dv, None, None, dsinks, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _axes_size(name: str, axes: tuple[str, ...], mesh: AbstractMesh) -> int:
+def with_axes(sharding: AttentionSharding | None) -> AttentionSharding | None:
+    """The same with axes named, those of `longctx.make_mesh` if it names none; None where there is no such mesh."""
+    sharding = sharding or AttentionSharding()
+    if sharding.batch or sharding.heads or sharding.sequence:
+        return sharding
+    return None if own_mesh_in_scope() is None else dataclasses.replace(sharding, **_OWN_AXES)
+
+
+def axes_size(name: str, axes: tuple[str, ...], mesh: AbstractMesh) -> int:
+    """Devices along these axes.
+
+    Raises: ValueError where one is not of the mesh.
+    """
     for axis in axes:
         if axis not in mesh.shape:
             raise ValueError(

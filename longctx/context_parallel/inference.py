@@ -19,20 +19,16 @@ from longctx import masks
 from longctx.context_parallel.api import (
     HOP_SCOPE,
     AnySchedule,
-    AttentionSharding,
-    _axes_size,
+    axes_size,
     sharded_attention,
     sharded_schedule,
+    with_axes,
 )
+from longctx.context_parallel.config import AttentionSharding
 from longctx.context_parallel.kv_cache import EMPTY, KVCache, room_of, write_own
-from longctx.context_parallel.layout import ContextParallelConfig
+from longctx.context_parallel.layout import Layout
 from longctx.context_parallel.tree import tree_backward, tree_decode
-from longctx.sharding import ACTIVATION_AXES, own_mesh_in_scope
 from pallas_kernels import PADDING_SEGMENT_ID, BlockSizes, Mask, Tokens, blockwise_attention, make_schedule
-
-_OWN_AXES = AttentionSharding(
-    batch=ACTIVATION_AXES["batch"], heads=ACTIVATION_AXES["heads"], sequence=ACTIVATION_AXES["sequence"]
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,8 +87,8 @@ class PrefillPlan:
         return np.where(places < self.length, places, np.int32(EMPTY))
 
     @property
-    def _layout(self) -> ContextParallelConfig:
-        return ContextParallelConfig(layout="zigzag" if self.star_block is None else "contiguous")
+    def _layout(self) -> Layout:
+        return Layout(name="zigzag" if self.star_block is None else "contiguous")
 
     def num_slots(self, max_length: int) -> int:
         """Slots of a device whose row is to have room for max_length tokens.
@@ -104,6 +100,17 @@ class PrefillPlan:
                 f"prefill: a context of {self.length} tokens does not fit max_length={max_length}; raise max_length"
             )
         return self.run_len + -(-(max_length - self.length) // self.degree)
+
+    def sharding(self, sharding: AttentionSharding | None) -> AttentionSharding:
+        """`sharding` for the exact prefill of a context: one document, in the plan's layout, of any length.
+
+        Halos, which serve windows up to a part of the context alone, are left to the ring.
+        """
+        sharding = sharding or AttentionSharding()
+        strategy = "ring" if sharding.strategy == "halo" else sharding.strategy
+        return dataclasses.replace(
+            sharding, strategy=strategy, window_strategy=None, layout=self._layout, max_document_length=None
+        )
 
     def mask(self, mask: Mask) -> Mask:
         """`mask` within what a query may see in this prefill.
@@ -247,7 +254,7 @@ def prefill_schedule(
             q_len=length,
             kv_len=length,
             block_sizes=block_sizes,
-            sharding=sharding,
+            sharding=plan.sharding(sharding),
         )
     of_a_device = functools.partial(
         make_schedule, mask, q_len=length // plan.degree, kv_len=length // plan.degree, block_sizes=block_sizes
@@ -293,7 +300,7 @@ def sharded_prefill(
     def attend(q, k, v, sinks, tokens, schedule):
         arguments = {"tokens": tokens, "schedule": schedule, "sinks": sinks, **options}
         if plan.star_block is None:
-            return sharded_attention(q, k, v, sharding=sharding, **arguments)
+            return sharded_attention(q, k, v, sharding=plan.sharding(sharding), **arguments)
         return blockwise_attention(q, k, v, **arguments)
 
     if split is not None and plan.star_block is not None:
@@ -359,16 +366,15 @@ class _Split:
         mask: Mask | None = None,
     ) -> "_Split | None":
         """None where there is nothing to split over."""
+        sharding = with_axes(sharding)
         if sharding is None:
-            if own_mesh_in_scope() is None:
-                return None
-            sharding = _OWN_AXES
+            return None
         mesh = jax.sharding.get_abstract_mesh()
-        degree = _axes_size("sequence", sharding.sequence, mesh)
-        heads_size = _axes_size("heads", sharding.heads, mesh)
+        degree = axes_size("sequence", sharding.sequence, mesh)
+        heads_size = axes_size("heads", sharding.heads, mesh)
         whole_heads = num_kv_heads % heads_size or (mask is not None and mask.head_groups > 1)
         return cls(
-            batch=() if batch_size % _axes_size("batch", sharding.batch, mesh) else sharding.batch,
+            batch=() if batch_size % axes_size("batch", sharding.batch, mesh) else sharding.batch,
             heads=() if whole_heads else sharding.heads,
             sequence=sharding.sequence if degree > 1 else (),
             degree=degree,

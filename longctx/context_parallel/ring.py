@@ -6,10 +6,15 @@ nothing is rounded and nothing merged in between. In the backward pass the gradi
 hop behind: a device adds to what the devices before it have gathered, and the last sends it home. A hop whose keys no
 query here may see computes nothing.
 
+Hops that no device can need are left out when the program is traced: keys then travel from one hop that is needed
+straight to the next, and their gradients from the last straight home. Which those are follows from the mask's window,
+the greatest length of a document and the layout (reach.py). With M hops left, hop 0, a device's own keys, included
+(M = P where nothing is known):
+
 Traffic, per device and layer, in bytes, b the size of q's dtype:
-  forward   P - 1 permutes of B (S / P) K (H + V) b
-  backward  P permutes of B (S / P) K (H + V) b, and P - 1 of B (S / P) K (H + V) 4 (float32)
-Each permute holds one dtype, keys and values in one buffer, kv heads only; `ring_transfers` says the same in numbers.
+  forward   M - 1 permutes of B (S / P) K (H + V) b
+  backward  M permutes of B (S / P) K (H + V) b, and M - 1 of B (S / P) K (H + V) 4 (float32); none where M = 1
+Each permute holds one dtype, keys and values in one buffer, kv heads only; `transfers` says the same in numbers.
 Once a step and distinct mask, positions and segment ids of the keys are gathered: 8 B S bytes.
 
 Preconditions: P divides T and S. Any mask, any order of tokens, T != S.
@@ -20,15 +25,24 @@ are in layout.py.
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import DTypeLike
+import numpy as np
 
+from longctx.context_parallel.reach import holds, hops_needed, where_it_holds
+from longctx.context_parallel.strategy import (
+    Residuals,
+    Setting,
+    ShardedSchedule,
+    Strategy,
+    float32_zeros,
+    num_bytes,
+)
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import (
-    BlockSizes,
-    Mask,
     Schedule,
     SoftmaxCarry,
     Tokens,
@@ -43,20 +57,22 @@ MAX_UNROLLED_HOPS = 4  # up to here the compiler may overlap across hops; beyond
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RingSchedule:
-    """What each hop visits.
+class RingSchedule(ShardedSchedule):
+    """What each of the M hops visits.
 
     Attributes:
-      hops: Schedules of this device's queries against the keys of each hop; every array has a leading dim of P hops.
-      kv_positions, kv_segment_ids: Of the keys of each hop, int32 `[P, B or 1, S / P]`.
+      hops: Schedules of this device's queries against the keys of each hop; every array has a leading dim of M hops.
+      kv_positions, kv_segment_ids: Of the keys of each hop, int32 `[M, B or 1, S / P]`.
+      holds: Whether that on which hops were left out is true of each row, bool `[1, B or 1, 1]`; None where none were.
     """
 
     hops: Schedule
     kv_positions: Leaf
     kv_segment_ids: Leaf
+    holds: Leaf = None
 
     def at(self, hop: jax.typing.ArrayLike, tokens: Tokens) -> tuple[Schedule, Tokens]:
-        """The schedule and the tokens of one hop; `tokens` are this device's."""
+        """The schedule and the tokens of one hop, counted among those that are there; `tokens` are this device's."""
         return jax.tree.map(lambda x: x[hop], self.hops), Tokens(
             q_positions=tokens.q_positions,
             q_segment_ids=tokens.q_segment_ids,
@@ -65,142 +81,169 @@ class RingSchedule:
         )
 
 
-def ring_schedule(
-    mask: Mask, tokens: Tokens, *, q_len: int, kv_len: int, block_sizes: BlockSizes | None, axes: tuple[str, ...]
-) -> RingSchedule:
-    """The schedules of all hops; per shard, once a step per distinct mask.
+class Ring(Strategy):
+    name = "ring"
+    schedule_dims = 1
 
-    Args:
-      mask, block_sizes: As `make_schedule`.
-      tokens: This device's, nothing None.
-      q_len, kv_len: Of this device.
+    def refusal(self, setting):
+        return None
+
+    def schedule(self, setting, tokens, *, block_sizes):
+        rank = jax.lax.axis_index(setting.axes)
+        sources = (rank - jnp.array(hops_needed(setting))) % setting.degree
+
+        def of_each_hop(x):
+            return jnp.take(jax.lax.all_gather(x, setting.axes), sources, axis=0)
+
+        kv_positions, kv_segment_ids = of_each_hop(tokens.kv_positions), of_each_hop(tokens.kv_segment_ids)
+        q_len, kv_len = setting.q_len // setting.degree, setting.kv_len // setting.degree
+
+        def schedule_of_hop(kv_tokens):
+            positions, segment_ids = kv_tokens
+            hop_tokens = dataclasses.replace(tokens, kv_positions=positions, kv_segment_ids=segment_ids)
+            return make_schedule(setting.mask, hop_tokens, q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
+
+        hops = jax.lax.map(schedule_of_hop, (kv_positions, kv_segment_ids))
+        found = holds(setting, tokens) if len(sources) < setting.degree else None
+        return RingSchedule(
+            hops=hops,
+            kv_positions=kv_positions,
+            kv_segment_ids=kv_segment_ids,
+            holds=None if found is None else found[None],
+        )
+
+    def forward(self, setting, q, k, v, tokens, schedule, *, sinks=None, **options):
+        route = _Route.of(setting)
+        key_dim = k.shape[3]
+
+        def attend(hop, kv, carry):
+            hop_schedule, hop_tokens = schedule.at(hop, tokens)
+
+            def visit(carry):
+                return blockwise_attention_forward(
+                    q, kv[..., :key_dim], kv[..., key_dim:], tokens=hop_tokens, schedule=hop_schedule, carry=carry,
+                    return_carry=True, **options,
+                )  # fmt: skip
+
+            return jax.lax.cond(_visits(hop_schedule), visit, lambda carry: carry, carry)
+
+        def hop_and_pass_on(stride, state, hop):
+            kv, carry = state
+            next_kv = route.send(kv, stride)
+            return (next_kv, attend(hop, kv, carry)), None
+
+        shape = {"batch_size": q.shape[0], "q_len": q.shape[1], "value_dim": v.shape[3]}
+        if sinks is None:
+            carry = SoftmaxCarry.empty(num_heads=q.shape[2], **shape)
+        else:
+            carry = SoftmaxCarry.of_sinks(sinks, **shape)
+        state = jnp.concatenate([k, v], axis=-1), carry
+        for hops, stride in _alike(route.strides):
+            body = functools.partial(hop_and_pass_on, stride)
+            state, _ = jax.lax.scan(body, state, jnp.array(hops), unroll=route.unroll)
+        out, lse = attend(len(route.strides), *state).finalize(q.dtype)
+        return where_it_holds(schedule.holds, out), Residuals(q, k, v, out, lse)
+
+    def backward(self, setting, residuals, dout, tokens, schedule, **options):
+        q, k, v, out, lse = residuals
+        route = _Route.of(setting)
+        key_dim = k.shape[3]
+
+        def attend(hop, kv, dq):
+            """dq with this hop's part added, and this hop's part of the gradient of kv, float32."""
+            hop_schedule, hop_tokens = schedule.at(hop, tokens)
+            zeros = float32_zeros(k, v)
+
+            def visit(dq):
+                return blockwise_attention_backward(
+                    q, kv[..., :key_dim], kv[..., key_dim:], out, lse, dout, None, tokens=hop_tokens,
+                    schedule=hop_schedule, accumulate=(dq, *zeros), **options,
+                )  # fmt: skip
+
+            dq, dk, dv = jax.lax.cond(_visits(hop_schedule), visit, lambda dq: (dq, *zeros), dq)
+            return dq, jnp.concatenate([dk, dv], axis=-1)
+
+        def hop_and_pass_on(strides, state, hop):
+            kv, dq, gathered = state
+            stride_before, stride = strides
+            # What the devices before this one gathered for these keys arrives while this one computes its part.
+            next_kv, gathered = route.send(kv, stride), route.send(gathered, stride_before)
+            dq, dkv = attend(hop, kv, dq)
+            return (next_kv, dq, gathered + dkv), None
+
+        # Without the barrier XLA takes these permutes for the forward pass's and keeps all of their results until now:
+        # the memory of an all-gather.
+        kv = jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1))
+        next_kv = route.send(kv, route.strides[0]) if route.strides else kv
+        dq, gathered = attend(0, kv, *float32_zeros(q))
+        if route.strides:
+            state = next_kv, dq, gathered
+            for hops, strides in _alike(tuple(itertools.pairwise(route.strides)), first=1):
+                body = functools.partial(hop_and_pass_on, strides)
+                state, _ = jax.lax.scan(body, state, jnp.array(hops), unroll=route.unroll)
+            kv, dq, gathered = state
+            gathered = route.send(gathered, route.strides[-1])
+            dq, dkv = attend(len(route.strides), kv, dq)
+            gathered += dkv
+        # Nothing is added any more: rounding here rather than at home is the same, and this hop has little to hide
+        # behind.
+        dkv = gathered.astype(kv.dtype)
+        if route.strides:
+            dkv = route.send(dkv, route.home)
+        gradients = dq.astype(q.dtype), dkv[..., :key_dim], dkv[..., key_dim:]
+        return tuple(where_it_holds(schedule.holds, x) for x in gradients)
+
+    def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
+        num_sent = len(hops_needed(setting)) - 1
+        if num_sent == 0:
+            return ()
+        kv = batch_size, setting.kv_len // setting.degree, setting.num_kv_heads, key_dim + value_dim
+        permute = functools.partial(Transfer, kind="collective-permute", beside_compute=True)
+        return (
+            permute(phase="forward", count=num_sent, num_bytes=num_bytes(dtype, *kv)),
+            permute(phase="backward", count=num_sent + 1, num_bytes=num_bytes(dtype, *kv)),
+            permute(phase="backward", count=num_sent, num_bytes=num_bytes(jnp.float32, *kv)),
+        )
+
+    def tiles_of_calls(self, setting, tiles):
+        return tiles[:, list(hops_needed(setting))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """How keys travel from hop to hop.
+
+    Attributes:
       axes: The mesh axes of the ring.
+      size: Devices on it.
+      strides: How many devices further each next hop is.
+      home: And how many from the last to where they came from.
     """
-    size, rank = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
-    sources = (rank - jnp.arange(size)) % size
 
-    def of_each_hop(x):
-        return jnp.take(jax.lax.all_gather(x, axes), sources, axis=0)
+    axes: tuple[str, ...]
+    size: int
+    strides: tuple[int, ...]
+    home: int
 
-    kv_positions, kv_segment_ids = of_each_hop(tokens.kv_positions), of_each_hop(tokens.kv_segment_ids)
+    @classmethod
+    def of(cls, setting: Setting) -> "_Route":
+        hops = hops_needed(setting)
+        strides = tuple(int(stride) for stride in np.diff(hops))
+        return cls(setting.axes, setting.degree, strides, setting.degree - hops[-1])
 
-    def schedule_of_hop(kv_tokens):
-        positions, segment_ids = kv_tokens
-        hop_tokens = dataclasses.replace(tokens, kv_positions=positions, kv_segment_ids=segment_ids)
-        return make_schedule(mask, hop_tokens, q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
+    @property
+    def unroll(self) -> bool | int:
+        return len(self.strides) < MAX_UNROLLED_HOPS or 1
 
-    hops = jax.lax.map(schedule_of_hop, (kv_positions, kv_segment_ids))
-    return RingSchedule(hops=hops, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
-
-
-def ring_forward(
-    q, k, v, tokens: Tokens, schedule: RingSchedule, *, axes: tuple[str, ...], sinks: jax.Array | None = None, **options
-):
-    """`(out, lse)` of this device's queries over the keys of all devices, and the sinks if any; per shard."""
-    size = jax.lax.axis_size(axes)
-    key_dim = k.shape[3]
-
-    def attend(hop, kv, carry):
-        hop_schedule, hop_tokens = schedule.at(hop, tokens)
-
-        def visit(carry):
-            return blockwise_attention_forward(
-                q, kv[..., :key_dim], kv[..., key_dim:], tokens=hop_tokens, schedule=hop_schedule, carry=carry,
-                return_carry=True, **options,
-            )  # fmt: skip
-
-        return jax.lax.cond(_visits(hop_schedule), visit, lambda carry: carry, carry)
-
-    def hop_and_pass_on(state, hop):
-        kv, carry = state
-        next_kv = _to_next(kv, axes)
-        return (next_kv, attend(hop, kv, carry)), None
-
-    shape = {"batch_size": q.shape[0], "q_len": q.shape[1], "value_dim": v.shape[3]}
-    if sinks is None:
-        carry = SoftmaxCarry.empty(num_heads=q.shape[2], **shape)
-    else:
-        carry = SoftmaxCarry.of_sinks(sinks, **shape)
-    kv = jnp.concatenate([k, v], axis=-1)
-    (kv, carry), _ = jax.lax.scan(hop_and_pass_on, (kv, carry), jnp.arange(size - 1), unroll=_unroll(size))
-    return attend(size - 1, kv, carry).finalize(q.dtype)
+    def send(self, x: jax.Array, stride: int) -> jax.Array:
+        return jax.lax.ppermute(x, self.axes, [(rank, (rank + stride) % self.size) for rank in range(self.size)])
 
 
-def ring_backward(q, k, v, out, lse, dout, dlse, tokens: Tokens, schedule: RingSchedule, *, axes, **options):
-    """`(dq, dk, dv)` of this device's queries and keys, in their dtypes; per shard."""
-    size = jax.lax.axis_size(axes)
-    key_dim = k.shape[3]
-
-    def attend(hop, kv, dq):
-        """dq with this hop's part added, and this hop's part of the gradient of kv, float32."""
-        hop_schedule, hop_tokens = schedule.at(hop, tokens)
-        zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-
-        def visit(dq):
-            return blockwise_attention_backward(
-                q, kv[..., :key_dim], kv[..., key_dim:], out, lse, dout, dlse, tokens=hop_tokens,
-                schedule=hop_schedule, accumulate=(dq, *zeros), **options,
-            )  # fmt: skip
-
-        dq, dk, dv = jax.lax.cond(_visits(hop_schedule), visit, lambda dq: (dq, *zeros), dq)
-        return dq, jnp.concatenate([dk, dv], axis=-1)
-
-    def hop_and_pass_on(state, hop):
-        kv, dq, gathered = state
-        # What the devices before this one gathered for these keys arrives while this one computes its part.
-        next_kv, gathered = _to_next(kv, axes), _to_next(gathered, axes)
-        dq, dkv = attend(hop, kv, dq)
-        return (next_kv, dq, gathered + dkv), None
-
-    # Without the barrier XLA takes these permutes for the forward pass's and keeps all of their results until now: the
-    # memory of an all-gather.
-    kv = jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1))
-    next_kv = _to_next(kv, axes)
-    dq, gathered = attend(0, kv, jnp.zeros(q.shape, jnp.float32))
-    (kv, dq, gathered), _ = jax.lax.scan(
-        hop_and_pass_on, (next_kv, dq, gathered), jnp.arange(1, size - 1), unroll=_unroll(size)
-    )
-    gathered = _to_next(gathered, axes)
-    dq, dkv = attend(size - 1, kv, dq)
-    # Nothing is added any more: rounding here rather than at home is the same, and this hop has little to hide behind.
-    dkv = _to_next((gathered + dkv).astype(kv.dtype), axes)
-    return dq.astype(q.dtype), dkv[..., :key_dim], dkv[..., key_dim:]
-
-
-def ring_transfers(
-    *, batch_size: int, kv_len: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike, size: int
-) -> tuple[Transfer, ...]:
-    """What one device sends for one layer, as the head of this file states it; nothing where it is alone.
-
-    Args:
-      batch_size: Rows of this device, B.
-      kv_len: Keys of the whole sequence, S.
-      num_kv_heads: Kv heads of this device, K.
-      key_dim, value_dim: Dims of a head, H and V.
-      dtype: Of q, k and v.
-      size: Devices on the ring, P.
-    """
-    if size == 1:
-        return ()
-    num_values = batch_size * (kv_len // size) * num_kv_heads * (key_dim + value_dim)
-    of_keys = num_values * jnp.dtype(dtype).itemsize
-    of_gradients = num_values * jnp.dtype(jnp.float32).itemsize
-    permute = functools.partial(Transfer, kind="collective-permute")
-    return (
-        permute(phase="forward", count=size - 1, num_bytes=of_keys),
-        permute(phase="backward", count=size, num_bytes=of_keys),
-        permute(phase="backward", count=size - 1, num_bytes=of_gradients),
-    )
-
-
-def _to_next(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    size = jax.lax.axis_size(axes)
-    return jax.lax.ppermute(x, axes, [(rank, (rank + 1) % size) for rank in range(size)])
+def _alike(items: Sequence, *, first: int = 0) -> list[tuple[list[int], object]]:
+    """Runs of neighbouring equal items, each with the numbers of the hops that they belong to."""
+    runs = itertools.groupby(enumerate(items, first), key=lambda numbered: numbered[1])
+    return [([number for number, _ in run], item) for item, run in runs]
 
 
 def _visits(schedule: Schedule) -> jax.Array:
     return jnp.any(schedule.kv_blocks.start < schedule.kv_blocks.stop)
-
-
-def _unroll(size: int) -> bool | int:
-    return size <= MAX_UNROLLED_HOPS or 1

@@ -19,6 +19,8 @@ class Transfer:
     """Collectives of this kind and size in one pass over the layer."""
     num_bytes: int
     """Bytes that one device sends in one such collective."""
+    beside_compute: bool = False
+    """Whether attention of the same layer may run beside it; otherwise that waits for it, or it for that."""
 
     @property
     def total_bytes(self) -> int:

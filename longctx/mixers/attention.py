@@ -9,7 +9,8 @@ from jaxtyping import DTypeLike, Int
 
 from longctx import masks
 from longctx.attention import Attention, check_heads
-from longctx.context_parallel.ring import ring_transfers
+from longctx.context_parallel import AttentionSharding
+from longctx.context_parallel.strategy import Setting
 from longctx.context_parallel.traffic import Transfer
 from longctx.mixers.registry import MixerConfig, register
 from longctx.rotary import RotaryConfig
@@ -98,6 +99,7 @@ class AttentionConfig(MixerConfig):
         param_dtype: DTypeLike = jnp.float32,
         norm_eps: float = 1e-6,
         out_init_scale: float = 1.0,
+        sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ) -> Attention:
         return Attention(
@@ -118,6 +120,7 @@ class AttentionConfig(MixerConfig):
             implementation=self.implementation,
             block_sizes=self.block_sizes,
             deterministic=self.deterministic,
+            sharding=sharding,
             rngs=rngs,
         )
 
@@ -131,16 +134,41 @@ class AttentionConfig(MixerConfig):
         pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
         return {"projections": float(projections), "attention": float(4 * pairs * self.num_heads * head_dim)}
 
+    def refusal(
+        self, dim: int, *, seq_len: int, heads_split: int, ring_size: int, sharding: AttentionSharding
+    ) -> str | None:
+        return sharding.strategy_for(self.mask).refusal(self._setting(dim, seq_len, heads_split, ring_size, sharding))
+
     def transfers(
-        self, dim: int, *, rows: int, seq_len: int, heads_split: int, ring_size: int, dtype: DTypeLike
+        self,
+        dim: int,
+        *,
+        rows: int,
+        seq_len: int,
+        heads_split: int,
+        ring_size: int,
+        sharding: AttentionSharding,
+        dtype: DTypeLike,
     ) -> tuple[Transfer, ...]:
-        resolved = self.resolved(dim)
-        return ring_transfers(
+        if ring_size == 1:
+            return ()
+        head_dim = self.resolved(dim).head_dim
+        return sharding.strategy_for(self.mask).transfers(
+            self._setting(dim, seq_len, heads_split, ring_size, sharding),
             batch_size=rows,
-            kv_len=seq_len,
-            num_kv_heads=resolved.num_kv_heads // heads_split,
-            key_dim=resolved.head_dim,
-            value_dim=resolved.head_dim,
+            key_dim=head_dim,
+            value_dim=head_dim,
             dtype=dtype,
-            size=ring_size,
+        )
+
+    def _setting(
+        self, dim: int, seq_len: int, heads_split: int, ring_size: int, sharding: AttentionSharding
+    ) -> Setting:
+        return sharding.setting(
+            self.mask,
+            degree=ring_size,
+            q_len=seq_len,
+            kv_len=seq_len,
+            num_heads=self.num_heads // heads_split,
+            num_kv_heads=self.resolved(dim).num_kv_heads // heads_split,
         )

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike, Int
 
+from longctx.context_parallel import AttentionSharding
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Mask
 
@@ -56,6 +57,7 @@ class MixerConfig(abc.ABC):
         param_dtype: DTypeLike = jnp.float32,
         norm_eps: float = 1e-6,
         out_init_scale: float = 1.0,
+        sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ) -> nnx.Module:
         """The layer.
@@ -66,6 +68,8 @@ class MixerConfig(abc.ABC):
           param_dtype: Dtype of the parameters.
           norm_eps: Epsilon of norms inside the layer.
           out_init_scale: Multiplies the initial standard deviation of the projection back into the residual.
+          sharding: How the layer is split over a mesh; None means a ring over the axes of `longctx.make_mesh`, where
+            such a mesh is in scope.
           rngs: Source of the initial values.
         """
 
@@ -81,8 +85,22 @@ class MixerConfig(abc.ABC):
         """Floating-point operations of a forward pass over documents of these lengths: the sum of `flops_by_part`."""
         return float(sum(self.flops_by_part(dim, document_lengths).values()))
 
+    def refusal(
+        self, dim: int, *, seq_len: int, heads_split: int, ring_size: int, sharding: AttentionSharding
+    ) -> str | None:
+        """Why a layer cannot be split this way, in one sentence with a remedy; None if it can. Args: `transfers`."""
+        return None
+
     def transfers(
-        self, dim: int, *, rows: int, seq_len: int, heads_split: int, ring_size: int, dtype: DTypeLike
+        self,
+        dim: int,
+        *,
+        rows: int,
+        seq_len: int,
+        heads_split: int,
+        ring_size: int,
+        sharding: AttentionSharding,
+        dtype: DTypeLike,
     ) -> tuple[Transfer, ...]:
         """What one device sends for one layer where a sequence is split over devices: nothing, unless a mixer says so.
 
@@ -92,6 +110,7 @@ class MixerConfig(abc.ABC):
           seq_len: Tokens of a whole row.
           heads_split: Devices that share the heads of a row.
           ring_size: Devices that share the tokens of a row.
+          sharding: How they do.
           dtype: Compute dtype.
         """
         return ()

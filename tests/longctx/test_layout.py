@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from longctx.context_parallel.layout import ContextParallelConfig, permute, unpermute
+from longctx.context_parallel import ContextParallelConfig
+from longctx.context_parallel.layout import permute, unpermute
 
 
 def order(layout, length, degree, **options):

@@ -47,7 +47,7 @@ class RunningMean(nnx.Module):
 @register("running_mean")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunningMeanConfig(MixerConfig):
-    def build(self, dim, *, dtype, param_dtype, norm_eps, out_init_scale, rngs):
+    def build(self, dim, *, dtype, param_dtype, norm_eps, out_init_scale, sharding, rngs):
         return RunningMean(dim, dtype, param_dtype)
 
     def flops_by_part(self, dim, document_lengths):

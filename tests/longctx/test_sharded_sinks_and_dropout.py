@@ -16,6 +16,7 @@ from pallas_kernels.testing import assert_close, packed_tokens
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 LENGTH, NUM_HEADS = 64, 4
 MASK = masks.causal() & masks.documents()
+WINDOW = masks.sliding_window(left=6) & masks.documents()
 # Padding in the second row: tokens that may attend to nothing but the sink.
 ROWS = ((20, 1, 30, 13), (9, 40), (64,), (32, 32))
 SHAPES = {"q": NUM_HEADS, "k": 2, "v": 2, "dout": NUM_HEADS}
@@ -37,11 +38,11 @@ def dropout(rate=0.3, batch_size=4):
     return Dropout.of_key(rate, jax.random.key(1), batch_size=batch_size, num_heads=NUM_HEADS)
 
 
-def run(attend, tokens, arrays, **options):
+def run(attend, tokens, arrays, *, mask=MASK, **options):
     @jax.jit
     def with_gradients(q, k, v, dout, sinks, tokens, dropout):
         def call(q, k, v, sinks):
-            return attend(q, k, v, mask=MASK, tokens=tokens, sinks=sinks, dropout=dropout, block_sizes=SIZES)
+            return attend(q, k, v, mask=mask, tokens=tokens, sinks=sinks, dropout=dropout, block_sizes=SIZES)
 
         out, vjp = jax.vjp(call, q, k, v, sinks)
         return out, *vjp(dout)
@@ -53,32 +54,40 @@ TOKENS = jax.tree.map(jnp.asarray, packed_tokens(ROWS, LENGTH))
 
 
 @functools.cache
-def on_one_device(with_dropout: bool):
+def on_one_device(with_dropout: bool, mask=MASK):
     options = {"dropout": dropout()} if with_dropout else {}
     attend = functools.partial(blockwise_attention, implementation="reference")
-    return run(attend, TOKENS, inputs(), **options)
+    return run(attend, TOKENS, inputs(), mask=mask, **options)
 
 
 MESHES = [
-    ({"data": 4, "tensor": 2}, "contiguous"),
-    ({"context_inner": 8}, "zigzag"),
-    ({"data": 2, "context_inner": 2, "tensor": 2}, "zigzag"),
-    ({"fsdp": 2, "context_outer": 2, "context_inner": 2}, "striped"),
+    ({"data": 4, "tensor": 2}, "contiguous", "ring"),
+    ({"context_inner": 8}, "zigzag", "ring"),
+    ({"data": 2, "context_inner": 2, "tensor": 2}, "zigzag", "ring"),
+    ({"fsdp": 2, "context_outer": 2, "context_inner": 2}, "striped", "ring"),
+    ({"data": 2, "context_inner": 4}, "zigzag", "all_gather"),
+    ({"data": 2, "context_inner": 4}, "zigzag", "ulysses"),
+    ({"data": 2, "context_inner": 2, "tensor": 2}, "contiguous", "ulysses"),
+    ({"data": 2, "context_inner": 4}, "contiguous", "halo"),
 ]
 
 
-@pytest.mark.parametrize(("shape", "layout"), MESHES, ids=str)
-@pytest.mark.parametrize("with_dropout", [False, True], ids=["sinks", "sinks_and_dropout"])
-def test_equals_one_device(shape, layout, with_dropout):
+@pytest.mark.parametrize(("shape", "layout", "strategy"), MESHES, ids=str)
+@pytest.mark.parametrize(
+    "with_dropout", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sinks", "sinks_and_dropout"]
+)
+def test_equals_one_device(shape, layout, strategy, with_dropout):
     degree = shape.get("context_outer", 1) * shape.get("context_inner", 1)
-    order = ContextParallelConfig(layout=layout).order(LENGTH, degree)
+    config = ContextParallelConfig(layout=layout, strategy=strategy)
+    order, mask = config.order(LENGTH, degree), WINDOW if strategy == "halo" else MASK
     *arrays, sinks = inputs()
     options = {"dropout": dropout()} if with_dropout else {}
     with jax.set_mesh(make_mesh(MeshConfig(**shape))):
         arrays = [jnp.asarray(permute(np.asarray(x), order)) for x in arrays]
         tokens = jax.tree.map(lambda x: jnp.asarray(permute(np.asarray(x), order)), TOKENS)
-        *got, dsinks = run(sharded_attention, tokens, (*arrays, sinks), **options)
-    *want, dsinks_wanted = on_one_device(with_dropout)
+        attend = functools.partial(sharded_attention, sharding=config.sharding())
+        *got, dsinks = run(attend, tokens, (*arrays, sinks), mask=mask, **options)
+    *want, dsinks_wanted = on_one_device(with_dropout, mask)
     for name, x, y in zip(NAMES[:-1], got, want, strict=True):
         assert_close(name, unpermute(np.asarray(x), order), y, "float32")
     assert_close("dsinks", dsinks, dsinks_wanted, "float32")

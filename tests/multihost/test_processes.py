@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from longctx.context_parallel.config import STRATEGIES
 from train.__main__ import main
 from train.checkpoint import find_checkpoint
 from train.metrics import read_records
@@ -147,6 +148,27 @@ def test_two_processes_train_one_goes_on_and_two_again(config_file, tmp_path):
     assert got.keys() == wanted.keys() and len(got) == 12 * 3 + 3 * 2
     for key, value in wanted.items():
         np.testing.assert_allclose(got[key], value, rtol=2e-5, err_msg=str(key))
+
+
+def test_every_strategy_over_two_processes_equals_one_device():
+    """A zigzag sequence over two processes of four devices: neighbours are in other processes both ways."""
+    script, address = Path(__file__).with_name("every_strategy.py"), free_address()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), address, "2", str(rank)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    results = [rank.communicate(timeout=300) for rank in ranks]
+    for rank, (output, errors) in zip(ranks, results, strict=True):
+        assert rank.returncode == 0, errors
+        said = [line for line in output.splitlines() if " over " in line]
+        assert said == [f"{name} over 8 devices of 2 processes" for name in STRATEGIES]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")

@@ -225,6 +225,36 @@ def test_verdict_on_a_tile_is_safe(mask, of_other_heads, q, kv):
     assert not bool(verdict.all) or allowed.all()
 
 
+@hypothesis.given(masks, st.none() | masks)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_no_allowed_pair_is_farther_apart_than_the_span(mask, of_other_heads):
+    if of_other_heads is not None:
+        mask = PerHead((mask, of_other_heads))
+    left, right = mask.span
+    segments = np.repeat([0, 1], 8).astype(np.int32)[None]
+    allowed = mask.dense(Tokens.self_attention(None, segments), 16, 16, num_heads=2)
+    _, _, q, kv = np.nonzero(np.asarray(allowed))
+    assert left is None or (q - kv <= left).all()
+    assert right is None or (kv - q <= right).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "span"),
+    [
+        (Window(7, 0) & SameDocument(), (7, 0)),
+        (Causal(-3) & Window(7, 7), (7, -3)),
+        (Window(7, 0) | Window(2, 4), (7, 4)),
+        (Window(7, 0) | Causal(), (None, 0)),
+        (~Window(7, 0), (None, None)),
+        (Causal() & Chunked(8), (7, 0)),
+        (PerHead((Window(7, 0), Window(3, 1))), (7, 1)),
+        (Full(), (None, None)),
+    ],
+)
+def test_span(mask, span):
+    assert mask.span == span
+
+
 intervals = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda x: np.arange(x[0], x[0] + x[1] + 1))
 
 

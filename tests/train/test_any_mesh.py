@@ -1,4 +1,4 @@
-"""One run from mesh to mesh: every shape of 8 devices and every layout goes on as one device would have.
+"""One run from mesh to mesh: every shape of 8 devices, layout and strategy goes on as one device would have.
 
 Each leg resumes the checkpoint of the one before on another mesh and trains five steps; the rows that it trains on must
 be those of an undisturbed run on one device exactly, everything that is logged the same to float32 rounding.
@@ -14,14 +14,14 @@ from train.metrics import read_records
 from train.placement import BatchPlacement
 
 STEPS_A_LEG = 5
-LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout
-    ((2, 2, 1, 2, 1), "zigzag"),
-    ((1, 2, 2, 2, 1), "contiguous"),
-    ((1, 1, 1, 8, 1), "striped"),
-    ((2, 1, 1, 2, 2), "zigzag"),
-    ((1, 1, 2, 2, 2), "striped"),
-    ((1, 4, 1, 1, 2), "zigzag"),
-    ((2, 1, 1, 4, 1), "contiguous"),
+LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout, strategy
+    ((2, 2, 1, 2, 1), "zigzag", "ring"),
+    ((1, 2, 2, 2, 1), "contiguous", "halo"),
+    ((1, 1, 1, 8, 1), "striped", "all_gather"),
+    ((2, 1, 1, 2, 2), "zigzag", "ulysses"),
+    ((1, 1, 2, 2, 2), "striped", "ring"),
+    ((1, 4, 1, 1, 2), "zigzag", "ring"),
+    ((2, 1, 1, 4, 1), "contiguous", "ring"),
 ]
 AXES = ("data", "fsdp", "context_outer", "context_inner", "tensor")
 
@@ -111,10 +111,11 @@ def test_a_run_goes_on_from_mesh_to_mesh(config_file, tmp_path, rows_read, capsy
     assert main([str(config_file), f"run_dir={one}", "distributed.virtual_cpu_devices=1"]) == 0
     rows_of_one = rows_read()
     rows = []
-    for leg, (sizes, layout) in enumerate(LEGS, 1):
+    for leg, (sizes, layout, strategy) in enumerate(LEGS, 1):
         mesh = [f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True)]
         steps = f"training.steps={leg * STEPS_A_LEG}"
-        assert main([str(config_file), f"run_dir={moving}", *mesh, f"context_parallel.layout={layout}", steps]) == 0
+        how = f"context_parallel={{layout: {layout}, strategy: {strategy}}}"
+        assert main([str(config_file), f"run_dir={moving}", *mesh, how, steps]) == 0
         rows += rows_read()
     assert f"resuming {moving} at step {STEPS_A_LEG * (len(LEGS) - 1)}" in capsys.readouterr().out
 

@@ -78,6 +78,12 @@ def test_the_printed_config_reads_back_equal(base, tmp_path):
             ["context_parallel.stripe_size=4"],
             r"context_parallel\.stripe_size: got 4 with layout=zigzag, which has no stripes",
         ),
+        (
+            ["mesh.context_inner=2", "context_parallel.strategy=halo"],
+            r"context_parallel: model\.mixers\.global: halo needs a window that is bounded on both sides, and .* sees "
+            r"back without bound; add a window, bound the documents \(max_document_length\), or use ring or all_gather",
+        ),
+        (["data.max_document_length=65"], r"data\.max_document_length: got 65, wanted null or 2 to seq_len=64; the"),
         (["optimizer.warmup_steps=10"], r"optimizer\.warmup_steps: got 10, wanted fewer than training\.steps=10"),
         (
             ["mesh.data=8"],

@@ -29,10 +29,24 @@ def test_the_devices_at_hand(capsys, tmp_path, compile_quickly):
     assert data["step_seconds"] is None and data["mfu"] is None and data["parts"] == []
     hops = [c for c in data["collectives"] if c["is_hop"]]
     assert {c["kind"] for c in hops} == {"collective-permute"} and all(c["seconds"] is None for c in hops)
-    assert sum(c["count"] for c in hops) == 2 * (7 + 7 + 8)  # layers x (forward, backward: keys, gradients)
+    # Forward, backward: keys, gradients; of the local layer, whose window reaches two chunks, only four hops.
+    assert sum(c["count"] for c in hops) == (7 + 7 + 8) + (4 + 4 + 5)
     assert data["memory_total"] == sum(data["memory"].values())
     assert out.splitlines()[-1].startswith("fits: ")
     assert "note: no times: train/devices.yaml has no speeds for cpu" in out
+
+
+def test_a_window_may_have_a_strategy_of_its_own(tmp_path, compile_quickly):
+    """The global layer rings, the local one sends its halo one device on: in the program what is stated."""
+    how = "context_parallel={window_strategy: halo, layout: contiguous}"
+    assert plan.main([RING, *SMALL, how, "--json", str(tmp_path / "plan.json")]) == 0
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data["problems"] == []
+    counts = {"global mixer": 0, "local mixer": 0}
+    for c in data["collectives"]:
+        if c["is_hop"]:
+            counts[c["part"]] += c["count"]
+    assert counts == {"global mixer": 7 + 7 + 8, "local mixer": 1 + 1 + 1}
 
 
 def test_json_on_stdout_is_json_alone(capsys):
@@ -52,10 +66,10 @@ def test_without_a_compiler_formulas_are_given_and_marked(capsys, no_compiler):
 
 
 def test_exposed_hops_are_a_problem(capsys):
-    # A window of 8192 tokens has work in few of the ring's hops: the others are waited for.
+    # By formula nothing hides what a halo sends before its layer attends.
     assert plan.main([GPUS, "--devices", "h100:8", "--formula"]) == plan.PROBLEM_CODE
     assert (
-        "problem: exposed hops: 840 collective-permutes of local mixer (forward, 32.00 MiB)" in capsys.readouterr().out
+        "problem: exposed hops: 240 collective-permutes of local mixer (forward, 16.00 MiB)" in capsys.readouterr().out
     )
     assert plan.main([GPUS, "--devices", "h100:8", "--formula", "model.pattern=[global]", *NO_LOCAL]) == 0
 

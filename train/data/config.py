@@ -38,6 +38,11 @@ class DataConfig:
     """What becomes of a document longer than a row. "split" cuts it into pieces; "drop" leaves it out, and
     the number of those is reported."""
 
+    max_document_length: int | None = None
+    """Most slots of a row that a document takes; null means all. A longer one is treated as `long_documents` says of
+    one that is longer than a row. Attention within documents then reaches no farther, and context parallelism may send
+    less."""
+
     num_threads: int = 2
     """Threads that prepare batches ahead of training. 0 prepares each when it is asked for."""
 
@@ -55,6 +60,11 @@ class DataConfig:
                     f"held_out_sources: got weight={source.weight} ({source.kind}), wanted none; leave it "
                     "out, each is evaluated whole"
                 )
+        if self.max_document_length is not None and not 2 <= self.max_document_length <= self.seq_len:
+            raise ValueError(
+                f"max_document_length: got {self.max_document_length}, wanted null or 2 to seq_len={self.seq_len}; the "
+                "shortest document fills two slots"
+            )
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(
                 f"held_out_fraction: got {self.held_out_fraction}, wanted 0 <= fraction < 1; 0 holds "

@@ -1,8 +1,8 @@
 """Packing documents into rows of a fixed length: a pure function of (seed, epoch, lengths).
 
-A document of n tokens fills n + 1 slots of a row (see rows.py). One that is longer than a row is cut into
-pieces. Within an epoch every piece lies in exactly one row. The rows of epoch 0, 1, 2, ... one after the
-other are an infinite stream whose row i can be asked for directly.
+A document of n tokens fills n + 1 slots of a row (see rows.py). One that is longer than a row, or than documents
+may be, is cut into pieces. Within an epoch every piece lies in exactly one row. The rows of epoch 0, 1, 2, ... one
+after the other are an infinite stream whose row i can be asked for directly.
 """
 
 import threading
@@ -41,18 +41,18 @@ class Pieces:
 
 def cut_documents(
     slots: Int[np.ndarray, "documents"],
-    seq_len: int,
+    longest: int,
     long_documents: LongDocuments,
     *,
     documents: Int[np.ndarray, "documents"],
     name: str,
 ) -> tuple[Pieces, int]:
-    """Cuts documents into pieces of at most `seq_len` slots, in document order.
+    """Cuts documents into pieces of at most `longest` slots, in document order.
 
     Args:
       slots: Number of slots of each document.
-      seq_len: Number of slots of a row.
-      long_documents: "split" cuts a document that is longer than a row; "drop" leaves it out.
+      longest: Most slots of a piece, at most those of a row.
+      long_documents: "split" cuts a document that is longer; "drop" leaves it out.
       documents: Index of each document in its corpus.
       name: What the documents are, for the error.
     Returns: the pieces, and the number of documents left out.
@@ -61,18 +61,19 @@ def cut_documents(
     """
     num_dropped = 0
     if long_documents == "drop":
-        keep = slots <= seq_len
+        keep = slots <= longest
         num_dropped = int(len(slots) - keep.sum())
         if num_dropped == len(slots):
             raise DataError(
                 f"{name}: data.long_documents='drop' leaves none of {len(slots)} documents, of which the shortest "
-                f"fills {slots.min()} slots, data.seq_len={seq_len}; raise seq_len or use long_documents='split'"
+                f"fills {slots.min()} slots, of {longest} that it may; raise data.seq_len or data.max_document_length, "
+                "or use long_documents='split'"
             )
         slots, documents = slots[keep], documents[keep]
-    counts = -(-slots // seq_len)
+    counts = -(-slots // longest)
     first_piece = np.cumsum(counts) - counts
-    start = (np.arange(counts.sum()) - np.repeat(first_piece, counts)) * seq_len
-    length = np.minimum(np.repeat(slots, counts) - start, seq_len)
+    start = (np.arange(counts.sum()) - np.repeat(first_piece, counts)) * longest
+    length = np.minimum(np.repeat(slots, counts) - start, longest)
     return Pieces(document=np.repeat(documents, counts), start=start, length=length), num_dropped
 
 

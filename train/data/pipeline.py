@@ -206,14 +206,13 @@ class _PackedDocuments:
         notes: list[str],
     ):
         slots = corpus.documents.lengths[documents] + 1
+        longest = config.max_document_length or config.seq_len
         self.seq_len = config.seq_len
-        self.pieces, num_dropped = cut_documents(
-            slots, config.seq_len, config.long_documents, documents=documents, name=name
-        )
+        self.pieces, num_dropped = cut_documents(slots, longest, config.long_documents, documents=documents, name=name)
         if num_dropped:
             notes.append(
                 f"{name}: dropped {num_dropped} of {len(documents)} documents, which do not fit into "
-                f"seq_len={config.seq_len} (data.long_documents='drop')"
+                f"{longest} slots (data.long_documents='drop')"
             )
         self._corpus = corpus
         self._end_id = tokenizer.end_id

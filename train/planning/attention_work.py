@@ -1,4 +1,4 @@
-"""What calls of attention ops cost on a run's devices, hop by hop."""
+"""What calls of attention ops cost on a run's devices, call by call."""
 
 import functools
 from collections.abc import Mapping
@@ -19,6 +19,8 @@ _BACKWARD_MATMULS = 5 / 2  # of a tile, over those of the forward pass
 
 class AttentionWork:
     """The work of the attention ops of a run whose rows are one document each, which is the most there can be.
+
+    One op call after the other as the strategy makes them: a ring hop by hop, the others one for all keys.
 
     Args:
       run: The run.
@@ -54,7 +56,7 @@ class AttentionWork:
         return next((name for op, name in self._implementations.items() if op.endswith(phase)), "xla")
 
     def _forward_flops(self, mixer: MixerConfig, phase: str) -> np.ndarray:
-        """Of every device at every hop, `[devices, hops]`, in the tiles that `phase` visits."""
+        """Of every device in every call of a layer, `[devices, calls]`, in the tiles that `phase` visits."""
         dim, share = self._run.parts.model.dim, self._run.rows / self._run.mesh.shape["tensor"]
         if mixer.mask is None:  # no pairs of tokens are visited: even over the devices
             whole = mixer.flops_by_part(dim, np.array([self._run.config.data.seq_len])).get("attention", 0.0)
@@ -63,10 +65,15 @@ class AttentionWork:
         of_a_pair = mixer.flops_by_part(dim, np.array([1]))["attention"]  # a document of one token has one pair
         return share * of_a_pair * blocks.block_q * blocks.block_kv * self._tiles(mixer, phase)
 
-    def _tiles(self, mixer: MixerConfig, phase: str) -> Int[np.ndarray, "devices hops"]:
-        config = self._run.config
-        order = config.context_parallel.order(config.data.seq_len, self._run.ring_size)
-        return _cached_tiles(mixer.mask, order.tobytes(), self._run.ring_size, self._blocks(mixer, phase))
+    def _tiles(self, mixer: MixerConfig, phase: str) -> Int[np.ndarray, "devices calls"]:
+        config, degree = self._run.config, self._run.ring_size
+        length, sharding = config.data.seq_len, config.attention_sharding
+        order = config.context_parallel.order(length, degree)
+        tiles = _cached_tiles(mixer.mask, order.tobytes(), degree, self._blocks(mixer, phase))
+        if degree == 1:
+            return tiles
+        setting = sharding.setting(mixer.mask, degree=degree, q_len=length, kv_len=length)
+        return sharding.strategy_for(mixer.mask).tiles_of_calls(setting, tiles)
 
     def _blocks(self, mixer: MixerConfig, phase: str) -> BlockSizes:
         platform = self._run.target.platform

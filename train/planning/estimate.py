@@ -1,6 +1,7 @@
 """A step on paper without a compiler: time by part and collectives from formulas.
 
-Layers one after the other; hops of a ring under the attention of the hop before; parameters gathered once a pass and
+Layers one after the other; hops of a ring under the attention of the hop before, what other strategies send before or
+after it; parameters gathered once a pass and
 gradients scattered once a step, under the compute of the pass.
 """
 
@@ -66,8 +67,10 @@ def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
     links, pairs = _links(run, spec), _ring_pairs(run)
     hops = []
     for name, transfer, phase, count in expected_transfers(run):
-        seconds, where = links.seconds(transfer.kind, transfer.num_bytes, pairs)
+        is_permute = transfer.kind == "collective-permute"
+        seconds, where = links.seconds(transfer.kind, transfer.num_bytes, pairs if is_permute else _ring_group(run))
         call = calls[name, "backward" if phase == "backward" else "forward"]
+        beside = call.seconds if transfer.beside_compute else np.zeros(1)
         hops.append(
             Collective(
                 kind=transfer.kind,
@@ -79,10 +82,10 @@ def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
                 count=count,
                 num_bytes=transfer.num_bytes,
                 seconds=seconds,
-                overlapped=float(np.mean(call.seconds)),
-                exposed=float(np.mean(np.maximum(0.0, seconds - call.seconds))),
+                overlapped=float(np.mean(beside)),
+                exposed=float(np.mean(np.maximum(0.0, seconds - beside))),
                 links=where,
-                group_size=2,
+                group_size=2 if is_permute else run.ring_size,
             )
         )
     return hops
@@ -100,6 +103,7 @@ def expected_transfers(run: Run) -> list[tuple]:
             seq_len=run.config.data.seq_len,
             heads_split=shape["tensor"],
             ring_size=run.ring_size,
+            sharding=run.config.attention_sharding,
             dtype=model.dtype,
         ):
             expected.append((name, transfer, transfer.phase, executions * transfer.count))
@@ -153,6 +157,11 @@ def _layers(run: Run, name: str) -> int:
 def _links(run: Run, spec: DeviceSpec) -> Links:
     # Without a compiler nobody knows where the mesh puts its devices: in order, with neighbours next to each other.
     return Links(spec, [Place(i // GPUS_A_HOST if spec.link == "switch" else 0, (i,)) for i in range(run.mesh.size)])
+
+
+def _ring_group(run: Run) -> list[list[int]]:
+    stride = run.mesh.shape["tensor"]
+    return [[i * stride for i in range(run.ring_size)]]
 
 
 def _ring_pairs(run: Run) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx.context_parallel import AttentionSharding
 from longctx.context_parallel.traffic import PHASES
 from longctx.mixers.registry import MixerConfig
 from longctx.model import ModelConfig
@@ -15,6 +16,7 @@ from train.state import TrainState
 
 _BATCH_BYTES_OF_TOKEN = 5 * 4  # tokens, targets, positions, segment_ids: int32; loss_weights: float32
 _BATCH_BYTES_OF_ROW = 4  # num_bytes: float32
+_RING = AttentionSharding()
 
 
 def parameter_count(params: Any) -> int:
@@ -30,6 +32,7 @@ def memory_by_formula(
     rows: int,
     seq_len: int,
     accumulate_steps: int = 1,
+    sharding: AttentionSharding = _RING,
 ) -> dict[str, int]:
     """Bytes that each part of a training step takes on one device; `peak_bytes` adds up those held at once.
 
@@ -44,6 +47,7 @@ def memory_by_formula(
       rows: Rows of a microbatch, over all devices.
       seq_len: Tokens of a row.
       accumulate_steps: Microbatches of a step.
+      sharding: How layers are split where their tokens are.
     """
     shard = _Shard(
         rows=_part(rows, "batch", mesh_sizes),
@@ -61,7 +65,7 @@ def memory_by_formula(
         "saved activations": shard.tokens * sum(layer.count * _saved(model, layer, shard) for layer in layers),
         "layer at work": _layer_at_work(model, state.params, layers, shard, mesh_sizes),
         "logits": _logits(model, state.params, shard),
-        "context parallelism": _context_parallelism(model, shard, mesh_sizes),
+        "context parallelism": _context_parallelism(model, shard, mesh_sizes, sharding),
     }
 
 
@@ -178,9 +182,11 @@ def _logits(model: ModelConfig, params: Any, shard: _Shard) -> int:
     return (4 + _itemsize(model)) * shard.tokens * shard.vocab_size + _itemsize(model) * _gathered_size(table)
 
 
-def _context_parallelism(model: ModelConfig, shard: _Shard, mesh_sizes: Mapping[str, int]) -> int:
-    """Keys and values twice, at work and on their way, and so their gradients; and for each distinct mask the positions
-    and segment ids of all keys."""
+def _context_parallelism(
+    model: ModelConfig, shard: _Shard, mesh_sizes: Mapping[str, int], sharding: AttentionSharding
+) -> int:
+    """What is sent twice: of a ring keys and values at work and on their way, of a gather as it arrives and in order;
+    and so their gradients. For each distinct mask the positions and segment ids of all keys, at most."""
     degree = math.prod(mesh_sizes[axis] for axis in CONTEXT_AXES)
     if degree == 1:
         return 0
@@ -192,6 +198,7 @@ def _context_parallelism(model: ModelConfig, shard: _Shard, mesh_sizes: Mapping[
             seq_len=shard.length * degree,
             heads_split=mesh_sizes["tensor"],
             ring_size=degree,
+            sharding=sharding,
             dtype=model.dtype,
         )
         largest = {phase: max((t.num_bytes for t in transfers if t.phase == phase), default=0) for phase in PHASES}

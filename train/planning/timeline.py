@@ -98,8 +98,8 @@ class OpCall:
     """One call of an attention op on one device.
 
     Attributes:
-      seconds: By hop, of the device with most work in it; `[hops]`.
-      flops: By hop, mean over devices; `[hops]`.
+      seconds: By call that a layer makes, of the device with most work in it; `[calls]`: one a hop of a ring.
+      flops: By call, mean over devices; `[calls]`.
     """
 
     seconds: np.ndarray
@@ -144,7 +144,8 @@ class _Result:
 
     def add(self, other: "_Result", times: int) -> None:
         """Adds executions of a called computation, which take their mean each."""
-        self.clock = self.clock + (other.clock if times == 1 else times * other.seconds)
+        clock, took = _comparable(self.clock, other.clock if times == 1 else np.full(1, times * other.seconds))
+        self.clock = clock + took
         for key, value in other.compute.items():
             self.compute[key] += times * value
         for key, value in other.flops.items():
@@ -152,7 +153,8 @@ class _Result:
         self.collectives += [dataclasses.replace(c, count=times * c.count) for c in other.collectives]
 
     def work(self, key: tuple[str, str], seconds, flops) -> None:
-        self.clock = self.clock + seconds
+        clock, took = _comparable(self.clock, np.atleast_1d(seconds))
+        self.clock = clock + took
         self.compute[key] += float(np.mean(seconds))
         self.flops[key] += float(np.mean(flops))
 
@@ -275,17 +277,18 @@ class _Runner:
 
     def _start(self, collective: Instruction, key: str, result: _Result, in_flight, links_free) -> np.ndarray:
         draft = self._draft(collective)
-        finished = np.maximum(result.clock, links_free) + draft.seconds
+        finished = np.maximum(*_comparable(result.clock, links_free)) + draft.seconds
         in_flight[key] = _InFlight(collective, result.clock, finished, draft)
         return finished
 
     def _finish(self, flight: _InFlight, result: _Result) -> None:
-        waited = np.maximum(0.0, flight.finished - result.clock)
-        overlapped = result.clock - flight.started
+        finished, clock = _comparable(flight.finished, result.clock)
+        waited = np.maximum(0.0, finished - clock)
+        overlapped = np.subtract(*_comparable(result.clock, flight.started))
         result.collectives.append(
             dataclasses.replace(flight.draft, overlapped=float(np.mean(overlapped)), exposed=float(np.mean(waited)))
         )
-        result.clock = result.clock + waited
+        result.clock = clock + waited
 
     def _synchronous(self, instruction: Instruction, result: _Result) -> None:
         draft = dataclasses.replace(self._draft(instruction), asynchronous=False)
@@ -324,6 +327,13 @@ class _Fused:
 
     starts: Mapping[str, list[Instruction]]
     ends: Mapping[str, list[str]]
+
+
+def _comparable(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times by hop of one ring; those of rings with other numbers of hops meet in their means."""
+    if 1 < x.size != y.size > 1:
+        return x.mean(keepdims=True), y.mean(keepdims=True)
+    return x, y
 
 
 def _bytes_sent(kind: str, instruction: Instruction, group_size: int) -> int:

@@ -37,7 +37,7 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
         if uneven > _UNEVEN:
             layout = run.config.context_parallel.layout
             notes.append(
-                f"{name}: the {layout} layout makes the ring {uneven:.2f} times as slow as even work would"
+                f"{name}: the {layout} layout makes attention {uneven:.2f} times as slow as even work would"
                 + ("; try context_parallel.layout=zigzag or striped" if layout == "contiguous" else "")
             )
     return {"problems": problems, "advice": advice, "notes": notes}

@@ -162,11 +162,18 @@ def test_long_documents_are_dropped_and_counted():
     assert pieces.document.tolist() == [0, 2]
 
 
+def test_no_piece_is_longer_than_documents_may_be():
+    """What context parallelism relies on: `longest` is the least of the row and of data.max_document_length."""
+    pieces, _ = cut([3, 25, 10], 7)
+    assert pieces.length.tolist() == [3, 7, 7, 7, 4, 7, 3]
+
+
 def test_dropping_every_document_is_an_error():
     with pytest.raises(
         DataError,
         match=r"test: data.long_documents='drop' leaves none of 2 documents, of which the "
-        r"shortest fills 11 slots, data.seq_len=10; raise seq_len or use long_documents='split'",
+        r"shortest fills 11 slots, of 10 that it may; raise data.seq_len or data.max_document_length, or use "
+        r"long_documents='split'",
     ):
         cut([11, 25], 10, "drop")
 

@@ -197,6 +197,14 @@ def test_dropped_documents_are_reported(open_sources):
     assert all((data.train[i]["positions"][data.train[i]["segment_ids"] >= 0] < 32).all() for i in range(20))
 
 
+def test_no_document_of_a_row_is_longer_than_the_bound(open_sources):
+    data = open_sources(SHORT, max_document_length=9, held_out_fraction=0.1)
+    batches = data.held_out_batches(batch_size=2)
+    rows = [*(data.train[i] for i in range(20)), next(iter(batches))]
+    positions = [row["positions"][row["segment_ids"] >= 0] for row in rows]
+    assert max(p.max() for p in positions) == 8, "documents are cut, and to no less than the bound"
+
+
 def test_dropping_every_document_names_the_source(open_sources):
     with pytest.raises(
         DataError, match=r"the training part of data.sources\[0\] \(synthetic\): .* leaves none of 1024"

@@ -1,5 +1,6 @@
 """The real training step, compiled for devices that are not there."""
 
+import dataclasses
 import importlib.util
 import io
 
@@ -9,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from longctx import sharding
-from longctx.context_parallel import api
+from longctx.context_parallel import ContextParallelConfig
+from longctx.context_parallel.ring import Ring
+from longctx.context_parallel.strategy import Residuals
 from pallas_kernels import SoftmaxCarry, blockwise_attention_forward
 from train.config import TrainConfig
 from train.devices import device_table
@@ -126,9 +129,52 @@ def test_a_ring_on_gpus_sends_what_it_states_and_hides_it():
     assert plan.fits
 
 
-def ring_with_the_usual_mistakes(q, k, v, tokens, schedule, *, axes, **options):
+def bytes_by_phase(hops):
+    found = {}
+    for (phase, num_bytes), count in hops.items():
+        found[phase] = found.get(phase, 0) + count * num_bytes
+    return found
+
+
+def strategy_config(strategy):
+    whole = config(8)
+    mixers = whole.model.mixers
+    if strategy == "halo":
+        mixers = {name: dataclasses.replace(mixer, window=512) for name, mixer in mixers.items()}
+    return dataclasses.replace(
+        whole,
+        model=dataclasses.replace(whole.model, mixers=mixers),
+        context_parallel=ContextParallelConfig(strategy=strategy),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["all_gather", "ulysses", "halo"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("v5e:2x4", marks=needs_libtpu), pytest.param("h100:8", marks=needs_cuda_plugin)]
+)
+def test_other_strategies_send_what_they_state(name, strategy):
+    run = strategy_config(strategy)
+    plan = plan_of(name, run)
+    assert plan.source == "compiler" and sent(plan)
+    assert bytes_by_phase(sent(plan)) == bytes_by_phase(stated(name, run))
+    assert not any("the program sends" in problem for problem in plan.problems)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses", "halo"])
+def test_a_formula_counts_what_a_strategy_sends(strategy):
+    """Without a compiler: a ring's hops have compute beside them, what others send is waited for."""
+    run = strategy_config(strategy)
+    plan = make_plan(run, named_target("h100:8", device_table()), by_formula=True, console=Console(file=io.StringIO()))
+    assert sent(plan) == stated("h100:8", run)
+    hops = [c for c in plan.collectives if c.is_hop]
+    assert all(c.exposed < c.seconds if strategy == "ring" else c.exposed == c.seconds for c in hops)
+    assert {c.group_size for c in hops} == {2 if strategy in ("ring", "halo") else 8}
+
+
+def ring_with_the_usual_mistakes(self, setting, q, k, v, tokens, schedule, **options):
     """Keys and values travel apart, only after the compute, and once more than needed."""
-    size = jax.lax.axis_size(axes)
+    size, axes = setting.degree, setting.axes
     ring = [(rank, (rank + 1) % size) for rank in range(size)]
 
     def hop(state, number):
@@ -142,12 +188,13 @@ def ring_with_the_usual_mistakes(q, k, v, tokens, schedule, *, axes, **options):
 
     carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
     (_, _, carry), _ = jax.lax.scan(hop, (k, v, carry), jnp.arange(size))
-    return carry.finalize(q.dtype)
+    out, lse = carry.finalize(q.dtype)
+    return out, Residuals(q, k, v, out, lse)
 
 
 @needs_libtpu
 def test_a_bad_program_is_reported_as_bad(monkeypatch):
-    monkeypatch.setattr(api, "ring_forward", ring_with_the_usual_mistakes)
+    monkeypatch.setattr(Ring, "forward", ring_with_the_usual_mistakes)
     monkeypatch.setattr(sharding, "PARAMETER_AXES", {name: () for name in sharding.PARAMETER_AXES})
     plan = plan_of("v5e:2x4", config(8))
     problems = "\n".join(plan.problems)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from longctx.context_parallel import ContextParallelConfig
+from longctx.context_parallel import AttentionSharding, ContextParallelConfig
 from longctx.mixers.attention import AttentionConfig
 from pallas_kernels import BlockSizes
 from train.planning import attention_work
@@ -32,7 +32,11 @@ def test_tiles_are_those_of_the_implementation(platform, implementation, mixer, 
     run = SimpleNamespace(
         ring_size=2,
         target=SimpleNamespace(platform=platform),
-        config=SimpleNamespace(data=SimpleNamespace(seq_len=8192), context_parallel=ContextParallelConfig()),
+        config=SimpleNamespace(
+            data=SimpleNamespace(seq_len=8192),
+            context_parallel=ContextParallelConfig(),
+            attention_sharding=AttentionSharding(),
+        ),
         parts=SimpleNamespace(model=SimpleNamespace(mixers={"far": AttentionConfig(num_heads=1, **mixer)})),
     )
     work = attention_work.AttentionWork(run, {"blockwise_attention_forward": implementation})

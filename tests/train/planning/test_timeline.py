@@ -144,6 +144,22 @@ def test_a_call_of_an_attention_op_costs_what_the_caller_says_hop_by_hop():
     assert hop.exposed == pytest.approx(0.4) and timeline.seconds == pytest.approx((1.0 + 0.8) / 2)
 
 
+def test_rings_of_other_numbers_of_hops_meet_in_their_means():
+    """As where a window leaves one kind of layers fewer hops than another."""
+    calls = {
+        ("a", "forward"): OpCall(seconds=np.array([1.0, 0.0]), flops=np.array([4.0, 2.0])),
+        ("b", "forward"): OpCall(seconds=np.array([0.0, 0.3, 0.6]), flops=np.array([1.0, 2.0, 3.0])),
+    }
+    first = loop(start="parameter(3)", op_name=SCOPE)
+    second = loop(start="parameter(4)", op_name=SCOPE.replace("layer.a", "layer.b"))
+    for name in ("zero", "v", "init", "loop"):
+        second = second.replace(f"%{name}", f"%{name}.2")
+    timeline = on_paper(permute(200_000, between=f"{first}\n{second}"), *LOOP, calls=calls)
+    assert timeline.compute == {("a attention", "forward"): 0.5, ("b attention", "forward"): pytest.approx(0.3)}
+    (hop,) = timeline.collectives
+    assert hop.exposed == pytest.approx(0.0) and timeline.seconds == pytest.approx(0.8)
+
+
 def test_an_attention_op_of_unknown_cost_is_noted():
     timeline = on_paper(loop(start="parameter(3)", op_name=SCOPE), *LOOP)
     assert timeline.seconds == 0 and "unknown cost" in timeline.notes[0]
