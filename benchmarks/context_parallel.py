@@ -22,7 +22,7 @@ from longctx.context_parallel import AnySchedule, AttentionSharding, Layout, sha
 from longctx.context_parallel.layout import permute, unpermute
 from longctx.context_parallel.strategy import StrategyName
 from longctx.sharding import CONTEXT_AXES, MeshConfig, make_mesh
-from pallas_kernels import Tokens
+from pallas_kernels import Tokens, dispatch
 from pallas_kernels.compiling import compile_all
 from pallas_kernels.testing import packed_tokens
 
@@ -359,8 +359,16 @@ def _rows_of_case(
         except Exception as error:  # a row tells it, and the others go on
             extras[trial] = error
     ready = {trial: extra for trial, extra in extras.items() if not isinstance(extra, Exception)}
+    kernels: dict[tuple[_Trial, Pass], tuple[str, ...]] = {}
+
+    def lower(trial: _Trial, which: Pass, tokens: Tokens, schedule: AnySchedule) -> jax.stages.Lowered:
+        with dispatch.record() as taken:
+            lowered = trial.lower(which, dtype, tokens, schedule)
+        kernels[trial, which] = tuple(dict.fromkeys(f"{op.removeprefix('blockwise_')} {name}" for op, name in taken))
+        return lowered
+
     programs = {
-        (trial, which): functools.partial(trial.lower, which, dtype, *extra)
+        (trial, which): functools.partial(lower, trial, which, *extra)
         for trial, extra in ready.items()
         for which in passes
     }
@@ -390,7 +398,7 @@ def _rows_of_case(
                 alone[which] = figures["tflops"]
             elif which in alone and "tflops" in figures:
                 figures["one_device_share"] = figures["tflops"] / alone[which]
-            yield row(**figures)
+            yield row(**figures, kernels=kernels[trial, which])
 
 
 def _figures(

@@ -15,9 +15,9 @@ from benchmarks.results import Results, Row
 
 SCALING_FAMILIES = ("context_parallel",)  # measured by the number of devices, in place of against peers
 PEERS_KEY = (
-    "Ratio: the best peer's time over this one's; above 1 this one is faster. One whose gradients come out the same, "
-    "bit by bit, each time is compared with the best peer of which that is true; one that adds them up in any order, "
-    "with the best of all."
+    "Memory: arguments, results and temporaries of the program. Ratio: the best peer's time over this one's; above 1 "
+    "this one is faster. One whose gradients come out the same, bit by bit, each time is compared with the best peer of "
+    "which that is true; one that adds them up in any order, with the best of all."
 )
 
 
@@ -62,7 +62,7 @@ def markdown(results: Results, *, picture: str | None) -> str:
         "",
         f"Settings: {', '.join(f'{name} {value}' for name, value in results.settings.items())}. Times are medians; in "
         f"brackets the 10th and 90th percentile. Ceiling: a {results.ceiling_size}^3 bfloat16 matmul of the same run, "
-        f"{results.ceiling_tflops:.3g} TFLOP/s a device. Memory: arguments, results and temporaries of the program. "
+        f"{results.ceiling_tflops:.3g} TFLOP/s a device. "
         f"{scaling_report.KEY if scales else PEERS_KEY}",
         *(f"\n{text}" for text in results.notes),
     ]

@@ -16,6 +16,7 @@ class Row:
     Attributes:
       deterministic: Whether its results come out the same, bit by bit, each time: all forward passes' do.
       devices: How many computed it together.
+      kernels: The op and implementation of each call that it makes, where that was not asked for by name.
       problem: "refused: ...", "wrong: ..." or "failed: ..."; None where it was timed.
       low_ms, high_ms: Between them lie 80 % of the measurements.
       tflops: TFLOP/s a device, over the pairs that the mask allows.
@@ -33,6 +34,7 @@ class Row:
     ours: bool
     deterministic: bool = True
     devices: int = 1
+    kernels: tuple[str, ...] = ()
     problem: str | None = None
     median_ms: float | None = None
     low_ms: float | None = None
@@ -77,7 +79,7 @@ class Results:
     def read_json(cls, path: Path) -> Self:
         """What `write_json` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(Row(**row) for row in values.pop("rows"))
+        rows = tuple(Row(**row | {"kernels": tuple(row.get("kernels", ()))}) for row in values.pop("rows"))
         return cls(rows=rows, notes=tuple(values.pop("notes")), **values)
 
 

@@ -38,7 +38,18 @@ def _of_case(rows: Sequence[Row]) -> list[str]:
         fastest = min((row.median_ms for row in at_hand.values() if row.problem is None), default=None)
         cells = [_cell(at_hand[name], fastest) if name in at_hand else "" for name in names]
         lines.append(f"| {devices} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", _kernels(rows)]
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """Which implementations served the calls: all the same, or which those of whom."""
+    users: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        if row.problem is None:
+            users.setdefault(row.kernels, {})[row.implementation] = None
+    if len(users) <= 1:
+        return f"Kernels: {', '.join(*users) if users else 'none'}."
+    return f"Kernels: {'; '.join(f'{", ".join(names)}: {", ".join(kernels)}' for kernels, names in users.items())}."
 
 
 def _cell(row: Row, fastest: float | None) -> str:
