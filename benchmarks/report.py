@@ -16,8 +16,8 @@ from benchmarks.results import Results, Row
 SCALING_FAMILIES = ("context_parallel",)  # measured by the number of devices, in place of against peers
 PEERS_KEY = (
     "Memory: arguments, results and temporaries of the program. Ratio: the best peer's time over this one's; above 1 "
-    "this one is faster. One whose gradients come out the same, bit by bit, each time is compared with the best peer of "
-    "which that is true; one that adds them up in any order, with the best of all."
+    "this one is faster. One whose gradients come out the same, bit by bit, each time is compared with the best peer "
+    "of which that is true; one that adds them up in any order, with the best of all."
 )
 
 
