@@ -1,6 +1,7 @@
 """python -m benchmarks.run: measures kernels, attention over a mesh or a training step, and writes the results."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -201,15 +202,10 @@ def devices_at_hand(wanted: int | None) -> int:
       wanted: None means all at hand.
     Raises: ValueError where there are fewer, or one.
     """
-    if (
-        wanted is not None
-        and wanted > 1
-        and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
-    ):
-        try:
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if wanted is not None and wanted > jax.config.jax_num_cpu_devices and not forced:
+        with contextlib.suppress(RuntimeError):  # JAX has started, with what it then has
             jax.config.update("jax_num_cpu_devices", wanted)
-        except RuntimeError:  # JAX has started, with what it then has
-            pass
     at_hand, platform = jax.device_count(), jax.default_backend()
     number = at_hand if wanted is None else wanted
     if number < 2:
