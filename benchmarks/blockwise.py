@@ -11,7 +11,7 @@ from benchmarks.cases import PASSES, Case, Pass
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling, memory_bytes, time_calls
 from benchmarks.peers import Candidate, Peer
-from benchmarks.results import Row
+from benchmarks.results import Row, problem_of
 from pallas_kernels import (
     SoftmaxCarry,
     blockwise_attention,
@@ -119,10 +119,8 @@ def all_candidates(
     for name, peer in peers.items():
         try:
             yield from peer.candidates(case)
-        except NotImplementedError as refusal:
-            problem = f"refused: {refusal}"
         except Exception as error:  # peers raise what they like, from their import on
-            problem = f"failed: {_first_line(error)}"
+            problem = problem_of(error)
         else:
             continue
         yield Row(case=case.name, which="both passes", implementation=name, ours=False, problem=problem)
@@ -276,10 +274,8 @@ def _rows_of_case(
                 yield row(problem=f"wrong: {problem}")
                 continue
             timing = time_calls(call, repetitions=repetitions)
-        except NotImplementedError as refusal:
-            yield row(problem=f"refused: {refusal}")
         except Exception as error:  # peers raise what they like, and memory may not suffice
-            yield row(problem=f"failed: {_first_line(error)}")
+            yield row(problem=problem_of(error))
         else:
             flops_per_second = case.flops(which) / timing.median
             yield row(
@@ -321,11 +317,6 @@ def _backward_run(
         return gradients
 
     return (out, *gradients), call
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else '(no message)'}"
 
 
 def _line(row: Row) -> str:

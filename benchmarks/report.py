@@ -1,4 +1,4 @@
-"""Results for reading: a Markdown page and a picture of bars, from what the JSON file holds.
+"""Results for reading: a Markdown page and a picture, from what the JSON file holds.
 
 `python -m benchmarks.report RESULTS.json` writes both anew, where the machine that measured had no matplotlib, say.
 """
@@ -10,7 +10,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import scaling_report
 from benchmarks.results import Results, Row
+
+SCALING_FAMILIES = ("context_parallel",)  # measured by the number of devices, in place of against peers
+PEERS_KEY = (
+    "Memory: arguments, results and temporaries of the program. Ratio: the best peer's time over this one's; above 1 "
+    "this one is faster. One whose gradients come out the same, bit by bit, each time is compared with the best peer "
+    "of which that is true; one that adds them up in any order, with the best of all."
+)
 
 
 def write_report(
@@ -28,7 +36,8 @@ def write_report(
     has_picture = importlib.util.find_spec("matplotlib") is not None
     paths[1].write_text(markdown(results, picture=paths[2].name if has_picture else None), encoding="utf-8")
     if has_picture:
-        draw(results, paths[2])
+        draw_picture = scaling_report.draw if results.family in SCALING_FAMILIES else draw
+        draw_picture(results, paths[2])
         return paths
     note(f"no picture, matplotlib is not installed: `python -m benchmarks.report {paths[0]}` draws it elsewhere")
     return paths[:2]
@@ -43,6 +52,7 @@ def markdown(results: Results, *, picture: str | None) -> str:
     """The page: what was measured on, a table for each pass, and what was not timed."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    scales = results.family in SCALING_FAMILIES
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
     lines = [
         f"# {results.family}: {machine['device']}, {machine['date']}",
@@ -52,20 +62,19 @@ def markdown(results: Results, *, picture: str | None) -> str:
         "",
         f"Settings: {', '.join(f'{name} {value}' for name, value in results.settings.items())}. Times are medians; in "
         f"brackets the 10th and 90th percentile. Ceiling: a {results.ceiling_size}^3 bfloat16 matmul of the same run, "
-        f"{results.ceiling_tflops:.3g} TFLOP/s a device. Memory: arguments, results and temporaries of the program. "
-        "Ratio: the best peer's time over this one's; above 1 this one is faster. One whose gradients come out the "
-        "same, bit by bit, each time is compared with the best peer of which that is true; one that adds them up in "
-        "any order, with the best of all.",
+        f"{results.ceiling_tflops:.3g} TFLOP/s a device. "
+        f"{scaling_report.KEY if scales else PEERS_KEY}",
         *(f"\n{text}" for text in results.notes),
     ]
     if picture is not None:
         lines += ["", f"![{results.family}]({picture})"]
     for which in dict.fromkeys(row.which for row in results.rows if row.problem is None):
-        lines += ["", f"## {which}", "", *_table([row for row in results.rows if row.which == which])]
+        rows = [row for row in results.rows if row.which == which]
+        lines += ["", f"## {which}", *(scaling_report.tables(rows) if scales else ["", *_table(rows)])]
     untimed = [row for row in results.rows if row.problem is not None]
     if untimed:
         lines += ["", "## Not timed", "", "| case | pass | implementation | why |", "|---|---|---|---|"]
-        lines += [_line(row.case, row.which, row.implementation, row.problem.replace("|", "\\|")) for row in untimed]
+        lines += [_line(row.case, row.which, _on_devices(row), row.problem.replace("|", "\\|")) for row in untimed]
     return "\n".join(lines) + "\n"
 
 
@@ -98,6 +107,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
             )
         )
     return lines
+
+
+def _on_devices(row: Row) -> str:
+    return row.implementation if row.devices == 1 else f"{row.implementation}, {row.devices} devices"
 
 
 def _line(*cells: str) -> str:

@@ -15,13 +15,16 @@ class Row:
 
     Attributes:
       deterministic: Whether its results come out the same, bit by bit, each time: all forward passes' do.
+      devices: How many computed it together.
+      kernels: The op and implementation of each call that it makes, where that was not asked for by name.
       problem: "refused: ...", "wrong: ..." or "failed: ..."; None where it was timed.
       low_ms, high_ms: Between them lie 80 % of the measurements.
-      tflops: TFLOP/s over the pairs that the mask allows.
+      tflops: TFLOP/s a device, over the pairs that the mask allows.
       ceiling_share: tflops over those of the matmul of the same run.
       memory_bytes: What the program holds on a device: arguments, results and temporaries.
       peer_ratio: The best peer's time over this one's: above 1 this one is faster. Of this project's rows only; a
         deterministic one is compared with deterministic peers, another with all.
+      one_device_share: tflops over those of one device alone at its own length; of rows of several devices only.
       details: Other figures, by name.
     """
 
@@ -30,6 +33,8 @@ class Row:
     implementation: str
     ours: bool
     deterministic: bool = True
+    devices: int = 1
+    kernels: tuple[str, ...] = ()
     problem: str | None = None
     median_ms: float | None = None
     low_ms: float | None = None
@@ -38,6 +43,7 @@ class Row:
     ceiling_share: float | None = None
     memory_bytes: int | None = None
     peer_ratio: float | None = None
+    one_device_share: float | None = None
     details: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -73,8 +79,16 @@ class Results:
     def read_json(cls, path: Path) -> Self:
         """What `write_json` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(Row(**row) for row in values.pop("rows"))
+        rows = tuple(Row(**row | {"kernels": tuple(row.get("kernels", ()))}) for row in values.pop("rows"))
         return cls(rows=rows, notes=tuple(values.pop("notes")), **values)
+
+
+def problem_of(error: Exception) -> str:
+    """What a row says of an implementation that raised: one that does not serve the case is no failure."""
+    if isinstance(error, NotImplementedError):
+        return f"refused: {error}"
+    text = str(error).strip()
+    return f"failed: {type(error).__name__}: {text.splitlines()[0][:300] if text else '(no message)'}"
 
 
 def with_peer_ratios(rows: Iterable[Row]) -> tuple[Row, ...]:

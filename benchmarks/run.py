@@ -1,6 +1,8 @@
-"""python -m benchmarks.run: measures a family of kernels, or a training step, and writes the results."""
+"""python -m benchmarks.run: measures kernels, attention over a mesh or a training step, and writes the results."""
 
 import argparse
+import contextlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,15 +18,15 @@ from benchmarks.report import write_report
 from benchmarks.results import Results, Row, with_peer_ratios
 from pallas_kernels.machine import describe
 
-FAMILIES = ("blockwise", "train")
+FAMILIES = ("blockwise", "context_parallel", "train")
 BLOCKWISE_FLOPS = (
     "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward, 2.5 times for "
     "the backward pass alone. What is timed agrees with the float32 formula on a sample of query rows, out and every "
     "gradient. Schedules, segment ids and masks are built outside the timing."
 )
 TRAIN_FLOPS = (
-    "A step is forward, backward and update, without input and logging. TFLOP/s count three times the model's forward "
-    "FLOPs over the documents at hand, as MFU does; memory is of one device."
+    "A step is forward, backward and update, without input and logging. TFLOP/s a device count three times the model's "
+    "forward FLOPs over the documents at hand, as MFU does; memory is of one device."
 )
 
 
@@ -33,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     project is wrong or failed."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        if options.devices is not None and options.family != "context_parallel":
+            raise ValueError("--devices: goes with --family context_parallel")
         if options.family == "train":
             return _train(options)
+        if options.family == "context_parallel":
+            return _context_parallel(options)
         return _blockwise(options)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -52,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--passes", metavar="NAMES", help=f"from {','.join(PASSES)}; default all")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of q, k and v")
     add("--repetitions", type=int, default=20, help="measurements of each")
+    add("--devices", metavar="N", type=int, help="of --family context_parallel: up to so many; default all at hand")
     add("--config", metavar="FILE", help="of the run whose training step is measured")
     add("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
     add("--out", metavar="DIR", type=Path, default=Path("benchmarks/results"), help="where results go")
@@ -59,14 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_cases(pattern: str) -> tuple[Case, ...]:
+def chosen_cases[C](pattern: str, cases: tuple[C, ...] = CASES, smoke: tuple[C, ...] = SMOKE) -> tuple[C, ...]:
     """The tiny cases for `smoke`, else those whose name the pattern matches anywhere.
 
     Raises: ValueError where there are none.
     """
     if pattern == "smoke":
-        return SMOKE
-    chosen = tuple(case for case in CASES if re.search(pattern, case.name))
+        return smoke
+    chosen = tuple(case for case in cases if re.search(pattern, case.name))
     if not chosen:
         raise ValueError(f"--cases: {pattern!r} matches no case; --list shows them")
     return chosen
@@ -142,6 +149,76 @@ def _blockwise(options: argparse.Namespace) -> int:
         notes.append(f"Interrupted before: {', '.join(missing)}.")
     settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
     return _finish(options, rows, ceiling, settings, notes)
+
+
+def _context_parallel(options: argparse.Namespace) -> int:
+    from benchmarks import context_parallel  # kernels are measured without the layers' extras
+
+    cases = chosen_cases(options.cases, context_parallel.CASES, context_parallel.SMOKE)
+    if options.list:
+        for case in cases:
+            print(f"{case.name}  ({', '.join(way.name for way in case.ways)})")
+        return 0
+    for name in ("implementations", "peers", "config"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: goes with another family, got --family context_parallel; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    passes = context_parallel.PASSES if options.passes is None else chosen_passes(options.passes)
+    if "backward" in passes:
+        raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
+    num_devices = devices_at_hand(options.devices)
+    degrees = context_parallel.degrees_up_to(num_devices)
+    if options.cases == "smoke":
+        degrees = (1, num_devices)
+    notes = list(context_parallel.NOTES)
+    if jax.default_backend() == "cpu":
+        notes.append(context_parallel.CPU_NOTE)
+        _say(context_parallel.CPU_NOTE)
+    ceiling = matmul_ceiling(repetitions=options.repetitions)
+    _say(f"{num_devices} x {jax.devices()[0].device_kind}: {ceiling}")
+    rows = context_parallel.measure_context_parallel(
+        cases,
+        degrees=degrees,
+        ceiling=ceiling,
+        passes=passes,
+        dtype=options.dtype,
+        repetitions=options.repetitions,
+        progress=_say,
+    )
+    settings = {
+        "devices": num_devices,
+        "dtype": options.dtype,
+        "repetitions": options.repetitions,
+        "cases": options.cases or "all",
+    }
+    return _finish(options, rows, ceiling, settings, notes)
+
+
+def devices_at_hand(wanted: int | None) -> int:
+    """How many devices to use; where JAX has not started yet, its CPU platform is asked for as many.
+
+    Args:
+      wanted: None means all at hand.
+    Raises: ValueError where there are fewer, or one.
+    """
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if wanted is not None and wanted > jax.config.jax_num_cpu_devices and not forced:
+        with contextlib.suppress(RuntimeError):  # JAX has started, with what it then has
+            jax.config.update("jax_num_cpu_devices", wanted)
+    at_hand, platform = jax.device_count(), jax.default_backend()
+    number = at_hand if wanted is None else wanted
+    if number < 2:
+        raise ValueError(
+            f"--devices: got {number}, wanted 2 or more to split a sequence over; on a machine with one device, "
+            "JAX_PLATFORMS=cpu and --devices 8 --cases smoke show that it runs"
+        )
+    if number > at_hand:
+        raise ValueError(
+            f"--devices: got {number}, wanted at most the {at_hand} {platform} devices at hand; ask for fewer, go to a "
+            "machine with more, or see that it runs on the CPU's: JAX_PLATFORMS=cpu and --cases smoke"
+        )
+    return number
 
 
 def _train(options: argparse.Namespace) -> int:

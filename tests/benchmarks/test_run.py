@@ -51,7 +51,9 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
         "cudnn": "refused: needs an NVIDIA GPU, the platform is cpu",
         "longctx mosaic_gpu": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx mosaic_gpu with carry": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
-        "longctx cudnn with carry": "refused: cudnn: it takes and returns no running softmax (carry, return_carry, sinks)",
+        "longctx cudnn with carry": (
+            "refused: cudnn: it takes and returns no running softmax (carry, return_carry, sinks)"
+        ),
         "longctx cudnn": "refused: cudnn: it needs an NVIDIA GPU, the platform is cpu",
         "longctx cudnn, any order": "refused: cudnn: it needs an NVIDIA GPU, the platform is cpu",
         "longctx cudnn with accumulate, any order": "refused: cudnn: it adds into no running gradients (accumulate)",
