@@ -1,4 +1,4 @@
-"""Holds that a function computes the same however many devices share a sequence: of this library's layers, or anybody's.
+"""Checks that a function, anybody's, computes the same however many devices share a sequence.
 
     assert_context_parallel_equal(loss, params, {"tokens": tokens, "positions": positions})
 
@@ -33,7 +33,7 @@ def assert_context_parallel_equal(
     mesh_of: Callable[[int], Mesh] | None = None,
     sequence_dims: Any = 1,
     evaluate: Callable[[Any, Any], Any] | None = None,
-    rtol: float = 2e-5,
+    rtol: float = 1e-5,
     atol: float = 1e-6,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict[int, dict[str, float]]:
@@ -56,8 +56,8 @@ def assert_context_parallel_equal(
       degrees: Devices that share a sequence; 1 is what the others are compared with, whether it is named or not.
       sharding: Names the mesh axes of the sequence and the layout, as for `Attention`; None means the context axes of
         `longctx.make_mesh`, and a contiguous layout.
-      mesh_of: The mesh for a degree, for functions that need other axes too. None makes one of the sequence's axes: that
-        of `make_mesh`, or where `sharding` names others, one of those alone.
+      mesh_of: The mesh for a degree, for functions that need other axes too. None takes `make_mesh`, or where
+        `sharding` names other axes of the sequence, a mesh of those alone.
       sequence_dims: The dim of the tokens: for all leaves of the batch, or a pytree whose leaves are ints and None, of
         the batch's structure or a prefix of it; None is for what has no tokens, such as a key.
       evaluate: `(params, batch) -> results`, a pytree of results of which none has a dim of tokens.
@@ -139,13 +139,13 @@ class _Setup:
                 return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
             if not 0 <= dim < np.ndim(x):
                 raise ValueError(
-                    f"sequence_dims: got {dim} for a leaf of shape {np.shape(x)}, wanted one of its dims, or None if it "
-                    "has no tokens; pass a tree of them of the batch's structure"
+                    f"sequence_dims: got {dim} for a leaf of shape {np.shape(x)}, wanted one of its dims, or None if "
+                    "it has no tokens; pass a tree of them of the batch's structure"
                 )
             order = self.layout.order(np.shape(x)[dim], degree)
-            # Not gathered on a device, which for a key array or a bfloat16 one would take a program of its own.
-            x = x if self.layout.name == "contiguous" else permute(x, order, axis=dim)
-            return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*(None,) * dim, self.axes)))
+            return jax.device_put(
+                permute(x, order, axis=dim), NamedSharding(mesh, PartitionSpec(*(None,) * dim, self.axes))
+            )
 
         leaves, structure = jax.tree.flatten(batch)
         return structure.unflatten([placed(x, dim) for x, dim in zip(leaves, dims, strict=True)])
@@ -263,17 +263,16 @@ def _hints(degree: int, wrong: Mapping[str, _Comparison], layout: Layout) -> lis
         hints.append("nan: a shard whose queries see no key (0 / 0), or tokens that break what the sharding promises")
     if "loss" in wrong:
         hints.append(
-            "the loss itself: each device's mean averaged over devices that hold different numbers of targets (sum losses "
-            "and weights over the devices, then divide), a psum that is not there, or an out_spec that says every device "
-            "has the same when it does not"
+            "the loss itself: each device's mean, averaged over devices with different numbers of targets (sum losses "
+            "and weights over the devices, then divide); a psum that is not there; an out_spec that is not true"
         )
         hints.append(
-            f"positions, targets and segment ids: with layout={layout.name} they are in the batch, with the tokens, and "
-            "not made by arange inside; on a shard arange starts at its own first token"
+            f"positions, targets and segment ids: with layout={layout.name} they are in the batch, with the tokens, "
+            "not made by arange inside, which on a shard starts at its own first token"
         )
     else:
         hints.append(
-            "the backward pass alone: a custom_vjp whose gradients are not summed over the devices, or the transpose of a "
-            "shard_map with check_vma=False, which sums what is already whole"
+            "the backward pass alone: a custom_vjp whose gradients are not summed over the devices, or a shard_map "
+            "with check_vma=False, whose transpose sums what is already whole"
         )
     return hints

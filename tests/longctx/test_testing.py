@@ -59,24 +59,30 @@ def mean_loss(params, batch, **options):
 
 def test_a_function_over_a_mesh_of_its_own():
     def evaluate(params, batch):
-        return {"weighted": sums(params, batch).loss_sum}
+        return {"weighted": (params["table"][batch["tokens"]].sum(-1) * batch["weights"]).sum()}
 
     errors = assert_context_parallel_equal(
-        mean_loss, random_params(), batch_of(), degrees=(1, 2, 4), sharding=SP, evaluate=evaluate
+        mean_loss, random_params(), batch_of(), degrees=(1, 2), sharding=SP, evaluate=evaluate
     )
-    assert set(errors) == {2, 4}
+    assert set(errors) == {2}
     wanted = {"loss", "gradient norm", "evaluation weighted", *(f"gradient of {name}" for name in random_params())}
     assert set(errors[2]) == wanted
 
 
-@pytest.mark.parametrize("degrees", [(8,), pytest.param((1, 2, 4, 8), marks=pytest.mark.slow)])
-def test_a_model(degrees):
+MIXERS = {
+    "local": AttentionConfig(num_heads=2, window=5, block_q=4, block_kv=4),
+    "global": AttentionConfig(num_heads=2, num_kv_heads=1, block_q=4, block_kv=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "degrees"),
+    [(("global",), (2,)), pytest.param(("local", "global"), (1, 2, 4, 8), marks=pytest.mark.slow)],
+)
+def test_a_model(pattern, degrees):
     config = ModelConfig(
-        vocab_size=19, dim=16, num_layers=2, mlp_dim=24, dtype="float32", pattern=("local", "global"),
-        mixers={
-            "local": AttentionConfig(num_heads=2, window=5, block_q=4, block_kv=4),
-            "global": AttentionConfig(num_heads=2, num_kv_heads=1, block_q=4, block_kv=4),
-        },
+        vocab_size=19, dim=16, num_layers=len(pattern), mlp_dim=24, dtype="float32", pattern=pattern,
+        mixers={name: MIXERS[name] for name in pattern},
     )  # fmt: skip
     rng = np.random.default_rng(2)
     model = nnx.eval_shape(lambda: TransformerLM(config, sharding=ZIGZAG, rngs=nnx.Rngs(0)))
@@ -87,7 +93,9 @@ def test_a_model(degrees):
         return cross_entropy(logits, batch["targets"], batch["weights"]).loss_sum / batch["weights"].sum()
 
     errors = assert_context_parallel_equal(loss, model, batch_of(), degrees=degrees, sharding=ZIGZAG)
-    assert "gradient of embedding.value" in errors[8] or "gradient of embedding" in errors[8]
+    assert set(errors) == set(degrees) - {1}
+    for of_degree in errors.values():
+        assert len(of_degree) == 2 + len(jax.tree.leaves(model)) and max(of_degree.values()) < 1e-5
 
 
 def by_device(reduce, params, batch):
