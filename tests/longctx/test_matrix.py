@@ -1,7 +1,9 @@
 """The matrix of features and strategies: a cover of it runs, and the committed outcomes are of the cases there are."""
 
+import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from longctx.context_parallel import matrix
 from longctx.context_parallel.config import STRATEGIES
 
+CASE = matrix.Case(features=("learned_sinks", "causal"), strategy="ring", layout="zigzag", degree=2)
 RESULTS = sorted((Path(matrix.__file__).parent / "results").glob("*.json"))
 
 
@@ -47,18 +50,28 @@ def test_masked_shards_are_masked():
             assert (shards < 0).all(axis=1).sum() == case.degree - 1
 
 
-CASE = matrix.Case(features=("learned_sinks", "causal"), strategy="ring", layout="zigzag", degree=2)
+@functools.cache
+def program():
+    return matrix._lower(CASE, CASE.mask_or_refusal()).compile()
+
+
+def test_the_same_program_gives_the_same_bits():
+    """out, the gradients of q, k and v, and that of the sinks, which is summed over the devices."""
+    with jax.set_mesh(matrix._mesh(CASE.degree)):
+        first, second = (jax.device_get(program()(*matrix._in_layout(CASE))) for _ in range(2))
+    assert len(first) == len(matrix._NAMES) and all(x.any() for x in first)
+    for x, y in zip(first, second, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_a_wrong_gradient_fails(monkeypatch):
-    mask = CASE.mask_or_refusal()
-    program, reference = matrix._lower(CASE, mask).compile(), matrix._reference(CASE.problem, mask)
-    assert set(matrix._errors(CASE, program)) == set(matrix._NAMES)
+    reference = matrix._reference(CASE.problem, CASE.mask_or_refusal())
+    assert set(matrix._errors(CASE, program())) == set(matrix._NAMES)
     for index, name in enumerate(matrix._NAMES):
         scaled = [x * np.float32(1.001) if i == index else x for i, x in enumerate(reference)]
         monkeypatch.setattr(matrix, "_reference", lambda problem, mask, scaled=scaled: scaled)
         with pytest.raises(AssertionError, match=f"{name}: rms error 0.001"):
-            matrix._errors(CASE, program)
+            matrix._errors(CASE, program())
 
 
 def test_what_raises_is_a_failure_and_the_next_case_runs(monkeypatch):
@@ -104,3 +117,14 @@ def test_the_command_writes_what_it_ran(tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     assert result["counts"] == {"ok": 0, "refused": 3, "FAILED": 0} and len(result["outcomes"]) == 3
     assert result["selected"] == "^cross_attention-halo-.*-2$" and result["machine"]["commit"] == "abc"
+
+
+def test_the_tests_that_the_page_on_numerics_names_are_there():
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "numerics.md").read_text(encoding="utf-8")))
+    there = {
+        name
+        for path in (root / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 10 and named <= there
