@@ -65,8 +65,8 @@ def assert_context_parallel_equal(
       devices: Those to use; None means `jax.devices()`.
     Returns: for each degree but 1 the error of each result, over the norm of the one wanted.
     Raises: AssertionError that names the degree, the results, their errors and where to look. ValueError where there
-      are fewer devices than a degree, a mesh has another degree, a layout does not divide the sequence, or the loss of
-      one device is not finite.
+      are fewer devices than a degree, no degree is above 1, a mesh has another degree, a layout does not divide the
+      sequence, or the loss of one device is not finite.
     Cost: compiles `loss_fn` and `evaluate` once a degree. One degree runs at a time.
     """
     sharding = sharding or AttentionSharding()
@@ -76,6 +76,10 @@ def assert_context_parallel_equal(
         mesh_of=mesh_of,
         devices=tuple(jax.devices() if devices is None else devices),
     )
+    if all(degree == 1 for degree in degrees):
+        raise ValueError(
+            f"degrees: got {tuple(degrees)}, wanted one above 1; there is nothing to compare one device with"
+        )
     degrees = [degree for degree in degrees if degree != 1]
     meshes = {degree: setup.mesh(degree) for degree in (1, *degrees)}  # refuses before anything is compiled
     dims = _leaf_dims(batch, sequence_dims)

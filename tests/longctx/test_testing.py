@@ -185,6 +185,7 @@ def test_what_is_counted_by_device_is_told():
 
 REFUSED = {
     "too few devices": (dict(devices=jax.devices()[:2]), r"got 4 with 2 devices.*jax_num_cpu_devices\", 4"),
+    "one alone": (dict(degrees=(1,)), r"degrees: got \(1,\), wanted one above 1"),
     "no degree": (dict(degrees=(0,)), "degrees: got 0, wanted numbers of devices >= 1"),
     "another mesh": (
         dict(mesh_of=lambda degree: make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])),
@@ -206,7 +207,7 @@ def test_refuses(case):
 
 
 def test_leaves_without_tokens():
-    """A key has none, and a dim other than the second is the sequence's."""
+    """A key has none, and a dim other than the second is the sequence's; over a mesh of two rows of devices too."""
     rng = np.random.default_rng(3)
     batch = {"x": jnp.asarray(rng.standard_normal((LENGTH, 3)), jnp.float32), "key": jax.random.key(0)}
 
@@ -214,6 +215,11 @@ def test_leaves_without_tokens():
         noise = jax.random.normal(batch["key"], ())
         return ((batch["x"] @ params) ** 2).sum() + noise
 
-    assert_context_parallel_equal(
-        loss, jnp.ones((3,)), batch, degrees=(2,), sharding=ZIGZAG, sequence_dims={"x": 0, "key": None}
-    )
+    def beside_data(degree):
+        return make_mesh(MeshConfig(data=2, context_inner=degree), jax.devices()[: 2 * degree])
+
+    for mesh_of in (None, beside_data):
+        assert_context_parallel_equal(
+            loss, jnp.ones((3,)), batch, degrees=(2,), sharding=ZIGZAG, sequence_dims={"x": 0, "key": None},
+            mesh_of=mesh_of,
+        )  # fmt: skip
