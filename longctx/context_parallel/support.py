@@ -24,10 +24,11 @@ def _case(mask, **fields) -> dict[str, Any]:
 
 
 _CAUSAL = masks.causal() & _DOCUMENTS
+_WINDOW = masks.sliding_window(left=_CHUNK) & _DOCUMENTS
 FEATURES = {
     "causal": _case(_CAUSAL),
     "bidirectional": _case(_DOCUMENTS),
-    "window of at most a chunk, T / (2 P)": _case(masks.sliding_window(left=_CHUNK) & _DOCUMENTS),
+    "window of at most a chunk, T / (2 P)": _case(_WINDOW),
     "window of more": _case(masks.sliding_window(left=4 * _CHUNK) & _DOCUMENTS),
     "window both ways": _case(masks.sliding_window(left=_CHUNK, right=_CHUNK) & _DOCUMENTS),
     "window over tokens in order, without `documents()`": _case(
@@ -44,11 +45,16 @@ FEATURES = {
     "fewer kv heads than devices (K divides P)": _case(_CAUSAL, num_kv_heads=2),
     "multi-query heads": _case(_CAUSAL, num_kv_heads=1),
     "P does not divide N": _case(_CAUSAL, num_heads=12, num_kv_heads=4),
-    "a window, P does not divide N": _case(
-        masks.sliding_window(left=_CHUNK) & _DOCUMENTS, num_heads=12, num_kv_heads=4
-    ),
+    "a window, P does not divide N": _case(_WINDOW, num_heads=12, num_kv_heads=4),
+    **{
+        f"{name}, here with a window": _case(_WINDOW)
+        for name in ("soft cap", "learned sinks", "dropout", "fully masked shards")
+    },
 }
-"""Attention over P = 8 devices: the fields of a Setting, and the layouts that make sense if not all do."""
+"""Attention over P = 8 devices: the fields of a Setting, and the layouts that make sense if not all do.
+
+No Setting tells of soft caps, sinks, dropout or what the arrays mask: they go with every mask that a strategy serves,
+and matrix.py runs them."""
 
 
 def table() -> str:
