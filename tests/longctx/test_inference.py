@@ -149,12 +149,14 @@ def test_star_prefill_equals_its_dense_mask(star_block):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_star_prefill_on_one_device():
     want = jax.jit(dense_model)(model_of(), TOKENS, star_mask(LENGTH, CONTEXT_LEN, 4))[:, CONTEXT_LEN:]
     rest, _ = rest_after(prefill(model_of(), TOKENS[:, :CONTEXT_LEN], ROOM, star_block=4))
     np.testing.assert_allclose(rest, want, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_star_prefill_of_one_block_is_exact():
     want = call(model_of(), TOKENS)[:, CONTEXT_LEN:]
     with jax.set_mesh(mesh_of(context_inner=2)):
@@ -214,6 +216,7 @@ def test_plans():
     np.testing.assert_array_equal(alone.places, [0, 1, 2, 3, 4, -1])
 
 
+@pytest.mark.slow
 def test_the_anchors_positions_are_its_own():
     """The keys that a device keeps are those of its run, rotated by their places in the context."""
     layer = Attention(16, num_heads=2, rngs=nnx.Rngs(0))

@@ -61,8 +61,8 @@ def on_one_device(with_dropout: bool, mask=MASK):
 
 
 MESHES = [
-    ({"data": 4, "tensor": 2}, "contiguous", "ring"),
-    ({"context_inner": 8}, "zigzag", "ring"),
+    pytest.param({"data": 4, "tensor": 2}, "contiguous", "ring", marks=pytest.mark.slow),
+    pytest.param({"context_inner": 8}, "zigzag", "ring", marks=pytest.mark.slow),
     ({"data": 2, "context_inner": 2, "tensor": 2}, "zigzag", "ring"),
     ({"fsdp": 2, "context_outer": 2, "context_inner": 2}, "striped", "ring"),
     ({"data": 2, "context_inner": 4}, "zigzag", "all_gather"),

@@ -51,28 +51,21 @@ SPARSE_MASKS = {
     "per_head": masks.causal() & masks.per_head(masks.sliding_window(left=20), masks.strided(3, block=8)),
 }
 NAMES = ("out", "dq", "dk", "dv")
-QUICK = {  # what CI runs; the rest is slow
-    *(("ring", mask, layout, 4) for mask in ("causal", "documents", "prefix") for layout in LAYOUTS),
-    *(
-        ("ring", mask, "zigzag", degree)
-        for mask in ("documents_window", "both_ways", "not_window")
-        for degree in (2, 8)
-    ),
-    *(("ring", mask, "contiguous", 8) for mask in ("documents_window", "wide_window", "full", "empty_rows")),
+QUICK = {  # what CI runs, beside a cover of the matrix of features; the rest is slow
+    ("ring", "causal", "zigzag", 4),
+    ("ring", "documents", "striped_by_4", 4),
+    ("ring", "prefix", "contiguous", 4),
+    ("ring", "documents_window", "zigzag", 8),
+    ("ring", "not_window", "zigzag", 2),
+    ("ring", "wide_window", "contiguous", 8),
+    ("ring", "empty_rows", "contiguous", 8),
     ("ring", "window", "striped", 4),
-    ("all_gather", "documents", "contiguous", 8),
     ("all_gather", "both_ways", "zigzag", 4),
-    ("all_gather", "causal", "striped_by_4", 2),
     ("all_gather", "empty_rows", "striped", 4),
     ("ulysses", "documents", "contiguous", 8),
-    ("ulysses", "prefix", "zigzag", 4),
     ("ulysses", "documents_window", "striped_by_4", 2),
-    ("halo", "documents_window", "contiguous", 8),
     ("halo", "wide_window", "contiguous", 8),
-    ("halo", "wide_window", "contiguous", 2),
-    ("halo", "both_ways", "contiguous", 4),
     ("halo", "both_ways", "zigzag", 8),
-    ("halo", "documents_window", "zigzag", 4),
     ("halo", "documents_window", "zigzag", 2),
     ("halo", "ahead", "zigzag", 4),
 }
@@ -188,7 +181,7 @@ def some_slow(cases, quick) -> list:
             *itertools.product(("ulysses",), [name for name in SPARSE_MASKS if name != "per_head"]),
             ("halo", "chunked"),
         ],
-        {("ring", "per_head"), ("ring", "neighborhood"), ("all_gather", "sinks_window"), ("ulysses", "global_tokens")},
+        {("ring", "per_head"), ("ulysses", "global_tokens")},
     ),
 )
 def test_sparse_masks(strategy, name):
@@ -209,8 +202,7 @@ MESHES = {
     ("strategy", "mesh"),
     some_slow(
         itertools.product(STRATEGIES, MESHES),
-        {("ring", "two_context_axes"), ("ulysses", "beside_data_and_tensor"), ("halo", "two_context_axes")}
-        | {("all_gather", "two_context_axes"), ("ring", "beside_data_and_tensor")},
+        {("ring", "beside_data_and_tensor"), ("ulysses", "beside_data_and_tensor"), ("halo", "two_context_axes")},
     ),
 )
 def test_beside_other_axes(strategy, mesh):
@@ -223,7 +215,7 @@ def test_beside_other_axes(strategy, mesh):
     ("strategy", "name", "q_len"),
     some_slow(
         itertools.product(("ring", "all_gather", "ulysses"), ("full", "window"), (32, 96)),
-        {("ring", "full", 32), ("ring", "window", 96), ("all_gather", "window", 32), ("ulysses", "window", 96)},
+        {("ring", "full", 32), ("ulysses", "window", 96)},
     ),
 )
 def test_queries_and_keys_of_other_lengths(strategy, name, q_len):
@@ -244,8 +236,7 @@ OPTIONS = {
     ("strategy", "name"),
     some_slow(
         itertools.product(STRATEGIES, OPTIONS),
-        {("ring", "soft_cap"), ("ring", "bfloat16"), ("all_gather", "bfloat16"), ("halo", "bfloat16")}
-        | {("ulysses", "value_dim"), ("ulysses", "bfloat16"), ("ulysses", "mqa"), ("halo", "value_dim")},
+        {("ring", "bfloat16"), ("all_gather", "bfloat16"), ("ulysses", "value_dim"), ("ulysses", "mqa")},
     ),
 )
 def test_heads_options_and_dtypes(strategy, name):
