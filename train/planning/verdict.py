@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import jax
 
 from train.planning.estimate import expected_transfers
-from train.planning.plan import Plan
+from train.planning.plan import Collective, Plan
 from train.planning.program import Run
 from train.planning.target import preallocated_fraction
 
 _UNEVEN = 1.2  # from here on a layout's imbalance is worth a word
+_LONG = 0.05  # of a step: from here on what a strategy sends before it computes is too much
 _WHOLE = 1.5  # times the even share: from here on parameters count as replicated
 
 
@@ -27,8 +28,8 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
         notes.append("whether it fits is not known: nobody says how much memory a device has")
     problems += _replicated_parameters(run, plan)
     if plan.step_seconds is not None:
-        problems += _exposed_hops(plan)
-        notes += _exposed_rest(plan)
+        problems += _exposed_hops(run, plan)
+        notes += _exposed_rest(run, plan)
         notes += _long_hops(plan)
     else:
         notes.append(f"no times: train/devices.yaml has no speeds for {plan.device_kind}")
@@ -97,8 +98,10 @@ def _replicated_parameters(run: Run, plan: Plan) -> list[str]:
     ]
 
 
-def _exposed_hops(plan: Plan) -> list[str]:
-    hops = [c for c in plan.collectives if c.is_hop and c.is_exposed]
+def _exposed_hops(run: Run, plan: Plan) -> list[str]:
+    up_front = _sent_up_front(run, plan)
+    too_long = sum(c.exposed * c.count for c in up_front) >= _LONG * plan.step_seconds
+    hops = [c for c in plan.collectives if c.is_hop and c.is_exposed and (too_long or c not in up_front)]
     return [
         f"exposed hops: {c.count} {c.kind}s of {c.part} ({c.phase}, {_mib(c.num_bytes)}) take {1e3 * c.seconds:.3f} ms "
         + (f"each, of which {1e3 * c.exposed:.3f} ms are waited for" if c.asynchronous else "each and are synchronous")
@@ -106,11 +109,25 @@ def _exposed_hops(plan: Plan) -> list[str]:
     ]
 
 
-def _exposed_rest(plan: Plan) -> list[str]:
+def _sent_up_front(run: Run, plan: Plan) -> list[Collective]:
+    """Of strategies that send everything before they compute, or after, and so can hide little."""
+    stated = [transfer for _, transfer, _, _ in expected_transfers(run) if not transfer.beside_compute]
+    kinds = {(transfer.kind, transfer.num_bytes) for transfer in stated}
+    return [c for c in plan.collectives if c.is_hop and (c.kind, c.num_bytes) in kinds]
+
+
+def _exposed_rest(run: Run, plan: Plan) -> list[str]:
+    notes = []
     rest = sum(c.exposed * c.count for c in plan.collectives if not c.is_hop)
-    if rest < 0.02 * plan.step_seconds:
-        return []
-    return [f"collectives of parameters and gradients are waited for {1e3 * rest:.1f} ms a step"]
+    if rest >= 0.02 * plan.step_seconds:
+        notes.append(f"collectives of parameters and gradients are waited for {1e3 * rest:.1f} ms a step")
+    up_front = sum(c.exposed * c.count for c in _sent_up_front(run, plan))
+    if 0 < up_front < _LONG * plan.step_seconds:
+        notes.append(
+            f"what halo, all_gather or ulysses send before and after they compute is waited for {1e3 * up_front:.1f} ms "
+            f"a step, {up_front / plan.step_seconds:.1%} of it"
+        )
+    return notes
 
 
 def _long_hops(plan: Plan) -> list[str]:
