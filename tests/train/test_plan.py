@@ -86,6 +86,9 @@ def test_what_is_sent_up_front_is_a_problem_where_it_takes_long(capsys):
     assert "problem: exposed hops: " in capsys.readouterr().out
 
 
+NO_LOCAL = ["model.mixers={global: {kind: attention, num_heads: 16, num_kv_heads: 4, head_dim: 128}}"]
+
+
 def test_what_does_not_fit_is_a_problem_and_says_what_helps(capsys):
     large = ["model.remat=none", "data.seq_len=1048576", "training.accumulate_steps=1"]
     assert plan.main([GPUS, "--devices", "h100:8", "--formula", *large]) == plan.PROBLEM_CODE
