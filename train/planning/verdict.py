@@ -124,8 +124,8 @@ def _exposed_rest(run: Run, plan: Plan) -> list[str]:
     up_front = sum(c.exposed * c.count for c in _sent_up_front(run, plan))
     if 0 < up_front < _LONG * plan.step_seconds:
         notes.append(
-            f"what halo, all_gather or ulysses send before and after they compute is waited for {1e3 * up_front:.1f} ms "
-            f"a step, {up_front / plan.step_seconds:.1%} of it"
+            f"what halo, all_gather or ulysses send before and after they compute is waited for "
+            f"{1e3 * up_front:.1f} ms a step, {up_front / plan.step_seconds:.1%} of it"
         )
     return notes
 
