@@ -23,6 +23,7 @@ from pallas_kernels.blockwise.suite import FAMILY, GRADIENTS, keys_of
 from pallas_kernels.testing import Trial, assert_close
 
 CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
+SLOW = (*KERNEL_CASES, CASES_BY_NAME["dropout_learned_sinks_soft_cap"])
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def outcome_of(request):
 @pytest.mark.parametrize(
     "trial",
     [
-        pytest.param(trial, id=str(trial), marks=[pytest.mark.slow] * (trial.case in KERNEL_CASES))
+        pytest.param(trial, id=str(trial), marks=[pytest.mark.slow] * (trial.case in SLOW))
         for trial in FAMILY.trials("cpu")
     ],
 )

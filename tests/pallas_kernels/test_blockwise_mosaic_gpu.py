@@ -51,7 +51,7 @@ def some_slow(cases, quick) -> list:
     return [pytest.param(case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize("case", some_slow(SERVED, SERVED[::3] + WITH_SINKS[:2]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some_slow(SERVED, SERVED[::4] + WITH_SINKS[:1]), ids=lambda case: case.name)
 def test_lowers_for_cuda(case):
     """Out and lse, and their gradients."""
     inputs, arguments = case.inputs("bfloat16"), case.arguments()
@@ -105,7 +105,7 @@ def shapes(head_dim: int, dtype: str, q_len: int = 300):
 INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64", "documents_D128", "empty_rows_D64",
                "all_empty_D128", "sinks_window_D64", "striped_documents_window_D64", "one_token_D64", "table_D128",
                "cross_one_key_D64", "documents_padding_row_D64")  # fmt: skip
-INTERPRETED_QUICK = ("causal_D64", "cross_fewer_keys_D128", "documents_D128", "empty_rows_D64", "table_D128")
+INTERPRETED_QUICK = ("cross_fewer_keys_D128", "documents_D128", "empty_rows_D64")
 
 
 # And whether gradients are added to running ones.
@@ -209,7 +209,7 @@ def test_carry_in_the_interpreter(name):
     assert_close("lse", lse, want["lse"] + np.log(2), "float16")
 
 
-@pytest.mark.parametrize("name", some_slow([case.name for case in WITH_SINKS], ["learned_sinks_empty_rows_D64"]))
+@pytest.mark.parametrize("name", some_slow([case.name for case in WITH_SINKS], []))
 def test_sinks_in_the_interpreter(name):
     """A carry to start from, no keys seen; rows that see no key end with it."""
     case, want = CASES_BY_NAME[name], truth(name)
