@@ -175,6 +175,7 @@ def test_make_installs_only_when_something_changed(tmp_path):
         f"{pip} .[train]",
         "-m train.config",
         "-m pallas_kernels.support README.md",
+        "-m longctx.context_parallel.support docs/context_parallel.md",
         "-m pallas_kernels.conformance --readme",
     ]
 

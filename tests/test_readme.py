@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from pallas_kernels import support
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +15,7 @@ def test_the_support_table_is_current():
     assert support.with_table(README) == README, "run `make docs`"
 
 
+@pytest.mark.slow
 def test_the_support_table_tells_refusals_apart():
     rows = {row.split("|")[1].strip(): row for row in support.table().splitlines()}
     assert rows["causal"].count("forward, gradient") == 4

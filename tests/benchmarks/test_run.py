@@ -258,6 +258,7 @@ def test_only_this_projects_faults_fail_the_command(tmp_path, monkeypatch, littl
         assert run.main(arguments) == code
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path, little_time, monkeypatch, capsys):
     inputs = blockwise.Case.inputs
 

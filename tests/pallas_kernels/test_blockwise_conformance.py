@@ -23,7 +23,10 @@ from pallas_kernels.blockwise.suite import FAMILY, GRADIENTS, keys_of
 from pallas_kernels.testing import Trial, assert_close
 
 CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
-SLOW = (*KERNEL_CASES, CASES_BY_NAME["dropout_learned_sinks_soft_cap"])
+
+
+def is_slow(trial: Trial) -> bool:
+    return trial.case in KERNEL_CASES or trial.case.name == "dropout_learned_sinks_soft_cap" or trial.dtype == "float16"
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +47,7 @@ def outcome_of(request):
 
 @pytest.mark.parametrize(
     "trial",
-    [
-        pytest.param(trial, id=str(trial), marks=[pytest.mark.slow] * (trial.case in SLOW))
-        for trial in FAMILY.trials("cpu")
-    ],
+    [pytest.param(trial, id=str(trial), marks=[pytest.mark.slow] * is_slow(trial)) for trial in FAMILY.trials("cpu")],
 )
 def test_equals_reference(trial, outcome_of):
     outcome = outcome_of(trial)

@@ -111,6 +111,7 @@ def test_resuming_gives_the_same_losses_bit_for_bit(run, finished, tmp_path, cap
     jax.tree.map(np.testing.assert_array_equal, final_arrays(tmp_path), final_arrays(finished))
 
 
+@pytest.mark.slow
 def test_documents_that_changed_before_a_resume_are_noted(run, config_file, tmp_path, capsys):
     text = tmp_path / "more.jsonl"
     text.write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in range(5, 40)))
