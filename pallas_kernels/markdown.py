@@ -1,6 +1,7 @@
 """Generated tables in Markdown files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -20,3 +21,8 @@ def between_markers(text: str, name: str, lines: Iterable[str]) -> str:
     if not found:
         raise ValueError(f"{name}: found no markers, wanted a text with {begin!r} and {end!r}; add them")
     return "\n".join([f"{before}{begin}", *lines, f"{end}{after}"])
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    """Changes the text of a file."""
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -160,8 +160,7 @@ def with_table(text: str) -> str:
 
 def main() -> None:
     """Rewrites the table in the file named on the command line."""
-    path = Path(sys.argv[1])
-    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    markdown.rewrite(Path(sys.argv[1]), with_table)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 
@@ -28,8 +28,9 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
         notes.append("whether it fits is not known: nobody says how much memory a device has")
     problems += _replicated_parameters(run, plan)
     if plan.step_seconds is not None:
-        problems += _exposed_hops(run, plan)
-        notes += _exposed_rest(run, plan)
+        up_front = _sent_up_front(run, plan)
+        problems += _exposed_hops(plan, up_front)
+        notes += _exposed_rest(plan, up_front)
         notes += _long_hops(plan)
     else:
         notes.append(f"no times: train/devices.yaml has no speeds for {plan.device_kind}")
@@ -98,9 +99,8 @@ def _replicated_parameters(run: Run, plan: Plan) -> list[str]:
     ]
 
 
-def _exposed_hops(run: Run, plan: Plan) -> list[str]:
-    up_front = _sent_up_front(run, plan)
-    too_long = sum(c.exposed * c.count for c in up_front) >= _LONG * plan.step_seconds
+def _exposed_hops(plan: Plan, up_front: Sequence[Collective]) -> list[str]:
+    too_long = _seconds_waited(up_front) >= _LONG * plan.step_seconds
     hops = [c for c in plan.collectives if c.is_hop and c.is_exposed and (too_long or c not in up_front)]
     return [
         f"exposed hops: {c.count} {c.kind}s of {c.part} ({c.phase}, {_mib(c.num_bytes)}) take {1e3 * c.seconds:.3f} ms "
@@ -116,16 +116,21 @@ def _sent_up_front(run: Run, plan: Plan) -> list[Collective]:
     return [c for c in plan.collectives if c.is_hop and (c.kind, c.num_bytes) in kinds]
 
 
-def _exposed_rest(run: Run, plan: Plan) -> list[str]:
+def _seconds_waited(collectives: Iterable[Collective]) -> float:
+    """In a step."""
+    return sum(c.exposed * c.count for c in collectives)
+
+
+def _exposed_rest(plan: Plan, up_front: Sequence[Collective]) -> list[str]:
     notes = []
-    rest = sum(c.exposed * c.count for c in plan.collectives if not c.is_hop)
+    rest = _seconds_waited(c for c in plan.collectives if not c.is_hop)
     if rest >= 0.02 * plan.step_seconds:
         notes.append(f"collectives of parameters and gradients are waited for {1e3 * rest:.1f} ms a step")
-    up_front = sum(c.exposed * c.count for c in _sent_up_front(run, plan))
-    if 0 < up_front < _LONG * plan.step_seconds:
+    waited = _seconds_waited(up_front)
+    if 0 < waited < _LONG * plan.step_seconds:
         notes.append(
             f"what halo, all_gather or ulysses send before and after they compute is waited for "
-            f"{1e3 * up_front:.1f} ms a step, {up_front / plan.step_seconds:.1%} of it"
+            f"{1e3 * waited:.1f} ms a step, {waited / plan.step_seconds:.1%} of it"
         )
     return notes
 
