@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.readme:
         for family in families:
             path = readme_of(family)
-            path.write_text(with_table(family, path.read_text(encoding="utf-8")), encoding="utf-8")
+            markdown.rewrite(path, functools.partial(with_table, family))
         return 0
     if options.json and (options.implementations or options.cases):
         print("--json: writes a whole run, leave out --implementations and --cases", file=sys.stderr)

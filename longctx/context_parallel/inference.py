@@ -220,7 +220,7 @@ def sharded_decode(
     if split is None:
         options |= {"sinks": sinks, "deterministic": deterministic}
         return blockwise_attention(q, cache.k, cache.v, tokens=tokens, **options), cache
-    call = _Call(split=split, deterministic=deterministic, options=tuple(options.items()))
+    call = _Call(split=split, uses_lse=sinks is not None, deterministic=deterministic, options=tuple(options.items()))
     out, lse = _attend(call, q, cache.k, cache.v, tokens)
     if sinks is not None:
         # What sum exp S is of it and exp(sink) together.
@@ -405,9 +405,11 @@ class _Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What is static of a call; hashable. `options` go to both passes, `deterministic` to the backward alone."""
+    """What is static of a call; hashable. `options` go to both passes, `deterministic` to the backward alone, and
+    `uses_lse` says whether anything depends on lse: where nothing does, its cotangent is None."""
 
     split: _Split
+    uses_lse: bool
     deterministic: bool
     options: tuple[tuple[str, Any], ...]
 
@@ -453,6 +455,7 @@ def _attend_bwd(call: _Call, residuals, cotangents):
     split = call.split
 
     def shard(q, k, v, out, lse, dout, dlse, tokens):
+        dlse = dlse if call.uses_lse else None
         options = dict(call.options) | {"deterministic": call.deterministic}
         with jax.named_scope(HOP_SCOPE):
             return tree_backward(q, k, v, out, lse, dout, dlse, tokens, axes=split.sequence, **options)

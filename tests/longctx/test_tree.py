@@ -215,7 +215,8 @@ def test_room_is_where_the_first_token_finds_no_slot(num_filled):
     [{"context_inner": 2, "data": 2, "tensor": 2}, pytest.param({"context_inner": 4}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_gradients_equal_one_device(mesh_shape):
+@pytest.mark.parametrize("with_sinks", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradients_equal_one_device(mesh_shape, with_sinks):
     """Of queries, of new keys and values, of a cache that holds 13 tokens, and of sinks."""
     q, new_k, new_v = inputs(3, slots=3)
     _, k, v = inputs(1)
@@ -225,7 +226,7 @@ def test_gradients_equal_one_device(mesh_shape):
     def run(cache_k, cache_v, positions):
         def attend(q, new_k, new_v, cache_k, cache_v, sinks):
             cache = KVCache(cache_k, cache_v, positions, length=jnp.asarray(13, jnp.int32), room=jnp.asarray(SLOTS))
-            return sharded_decode(q, new_k, new_v, cache, mask=CAUSAL, sinks=sinks)[0]
+            return sharded_decode(q, new_k, new_v, cache, mask=CAUSAL, sinks=sinks if with_sinks else None)[0]
 
         def with_gradients(*arrays):
             out, vjp = jax.vjp(attend, *arrays)
