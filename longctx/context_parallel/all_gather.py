@@ -22,12 +22,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from longctx.context_parallel.strategy import CallSchedule, Residuals, Setting, Strategy, float32_zeros, num_bytes
+from longctx.context_parallel.one_call import OneCallStrategy
+from longctx.context_parallel.strategy import CallSchedule, Setting, num_bytes
 from longctx.context_parallel.traffic import Transfer
-from pallas_kernels import blockwise_attention_backward, blockwise_attention_forward, make_schedule
+from pallas_kernels import make_schedule
 
 
-class AllGather(Strategy):
+class AllGather(OneCallStrategy):
     name = "all_gather"
 
     def refusal(self, setting):
@@ -43,26 +44,11 @@ class AllGather(Strategy):
         blocks = make_schedule(setting.mask, tokens, q_len=q_len, kv_len=setting.kv_len, block_sizes=block_sizes)
         return CallSchedule(blocks=blocks, tokens=tokens)
 
-    def forward(self, setting, q, k, v, tokens, schedule, **options):
-        kv = _gathered(setting, jnp.concatenate([k, v], axis=-1))
-        key_dim = k.shape[3]
-        out, lse = blockwise_attention_forward(
-            q, kv[..., :key_dim], kv[..., key_dim:], tokens=schedule.tokens, schedule=schedule.blocks, **options
-        )
-        return out, Residuals(q, k, v, out, lse)
+    def bring(self, setting, x):
+        return _gathered(setting, x)
 
-    def backward(self, setting, residuals, dout, tokens, schedule, **options):
-        q, k, v, out, lse = residuals
-        # Without the barrier XLA takes this gather for the forward pass's and keeps its result until now.
-        kv = _gathered(setting, jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1)))
-        keys, values = kv[..., : k.shape[3]], kv[..., k.shape[3] :]
-        dq, dk, dv = blockwise_attention_backward(
-            q, keys, values, out, lse, dout, None, tokens=schedule.tokens, schedule=schedule.blocks,
-            accumulate=float32_zeros(q, keys, values), **options,
-        )  # fmt: skip
-        dkv = setting.in_layout(jnp.concatenate([dk, dv], axis=-1))
-        dkv = jax.lax.psum_scatter(dkv, setting.axes, scatter_dimension=1, tiled=True).astype(k.dtype)
-        return dq.astype(q.dtype), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
+    def send_home(self, setting, x):
+        return jax.lax.psum_scatter(setting.in_layout(x), setting.axes, scatter_dimension=1, tiled=True)
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         kv = batch_size, setting.kv_len // setting.degree, setting.num_kv_heads, key_dim + value_dim
@@ -72,9 +58,6 @@ class AllGather(Strategy):
             Transfer(kind="all-gather", phase="backward", count=1, num_bytes=of_keys),
             Transfer(kind="reduce-scatter", phase="backward", count=1, num_bytes=of_gradients),
         )
-
-    def tiles_of_calls(self, setting, tiles):
-        return tiles.sum(axis=1, keepdims=True)
 
 
 def _gathered(setting: Setting, x: jax.Array) -> jax.Array:

@@ -26,14 +26,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from longctx.context_parallel.reach import holds, slot_span, where_it_holds
-from longctx.context_parallel.strategy import CallSchedule, Residuals, Setting, Strategy, float32_zeros, num_bytes
+from longctx.context_parallel.one_call import OneCallStrategy
+from longctx.context_parallel.reach import holds, slot_span
+from longctx.context_parallel.strategy import CallSchedule, Setting, num_bytes
 from longctx.context_parallel.traffic import Transfer
-from pallas_kernels import Mask, blockwise_attention_backward, blockwise_attention_forward, make_schedule
+from pallas_kernels import make_schedule
 from pallas_kernels.mask import SameDocument
 
 
-class Halo(Strategy):
+class Halo(OneCallStrategy):
     name = "halo"
 
     def refusal(self, setting):
@@ -83,7 +84,7 @@ class Halo(Strategy):
         found = holds(setting, tokens)
         tokens = dataclasses.replace(tokens, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids - 1)
         blocks = make_schedule(
-            _mask(setting),
+            self.call_mask(setting),
             tokens,
             q_len=setting.q_len // setting.degree,
             kv_len=kv_positions.shape[1],
@@ -91,26 +92,15 @@ class Halo(Strategy):
         )
         return CallSchedule(blocks=blocks, tokens=tokens, holds=found)
 
-    def forward(self, setting, q, k, v, tokens, schedule, **options):
-        kv = _with_halo(setting, jnp.concatenate([k, v], axis=-1))
-        out, lse = blockwise_attention_forward(
-            q, kv[..., : k.shape[3]], kv[..., k.shape[3] :], tokens=schedule.tokens, schedule=schedule.blocks,
-            **options | {"mask": _mask(setting)},
-        )  # fmt: skip
-        return where_it_holds(schedule.holds, out), Residuals(q, k, v, out, lse)
+    def bring(self, setting, x):
+        return _with_halo(setting, x)
 
-    def backward(self, setting, residuals, dout, tokens, schedule, **options):
-        q, k, v, out, lse = residuals
-        # Without the barrier XLA takes these permutes for the forward pass's and keeps their results until now.
-        kv = _with_halo(setting, jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1)))
-        keys, values = kv[..., : k.shape[3]], kv[..., k.shape[3] :]
-        dq, dk, dv = blockwise_attention_backward(
-            q, keys, values, out, lse, dout, None, tokens=schedule.tokens, schedule=schedule.blocks,
-            accumulate=float32_zeros(q, keys, values), **options | {"mask": _mask(setting)},
-        )  # fmt: skip
-        dkv = _to_owners(setting, jnp.concatenate([dk, dv], axis=-1)).astype(k.dtype)
-        gradients = dq.astype(q.dtype), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
-        return tuple(where_it_holds(schedule.holds, x) for x in gradients)
+    def send_home(self, setting, x):
+        return _to_owners(setting, x)
+
+    def call_mask(self, setting):
+        """The mask, which must keep to documents: the ends of the sequence receive padding."""
+        return setting.mask if setting.mask.within_documents else setting.mask & SameDocument()
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         def permutes(phase, dtype):
@@ -127,9 +117,6 @@ class Halo(Strategy):
             )
 
         return permutes("forward", dtype) + permutes("backward", dtype) + permutes("backward", jnp.float32)
-
-    def tiles_of_calls(self, setting, tiles):
-        return tiles.sum(axis=1, keepdims=True)
 
 
 class _Piece(NamedTuple):
@@ -153,11 +140,6 @@ class _Message(NamedTuple):
     def send(self, setting: Setting, x: jax.Array, *, back: bool = False) -> jax.Array:
         pairs = [(d, d + self.shift) for d in range(setting.degree) if 0 <= d + self.shift < setting.degree]
         return jax.lax.ppermute(x, setting.axes, [pair[::-1] for pair in pairs] if back else pairs)
-
-
-def _mask(setting: Setting) -> Mask:
-    """The mask, which must keep to documents: the ends of the sequence receive padding."""
-    return setting.mask if setting.mask.within_documents else setting.mask & SameDocument()
 
 
 def _pieces(setting: Setting) -> tuple[_Piece, ...]:
