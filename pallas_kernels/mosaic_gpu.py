@@ -258,8 +258,7 @@ class Deal:
 
     def item_in_line(self, number) -> tuple[Any, Any, Any]:
         """As `item`, of items that go out one by one to whoever asks next: by sections too, rank by rank in each."""
-        div, rem = (np.floor_divide, np.remainder) if isinstance(number, np.ndarray) else (lax.div, lax.rem)
-        minimum = np.minimum if isinstance(number, np.ndarray) else jnp.minimum
+        div, rem, minimum, _ = _integer_arithmetic(number)
         is_item = number < self.num_items
         number = minimum(number, self.num_items - 1)
         section = div(number, self.section * self.num_ranks)
@@ -269,9 +268,7 @@ class Deal:
 
     def item(self, block, turn) -> tuple[Any, Any, Any]:
         """What `block` does in round `turn`: whether anything, the pair and the rank; int32, NumPy's if those are."""
-        is_constant = isinstance(turn, np.ndarray)
-        div, rem = (np.floor_divide, np.remainder) if is_constant else (lax.div, lax.rem)
-        minimum, where = (np.minimum, np.where) if is_constant else (jnp.minimum, jnp.where)
+        div, rem, minimum, where = _integer_arithmetic(turn)
         section = div(turn, self.rounds_of_section)
         spare = self.rounds_of_section * self.num_blocks - self.section * self.num_ranks
         block = rem(block + section * spare, self.num_blocks)
@@ -281,6 +278,13 @@ class Deal:
         is_item = number < width * self.num_ranks
         number = where(is_item, number, 0)
         return is_item, section * self.section + rem(number, width), div(number, width)
+
+
+def _integer_arithmetic(x) -> tuple[Callable, ...]:
+    """Division, remainder, minimum and choice, NumPy's for its arrays, else such as a kernel can do."""
+    if isinstance(x, np.ndarray):
+        return np.floor_divide, np.remainder, np.minimum, np.where
+    return lax.div, lax.rem, jnp.minimum, jnp.where
 
 
 def num_hopper_cores() -> int | None:
