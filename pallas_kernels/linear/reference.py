@@ -1,0 +1,105 @@
+"""Linear attention token by token, in float32: what every implementation is compared with."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear.options import Options
+from pallas_kernels.linear.state import LinearState
+
+
+def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options: Options):
+    """The recurrence as it stands.
+
+    S = exp(decay[t]) S;  S += beta[t] k[t] (v[t] - k[t]^T S)^T  or  S += k[t] v[t]^T;  out[t] = scale q[t]^T S
+
+    Reference: without decay and beta Katharopoulos et al. 2020, arXiv:2006.16236, equations 16 - 20; with a scalar decay
+      Sun et al. 2023, RetNet, arXiv:2307.08621, equation 6; with a vector Yang et al. 2024, GLA, arXiv:2312.06635,
+      equation 3; with beta Yang et al. 2024, DeltaNet, arXiv:2406.06484, section 2.2, and Gated DeltaNet,
+      arXiv:2412.06464, equation 10.
+    """
+    del parts
+    (B, T, N, V), H = v.shape, q.shape[3]
+    q, k = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (q, k))
+    alpha = _factors(decay, (B, T, N, H))
+    keeps, real = boundaries(segment_ids, B, T)
+    state = jnp.zeros((B, N, H, V)) if initial_state is None else initial_state
+
+    def step(state, token):
+        q, k, v, alpha, beta, keeps, real = token
+        k, q = (x * real[:, None, None] for x in (k, q))
+        state = jnp.where(keeps[:, None, None, None], state, 0.0) * alpha[..., None]
+        if beta is not None:
+            v = beta[..., None] * (v - jnp.einsum("bnh,bnhv->bnv", k, state))
+        state = state + k[..., None] * v[..., None, :]
+        return state, options.scale * jnp.einsum("bnh,bnhv->bnv", q, state)
+
+    tokens = tuple(x if x is None else jnp.asarray(x, jnp.float32) for x in (q, k, v, alpha, beta))
+    along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*tokens, keeps, real))
+    final, out = jax.lax.scan(step, state, along)
+    return jnp.moveaxis(out, 0, 1).astype(v.dtype), final, state[:, None]
+
+
+def backward(
+    q, k, v, dout, dfinal_state, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options
+):  # fmt: skip
+    """The derivative of `forward` by JAX."""
+    del starts, parts
+
+    def run(q, k, v, decay, beta, initial_state):
+        out, final, _ = forward(
+            q, k, v, decay=decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, parts=None,
+            options=options,
+        )  # fmt: skip
+        return out, final
+
+    if initial_state is None:
+        initial_state = jnp.zeros_like(dfinal_state)
+    _, vjp = jax.vjp(run, q, k, v, decay, beta, initial_state)
+    return vjp((dout.astype(v.dtype), dfinal_state))
+
+
+def states(k, v, *, decay, segment_ids, options: Options) -> LinearState:
+    """The map of all tokens: the state they leave where it was zero, and what is left of one."""
+    call = {"decay": decay, "beta": None, "segment_ids": segment_ids, "parts": None, "options": options}
+    _, value, _ = forward(k, k, v, initial_state=None, **call)
+    return LinearState(value=value[:, None], decay=_left(k, v, decay, segment_ids)[:, None])
+
+
+def state_cotangents(q, dout, *, decay, segment_ids, options: Options) -> LinearState:
+    """The cotangent of the state before all tokens that their outputs give it: forward is linear in that state."""
+    zeros = jnp.zeros((*q.shape[:2], dout.shape[2], q.shape[3])), jnp.zeros(dout.shape)
+
+    def run(initial_state):
+        call = {"decay": decay, "beta": None, "segment_ids": segment_ids, "parts": None, "options": options}
+        return forward(q, *zeros, initial_state=initial_state, **call)[0]
+
+    before = jnp.zeros((q.shape[0], dout.shape[2], q.shape[3], dout.shape[3]))
+    _, vjp = jax.vjp(run, before)
+    return LinearState(
+        value=vjp(dout.astype(jnp.float32))[0][:, None], decay=_left(q, dout, decay, segment_ids)[:, None]
+    )
+
+
+def boundaries(segment_ids, batch_size: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """For each token [B, T] whether the state before it reaches it, and whether it is not padding."""
+    if segment_ids is None:
+        return jnp.ones((batch_size, length), bool), jnp.ones((batch_size, length), bool)
+    ids = jnp.broadcast_to(jnp.maximum(segment_ids, -1), (batch_size, length))
+    return jnp.concatenate([jnp.ones((batch_size, 1), bool), ids[:, 1:] == ids[:, :-1]], axis=1), ids >= 0
+
+
+def _factors(decay, shape) -> jax.Array:
+    """exp(decay) as [B, T, N, H]."""
+    if decay is None:
+        return jnp.ones(shape)
+    factors = jnp.exp(jnp.asarray(decay, jnp.float32))
+    if factors.ndim == 1:
+        factors = factors[None, None]
+    return jnp.broadcast_to(factors if factors.ndim == 4 else factors[..., None], shape)
+
+
+def _left(k, v, decay, segment_ids) -> jax.Array:
+    (B, T, N, _), H = v.shape, k.shape[3]
+    keeps, _ = boundaries(segment_ids, B, T)
+    left = jnp.prod(_factors(decay, (B, T, N, H)), axis=1) * jnp.all(keeps, axis=1)[:, None, None]
+    return left if decay is not None and decay.ndim == 4 else left[..., 0]

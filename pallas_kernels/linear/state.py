@@ -1,0 +1,60 @@
+"""The state of linear attention over a run of tokens, and how those of runs that follow each other combine."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearState:
+    """What a run of tokens does to a state: `after = decay * before + value`, an associative map.
+
+    Attributes:
+      value: The state after the run where it was zero before it, float32 [..., N, H, V].
+      decay: The factor with which a state from before the run arrives after it, float32 [..., N], or [..., N, H] where
+        each row of the state decays on its own. Zero where a document begins inside the run.
+    """
+
+    value: jax.Array
+    decay: jax.Array
+
+    def apply(self, before: jax.Array) -> jax.Array:
+        """The state after the run, given that before it."""
+        return self._spread() * before + self.value
+
+    def combine(self, later: Self) -> Self:
+        """The map of this run and the one after it."""
+        return type(self)(value=later.apply(self.value), decay=self.decay * later.decay)
+
+    def _spread(self) -> jax.Array:
+        missing = self.value.ndim - self.decay.ndim
+        return self.decay.reshape(*self.decay.shape, *(1,) * missing)
+
+
+def before_each(parts: LinearState, initial: jax.Array | None, *, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The state before each of P parts of a row that follow each other, and the one after them all.
+
+    Args:
+      parts: Maps of the parts, value [B, P, N, H, V].
+      initial: The state before the first part, [B, N, H, V]; None is zero.
+      reverse: Whether the parts follow each other from the last to the first, as cotangents of states do.
+    Returns: float32 [B, P, N, H, V] and [B, N, H, V].
+    Cost: P steps over one state.
+    """
+    first = jnp.zeros_like(parts.value[:, 0]) if initial is None else initial
+
+    def step(state, part):
+        return part.apply(state), state
+
+    along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
+    last, before = jax.lax.scan(step, first, along, reverse=reverse)
+    return jnp.moveaxis(before, 0, 1), last
+
+
+def total(parts: LinearState, *, reverse: bool = False) -> LinearState:
+    """The map of all P parts of a row together: value [B, N, H, V]."""
+    _, value = before_each(parts, None, reverse=reverse)
+    return LinearState(value=value, decay=jnp.prod(parts.decay, axis=1))
