@@ -55,7 +55,7 @@ def linear_attention(
     bidirectional: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N H V"]]:
-    """Attention by a state of fixed size, in time and memory linear in T; differentiable in every array but segment_ids.
+    """Attention by a state of fixed size, in time and memory linear in T; differentiable in every array of floats.
 
     S[t] = exp(decay[t]) S[t - 1] + k[t] v[t]^T,    out[t] = scale q[t]^T S[t]
     with beta, the delta rule:  S' = exp(decay[t]) S[t - 1],  S[t] = S' + beta[t] k[t] (v[t] - k[t]^T S')^T
@@ -85,16 +85,16 @@ def linear_attention(
       ExceptionGroup with every reason where none does.
     Memory: O(B T N (H + V)) plus O(B N H V T / C) for states at chunks of C tokens, in the backward pass.
     Cost: O(B T N (C (H + V) + H V)).
-    Reference: Katharopoulos et al. 2020, Transformers are RNNs, arXiv:2006.16236; chunks: Yang et al. 2024, Gated Linear
-      Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635, section 2.2 and 4.
+    Reference: Katharopoulos et al. 2020, Transformers are RNNs, arXiv:2006.16236; chunks: Yang et al. 2024, Gated
+      Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635, section 2.2 and 4.
     """
     op = "linear_attention"
     options = _options(op, q, k, v, decay, beta, initial_state, segment_ids, scale, normalize)
     if bidirectional:
         if beta is not None or initial_state is not None or return_state:
             raise ValueError(
-                f"{op}: bidirectional=True takes no beta, initial_state or return_state, which belong to one direction; "
-                "leave them out"
+                f"{op}: bidirectional=True takes no beta, initial_state or return_state, which belong to one "
+                "direction; leave them out"
             )
 
     def attend(v, initial_state, implementation=implementation):
@@ -188,8 +188,8 @@ def linear_attention_states(
     """What runs of tokens do to a state, without any output: one pass over k and v.
 
     Args: as `linear_attention`.
-    Returns: the maps of P equal parts of the row, value [B, P, N, H, V]; P is the implementation's choice. `state.total`
-      is that of the row, which is what context parallelism sends.
+    Returns: the maps of P equal parts of the row, value [B, P, N, H, V]; P is the implementation's choice.
+      `state.total` is that of the row, which is what context parallelism sends.
     Raises: as `linear_attention`.
     """
     op = "linear_attention_states"
@@ -209,8 +209,9 @@ def linear_attention_state_cotangents(
     """What runs of tokens do to the cotangent of a state on its way back: one pass over q and dout.
 
     Args: as `linear_attention_backward`.
-    Returns: the maps of P equal parts of the row, in the order of the tokens: value is the cotangent of the state before
-      the part that the part's outputs give it, and decay what is left there of the cotangent of the state after it.
+    Returns: the maps of P equal parts of the row, in the order of the tokens: value is the cotangent of the state
+      before the part that the part's outputs give it, and decay what is left there of the cotangent of the state after
+      it.
     Raises: as `linear_attention`.
     """
     op = "linear_attention_state_cotangents"

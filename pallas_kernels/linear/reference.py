@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear.documents import boundaries
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
 
@@ -12,10 +13,10 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 
     S = exp(decay[t]) S;  S += beta[t] k[t] (v[t] - k[t]^T S)^T  or  S += k[t] v[t]^T;  out[t] = scale q[t]^T S
 
-    Reference: without decay and beta Katharopoulos et al. 2020, arXiv:2006.16236, equations 16 - 20; with a scalar decay
-      Sun et al. 2023, RetNet, arXiv:2307.08621, equation 6; with a vector Yang et al. 2024, GLA, arXiv:2312.06635,
-      equation 3; with beta Yang et al. 2024, DeltaNet, arXiv:2406.06484, section 2.2, and Gated DeltaNet,
-      arXiv:2412.06464, equation 10.
+    Reference: without decay and beta Katharopoulos et al. 2020, arXiv:2006.16236, equations 16 - 20; with a scalar
+      decay Sun et al. 2023, RetNet, arXiv:2307.08621, equation 6; with a vector Yang et al. 2024, GLA,
+      arXiv:2312.06635, equation 3; with beta Yang et al. 2024, DeltaNet, arXiv:2406.06484, section 2.2, and
+      Gated DeltaNet, arXiv:2412.06464, equation 10.
     """
     del parts
     (B, T, N, V), H = v.shape, q.shape[3]
@@ -78,14 +79,6 @@ def state_cotangents(q, dout, *, decay, segment_ids, options: Options) -> Linear
     return LinearState(
         value=vjp(dout.astype(jnp.float32))[0][:, None], decay=_left(q, dout, decay, segment_ids)[:, None]
     )
-
-
-def boundaries(segment_ids, batch_size: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """For each token [B, T] whether the state before it reaches it, and whether it is not padding."""
-    if segment_ids is None:
-        return jnp.ones((batch_size, length), bool), jnp.ones((batch_size, length), bool)
-    ids = jnp.broadcast_to(jnp.maximum(segment_ids, -1), (batch_size, length))
-    return jnp.concatenate([jnp.ones((batch_size, 1), bool), ids[:, 1:] == ids[:, :-1]], axis=1), ids >= 0
 
 
 def _factors(decay, shape) -> jax.Array:

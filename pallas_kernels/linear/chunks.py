@@ -1,0 +1,78 @@
+"""Decays and documents of a row cut into chunks: what kernels are handed beside q, k and v.
+
+None of it is large: a float or two for each token and head, of which q, k and v have hundreds.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear.documents import boundaries
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """Factors between the tokens of a chunk and the states before and after it, for decays of a head or of a token.
+
+    T' is T rounded up to whole chunks; tokens past T read and write nothing and decay nothing.
+
+    Attributes:
+      cumulative: Log decay from the chunk's start to a token, its own included, float32 [B, N, T']: a token reads what
+        another of its document and chunk wrote with the factor exp(cumulative[reader] - cumulative[writer]) <= 1.
+      reads: The factor with which a token reads the state before its chunk, float32 [B, N, T']: exp(cumulative), zero
+        where a document began in between, and for padding.
+      writes: The factor with which what a token writes is in the state after its chunk, float32 [B, N, T'].
+      keeps: The factor with which the state before a chunk is in that after it, float32 [B, N, T' / C].
+      run: How many documents began at or before a token, int32 [B, T']; the first of a row does not count, and padding
+        counts as one. None where the row is one document that fills all chunks.
+      document: The same, -1 for padding and past T: tokens read each other where this is one number, not negative.
+    """
+
+    cumulative: jax.Array
+    reads: jax.Array
+    writes: jax.Array
+    keeps: jax.Array
+    run: jax.Array | None
+    document: jax.Array | None
+
+
+def chunks_of(
+    decay: jax.Array | None, segment_ids: jax.Array | None, *, batch_size: int, length: int, num_heads: int, chunk: int
+) -> Chunks:
+    """The factors of a row in chunks of `chunk` tokens; decay None, [N] or [B, T, N]."""
+    num = -(-length // chunk)
+    padding = num * chunk - length
+    shape = batch_size, num_heads, length
+    if decay is None:
+        log = jnp.zeros(shape)
+    else:
+        log = decay.astype(jnp.float32)
+        log = jnp.broadcast_to(log[None, :, None], shape) if log.ndim == 1 else jnp.moveaxis(log, 2, 1)
+    log = jnp.pad(log, ((0, 0), (0, 0), (0, padding))).reshape(batch_size, num_heads, num, chunk)
+    cumulative = jnp.cumsum(log, axis=3)
+    left = cumulative[..., -1:]
+    reads, writes, keeps = jnp.exp(cumulative), jnp.exp(left - cumulative), jnp.exp(left[..., 0])
+    run = document = None
+    if segment_ids is not None or padding:
+        reached, real = (x[:, None] for x in boundaries(segment_ids, batch_size, length))
+        # Padding to whole chunks is not a boundary: the state goes past it.
+        reached = jnp.pad(reached, ((0, 0), (0, 0), (0, padding)), constant_values=True)
+        real = jnp.pad(real, ((0, 0), (0, 0), (0, padding)))
+        begun = jnp.cumsum(~reached, axis=2).reshape(batch_size, 1, num, chunk)
+        before = begun[..., :1] - ~reached.reshape(batch_size, 1, num, chunk)[..., :1]
+        real_in_chunks = real.reshape(batch_size, 1, num, chunk)
+        reads = reads * ((begun == before) & real_in_chunks)
+        writes = writes * ((begun == begun[..., -1:]) & real_in_chunks)
+        keeps = keeps * (begun[..., -1] == before[..., 0])
+        run = begun.reshape(batch_size, -1).astype(jnp.int32)
+        document = jnp.where(real[:, 0], run, -1)
+    return Chunks(
+        cumulative=cumulative.reshape(batch_size, num_heads, -1),
+        reads=reads.reshape(batch_size, num_heads, -1),
+        writes=writes.reshape(batch_size, num_heads, -1),
+        keeps=keeps,
+        run=run,
+        document=document,
+    )
