@@ -63,8 +63,8 @@ class Primitives:
         `writes`, and later chunks come first. value float32 [B, P, N, H, V], decay [B, P, N].
       sweep: (q, k, v, chunks, before, *, scale, reverse, dot_with, snapshots) -> Swept. `before` is the state before
         each part or, in reverse, after it, float32 [B, P, N, H, V]. In a chunk a token reads itself and those before it
-        of its document by scale exp(cumulative[reader] - cumulative[writer]) (q.k) v, and the state by scale reads q^T S;
-        in reverse those after it by exp(cumulative[writer] - cumulative[reader]), and the state by `writes`.
+        of its document by scale exp(cumulative[reader] - cumulative[writer]) (q.k) v, and the state by scale reads q^T
+        S; in reverse those after it by exp(cumulative[writer] - cumulative[reader]), and the state by `writes`.
     """
 
     chunk: int
