@@ -33,6 +33,9 @@ class LinearState:
         return self.decay.reshape(*self.decay.shape, *(1,) * missing)
 
 
+_UNROLL = 16
+
+
 def before_each(parts: LinearState, initial: jax.Array | None, *, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
     """The state before each of P parts of a row that follow each other, and the one after them all.
 
@@ -49,7 +52,8 @@ def before_each(parts: LinearState, initial: jax.Array | None, *, reverse: bool 
         return part.apply(state), state
 
     along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
-    last, before = jax.lax.scan(step, first, along, reverse=reverse)
+    # Few parts are one fused kernel; a loop's steps would each cost more to start than to run.
+    last, before = jax.lax.scan(step, first, along, reverse=reverse, unroll=_UNROLL)
     return jnp.moveaxis(before, 0, 1), last
 
 
