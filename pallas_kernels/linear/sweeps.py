@@ -43,7 +43,7 @@ class Swept:
       dots: out . dot_with of each token, of out before it is rounded, float32 [B, N, T']. What a token reads of itself
         is the same in both directions, so that an implementation may leave it out of all its dots.
       snapshots: The state after each interval of `Primitives.snapshot_chunks` chunks, in the order of time in both
-        directions, in v's dtype [B, N, T' / interval, H, V]: sweeping backward, what came from later tokens.
+        directions, in v's dtype or float32 [B, N, T' / interval, H, V]: sweeping backward, what came from later tokens.
     """
 
     out: jax.Array

@@ -65,7 +65,9 @@ def _sweep(
         written = multiply("bnch,bncv->bnhv", dtype.name, k * writes[..., None], v)
         after = keeps[..., None, None] * state + written
         dots = None if dot_with is None else scale * jnp.sum(others * per_value_head(dot_with, num_heads), axis=3)
-        shot = (state if reverse else after).astype(dtype) if snapshots else None
+        shot = (state if reverse else after) if snapshots else None
+        if snapshots and dtype == jnp.bfloat16:  # float16 has not the range
+            shot = shot.astype(dtype)
         return after, ((scale * out).astype(dtype), dots, shot)
 
     arrays = *(split(x) for x in (q, k, v)), None if dot_with is None else split(dot_with)
