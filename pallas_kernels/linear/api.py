@@ -221,6 +221,13 @@ def linear_attention_state_cotangents(
     )
 
 
+def check_call(
+    op: str, q, k, v, *, decay=None, beta=None, initial_state=None, segment_ids=None, scale=None, normalize=False
+) -> None:  # fmt: skip
+    """Raises what `linear_attention` raises of a wrong call: for those who cut its arrays up first."""
+    _options(op, q, k, v, decay, beta, initial_state, segment_ids, scale, normalize)
+
+
 def normalized(
     attend: Callable[..., tuple[jax.Array, jax.Array | None]], v: jax.Array, initial_state: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
