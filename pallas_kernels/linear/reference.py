@@ -41,10 +41,13 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 
 
 def backward(
-    q, k, v, dout, dfinal_state, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options
+    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options
 ):  # fmt: skip
     """The derivative of `forward` by JAX."""
     del starts, parts
+    decay, beta = (None if x is None else x.astype(jnp.float32) for x in (decay, beta))
+    shape = q.shape[0], v.shape[2], q.shape[3], v.shape[3]
+    initial_state, dstate = (jnp.zeros(shape) if x is None else x for x in (initial_state, dstate))
 
     def run(q, k, v, decay, beta, initial_state):
         out, final, _ = forward(
@@ -53,10 +56,9 @@ def backward(
         )  # fmt: skip
         return out, final
 
-    if initial_state is None:
-        initial_state = jnp.zeros_like(dfinal_state)
     _, vjp = jax.vjp(run, q, k, v, decay, beta, initial_state)
-    return vjp((dout.astype(v.dtype), dfinal_state))
+    dq, dk, dv, ddecay, dbeta, dinitial_state = vjp((dout, dstate))
+    return dq, dk, dv, ddecay if options.decay_gradient else None, dbeta, dinitial_state
 
 
 def states(k, v, *, decay, segment_ids, options: Options) -> LinearState:

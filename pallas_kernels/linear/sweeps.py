@@ -88,13 +88,13 @@ class Primitives:
     ):  # fmt: skip
         """As `api.linear_attention_backward`."""
         chunks = self._chunks(v, decay, segment_ids)
-        scale, with_decay = options.scale, decay is not None
+        scale, with_decay = options.scale, decay is not None and options.decay_gradient
         if starts is None or starts.shape[1] != self._num_parts(v):
             starts = self._before(k, v, chunks, initial_state, None, reverse=False)
         # Inside, cotangents of states are without the scale, which a sweep puts on what is read.
         if parts is not None:
             parts = LinearState(value=parts.value / scale, decay=parts.decay)
-        ends = self._before(q, dout, chunks, dstate / scale, parts, reverse=True)
+        ends = self._before(q, dout, chunks, None if dstate is None else dstate / scale, parts, reverse=True)
         by_q = self.sweep(
             dout, v, k, chunks, starts.mT, scale=scale, reverse=False, dot_with=q if with_decay else None,
             snapshots=with_decay,
