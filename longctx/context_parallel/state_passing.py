@@ -14,8 +14,8 @@ of each dim; at most, as the ends of the sequence send less:
   backward  the same
 With normalize, as many again of B N (H + D) 4. `transfers` says the same in numbers. Beside them:
   forward   with segment ids, R permutes of 4 bytes a row; with return_state an all-reduce of B N H V 4
-  backward  with initial_state an all-reduce of B N H V 4; with a decay of a head [N] that is differentiated in, one of
-            N 4 over the devices of rows and tokens
+  backward  with an initial_state that is differentiated in an all-reduce of B N H V 4; with such a decay of a head [N]
+            one of N 4 over the devices of rows and tokens
 LASP-2's all-gather sends (P - 1) B N H V 4, and each device then holds the states of all.
 
 Preconditions: P divides T, for zigzag 2 P; a layout of runs, contiguous (where none is named) or zigzag. The delta
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from longctx.context_parallel.api import HOP_SCOPE, axes_size, with_axes
@@ -333,20 +334,29 @@ class _Residuals(NamedTuple):
     v: jax.Array
     decay: jax.Array | None
     beta: jax.Array | None
-    initial_state: jax.Array | None
     segment_ids: jax.Array | None
     reached: jax.Array | None
     starts: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """The residuals, and of which of the inputs that are often constants a gradient is asked for."""
+
+    residuals: _Residuals
+    decay_gradient: bool = dataclasses.field(metadata={"static": True})
+    initial_state_gradient: bool = dataclasses.field(metadata={"static": True})
 
 
 # Differentiated here and not inside the shard_map, as softmax attention is (api.py): the transpose of a shard_map would
 # add reductions, and the backward pass has a scan of its own.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: _Call, q, k, v, decay, beta, initial_state, segment_ids):
-    return _attention_fwd(call, q, k, v, decay, beta, initial_state, segment_ids)[0]
+    return _forward(call, q, k, v, decay, beta, initial_state, segment_ids)[0]
 
 
-def _attention_fwd(call: _Call, q, k, v, decay, beta, initial_state, segment_ids):
+def _forward(call: _Call, q, k, v, decay, beta, initial_state, segment_ids):
     split, chain = call.split, call.split.chain
 
     def shard(q, k, v, decay, beta, before, segment_ids):
@@ -374,16 +384,29 @@ def _attention_fwd(call: _Call, q, k, v, decay, beta, initial_state, segment_ids
         out_specs=(tokens, states, rows, tokens),
         check_vma=False,  # the ops' loops start from constants, which that check would have to be told of
     )(q, k, v, decay, beta, initial_state, segment_ids)
-    return (out, state), _Residuals(q, k, v, decay, beta, initial_state, segment_ids, reached, starts)
+    return (out, state), _Residuals(q, k, v, decay, beta, segment_ids, reached, starts)
 
 
-def _attention_bwd(call: _Call, residuals: _Residuals, cotangents):
+def _attention_fwd(call: _Call, *primals):
+    results, residuals = _forward(call, *jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal))
+    decay, initial_state = primals[3], primals[5]
+    return results, _Saved(
+        residuals=residuals,
+        decay_gradient=decay is not None and decay.perturbed,
+        initial_state_gradient=initial_state is not None and initial_state.perturbed,
+    )
+
+
+def _attention_bwd(call: _Call, saved: _Saved, cotangents):
     split, chain = call.split, call.split.chain
+    residuals = saved.residuals
     decay, beta, segment_ids = residuals.decay, residuals.beta, residuals.segment_ids
+    # Without a cotangent a result is one that nothing depends on.
+    dout, dstate = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    dout = jnp.zeros_like(residuals.v) if dout is None else dout
 
     def shard(residuals, dout, after):
-        q, k, v, decay, beta, initial_state, segment_ids, reached, starts = residuals
-        has_initial_state, has_fixed_decay = initial_state is not None, decay is not None and decay.ndim == 1
+        q, k, v, decay, beta, segment_ids, reached, starts = residuals
         q, k, v, beta, decay, dout, starts = (call.by_run(x) for x in (q, k, v, beta, decay, dout, starts))
         tokens = {"decay": decay, "segment_ids": call.by_run(segment_ids, q.shape[0])}
         parts = None
@@ -392,13 +415,13 @@ def _attention_bwd(call: _Call, residuals: _Residuals, cotangents):
             after = call.flat(chain.cotangents_after(call.runs(total(parts, reverse=True)), reached, after))
         dq, dk, dv, ddecay, dbeta, before = linear_attention_backward(
             q, k, v, dout, after, **tokens, beta=beta, initial_state=starts[:, 0], starts=starts, parts=parts,
-            **call.options,
+            decay_gradient=saved.decay_gradient, **call.options,
         )  # fmt: skip
-        if not has_initial_state:
+        if not saved.initial_state_gradient:
             before = None
         elif chain is not None:
             before = chain.of_first_run(call.runs(before))
-        if has_fixed_decay:
+        if ddecay is not None and ddecay.ndim == 1:
             ddecay = jax.lax.psum(ddecay, (*split.batch, *split.sequence))
         return *(call.by_row(x) for x in (dq, dk, dv, ddecay, dbeta)), before
 
@@ -407,17 +430,21 @@ def _attention_bwd(call: _Call, residuals: _Residuals, cotangents):
     dq, dk, dv, ddecay, dbeta, dinitial_state = jax.shard_map(
         _in_scope(shard),
         in_specs=(
-            _Residuals(tokens, tokens, tokens, of_decay, tokens, states, rows, rows, tokens), tokens, states
+            _Residuals(tokens, tokens, tokens, of_decay, tokens, rows, rows, tokens), tokens, states
         ),
         out_specs=(tokens, tokens, tokens, of_decay, tokens, states),
         check_vma=False,  # as in the forward
-    )(residuals, *cotangents)  # fmt: skip
-    ddecay = None if decay is None else ddecay.astype(decay.dtype)
+    )(residuals, dout, dstate)  # fmt: skip
+    ddecay = None if ddecay is None else ddecay.astype(decay.dtype)
     dbeta = None if beta is None else dbeta.astype(beta.dtype)
     return dq, dk, dv, ddecay, dbeta, dinitial_state, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+def _is_primal(x) -> bool:
+    return isinstance(x, CustomVJPPrimal)
 
 
 def _in_scope(shard):

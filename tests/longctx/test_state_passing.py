@@ -107,8 +107,6 @@ def over_devices(arrays, ids, mesh_shape, layout, *, run=with_gradients, **optio
 
 def assert_equals_one_device(decay, packed, mesh_shape, layout, *, dtype="float32", shapes=None, **options):
     shapes = shapes or {}
-    if decay == "vector":
-        options["implementation"] = "reference"
     want = on_one_device(decay, packed, **shapes)
     got = over_devices(
         inputs(decay, dtype=dtype, **shapes), segment_ids() if packed else None, mesh_shape, layout, **options
@@ -278,7 +276,7 @@ def test_the_parity_kit_serves_it():
 SIZE_OF = {"f32": 4, "bf16": 2, "s32": 4, "i32": 4, "i1": 1, "pred": 1}
 
 
-def lowered(layout, degree, *, length=LENGTH, decay="scalar", dtype="bfloat16", packed=True, **options):
+def lowered(layout, degree, *, length=LENGTH, decay="scalar", packed=True, is_learned=True, **options):
     """The forward and backward pass of one layer."""
     mesh = make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])
     spec = jax.NamedSharding(mesh, jax.P(None, ("context_outer", "context_inner")))
@@ -286,15 +284,19 @@ def lowered(layout, degree, *, length=LENGTH, decay="scalar", dtype="bfloat16", 
     def struct(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=spec)
 
-    q = struct(dtype, ROWS, length, 2, KEY_DIM)
-    v = struct(dtype, ROWS, length, HEADS, VALUE_DIM)
-    decay = struct("float32", ROWS, length, HEADS, *((KEY_DIM,) if decay == "vector" else ()))
+    q = struct("bfloat16", ROWS, length, 2, KEY_DIM)
+    v = struct("bfloat16", ROWS, length, HEADS, VALUE_DIM)
+    dims = {"fixed": (HEADS,), "scalar": (ROWS, length, HEADS), "vector": (ROWS, length, HEADS, KEY_DIM)}[decay]
+    decay = jax.ShapeDtypeStruct(dims, "float32") if len(dims) == 1 else struct("float32", *dims)
     ids = struct("int32", ROWS, length) if packed else None
     sharding = AttentionSharding(layout=LAYOUTS[layout])
 
     def step(q, k, v, dout, decay, ids):
-        attend = functools.partial(sharded_linear_attention, segment_ids=ids, sharding=sharding, **options)
-        out, vjp = jax.vjp(lambda q, k, v, decay: attend(q, k, v, decay=decay), q, k, v, decay)
+        def attend(q, k, v, learned):
+            given = decay if learned is None else learned
+            return sharded_linear_attention(q, k, v, decay=given, segment_ids=ids, sharding=sharding, **options)
+
+        out, vjp = jax.vjp(attend, q, k, v, decay if is_learned else None)
         return out, *vjp(dout)
 
     with jax.set_mesh(mesh):
@@ -323,20 +325,30 @@ def collectives(program):
     return found
 
 
+def before_compiling(lowered):
+    """Numbers of a program's collectives by kind and bytes of the result, with the dtypes that it was written in."""
+    program, found = lowered.as_text(), collections.Counter()
+    kinds = "collective_permute|all_gather|all_to_all|reduce_scatter|all_reduce|collective_broadcast"
+    for kind, body in re.findall(rf"stablehlo\.({kinds})\"?\(.*?-> tensor<([\w]+)>", program, flags=re.DOTALL):
+        *dims, element = body.split("x")
+        found[kind.replace("_", "-"), SIZE_OF[element] * int(np.prod([int(n) for n in dims]))] += 1
+    return found
+
+
 @pytest.mark.parametrize(
     ("layout", "degree", "permutes"),
     [("zigzag", 4, 4), *(pytest.param("contiguous", p, n, marks=pytest.mark.slow) for p, n in ((8, 3), (3, 2)))],
 )
 def test_the_compiled_program_sends_states_whose_bytes_do_not_grow(layout, degree, permutes):
     """ceil(log2 P) permutes each way for each run of a device, and where documents begin: an id a row and run."""
-    programs = {length: lowered(layout, degree, length=length).compile().as_text() for length in (768, 3072)}
-    for length, program in programs.items():
-        found = collectives(program)
-        assert found.pop(("collective-permute", ROWS * 4)) == {"contiguous": 1, "zigzag": 2}[layout]
-        assert found == {("collective-permute", STATE_BYTES): 2 * permutes} == stated(layout, degree)
-        assert not re.search(rf"\[[\d,]*\b{length}\b", program), "an array that holds the whole sequence"
-        own = length // degree
-        assert f"{own},{own}" not in program
+    lowered_at = {length: lowered(layout, degree, length=length) for length in (768, 3072)}
+    program = lowered_at[768].compile().as_text()
+    found = collectives(program)
+    assert found.pop(("collective-permute", ROWS * 4)) == {"contiguous": 1, "zigzag": 2}[layout]
+    assert found == {("collective-permute", STATE_BYTES): 2 * permutes} == stated(layout, degree)
+    assert not re.search(r"\[[\d,]*\b768\b", program), "an array that holds the whole sequence"
+    assert not any(f"{own},{own}" in program for own in (768, 768 // degree, 768 // degree // 2))
+    assert before_compiling(lowered_at[768]) == before_compiling(lowered_at[3072])
 
 
 @pytest.mark.parametrize(
@@ -350,14 +362,15 @@ def test_the_compiled_program_sends_states_whose_bytes_do_not_grow(layout, degre
 )
 def test_transfers_are_the_collectives_of_the_program(layout, degree, decay, options):
     """Of the program before it is compiled; what is sent is float32, whatever the inputs are."""
-    given = options | ({"implementation": "reference"} if decay == "vector" else {})
-    program = lowered(layout, degree, length=240, decay=decay, dtype="float32", packed=False, **given).as_text()
-    found = collections.Counter()
-    kinds = "collective_permute|all_gather|all_to_all|reduce_scatter|all_reduce|collective_broadcast"
-    for kind, body in re.findall(rf"stablehlo\.({kinds})\"?\(.*?-> tensor<([\w]+)>", program, flags=re.DOTALL):
-        *dims, element = body.split("x")
-        found[kind.replace("_", "-"), SIZE_OF[element] * int(np.prod([int(n) for n in dims]))] += 1
+    found = before_compiling(lowered(layout, degree, length=240, decay=decay, packed=False, **options))
     assert found == stated(layout, degree, vector_decay=decay == "vector", **options)
+
+
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_only_a_learned_decay_of_a_head_is_summed_over_devices(is_learned):
+    found = before_compiling(lowered("contiguous", 4, decay="fixed", packed=False, is_learned=is_learned))
+    summed = {("all-reduce", HEADS * 4): 1} if is_learned else {}
+    assert found == stated("contiguous", 4) | collections.Counter(summed)
 
 
 def test_the_bytes_of_the_guide():
