@@ -12,6 +12,7 @@ from longctx.context_parallel.inference import (
 )
 from longctx.context_parallel.kv_cache import KVCache
 from longctx.context_parallel.layout import Layout
+from longctx.context_parallel.state_passing import sharded_linear_attention
 
 __all__ = [
     "AnySchedule",
@@ -25,6 +26,7 @@ __all__ = [
     "prefill_schedule",
     "sharded_attention",
     "sharded_decode",
+    "sharded_linear_attention",
     "sharded_prefill",
     "sharded_schedule",
 ]
