@@ -13,14 +13,16 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.linear import reference, xla
+from pallas_kernels.linear import pallas_mosaic_gpu, reference, xla
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
 
-FORWARD: Mapping = {"xla": xla.forward, "reference": reference.forward}
-BACKWARD: Mapping = {"xla": xla.backward, "reference": reference.backward}
-STATES: Mapping = {"xla": xla.states, "reference": reference.states}
-STATE_COTANGENTS: Mapping = {"xla": xla.state_cotangents, "reference": reference.state_cotangents}
+_MODULES = {"mosaic_gpu": pallas_mosaic_gpu, "xla": xla, "reference": reference}
+
+FORWARD: Mapping = {name: module.forward for name, module in _MODULES.items()}
+BACKWARD: Mapping = {name: module.backward for name, module in _MODULES.items()}
+STATES: Mapping = {name: module.states for name, module in _MODULES.items()}
+STATE_COTANGENTS: Mapping = {name: module.state_cotangents for name, module in _MODULES.items()}
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
