@@ -18,7 +18,7 @@ from pallas_kernels.linear import api
 OURS = tuple(name for name in api.FORWARD if name != "reference")
 # Of a row longer than this XLA's loop over chunks takes seconds a call, and its float32 copies tens of GB.
 XLA_LENGTH = 65536
-MAX_SECONDS = 1.5  # that measuring one program may take: XLA's loop is a hundred times slower than a kernel
+MAX_SECONDS = 1.0  # that measuring one program may take: XLA's loop is a hundred times slower than a kernel
 
 
 def measure_linear(

@@ -168,7 +168,9 @@ def _linear(options: argparse.Namespace) -> int:
         raise ValueError("--config: goes with --family train, got --family linear; leave it out")
     if options.overrides:
         raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
-    implementations = options.implementations and chosen_implementations(options.implementations, linear.OURS)
+    implementations = options.implementations
+    if implementations is not None:
+        implementations = chosen_implementations(implementations, linear.OURS)
     passes = linear_cases.PASSES if options.passes is None else chosen_passes(options.passes)
     if "backward" in passes:
         raise ValueError("--passes: 'backward' alone is measured of --family blockwise only; take forward+backward")
