@@ -177,6 +177,8 @@ CASES = (
     _case(1, 32768, "16/16", 128, causal=False),
     _case(1, 32768, "16/16", 128, window=4096),
     _case(1, 32768, "16/4", 64, window=4096),
+    _case(1, 16384, "64/8", 128),
+    _case(1, 16384, "64/8", 128, window=8192),
     _case(1, 32768, "16/16", 128, documents=DOCUMENTS),
     _case(1, 32768, "16/4", 64, documents=DOCUMENTS),
     _case(1, 8192, "16/16", 128, causal=False, hop=True),

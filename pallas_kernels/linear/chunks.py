@@ -47,17 +47,21 @@ def chunks_of(
     """The factors of a row in chunks of `chunk` tokens; decay None, [N] or [B, T, N]."""
     num = -(-length // chunk)
     padding = num * chunk - length
-    shape = batch_size, num_heads, length
-    if decay is None:
-        log = jnp.zeros(shape)
+    if decay is None or decay.ndim == 1:
+        # Products, not sums: XLA would add up a constant decay when it compiles, token by token.
+        of_head = jnp.zeros(num_heads) if decay is None else decay.astype(jnp.float32)
+        of_head = jnp.broadcast_to(of_head[None, :, None, None], (batch_size, num_heads, 1, 1))
+        in_chunk = jnp.clip(length - chunk * jnp.arange(num)[:, None], 0, chunk)
+        upto = jnp.minimum(1 + jnp.arange(chunk), in_chunk)
+        log = jnp.where(jnp.arange(chunk) < in_chunk, of_head, 0.0)
+        cumulative, after = of_head * upto.astype(jnp.float32), of_head * (in_chunk - upto).astype(jnp.float32)
     else:
-        log = decay.astype(jnp.float32)
-        log = jnp.broadcast_to(log[None, :, None], shape) if log.ndim == 1 else jnp.moveaxis(log, 2, 1)
-    log = jnp.pad(log, ((0, 0), (0, 0), (0, padding))).reshape(batch_size, num_heads, num, chunk)
-    cumulative = jnp.cumsum(log, axis=3)
-    later = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
-    writes = jnp.exp(jax.lax.cumsum(later, axis=3, reverse=True))
-    reads, keeps = jnp.exp(cumulative), jnp.exp(cumulative[..., -1])
+        log = jnp.moveaxis(decay.astype(jnp.float32), 2, 1)
+        log = jnp.pad(log, ((0, 0), (0, 0), (0, padding))).reshape(batch_size, num_heads, num, chunk)
+        cumulative = jnp.cumsum(log, axis=3)
+        later = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+        after = jax.lax.cumsum(later, axis=3, reverse=True)
+    reads, writes, keeps = jnp.exp(cumulative), jnp.exp(after), jnp.exp(cumulative[..., -1])
     run = document = None
     if segment_ids is not None or padding:
         reached, real = (x[:, None] for x in boundaries(segment_ids, batch_size, length))
