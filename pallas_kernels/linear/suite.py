@@ -154,9 +154,7 @@ def _runs(case: Case, implementation: str | None) -> Callable[[dict], dict]:
         for call, mine in runs:
             which = {"segment_ids": call["segment_ids"], "decay": call["decay"], "implementation": implementation}
             maps.append(api.linear_attention_states(call["k"], call["v"], **which))
-            back_maps.append(
-                api.linear_attention_state_cotangents(call["q"], mine["dout"], scale=case.scale, **which)
-            )
+            back_maps.append(api.linear_attention_state_cotangents(call["q"], mine["dout"], scale=case.scale, **which))
         starts, state = before_each(_joined(maps, reached), inputs.get("initial_state"))
         back = _joined(back_maps, reached, reverse=True)
         ends, _ = before_each(back, inputs["dstate"], reverse=True)

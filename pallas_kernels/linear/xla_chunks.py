@@ -49,6 +49,35 @@ def per_value_head(x: jax.Array, num_heads: int) -> jax.Array:
     return jnp.repeat(x.astype(jnp.float32), num_heads // x.shape[1], axis=1)
 
 
+def sums_up_to(log: jax.Array) -> jax.Array:
+    """Sums over s <= i along C, of `[..., C, H]` `[..., i, H]`."""
+    return _sums("is,...sh->...ih", _order(log), log)
+
+
+def sums_after(log: jax.Array) -> jax.Array:
+    """Sums over s > j along C, of `[..., C, H]` `[..., j, H]`."""
+    return _sums("js,...sh->...jh", ~_order(log), log)
+
+
+def sums_between(log: jax.Array) -> jax.Array:
+    """Sums over j < s <= i along C, of `[..., C, H]` `[..., i, j, H]`; 0 where j >= i.
+
+    Of what lies between alone: a difference of running sums would have the rounding of all that came before.
+    """
+    after = jnp.where(~_order(log).T[..., None], log[..., :, None, :], 0.0)
+    return _sums("is,...sjh->...ijh", _order(log), after)
+
+
+def _order(log: jax.Array) -> jax.Array:
+    """Whether s <= i, `[i, s]`."""
+    return jnp.tril(jnp.ones((log.shape[-2],) * 2, bool))
+
+
+def _sums(spec: str, order: jax.Array, log: jax.Array) -> jax.Array:
+    # One matmul, where a running sum would be many steps.
+    return jnp.einsum(spec, order.astype(jnp.float32), log, precision=jax.lax.Precision.HIGHEST)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def multiply(spec: str, dtype: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """einsum of two float32 arrays, float32, as precisely as inputs of `dtype` deserve; its derivatives too, which by

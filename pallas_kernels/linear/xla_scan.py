@@ -27,7 +27,18 @@ import jax.numpy as jnp
 from pallas_kernels.linear.chunks import chunks_of
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
-from pallas_kernels.linear.xla_chunks import CHUNK, in_order, join, multiply, per_value_head, split, split_factors
+from pallas_kernels.linear.xla_chunks import (
+    CHUNK,
+    in_order,
+    join,
+    multiply,
+    per_value_head,
+    split,
+    split_factors,
+    sums_after,
+    sums_between,
+    sums_up_to,
+)
 
 _SUB_CHUNK = 16
 
@@ -141,37 +152,22 @@ class _Decays:
     def __init__(self, log: jax.Array | None, dtype: str):
         log = jnp.zeros((1, 1, CHUNK, 1)) if log is None else log
         self.log, self.dtype = log, dtype
-        self.from_start = jnp.exp(jnp.cumsum(log, axis=2))
-        self.to_end = jnp.exp(_after_each(log))
+        self.from_start = jnp.exp(sums_up_to(log))
+        self.to_end = jnp.exp(sums_after(log))
         self.whole = jnp.exp(jnp.sum(log, axis=2))
 
     def between(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """x[i]^T G[i, j] y[j] of all j <= i, of `[B, N, C, H]`; for other j something finite."""
         if self.log.shape[3] == 1:
-            return multiply("bnch,bndh->bncd", self.dtype, x, y) * jnp.exp(_between_each(self.log)[..., 0])
+            return multiply("bnch,bndh->bncd", self.dtype, x, y) * jnp.exp(sums_between(self.log)[..., 0])
         x, y, log = (a.reshape(*a.shape[:2], -1, _SUB_CHUNK, a.shape[3]) for a in (x, y, self.log))
-        within = jnp.sum(x[..., :, None, :] * y[..., None, :, :] * jnp.exp(_between_each(log)), axis=-1)
+        within = jnp.sum(x[..., :, None, :] * y[..., None, :, :] * jnp.exp(sums_between(log)), axis=-1)
         # From a token of sub-chunk s to the start of sub-chunk r, of which s..r lie in between.
         totals = jnp.sum(log, axis=3)
-        skipped = jnp.pad(_between_each(totals)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
-        to_start = jnp.exp(_after_each(log, axis=3)[:, :, None] + skipped[:, :, :, :, None])
-        left = x * jnp.exp(jnp.cumsum(log, axis=3))
+        skipped = jnp.pad(sums_between(totals)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
+        to_start = jnp.exp(sums_after(log)[:, :, None] + skipped[:, :, :, :, None])
+        left = x * jnp.exp(sums_up_to(log))
         across = multiply("bnrih,bnrsjh->bnrisj", self.dtype, left, y[:, :, None] * to_start)
         same = jnp.eye(across.shape[2], dtype=bool)[:, None, :, None]
         pairs = jnp.where(same, within[:, :, :, :, None, :], across)
         return pairs.reshape(*pairs.shape[:2], CHUNK, CHUNK)
-
-
-def _after_each(log: jax.Array, axis: int = 2) -> jax.Array:
-    """Sums over what comes after each."""
-    later = jax.lax.slice_in_dim(log, 1, None, axis=axis)
-    padding = [(0, 0)] * log.ndim
-    padding[axis] = (0, 1)
-    return jax.lax.cumsum(jnp.pad(later, padding), axis=axis, reverse=True)
-
-
-def _between_each(log: jax.Array) -> jax.Array:
-    """Sums over j + 1, ..., i, of `[..., C, H]` `[..., i, j, H]`; where j >= i it is 0."""
-    length = log.shape[-2]
-    later = jnp.tril(jnp.ones((length, length), bool), -1)[..., None]
-    return jnp.cumsum(jnp.where(later, log[..., :, None, :], 0.0), axis=-3)

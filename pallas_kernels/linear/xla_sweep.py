@@ -17,6 +17,7 @@ from pallas_kernels.linear.xla_chunks import (
     split,
     split_factors,
     split_rows,
+    sums_between,
 )
 
 
@@ -48,23 +49,29 @@ def _sweep(
         reads, writes = writes, reads
 
     def step(state, chunk):
-        q, k, v, dot_with, cumulative, reads, writes, keeps, document = chunk
+        q, k, v, dot_with, log, reads, writes, keeps, document = chunk
         q, k, v = (per_value_head(x, num_heads) for x in (q, k, v))
-        apart = cumulative[..., :, None] - cumulative[..., None, :]
-        seen = in_order(document, reverse=reverse)
-        weights = jnp.where(seen, jnp.exp(jnp.where(seen, -apart if reverse else apart, 0.0)), 0.0)
+        between = sums_between(log[..., None])[..., 0]
+        factors = jnp.exp(between.mT if reverse else between)
+        weights = jnp.where(in_order(document, reverse=reverse, strict=True), factors, 0.0)
         weights *= multiply("bnch,bndh->bncd", dtype.name, q, k)
-        out = multiply("bncd,bndv->bncv", dtype.name, weights, v)
-        out += multiply("bnch,bnhv->bncv", dtype.name, q * reads[..., None], state)
+        others = multiply("bncd,bndv->bncv", dtype.name, weights, v)
+        others += multiply("bnch,bnhv->bncv", dtype.name, q * reads[..., None], state)
+        # A token reads itself undecayed, which the gradient of a decay, where decays are strong, must not drown in.
+        itself = jnp.sum(q * k, axis=3)
+        if document is not None:
+            itself = jnp.where((document >= 0)[:, None], itself, 0.0)
+        out = others + itself[..., None] * v
         written = multiply("bnch,bncv->bnhv", dtype.name, k * writes[..., None], v)
         after = keeps[..., None, None] * state + written
-        out = scale * out
-        dots = None if dot_with is None else jnp.sum(out * per_value_head(dot_with, num_heads), axis=3)
-        shot = (state if reverse else after).astype(dtype) if snapshots else None
-        return after, (out.astype(dtype), dots, shot)
+        dots = None if dot_with is None else scale * jnp.sum(others * per_value_head(dot_with, num_heads), axis=3)
+        shot = (state if reverse else after) if snapshots else None
+        if snapshots and dtype == jnp.bfloat16:  # float16 has not the range
+            shot = shot.astype(dtype)
+        return after, ((scale * out).astype(dtype), dots, shot)
 
     arrays = *(split(x) for x in (q, k, v)), None if dot_with is None else split(dot_with)
-    along = *arrays, split_rows(chunks.cumulative), reads, writes, keeps, document
+    along = *arrays, split_rows(chunks.log), reads, writes, keeps, document
     end, (out, dots, shots) = jax.lax.scan(step, before[:, 0], along, reverse=reverse)
     return Swept(
         out=join(out, v.shape[1]),
