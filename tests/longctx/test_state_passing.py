@@ -131,7 +131,6 @@ def slowly(values) -> list:
 
 QUICK = {  # what CI runs; the rest is slow
     ("scalar", True, "zigzag", 8),
-    ("fixed", True, "contiguous", 3),
     ("vector", True, "contiguous", 8),
 }
 
