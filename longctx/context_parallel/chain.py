@@ -27,7 +27,7 @@ class Chain:
 
     Attributes:
       axes: The mesh axes that the devices are on; () where nothing is run, but planned.
-      degree: Devices, P.
+      degree: Devices, P > 1.
       num_runs: Runs of a device, R.
     """
 
@@ -38,8 +38,7 @@ class Chain:
     @classmethod
     def of(cls, layout: Layout, degree: int, axes: tuple[str, ...] = ()) -> "Chain":
         """The chain of a layout whose devices hold runs."""
-        runs = layout.runs(degree)
-        return cls(axes=axes, degree=degree, num_runs=1 if degree == 1 else runs.shape[1])
+        return cls(axes=axes, degree=degree, num_runs=layout.runs(degree).shape[1])
 
     @property
     def num_permutes(self) -> int:

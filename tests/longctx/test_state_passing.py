@@ -131,7 +131,6 @@ def slowly(values) -> list:
 
 QUICK = {  # what CI runs; the rest is slow
     ("scalar", True, "zigzag", 8),
-    ("fixed", True, "contiguous", 3),
     ("vector", True, "contiguous", 8),
 }
 
@@ -276,7 +275,9 @@ def test_the_parity_kit_serves_it():
 SIZE_OF = {"f32": 4, "bf16": 2, "s32": 4, "i32": 4, "i1": 1, "pred": 1}
 
 
-def lowered(layout, degree, *, length=LENGTH, decay="scalar", packed=True, is_learned=True, **options):
+def lowered(
+    layout, degree, *, length=LENGTH, decay="scalar", packed=True, is_learned=True, with_states=False, **options
+):
     """The forward and backward pass of one layer."""
     mesh = make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])
     spec = jax.NamedSharding(mesh, jax.P(None, ("context_outer", "context_inner")))
@@ -291,16 +292,18 @@ def lowered(layout, degree, *, length=LENGTH, decay="scalar", packed=True, is_le
     ids = struct("int32", ROWS, length) if packed else None
     sharding = AttentionSharding(layout=LAYOUTS[layout])
 
-    def step(q, k, v, dout, decay, ids):
-        def attend(q, k, v, learned):
-            given = decay if learned is None else learned
-            return sharded_linear_attention(q, k, v, decay=given, segment_ids=ids, sharding=sharding, **options)
+    state = jax.ShapeDtypeStruct((ROWS, HEADS, KEY_DIM, VALUE_DIM), "float32") if with_states else None
 
-        out, vjp = jax.vjp(attend, q, k, v, decay if is_learned else None)
-        return out, *vjp(dout)
+    def step(q, k, v, dout, decay, ids, state):
+        def attend(q, k, v, state, learned):
+            given = dict(decay=decay if learned is None else learned, segment_ids=ids, initial_state=state)
+            return sharded_linear_attention(q, k, v, **given, return_state=with_states, sharding=sharding, **options)
+
+        results, vjp = jax.vjp(attend, q, k, v, state, decay if is_learned else None)
+        return results, vjp((dout, state) if with_states else dout)
 
     with jax.set_mesh(mesh):
-        return jax.jit(step).lower(q, q, v, v, decay, ids)
+        return jax.jit(step).lower(q, q, v, v, decay, ids, state)
 
 
 def stated(layout, degree, **options):
@@ -364,6 +367,12 @@ def test_transfers_are_the_collectives_of_the_program(layout, degree, decay, opt
     """Of the program before it is compiled; what is sent is float32, whatever the inputs are."""
     found = before_compiling(lowered(layout, degree, length=240, decay=decay, packed=False, **options))
     assert found == stated(layout, degree, vector_decay=decay == "vector", **options)
+
+
+def test_states_before_and_after_a_row_are_known_to_all_its_devices():
+    found = before_compiling(lowered("zigzag", 4, packed=False, with_states=True))
+    states = {("all-reduce", ROWS * HEADS * KEY_DIM * VALUE_DIM * 4): 2}
+    assert found == stated("zigzag", 4) | collections.Counter(states)
 
 
 @pytest.mark.parametrize("is_learned", [True, False])
