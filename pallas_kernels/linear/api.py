@@ -10,14 +10,18 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.linear import reference, xla
+from pallas_kernels.linear import pallas_mosaic_tpu, reference, xla
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
 
-FORWARD: Mapping = {"xla": xla.forward, "reference": reference.forward}
-BACKWARD: Mapping = {"xla": xla.backward, "reference": reference.backward}
-STATES: Mapping = {"xla": xla.states, "reference": reference.states}
-STATE_COTANGENTS: Mapping = {"xla": xla.state_cotangents, "reference": reference.state_cotangents}
+FORWARD: Mapping = {"mosaic_tpu": pallas_mosaic_tpu.forward, "xla": xla.forward, "reference": reference.forward}
+BACKWARD: Mapping = {"mosaic_tpu": pallas_mosaic_tpu.backward, "xla": xla.backward, "reference": reference.backward}
+STATES: Mapping = {"mosaic_tpu": pallas_mosaic_tpu.states, "xla": xla.states, "reference": reference.states}
+STATE_COTANGENTS: Mapping = {
+    "mosaic_tpu": pallas_mosaic_tpu.state_cotangents,
+    "xla": xla.state_cotangents,
+    "reference": reference.state_cotangents,
+}
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
