@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear.options import Options, kind_of
-from pallas_kernels.linear.pallas_mosaic_tpu_sweep import BLOCK_CHUNKS, CHUNK, VMEM_BYTES, grid_of, maps, sweep
+from pallas_kernels.linear.pallas_mosaic_tpu_sweep import BLOCK_CHUNKS, CHUNK, maps, sweep
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.sweeps import Primitives
 

@@ -36,8 +36,9 @@ VMEM_BYTES = 14 * 2**20
 """What a kernel may take of the 16 MiB that XLA leaves to one by default on every generation."""
 
 _LANES = 128
-# The rows of numbers a token, in whole tiles of 8.
-_CUMULATIVE, _READS, _WRITES, _KEEPS, _DOCUMENT, _NUM_ROWS = 0, 1, 2, 3, 4, 8
+# The rows of numbers a token: its cumulative log decay and, of rows with documents, how many documents began in the chunk
+# at or before it, as -1 - that for padding; and what the chunk keeps of the state before it. Four are whole tiles.
+_CUMULATIVE, _DOCUMENT, _KEEPS, _NONE = 0, 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def grid_of(
         (_, H), (_, V) = dims["k"], dims["v"]
         out = -(-V // _LANES) * _LANES if "q" in dims else 0
         state = 4 * H * -(-V // _LANES) * _LANES
-        blocks = tokens * (itemsize * (sum(lanes) + out) + 4 * (_NUM_ROWS + 8)) + 3 * state
+        blocks = tokens * (itemsize * (sum(lanes) + out) + 4 * (4 + 1)) + 3 * state
         # Blocks are held twice, one being copied; beside them a head's scores, weights and outputs in float32.
         return heads * (2 * blocks + 4 * CHUNK * (3 * CHUNK + 2 * max(lanes)) + state)
 
@@ -134,8 +135,10 @@ def _call(
     whole = pl.BlockSpec((1, G, H, V), lambda b, n, s: (b, n, 0, 0))
     inputs = {name: jnp.moveaxis(x, 2, 1) for name, x in arrays.items()}
     specs = {name: by_token(*dims[name]) for name in arrays}
-    inputs["factors"] = _factors(chunks, steps * grid.chunks, reverse=reverse)
-    specs["factors"] = pl.BlockSpec((1, G, grid.chunks, _NUM_ROWS, CHUNK), lambda b, n, s: (b, n, at(s), 0, 0))
+    inputs["factors"] = _factors(chunks, steps * grid.chunks)
+    specs["factors"] = pl.BlockSpec(
+        (1, G, grid.chunks, inputs["factors"].shape[3], CHUNK), lambda b, n, s: (b, n, at(s), 0, 0)
+    )
     if before is not None:
         inputs["before"], specs["before"] = before, whole
     shapes, out_specs = {"end": jax.ShapeDtypeStruct((B, N, H, V), jnp.float32)}, {"end": whole}
@@ -148,7 +151,7 @@ def _call(
         shapes["snapshots"] = jax.ShapeDtypeStruct((B, N, steps, H, V), v.dtype)
         out_specs["snapshots"] = pl.BlockSpec((1, G, 1, H, V), lambda b, n, s: (b, n, at(s), 0, 0))
     return pl.pallas_call(
-        functools.partial(_kernel, length=T, documents=chunks.document is not None, scale=scale, reverse=reverse),
+        functools.partial(_kernel, length=T, scale=scale, reverse=reverse),
         grid=(B, N // G, steps),
         in_specs=(specs,),
         out_specs=out_specs,
@@ -159,25 +162,30 @@ def _call(
     )(inputs)
 
 
-def _factors(chunks: Chunks, num_chunks: int, *, reverse: bool) -> jax.Array:
-    """float32 [B, N, num_chunks, 8, C]: what `Chunks` has of each token, and padding that changes nothing."""
+def _factors(chunks: Chunks, num_chunks: int) -> jax.Array:
+    """The rows of numbers of each chunk, float32 [B, N, num_chunks, 1 or 4, C]; chunks past the row change nothing."""
     B, N, num = chunks.keeps.shape
-    reads, writes = (chunks.writes, chunks.reads) if reverse else (chunks.reads, chunks.writes)
-    rows = [x.reshape(B, N, num, CHUNK) for x in (chunks.cumulative, reads, writes)]
-    rows.append(jnp.broadcast_to(chunks.keeps[..., None], (B, N, num, CHUNK)))
+    rows = {_CUMULATIVE: chunks.cumulative.reshape(B, N, num, CHUNK)}
     if chunks.document is not None:
-        document, run = (x.reshape(B, 1, num, CHUNK) for x in (chunks.document, chunks.run))
-        # Counted from the chunk's first, which float32 holds exactly however many there are.
-        document = jnp.where(document < 0, -1, document - run[..., :1]).astype(jnp.float32)
-        rows.append(jnp.broadcast_to(document, (B, N, num, CHUNK)))
-    factors = jnp.stack([*rows, *[jnp.zeros((B, N, num, CHUNK))] * (_NUM_ROWS - len(rows))], axis=3)
+        run, document = (x.reshape(B, num, CHUNK) for x in (chunks.run, chunks.document))
+        last = run[..., -1:]
+        before = jnp.concatenate([jnp.zeros_like(last[:, :1]), last[:, :-1]], axis=1)
+        # Counted from the document before the chunk, which float32 holds exactly however many there are.
+        run = run - before
+        document = jnp.where(document < 0, -1 - run, run).astype(jnp.float32)
+        rows[_DOCUMENT] = jnp.broadcast_to(document[:, None], (B, N, num, CHUNK))
+        rows[_KEEPS] = jnp.broadcast_to(chunks.keeps[..., None], (B, N, num, CHUNK))
+        rows[_NONE] = jnp.zeros((B, N, num, CHUNK))
+    factors = jnp.stack([rows[i] for i in range(len(rows))], axis=3)
     if num == num_chunks:
         return factors
-    nothing = jnp.zeros((B, N, num_chunks - num, _NUM_ROWS, CHUNK)).at[..., _KEEPS, :].set(1.0)
-    return jnp.concatenate([factors, nothing], axis=2)
+    past = jnp.zeros((B, N, num_chunks - num, len(rows), CHUNK))
+    if chunks.document is not None:
+        past = past.at[..., _DOCUMENT, :].set(-1.0).at[..., _KEEPS, :].set(1.0)
+    return jnp.concatenate([factors, past], axis=2)
 
 
-def _kernel(inputs, outputs, *, length: int, documents: bool, scale: float, reverse: bool):
+def _kernel(inputs, outputs, *, length: int, scale: float, reverse: bool):
     state = outputs["end"]
     _, num_heads, num_chunks, _, _ = inputs["factors"].shape
     step = pl.program_id(2)
@@ -201,7 +209,7 @@ def _kernel(inputs, outputs, *, length: int, documents: bool, scale: float, reve
         tokens = functools.partial(_tokens, inputs, chunk, num_heads, left if length % (num_chunks * CHUNK) else None)
         for head in range(num_heads):
             factors = inputs["factors"][0, head, chunk]
-            _one_chunk(tokens, factors, state, outputs, head, chunk, documents=documents, scale=scale, reverse=reverse)
+            _one_chunk(tokens, factors, state, outputs, head, chunk, scale=scale, reverse=reverse)
 
     if not reverse:
         take_snapshot()
@@ -216,30 +224,52 @@ def _tokens(inputs, chunk, num_heads: int, left, name: str, head: int) -> jax.Ar
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < left, x, jnp.zeros_like(x))
 
 
-def _one_chunk(tokens, factors, state, outputs, head: int, chunk, *, documents: bool, scale: float, reverse: bool):
+def _one_chunk(tokens, factors, state, outputs, head: int, chunk, *, scale: float, reverse: bool):
     """Reads and writes of a chunk of a head."""
-    by_token = factors.T  # [C, 8]
     k, v = tokens("k", head), tokens("v", head)
     before = state[0, head]  # [H, V]
+    of_writer = factors[_CUMULATIVE : _CUMULATIVE + 1]  # [1, C]
+    of_reader = _column(of_writer)  # [C, C]
+    left = of_writer[:, CHUNK - 1 :]
+    # Forward a token reads what comes before the chunk by its log decay from the start, and writes by that to the end.
+    from_start, to_end = jnp.exp(of_reader), jnp.exp(left - of_reader)
+    keeps = jnp.exp(left)
+    if factors.shape[0] > 1:
+        document = factors[_DOCUMENT : _DOCUMENT + 1]
+        own_document = _column(document)
+        last = document[:, CHUNK - 1 :]
+        from_start = jnp.where(own_document == 0, from_start, 0.0)
+        to_end = jnp.where(own_document == jnp.maximum(last, -1 - last), to_end, 0.0)
+        keeps = factors[_KEEPS : _KEEPS + 1, :1]
+    reads, writes = (to_end, from_start) if reverse else (from_start, to_end)
     if "out" in outputs:
         q = tokens("q", head)
-        apart = by_token[:, _CUMULATIVE : _CUMULATIVE + 1] - factors[_CUMULATIVE : _CUMULATIVE + 1]  # [C, C]
         reader, writer = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dim) for dim in (0, 1))
         seen = writer >= reader if reverse else writer <= reader
-        if documents:
-            document = factors[_DOCUMENT : _DOCUMENT + 1]
-            seen &= (by_token[:, _DOCUMENT : _DOCUMENT + 1] == document) & (document >= 0)
-        weights = _dot(q, k, (1, 1)) * jnp.exp(jnp.where(seen, -apart if reverse else apart, -jnp.inf))
+        if factors.shape[0] > 1:
+            seen &= (own_document == document) & (document >= 0)
+        apart = of_writer - of_reader if reverse else of_reader - of_writer
+        weights = _dot(q, k, (1, 1)) * jnp.exp(jnp.where(seen, apart, -jnp.inf))
         out = _dot(weights.astype(v.dtype), v, (1, 0))
-        out += by_token[:, _READS : _READS + 1] * _dot(q, before.astype(v.dtype), (1, 0))
+        out += _lanes(reads, out.shape[1]) * _dot(q, before.astype(v.dtype), (1, 0))
         out *= scale
         rows = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
         outputs["out"][0, head, rows, :] = out.astype(outputs["out"].dtype)
         if "dots" in outputs:
             products = out * tokens("dot_with", head).astype(jnp.float32)
             outputs["dots"][0, head, chunk] = jnp.sum(products.T, axis=0, keepdims=True)
-    written = (by_token[:, _WRITES : _WRITES + 1] * v.astype(jnp.float32)).astype(v.dtype)
-    state[0, head] = factors[_KEEPS : _KEEPS + 1, :1] * before + _dot(k, written, (0, 0))
+    written = (_lanes(writes, v.shape[1]) * v.astype(jnp.float32)).astype(v.dtype)
+    state[0, head] = keeps * before + _dot(k, written, (0, 0))
+
+
+def _column(row: jax.Array) -> jax.Array:
+    """A number for each token, [1, C], the same in all lanes of its sublane, [C, C]."""
+    return jnp.broadcast_to(row, (CHUNK, CHUNK)).T
+
+
+def _lanes(x: jax.Array, num: int) -> jax.Array:
+    """The same of `num` lanes, of the C of each sublane, which are equal."""
+    return jnp.concatenate([x] * -(-num // CHUNK), axis=1)[:, :num]
 
 
 def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
