@@ -1,7 +1,6 @@
 """The state of linear attention over a run of tokens, and how those of runs that follow each other combine."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,9 @@ class LinearState:
         """The state after the run, given that before it."""
         return self._spread() * before + self.value
 
-    def combine(self, later: Self) -> Self:
+    def combine(self, later: "LinearState") -> "LinearState":
         """The map of this run and the one after it."""
-        return type(self)(value=later.apply(self.value), decay=self.decay * later.decay)
+        return LinearState(value=later.apply(self.value), decay=self.decay * later.decay)
 
     def _spread(self) -> jax.Array:
         missing = self.value.ndim - self.decay.ndim
