@@ -19,8 +19,10 @@ class Chunks:
     T' is T rounded up to whole chunks; tokens past T read and write nothing and decay nothing.
 
     Attributes:
+      log: Log decay of a token, float32 [B, N, T'].
       cumulative: Log decay from the chunk's start to a token, its own included, float32 [B, N, T']: a token reads what
-        another of its document and chunk wrote with the factor exp(cumulative[reader] - cumulative[writer]) <= 1.
+        another of its document and chunk wrote with the factor exp(cumulative[reader] - cumulative[writer]) <= 1. Such
+        a difference has the rounding of the sums, which strong decays make large; float32 inputs want sums of `log`.
       reads: The factor with which a token reads the state before its chunk, float32 [B, N, T']: exp(cumulative), zero
         where a document began in between, and for padding.
       writes: The factor with which what a token writes is in the state after its chunk, float32 [B, N, T'].
@@ -30,6 +32,7 @@ class Chunks:
       document: The same, -1 for padding and past T: tokens read each other where this is one number, not negative.
     """
 
+    log: jax.Array
     cumulative: jax.Array
     reads: jax.Array
     writes: jax.Array
@@ -52,8 +55,9 @@ def chunks_of(
         log = jnp.broadcast_to(log[None, :, None], shape) if log.ndim == 1 else jnp.moveaxis(log, 2, 1)
     log = jnp.pad(log, ((0, 0), (0, 0), (0, padding))).reshape(batch_size, num_heads, num, chunk)
     cumulative = jnp.cumsum(log, axis=3)
-    left = cumulative[..., -1:]
-    reads, writes, keeps = jnp.exp(cumulative), jnp.exp(left - cumulative), jnp.exp(left[..., 0])
+    later = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+    writes = jnp.exp(jax.lax.cumsum(later, axis=3, reverse=True))
+    reads, keeps = jnp.exp(cumulative), jnp.exp(cumulative[..., -1])
     run = document = None
     if segment_ids is not None or padding:
         reached, real = (x[:, None] for x in boundaries(segment_ids, batch_size, length))
@@ -70,6 +74,7 @@ def chunks_of(
         run = begun.reshape(batch_size, -1)
         document = jnp.where(real[:, 0], run, -1)
     return Chunks(
+        log=log.reshape(batch_size, num_heads, -1),
         cumulative=cumulative.reshape(batch_size, num_heads, -1),
         reads=reads.reshape(batch_size, num_heads, -1),
         writes=writes.reshape(batch_size, num_heads, -1),

@@ -1,20 +1,26 @@
 """The primitives of sweeps.py on TPU: one kernel, which reads rows in either direction and carries their states.
 
-Grid: (rows, groups of heads, blocks of tokens), the last in order. A step holds BLOCK_CHUNKS chunks of a group of heads
+Grid: (rows, groups of heads, blocks of tokens), the last in order. A step holds a few chunks of a group of heads
 in VMEM and goes through them chunk by chunk; heads are independent, so while the matrix units do one, the vector units
 do another. The states of the group stay in VMEM for the whole row, in the block that becomes its end state. With H = V
 = C = 128 a chunk and head is four matmuls of 128^3.
 
 Layout: heads stand before tokens, [B, N, T, H], so that a head's chunk is whole tiles of (8, 128) and one contiguous
-copy. The transposition outside is XLA's to merge with what makes q, k and v; where it cannot, it costs a pass over them.
+copy. In a layer the transposition costs nothing: XLA lets what makes q, k and v write them so. Where they come in the
+public layout it is a pass over each. The other way, blocks of 8 heads of [B, T, N, H], costs more in any case: picking
+a head out of packed tiles makes the kernel take 3 times as long (634 cycles a chunk and head for 203 on v5p, in the
+compiler's schedule).
 
-What depends on decays and documents comes as rows of numbers a token: 32 bytes a token and head, of which q, k, v and
-out have 1024 in bfloat16 at H = V = 128. Those that scale tokens, which stand in sublanes, are transposed in the kernel.
+What depends on decays and documents is not read as factors of tokens but as one or three rows of numbers: 4 or 16 bytes
+a token and head, of which q, k, v and out have 1024 in bfloat16 at H = V = 128. A factor of a token scales lanes of a
+sublane; to get it there is a transposition, which takes as long as an eighth of a matmul, so the kernel makes both
+factors of a token from one of them.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +32,9 @@ from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.sweeps import Swept
 
 CHUNK = 128
-BLOCK_CHUNKS = 4
-"""Chunks of a grid step; a snapshot of the states is taken once a step."""
+BLOCK_CHUNKS = {2: 4, 4: 1}
+"""Chunks of a grid step by bytes of a number. A snapshot of the states is taken once a step: the gradient of the decays is
+summed up from one to the next, and in float32 the rounding of long sums would show."""
 
 MAX_HEADS = 4
 """Of a group: more are more code, and no faster."""
@@ -36,9 +43,10 @@ VMEM_BYTES = 14 * 2**20
 """What a kernel may take of the 16 MiB that XLA leaves to one by default on every generation."""
 
 _LANES = 128
-# The rows of numbers a token: its cumulative log decay and, of rows with documents, how many documents began in the chunk
-# at or before it, as -1 - that for padding; and what the chunk keeps of the state before it. Four are whole tiles.
-_CUMULATIVE, _DOCUMENT, _KEEPS, _NONE = 0, 1, 2, 3
+# The rows of numbers a token: its log decay, of float32 inputs, or the sum from the chunk's start to it; where there are
+# documents, how many began in the chunk at or before it, as -1 - that for padding, and what the chunk keeps of the
+# state before it. With one that holds nothing they are whole tiles.
+_DECAY, _DOCUMENT, _KEEPS, _NONE = 0, 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,7 @@ def grid_of(
 
     It takes the largest group whose blocks fit, of whole groups of heads that share one or of parts of such a group.
     """
-    chunks = min(BLOCK_CHUNKS, -(-length // CHUNK))
+    chunks = min(BLOCK_CHUNKS[itemsize], -(-length // CHUNK))
 
     def fits_shared(heads):
         shared = [num_heads // of_its_own for of_its_own, _ in dims.values()]
@@ -135,7 +143,7 @@ def _call(
     whole = pl.BlockSpec((1, G, H, V), lambda b, n, s: (b, n, 0, 0))
     inputs = {name: jnp.moveaxis(x, 2, 1) for name, x in arrays.items()}
     specs = {name: by_token(*dims[name]) for name in arrays}
-    inputs["factors"] = _factors(chunks, steps * grid.chunks)
+    inputs["factors"] = _factors(chunks, steps * grid.chunks, sums=v.dtype != jnp.float32)
     specs["factors"] = pl.BlockSpec(
         (1, G, grid.chunks, inputs["factors"].shape[3], CHUNK), lambda b, n, s: (b, n, at(s), 0, 0)
     )
@@ -162,10 +170,10 @@ def _call(
     )(inputs)
 
 
-def _factors(chunks: Chunks, num_chunks: int) -> jax.Array:
+def _factors(chunks: Chunks, num_chunks: int, *, sums: bool) -> jax.Array:
     """The rows of numbers of each chunk, float32 [B, N, num_chunks, 1 or 4, C]; chunks past the row change nothing."""
     B, N, num = chunks.keeps.shape
-    rows = {_CUMULATIVE: chunks.cumulative.reshape(B, N, num, CHUNK)}
+    rows = {_DECAY: (chunks.cumulative if sums else chunks.log).reshape(B, N, num, CHUNK)}
     if chunks.document is not None:
         run, document = (x.reshape(B, num, CHUNK) for x in (chunks.run, chunks.document))
         last = run[..., -1:]
@@ -228,12 +236,8 @@ def _one_chunk(tokens, factors, state, outputs, head: int, chunk, *, scale: floa
     """Reads and writes of a chunk of a head."""
     k, v = tokens("k", head), tokens("v", head)
     before = state[0, head]  # [H, V]
-    of_writer = factors[_CUMULATIVE : _CUMULATIVE + 1]  # [1, C]
-    of_reader = _column(of_writer)  # [C, C]
-    left = of_writer[:, CHUNK - 1 :]
-    # Forward a token reads what comes before the chunk by its log decay from the start, and writes by that to the end.
-    from_start, to_end = jnp.exp(of_reader), jnp.exp(left - of_reader)
-    keeps = jnp.exp(left)
+    decays = _decays(factors[_DECAY : _DECAY + 1], v.dtype, reverse=reverse)
+    from_start, to_end, keeps = decays.from_start, decays.to_end, decays.keeps
     if factors.shape[0] > 1:
         document = factors[_DOCUMENT : _DOCUMENT + 1]
         own_document = _column(document)
@@ -244,22 +248,68 @@ def _one_chunk(tokens, factors, state, outputs, head: int, chunk, *, scale: floa
     reads, writes = (to_end, from_start) if reverse else (from_start, to_end)
     if "out" in outputs:
         q = tokens("q", head)
-        reader, writer = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dim) for dim in (0, 1))
-        seen = writer >= reader if reverse else writer <= reader
+        seen = _seen(reverse, strictly="dots" in outputs)
         if factors.shape[0] > 1:
             seen &= (own_document == document) & (document >= 0)
-        apart = of_writer - of_reader if reverse else of_reader - of_writer
-        weights = _dot(q, k, (1, 1)) * jnp.exp(jnp.where(seen, apart, -jnp.inf))
+        weights = _dot(q, k, (1, 1)) * jnp.exp(jnp.where(seen, decays.apart, -jnp.inf))
         out = _dot(weights.astype(v.dtype), v, (1, 0))
         out += _lanes(reads, out.shape[1]) * _dot(q, before.astype(v.dtype), (1, 0))
-        out *= scale
-        rows = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
-        outputs["out"][0, head, rows, :] = out.astype(outputs["out"].dtype)
         if "dots" in outputs:
+            # A token reads itself undecayed: strong decays' gradient would drown in it.
             products = out * tokens("dot_with", head).astype(jnp.float32)
-            outputs["dots"][0, head, chunk] = jnp.sum(products.T, axis=0, keepdims=True)
+            outputs["dots"][0, head, chunk] = scale * jnp.sum(products.T, axis=0, keepdims=True)
+            itself = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1, keepdims=True)
+            if factors.shape[0] > 1:
+                itself = jnp.where(own_document[:, :1] >= 0, itself, 0.0)
+            out += itself * v.astype(jnp.float32)
+        rows = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
+        outputs["out"][0, head, rows, :] = (scale * out).astype(outputs["out"].dtype)
     written = (_lanes(writes, v.shape[1]) * v.astype(jnp.float32)).astype(v.dtype)
     state[0, head] = keeps * before + _dot(k, written, (0, 0))
+
+
+class _Decays(NamedTuple):
+    """Factors of a chunk.
+
+    Attributes:
+      from_start, to_end: exp of the log decay from the chunk's start to a token, its own included, and from it to the
+        end; [C, C], the same in all lanes.
+      keeps: That of the chunk, [1, 1].
+      apart: Log decay between reader and writer, [C, C], where the one reads the other.
+    """
+
+    from_start: jax.Array
+    to_end: jax.Array
+    keeps: jax.Array
+    apart: jax.Array
+
+
+def _decays(row: jax.Array, dtype, *, reverse: bool) -> _Decays:
+    """Those of the numbers of a chunk, [1, C]."""
+    if dtype != jnp.float32:
+        column, last = _column(row), row[:, CHUNK - 1 :]
+        apart = row - column if reverse else column - row
+        return _Decays(jnp.exp(column), jnp.exp(last - column), jnp.exp(last), apart)
+    # A difference of sums has their rounding, so what lies between is added up: over u, after one and not the other.
+    token, u = _reader_and_writer()
+    until, after = jnp.where(u <= token, row, 0.0), jnp.where(u > token, row, 0.0)
+    behind = (token <= u) if reverse else (token > u)
+    apart = _dot(after if reverse else until, behind.astype(jnp.float32), (1, 0))
+    from_start, to_end = (
+        jnp.broadcast_to(jnp.exp(jnp.sum(x, axis=1, keepdims=True)), (CHUNK, CHUNK)) for x in (until, after)
+    )
+    return _Decays(from_start, to_end, jnp.exp(jnp.sum(row, axis=1, keepdims=True)), apart)
+
+
+def _seen(reverse: bool, *, strictly: bool) -> jax.Array:
+    """Which token of a chunk reads which, [C, C]: those before it, or after, and unless `strictly` itself."""
+    reader, writer = _reader_and_writer()
+    first, second = (reader, writer) if reverse else (writer, reader)
+    return first < second if strictly else first <= second
+
+
+def _reader_and_writer() -> tuple[jax.Array, jax.Array]:
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), dim) for dim in (0, 1))
 
 
 def _column(row: jax.Array) -> jax.Array:
