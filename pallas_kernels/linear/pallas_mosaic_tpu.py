@@ -9,25 +9,21 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear.options import Options, kind_of
-from pallas_kernels.linear.pallas_mosaic_tpu_sweep import BLOCK_CHUNKS, CHUNK, maps, sweep
+from pallas_kernels.linear.pallas_mosaic_tpu_sweep import CHUNK, SNAPSHOT_CHUNKS, maps, sweep
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.sweeps import Primitives
 
 HEAD_DIMS = (64, 128, 192, 256)
 
-_PRIMITIVES = {
-    itemsize: Primitives(
-        chunk=CHUNK, snapshot_chunks=block_chunks, num_parts=lambda B, N, T: 1, maps=maps, sweep=sweep
-    )
-    for itemsize, block_chunks in BLOCK_CHUNKS.items()
-}  # fmt: skip
-"""By bytes of a number."""
+_PRIMITIVES = Primitives(
+    chunk=CHUNK, snapshot_chunks=SNAPSHOT_CHUNKS, num_parts=lambda B, N, T: 1, maps=maps, sweep=sweep
+)  # fmt: skip
 
 
 def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options: Options):
     """`linear_attention_forward` on a TPU."""
     _check_call(decay, beta, q=q, k=k, v=v)
-    return _PRIMITIVES[v.dtype.itemsize].forward(
+    return _PRIMITIVES.forward(
         q, k, v, decay=decay, initial_state=initial_state, segment_ids=segment_ids, parts=parts, options=options
     )
 
@@ -35,7 +31,7 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options):
     """`linear_attention_backward` on a TPU."""
     _check_call(decay, beta, q=q, k=k, v=v)
-    return _PRIMITIVES[v.dtype.itemsize].backward(
+    return _PRIMITIVES.backward(
         q, k, v, dout.astype(v.dtype), dstate, decay=decay, initial_state=initial_state, segment_ids=segment_ids,
         starts=starts, parts=parts, options=options,
     )  # fmt: skip
@@ -45,15 +41,13 @@ def states(k, v, *, decay, segment_ids, options: Options) -> LinearState:
     """`linear_attention_states` on a TPU."""
     del options
     _check_call(decay, None, k=k, v=v)
-    return _PRIMITIVES[v.dtype.itemsize].states(k, v, decay=decay, segment_ids=segment_ids)
+    return _PRIMITIVES.states(k, v, decay=decay, segment_ids=segment_ids)
 
 
 def state_cotangents(q, dout, *, decay, segment_ids, options: Options) -> LinearState:
     """`linear_attention_state_cotangents` on a TPU."""
     _check_call(decay, None, k=q, v=dout)
-    return _PRIMITIVES[q.dtype.itemsize].state_cotangents(
-        q, dout, decay=decay, segment_ids=segment_ids, options=options
-    )
+    return _PRIMITIVES.state_cotangents(q, dout, decay=decay, segment_ids=segment_ids, options=options)
 
 
 def _check_call(decay, beta, **arrays) -> None:

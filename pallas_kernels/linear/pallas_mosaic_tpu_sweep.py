@@ -32,9 +32,12 @@ from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.sweeps import Swept
 
 CHUNK = 128
-BLOCK_CHUNKS = {2: 4, 4: 1}
-"""Chunks of a grid step by bytes of a number. A snapshot of the states is taken once a step: the gradient of the decays is
-summed up from one to the next, and in float32 the rounding of long sums would show."""
+BLOCK_CHUNKS = 4
+"""Chunks of a grid step."""
+
+SNAPSHOT_CHUNKS = 1
+"""A snapshot a chunk: the gradient of the decays is summed up from one to the next, and pairs of tokens in there cancel
+out. Within a chunk they do to float32, being one matrix read in two ways, but not by way of the states."""
 
 MAX_HEADS = 4
 """Of a group: more are more code, and no faster."""
@@ -43,9 +46,9 @@ VMEM_BYTES = 14 * 2**20
 """What a kernel may take of the 16 MiB that XLA leaves to one by default on every generation."""
 
 _LANES = 128
-# The rows of numbers a token: its log decay, of float32 inputs, or the sum from the chunk's start to it; where there are
-# documents, how many began in the chunk at or before it, as -1 - that for padding, and what the chunk keeps of the
-# state before it. With one that holds nothing they are whole tiles.
+# The rows of numbers a token: its log decay, of float32 inputs, or the sum from the chunk's start to it; of documents,
+# how many began in the chunk at or before it, as -1 - that for padding, and what the chunk keeps of the state before
+# it. With one that holds nothing they are whole tiles.
 _DECAY, _DOCUMENT, _KEEPS, _NONE = 0, 1, 2, 3
 
 
@@ -71,7 +74,7 @@ def grid_of(
 
     It takes the largest group whose blocks fit, of whole groups of heads that share one or of parts of such a group.
     """
-    chunks = min(BLOCK_CHUNKS[itemsize], -(-length // CHUNK))
+    chunks = min(BLOCK_CHUNKS, -(-length // CHUNK))
 
     def fits_shared(heads):
         shared = [num_heads // of_its_own for of_its_own, _ in dims.values()]
@@ -83,7 +86,8 @@ def grid_of(
         (_, H), (_, V) = dims["k"], dims["v"]
         out = -(-V // _LANES) * _LANES if "q" in dims else 0
         state = 4 * H * -(-V // _LANES) * _LANES
-        blocks = tokens * (itemsize * (sum(lanes) + out) + 4 * (4 + 1)) + 3 * state
+        blocks = tokens * (itemsize * (sum(lanes) + out) + 4 * (4 + 1)) + 2 * state
+        blocks += chunks * state * itemsize // 4 if "dot_with" in dims else 0
         # Blocks are held twice, one being copied; beside them a head's scores, weights and outputs in float32.
         return heads * (2 * blocks + 4 * CHUNK * (3 * CHUNK + 2 * max(lanes)) + state)
 
@@ -156,8 +160,8 @@ def _call(
         shapes["dots"] = jax.ShapeDtypeStruct((B, N, steps * grid.chunks, 1, CHUNK), jnp.float32)
         out_specs["dots"] = pl.BlockSpec((1, G, grid.chunks, 1, CHUNK), lambda b, n, s: (b, n, at(s), 0, 0))
     if snapshots:
-        shapes["snapshots"] = jax.ShapeDtypeStruct((B, N, steps, H, V), v.dtype)
-        out_specs["snapshots"] = pl.BlockSpec((1, G, 1, H, V), lambda b, n, s: (b, n, at(s), 0, 0))
+        shapes["snapshots"] = jax.ShapeDtypeStruct((B, N, steps * grid.chunks, H, V), v.dtype)
+        out_specs["snapshots"] = pl.BlockSpec((1, G, grid.chunks, H, V), lambda b, n, s: (b, n, at(s), 0, 0))
     return pl.pallas_call(
         functools.partial(_kernel, length=T, scale=scale, reverse=reverse),
         grid=(B, N // G, steps),
@@ -203,13 +207,6 @@ def _kernel(inputs, outputs, *, length: int, scale: float, reverse: bool):
     def _():
         state[...] = inputs["before"][...] if "before" in inputs else jnp.zeros_like(state)
 
-    def take_snapshot():
-        if "snapshots" in outputs:
-            outputs["snapshots"][0, :, 0] = state[0].astype(outputs["snapshots"].dtype)
-
-    if reverse:
-        take_snapshot()
-
     @pl.loop(0, num_chunks)
     def _(i):
         chunk = num_chunks - 1 - i if reverse else i
@@ -218,9 +215,6 @@ def _kernel(inputs, outputs, *, length: int, scale: float, reverse: bool):
         for head in range(num_heads):
             factors = inputs["factors"][0, head, chunk]
             _one_chunk(tokens, factors, state, outputs, head, chunk, scale=scale, reverse=reverse)
-
-    if not reverse:
-        take_snapshot()
 
 
 def _tokens(inputs, chunk, num_heads: int, left, name: str, head: int) -> jax.Array:
@@ -265,7 +259,11 @@ def _one_chunk(tokens, factors, state, outputs, head: int, chunk, *, scale: floa
         rows = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
         outputs["out"][0, head, rows, :] = (scale * out).astype(outputs["out"].dtype)
     written = (_lanes(writes, v.shape[1]) * v.astype(jnp.float32)).astype(v.dtype)
-    state[0, head] = keeps * before + _dot(k, written, (0, 0))
+    after = keeps * before + _dot(k, written, (0, 0))
+    state[0, head] = after
+    if "snapshots" in outputs:
+        snapshot = before if reverse else after
+        outputs["snapshots"][0, head, chunk] = snapshot.astype(outputs["snapshots"].dtype)
 
 
 class _Decays(NamedTuple):
