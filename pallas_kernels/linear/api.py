@@ -13,11 +13,16 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.linear import pallas_mosaic_gpu, reference, xla
+from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
 
-_MODULES = {"mosaic_gpu": pallas_mosaic_gpu, "xla": xla, "reference": reference}
+_MODULES = {
+    "mosaic_gpu": pallas_mosaic_gpu,
+    "mosaic_tpu": pallas_mosaic_tpu,
+    "xla": xla,
+    "reference": reference,
+}
 
 FORWARD: Mapping = {name: module.forward for name, module in _MODULES.items()}
 BACKWARD: Mapping = {name: module.backward for name, module in _MODULES.items()}
