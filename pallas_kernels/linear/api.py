@@ -245,7 +245,8 @@ def normalized(
     weights, state_of_sums = attend(jnp.ones((*v.shape[:3], 1), v.dtype), sums, implementation="xla")
     weights = weights.astype(jnp.float32)
     # No weight at all, as of padding, is no output; nor may its division reach a gradient.
-    out = jnp.where(weights == 0, 0.0, out / jnp.where(weights == 0, 1.0, weights)).astype(v.dtype)
+    out = out.astype(jnp.float32) / jnp.where(weights == 0, 1.0, weights)
+    out = jnp.where(weights == 0, 0.0, out).astype(v.dtype)
     return out, None if state is None else jnp.concatenate([state, state_of_sums], axis=3)
 
 
