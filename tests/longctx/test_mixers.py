@@ -193,7 +193,8 @@ def test_attention_flops_count_the_allowed_pairs(limit):
     config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, **limit)
     lengths = np.array([5, 1, 9, 4])
     segment_ids = jnp.asarray(np.repeat(np.arange(4), lengths), jnp.int32)[None]
-    pairs = config.mask.dense(Tokens.self_attention(segment_ids=segment_ids), 19, 19).sum()
+    positions = jnp.asarray(np.concatenate([np.arange(length) for length in lengths]), jnp.int32)[None]
+    pairs = config.mask.dense(Tokens.self_attention(positions, segment_ids), 19, 19).sum()
     projections = 2 * 19 * 16 * 6 * (4 + 2 + 2 + 4)
     attention = 4 * int(pairs) * 4 * 6
     assert config.flops_by_part(16, lengths) == {"projections": projections, "attention": attention}

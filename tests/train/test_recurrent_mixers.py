@@ -33,7 +33,6 @@ MODEL = ModelConfig(
     },
     pattern=("linear", "retention", "lightning", "mamba2"),
     dtype="float32",
-    remat="full",
 )
 
 
