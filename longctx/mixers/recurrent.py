@@ -70,6 +70,7 @@ class RecurrentConfig(MixerConfig):
             degree=ring_size,
             heads_split=heads_split,
             normalize=state.normalize,
+            segment_ids=True,  # the trainer's rows are packed
         )
 
 

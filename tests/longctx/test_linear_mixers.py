@@ -333,7 +333,7 @@ def test_what_is_split_over_devices_is_state_passings_to_say():
     split = dict(seq_len=64, heads_split=2, ring_size=4)
     assert config.refusal(DIM, **split, sharding=sharding) is None
     assert config.transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16") == state_passing.transfers(
-        sharding, rows=3, num_heads=4, key_dim=4, value_dim=4, degree=4, heads_split=2, normalize=True
+        sharding, rows=3, num_heads=4, key_dim=4, value_dim=4, degree=4, heads_split=2, normalize=True, segment_ids=True
     )
     striped = AttentionSharding(layout=Layout(name="striped", stripe_size=4))
     assert "layout=striped" in config.refusal(DIM, **split, sharding=striped)
