@@ -148,6 +148,7 @@ def transfers(
     heads_split: int = 1,
     vector_decay: bool = False,
     normalize: bool = False,
+    segment_ids: bool = False,
 ) -> tuple[Transfer, ...]:
     """What one device sends for one layer, as the head of this file states it; the same for every T and dtype.
 
@@ -158,12 +159,17 @@ def transfers(
       key_dim, value_dim: Dims of a head, H and V.
       vector_decay: Whether each dim of the keys has a decay of its own.
       normalize: As `sharded_linear_attention`.
+      segment_ids: Whether there are any, for each row.
     """
     if degree == 1:
         return ()
-    count = Chain.of(sharding.layout or Layout(), degree).num_permutes
+    chain = Chain.of(sharding.layout or Layout(), degree)
+    count = chain.num_permutes
     decays = key_dim if vector_decay else 1
-    return tuple(
+    of_ids = Transfer(
+        kind="collective-permute", phase="forward", count=chain.num_runs, num_bytes=num_bytes(jnp.int32, rows)
+    )
+    of_states = tuple(
         Transfer(
             kind="collective-permute",
             phase=phase,
@@ -173,6 +179,7 @@ def transfers(
         for phase in PHASES
         for columns in (value_dim, *((1,) if normalize else ()))
     )
+    return (*of_states, of_ids) if segment_ids else of_states
 
 
 def _not_served(layout: Layout, degree: int, delta_rule: bool) -> str | None:
