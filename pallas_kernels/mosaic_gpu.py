@@ -199,6 +199,16 @@ def fence_smem() -> None:
     emit()
 
 
+def do_not_unroll() -> None:
+    """At the head of a loop's body: keeps ptxas from unrolling the loop, which takes registers."""
+
+    @plgpu.inline_mgpu()
+    def emit(_):
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], '.pragma "nounroll";', "", has_side_effects=True)
+
+    emit()
+
+
 def interpreter(*, detect_races: bool = False) -> plgpu.InterpretGPUParams:
     """JAX's interpreter of GPU kernels on a CPU, told to model named barriers; it prints the races that it finds."""
     return plgpu.InterpretGPUParams(inline_mgpu="_hack_model_inline_mgpu_tokamax", detect_races=detect_races)

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels.linear.sweeps import part_chunks
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, sync
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, do_not_unroll, sync
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 CHUNK = 64
@@ -238,13 +238,13 @@ class _Block:
     def run(self) -> None:
         @pl.when(self.warpgroup < _NUM_CONSUMERS)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(232, action="increase")
             self.consume(self.item(self.of_block))
 
         @pl.when(self.warpgroup == _NUM_CONSUMERS)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
-            self.produce([self.item(i) for i in range(self.items)])
+            plgpu.set_max_registers(40, action="decrease")
+            self.produce()
 
     def item(self, of_block) -> _Item:
         """Heads side by side, for what they share; an item that is not there has no chunks."""
@@ -277,18 +277,21 @@ class _Block:
 
     # The producer.
 
-    def produce(self, items: list[_Item]) -> None:
-        most = items[0].num_chunks
-        for item in items[1:]:
-            most = jnp.maximum(most, item.num_chunks)
+    def produce(self) -> None:
+        most = self.item(0).num_chunks
+        for of_block in range(1, self.items):
+            most = jnp.maximum(most, self.item(of_block).num_chunks)
 
-        @pl.loop(0, most)
-        def _(i):
-            for of_block, item in enumerate(items):
-                if self.items == 1:
-                    self.load(item, i, of_block)
-                else:
-                    pl.when(i < item.num_chunks)(lambda item=item, of_block=of_block: self.load(item, i, of_block))
+        @pl.loop(0, most * self.items)
+        def _(number):
+            if not self.config.interpret:
+                do_not_unroll()
+            i, of_block = lax.div(number, self.items), lax.rem(number, self.items)
+            item = self.item(of_block)
+            if self.items == 1:
+                self.load(item, i, of_block)
+            else:
+                pl.when(i < item.num_chunks)(lambda: self.load(item, i, of_block))
 
     def load(self, item: _Item, i, of_block) -> None:
         inputs, shared, slot, chunk = self.inputs, self.shared, self.slot(i, of_block), self.chunk(item, i)
