@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from benchmarks.cases import PASSES, Case, Pass
 from benchmarks.check import Check
-from benchmarks.measure import Ceiling, memory_bytes, time_calls
+from benchmarks.measure import Ceiling
 from benchmarks.peers import Candidate, Peer
-from benchmarks.results import Row, problem_of
+from benchmarks.results import Row
+from benchmarks.side_by_side import measure_side_by_side, peer_candidates
 from pallas_kernels import (
     SoftmaxCarry,
     blockwise_attention,
@@ -20,9 +21,7 @@ from pallas_kernels import (
     make_schedule,
 )
 from pallas_kernels.blockwise import api
-from pallas_kernels.compiling import compile_all
 
-type Key = tuple[Case, Pass, str]
 type AnyCandidate = Candidate | BackwardCandidate
 
 OURS = tuple(name for name in api.FORWARD if name != "reference")
@@ -83,28 +82,40 @@ def measure_blockwise(
     """
     if candidates_of is None:
         candidates_of = functools.partial(all_candidates, implementations=implementations, peers=peers)
-    rows, candidates = [], {}
-    for case in cases:
-        for candidate in candidates_of(case):
-            if isinstance(candidate, Row):
-                rows.append(candidate)
-                continue
-            for which in (name for name in passes if name in candidate.passes):
-                candidates[case, which, candidate.name] = candidate
-    programs = {
-        key: functools.partial(_lower, candidate, key[0], key[1], dtype) for key, candidate in candidates.items()
-    }
-    compiled = compile_all(programs, progress=progress)
-    number = 0
-    try:
-        for case in cases:
-            for row in _rows_of_case(case, candidates, compiled, ceiling, dtype, repetitions):
-                number += 1
-                progress(f"[{number}/{len(candidates)}] {_line(row)}")
-                rows.append(row)
-    except KeyboardInterrupt:
-        progress("interrupted: what was measured until now is kept")
-    return rows
+    family = _Blockwise(candidates=candidates_of, ceiling=ceiling, dtype=dtype)
+    return measure_side_by_side(family, cases, passes=passes, repetitions=repetitions, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Blockwise:
+    """The `Family` of side_by_side."""
+
+    candidates: Callable[[Case], Iterable[AnyCandidate | Row]]
+    ceiling: Ceiling
+    dtype: str
+
+    def lower(self, candidate: AnyCandidate, case: Case, which: Pass) -> jax.stages.Lowered:
+        return _lower(candidate, case, which, self.dtype)
+
+    def checks(self, case: Case) -> Mapping[Pass, Callable]:
+        return {}  # one small program, the same for every pass
+
+    def start(self, case: Case, checks: Mapping) -> Callable:
+        q, k, v, dout = case.inputs(self.dtype)
+        check = Check.of(case, q, k, v, dout)
+
+        def run(candidate: AnyCandidate, which: Pass, program: jax.stages.Compiled) -> tuple[str | None, Callable]:
+            if isinstance(candidate, BackwardCandidate):
+                results, call = _backward_run(candidate, case, program, q, k, v, dout, check)
+            else:
+                results, call = _run(candidate, program, q, k, v, dout, check)
+            return check.problem(results), call
+
+        return run
+
+    def figures(self, case: Case, which: Pass, seconds: float) -> dict:
+        flops_per_second = case.flops(which) / seconds
+        return {"tflops": flops_per_second / 1e12, "ceiling_share": flops_per_second / self.ceiling.flops}
 
 
 def all_candidates(
@@ -116,14 +127,7 @@ def all_candidates(
         if case.hop:
             yield hop_candidate(case, name)
             yield from hop_backward_candidates(case, name)
-    for name, peer in peers.items():
-        try:
-            yield from peer.candidates(case)
-        except Exception as error:  # peers raise what they like, from their import on
-            problem = problem_of(error)
-        else:
-            continue
-        yield Row(case=case.name, which="both passes", implementation=name, ours=False, problem=problem)
+    yield from peer_candidates(case, peers)
 
 
 def our_candidates(case: Case, implementation: str) -> Iterator[Candidate]:
@@ -240,54 +244,6 @@ def _lower(candidate: AnyCandidate, case: Case, which: Pass, dtype: str) -> jax.
     return jax.jit(program).lower(*case.shapes(dtype), jax.eval_shape(candidate.extra))
 
 
-def _rows_of_case(
-    case: Case,
-    candidates: Mapping[Key, AnyCandidate],
-    compiled: Mapping[Key, jax.stages.Compiled | Exception],
-    ceiling: Ceiling,
-    dtype: str,
-    repetitions: int,
-) -> Iterator[Row]:
-    q, k, v, dout = case.inputs(dtype)
-    check = Check.of(case, q, k, v, dout)
-    for key, candidate in candidates.items():
-        if key[0] != case:
-            continue
-        which, program = key[1], compiled[key]
-        row = functools.partial(
-            Row,
-            case=case.name,
-            which=which,
-            implementation=candidate.name,
-            ours=candidate.ours,
-            deterministic=candidate.deterministic or which == "forward",
-        )
-        try:
-            if isinstance(program, Exception):
-                raise program
-            if isinstance(candidate, BackwardCandidate):
-                results, call = _backward_run(candidate, case, program, q, k, v, dout, check)
-            else:
-                results, call = _run(candidate, program, q, k, v, dout, check)
-            problem = check.problem(results)
-            if problem is not None:
-                yield row(problem=f"wrong: {problem}")
-                continue
-            timing = time_calls(call, repetitions=repetitions)
-        except Exception as error:  # peers raise what they like, and memory may not suffice
-            yield row(problem=problem_of(error))
-        else:
-            flops_per_second = case.flops(which) / timing.median
-            yield row(
-                median_ms=1e3 * timing.median,
-                low_ms=1e3 * timing.low,
-                high_ms=1e3 * timing.high,
-                tflops=flops_per_second / 1e12,
-                ceiling_share=flops_per_second / ceiling.flops,
-                memory_bytes=memory_bytes(program),
-            )
-
-
 def _run(
     candidate: Candidate, program: jax.stages.Compiled, q, k, v, dout, check: Check
 ) -> tuple[tuple[jax.Array, ...], Callable]:
@@ -317,8 +273,3 @@ def _backward_run(
         return gradients
 
     return (out, *gradients), call
-
-
-def _line(row: Row) -> str:
-    outcome = row.problem or f"{row.median_ms:.3f} ms, {row.tflops:.3g} TFLOP/s"
-    return f"{row.case}, {row.which}, {row.implementation}: {outcome}"

@@ -21,25 +21,47 @@ BLOCK = 128  # edge of the blocks of random block masks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class Batch:
+    """Rows of tokens.
+
+    Attributes:
+      documents: Lengths of the documents packed into each row; None for one.
+    """
+
+    batch_size: int
+    length: int
+    documents: tuple[int, ...] | None = None
+
+    @property
+    def segment_ids(self) -> jax.Array | None:
+        """Document of each token, int32 `[1, length]`; None for one document."""
+        if self.documents is None:
+            return None
+        return jnp.asarray(packed_tokens((self.documents,), self.length).q_segment_ids)
+
+    @property
+    def document_starts(self) -> jax.Array:
+        """Where the document of each token begins, int32 `[1, length]`."""
+        lengths = np.asarray(self.documents or (self.length,))
+        return jnp.asarray(np.repeat(np.cumsum(lengths) - lengths, lengths)[None], jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case(Batch):
     """Self-attention of one shape under one mask.
 
     Attributes:
       window: Tokens that each sees, itself included; None for all before it.
-      documents: Lengths of the documents packed into each row; None for one.
       one_block_in: If given, a query sees only some blocks of BLOCK keys, one in so many drawn at random.
       hop: Whether this project's implementations are also timed as a hop of a ring: forward with a carry in and out,
         and the backward pass alone, without and with running gradients.
     """
 
-    batch_size: int
-    length: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     causal: bool = True
     window: int | None = None
-    documents: tuple[int, ...] | None = None
     one_block_in: int | None = None
     hop: bool = False
 
@@ -79,19 +101,6 @@ class Case:
     def _blocks(self) -> np.ndarray:
         """Which blocks of keys each block of queries sees, bool `[length / BLOCK, length / BLOCK]`."""
         return _random_blocks(self.length // BLOCK, self.one_block_in)
-
-    @property
-    def segment_ids(self) -> jax.Array | None:
-        """Document of each token, int32 `[1, length]`; None for one document."""
-        if self.documents is None:
-            return None
-        return jnp.asarray(packed_tokens((self.documents,), self.length).q_segment_ids)
-
-    @property
-    def document_starts(self) -> jax.Array:
-        """Where the document of each token begins, int32 `[1, length]`."""
-        lengths = np.asarray(self.documents or (self.length,))
-        return jnp.asarray(np.repeat(np.cumsum(lengths) - lengths, lengths)[None], jnp.int32)
 
     @property
     def tokens(self) -> Tokens | None:
@@ -168,6 +177,8 @@ CASES = (
     _case(1, 32768, "16/16", 128, causal=False),
     _case(1, 32768, "16/16", 128, window=4096),
     _case(1, 32768, "16/4", 64, window=4096),
+    _case(1, 16384, "64/8", 128),
+    _case(1, 16384, "64/8", 128, window=8192),
     _case(1, 32768, "16/16", 128, documents=DOCUMENTS),
     _case(1, 32768, "16/4", 64, documents=DOCUMENTS),
     _case(1, 8192, "16/16", 128, causal=False, hop=True),

@@ -1,15 +1,16 @@
-"""Other people's blockwise attention: how each is called, and which cases it serves."""
+"""Other people's blockwise and linear attention: how each is called, and which cases it serves."""
 
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cases import BLOCK, Case, Pass
+from benchmarks.cases import BLOCK, Batch, Case, Pass
+from benchmarks.linear_cases import LinearCase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Candidate:
       name: As results call it.
       ours: Whether it is this project's.
       deterministic: Whether its gradients come out the same, bit by bit, each time.
-      attend: (q, k, v, extra) -> out, differentiable in q, k and v.
+      attend: (q, k, v, extra) -> out, differentiable in q, k and v; linear attention's takes (q, k, v, decay, extra).
       extra: Builds what does not change from layer to layer, outside the timing.
       passes: The passes worth timing.
       out_of: out, for the check, of what attend returns; not timed.
@@ -29,14 +30,14 @@ class Candidate:
     name: str
     ours: bool
     deterministic: bool
-    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+    attend: Callable[..., Any]
     extra: Callable[[], Any] = lambda: None
     passes: tuple[Pass, ...] = ("forward", "forward+backward")
     out_of: Callable[[Any], jax.Array] = lambda result: result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Peer:
+class Peer[C: Batch]:
     """Another library.
 
     Attributes:
@@ -47,7 +48,7 @@ class Peer:
 
     module: str
     package: str
-    candidates: Callable[[Case], list[Candidate]]
+    candidates: Callable[[C], list[Candidate]]
 
     @property
     def is_installed(self) -> bool:
@@ -128,30 +129,67 @@ def _tokamax(case: Case) -> list[Candidate]:
     return [Candidate(name="tokamax", ours=False, deterministic=True, attend=attend, extra=first_keys)]
 
 
+def _jla_linear(case: LinearCase) -> list[Candidate]:
+    """Its Mosaic GPU kernels of simple GLA, which take a gate for each token and head: a fixed decay is spread inside
+    the program, as its layer of Lightning Attention does, and no decay is a gate of 0. Where value heads share queries
+    and keys, its backward that adds up their gradients inside the kernel, an option, is another.
+    """
+    _needs_gpu()
+    if not {case.key_dim, case.value_dim} <= {64, 128}:
+        raise NotImplementedError(f"head dims are 64 or 128, got {case.key_dim} and {case.value_dim}")
+    from jla.ops import linear_attention
+    from jla.ops.mosaic_gpu import scalar_gate
+
+    def segment_ids():
+        ids = case.segment_ids
+        return None if ids is None else jnp.broadcast_to(ids, (case.batch_size, case.length))
+
+    def gate_of(decay):
+        return jnp.broadcast_to(0.0 if decay is None else decay, (case.batch_size, case.length, case.num_heads))
+
+    def attend(q, k, v, decay, ids):
+        return linear_attention("simple_gla", q, k, v, g=gate_of(decay), segment_ids=ids, impl="mosaic_gpu")[0]
+
+    def attend_grouped(q, k, v, decay, ids):
+        return scalar_gate.run(
+            q, k, v, gate_of(decay), None, delta=False, scale=None, initial_state=None, output_final_state=False,
+            segment_ids=ids, grouped_key_grads=True,
+        )[0]  # fmt: skip
+
+    plain = Candidate(name="jla", ours=False, deterministic=True, attend=attend, extra=segment_ids)
+    if case.num_heads == case.num_qk_heads:
+        return [plain]
+    grouped = dataclasses.replace(plain, name="jla grouped", attend=attend_grouped, passes=("forward+backward",))
+    return [plain, grouped]
+
+
 PEERS = {
     "cudnn": Peer(module="jax", package="jax", candidates=_cudnn),
     "jla": Peer(module="jla", package="jax-linear-attention", candidates=_jla),
     "tokamax": Peer(module="tokamax", package="tokamax", candidates=_tokamax),
 }
+LINEAR_PEERS = {"jla": Peer(module="jla", package="jax-linear-attention", candidates=_jla_linear)}
 
 
-def chosen_peers(names: str | None, *, note: Callable[[str], None]) -> dict[str, Peer]:
+def chosen_peers(
+    names: str | None, *, note: Callable[[str], None], peers: Mapping[str, Peer] = PEERS
+) -> dict[str, Peer]:
     """The peers that a comma-separated list names; None means those that are installed, and says which are not.
 
     Raises: ValueError where a name is unknown or the peer is not installed.
     """
     if names is None:
-        for name, peer in PEERS.items():
+        for name, peer in peers.items():
             if not peer.is_installed:
                 note(f"peer {name} left out: {peer.package} is not installed")
-        return {name: peer for name, peer in PEERS.items() if peer.is_installed}
+        return {name: peer for name, peer in peers.items() if peer.is_installed}
     chosen = {}
     for name in filter(None, names.split(",")):
-        if name not in PEERS:
-            raise ValueError(f"--peers: got {name!r}, wanted some of {','.join(PEERS)}")
-        if not PEERS[name].is_installed:
+        if name not in peers:
+            raise ValueError(f"--peers: got {name!r}, wanted some of {','.join(peers)}")
+        if not peers[name].is_installed:
             raise ValueError(
-                f"--peers: {name} is not installed; `pip install {PEERS[name].package}`, or leave it out of the list"
+                f"--peers: {name} is not installed; `pip install {peers[name].package}`, or leave it out of the list"
             )
-        chosen[name] = PEERS[name]
+        chosen[name] = peers[name]
     return chosen

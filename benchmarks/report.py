@@ -54,6 +54,9 @@ def markdown(results: Results, *, picture: str | None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     scales = results.family in SCALING_FAMILIES
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    copy = ""
+    if results.copy_gb_per_second is not None:
+        copy = f"Copy: {results.copy_gb_per_second:,.0f} GB/s, read and written, in the same run. "
     lines = [
         f"# {results.family}: {machine['device']}, {machine['date']}",
         "",
@@ -62,7 +65,7 @@ def markdown(results: Results, *, picture: str | None) -> str:
         "",
         f"Settings: {', '.join(f'{name} {value}' for name, value in results.settings.items())}. Times are medians; in "
         f"brackets the 10th and 90th percentile. Ceiling: a {results.ceiling_size}^3 bfloat16 matmul of the same run, "
-        f"{results.ceiling_tflops:.3g} TFLOP/s a device. "
+        f"{results.ceiling_tflops:.3g} TFLOP/s a device. {copy}"
         f"{scaling_report.KEY if scales else PEERS_KEY}",
         *(f"\n{text}" for text in results.notes),
     ]
@@ -118,12 +121,14 @@ def _line(*cells: str) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Bars of TFLOP/s, a panel a pass, a group a case, a colour an implementation."""
+    """Bars of TFLOP/s, or GB/s beside a copy's; a panel a pass, a group a case, a colour an implementation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    by_bytes = results.copy_gb_per_second is not None
+    unit = "GB/s" if by_bytes else "TFLOP/s"
     timed = [row for row in results.rows if row.problem is None]
     passes = list(dict.fromkeys(row.which for row in timed)) or ["nothing timed"]
     implementations = list(dict.fromkeys(row.implementation for row in timed))
@@ -136,12 +141,15 @@ def draw(results: Results, path: Path) -> None:
         for number, implementation in enumerate(implementations):
             rows = [row for row in timed if (row.which, row.implementation) == (which, implementation)]
             places = [cases.index(row.case) + (number - (len(implementations) - 1) / 2) * width for row in rows]
-            axis.bar(places, [row.tflops for row in rows], width, label=implementation, color=f"C{number}")
-        axis.axhline(results.ceiling_tflops, color="gray", linestyle=":", label=f"{results.ceiling_size}^3 matmul")
+            heights = [row.details[unit] if by_bytes else row.tflops for row in rows]
+            axis.bar(places, heights, width, label=implementation, color=f"C{number}")
+        limit = results.copy_gb_per_second if by_bytes else results.ceiling_tflops
+        limit_name = "copy" if by_bytes else f"{results.ceiling_size}^3 matmul"
+        axis.axhline(limit, color="gray", linestyle=":", label=limit_name)
         axis.set_xticks(
             range(len(cases)), [case.replace(" B", "\nB").replace(" D", "\nD") for case in cases], fontsize=8
         )
-        axis.set_ylabel("TFLOP/s")
+        axis.set_ylabel(unit)
         axis.set_title(f"{which}, {results.machine['device']}, {results.machine['date']}")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -56,6 +56,7 @@ class Results:
       settings: What was asked for.
       notes: What a reader must know of the whole.
       ceiling_size, ceiling_tflops: Edge of the square matmul, and the TFLOP/s that it reached.
+      copy_gb_per_second: GB/s, read and written, that a copy reached; only where rows are compared with it.
     """
 
     family: str
@@ -65,6 +66,7 @@ class Results:
     ceiling_tflops: float
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    copy_gb_per_second: float | None = None
 
     @property
     def stem(self) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -10,15 +11,17 @@ from pathlib import Path
 
 import jax
 
+from benchmarks import linear, linear_cases, linear_report
 from benchmarks.blockwise import OURS, measure_blockwise
-from benchmarks.cases import CASES, PASSES, SMOKE, Case, Pass
-from benchmarks.measure import Ceiling, matmul_ceiling
-from benchmarks.peers import PEERS, chosen_peers
+from benchmarks.cases import CASES, PASSES, SMOKE, Batch, Case, Pass
+from benchmarks.linear import measure_linear
+from benchmarks.measure import Bandwidth, Ceiling, copy_bandwidth, matmul_ceiling
+from benchmarks.peers import LINEAR_PEERS, PEERS, chosen_peers
 from benchmarks.report import write_report
 from benchmarks.results import Results, Row, with_peer_ratios
 from pallas_kernels.machine import describe
 
-FAMILIES = ("blockwise", "context_parallel", "train")
+FAMILIES = ("blockwise", "linear", "context_parallel", "train")
 BLOCKWISE_FLOPS = (
     "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward, 2.5 times for "
     "the backward pass alone. What is timed agrees with the float32 formula on a sample of query rows, out and every "
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options)
         if options.family == "context_parallel":
             return _context_parallel(options)
+        if options.family == "linear":
+            return _linear(options)
         return _blockwise(options)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -53,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--family", choices=FAMILIES, default="blockwise", help="what to measure")
     add("--cases", metavar="REGEX", default="", help="cases whose name it matches; `smoke` takes tiny ones")
     add("--list", action="store_true", help="show the cases and stop")
-    add("--implementations", metavar="NAMES", help=f"of this project, from {','.join(OURS)}; default all")
+    add("--implementations", metavar="NAMES", help=f"of this project, from {_names(OURS, linear.OURS)}; default all")
     add("--peers", metavar="NAMES", help=f"from {','.join(PEERS)}, or '' for none; default those installed")
     add("--passes", metavar="NAMES", help=f"from {','.join(PASSES)}; default all")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of q, k and v")
@@ -64,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", type=Path, default=Path("benchmarks/results"), help="where results go")
     add("--commit", help="what was measured, where git cannot say")
     return parser
+
+
+def _names(*of_families: tuple[str, ...]) -> str:
+    return ",".join(dict.fromkeys(itertools.chain(*of_families)))
 
 
 def chosen_cases[C](pattern: str, cases: tuple[C, ...] = CASES, smoke: tuple[C, ...] = SMOKE) -> tuple[C, ...]:
@@ -90,17 +99,17 @@ def cases_of_passes(cases: Sequence[Case], passes: Sequence[Pass]) -> tuple[Case
     return chosen
 
 
-def chosen_implementations(names: str | None) -> tuple[str, ...]:
+def chosen_implementations(names: str | None, ours: tuple[str, ...] = OURS) -> tuple[str, ...]:
     """This project's implementations that a comma-separated list names; None means all.
 
     Raises: ValueError where a name is unknown.
     """
     if names is None:
-        return OURS
+        return ours
     chosen = tuple(filter(None, names.split(",")))
-    unknown = [name for name in chosen if name not in OURS]
+    unknown = [name for name in chosen if name not in ours]
     if unknown:
-        raise ValueError(f"--implementations: got {','.join(unknown)!r}, wanted some of {','.join(OURS)}")
+        raise ValueError(f"--implementations: got {','.join(unknown)!r}, wanted some of {','.join(ours)}")
     return chosen
 
 
@@ -144,11 +153,63 @@ def _blockwise(options: argparse.Namespace) -> int:
         repetitions=options.repetitions,
         progress=_say,
     )
-    measured = {row.case for row in rows if row.which in PASSES}
-    if missing := [case.name for case in cases if case.name not in measured]:
-        notes.append(f"Interrupted before: {', '.join(missing)}.")
+    notes += _interrupted(cases, rows)
     settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
     return _finish(options, rows, ceiling, settings, notes)
+
+
+def _linear(options: argparse.Namespace) -> int:
+    cases = chosen_cases(options.cases, linear_cases.CASES, linear_cases.SMOKE)
+    if options.list:
+        for case in cases:
+            print(f"{case.name}  ({case.bytes('forward', options.dtype) / 1e9:.3g} GB forward)")
+        return 0
+    if options.config is not None:
+        raise ValueError("--config: goes with --family train, got --family linear; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    implementations = options.implementations
+    if implementations is not None:
+        implementations = chosen_implementations(implementations, linear.OURS)
+    passes = linear_cases.PASSES if options.passes is None else chosen_passes(options.passes)
+    if "backward" in passes:
+        raise ValueError("--passes: 'backward' alone is measured of --family blockwise only; take forward+backward")
+    notes = list(linear_report.NOTES)
+    num_notes = len(notes)
+    peers = chosen_peers(options.peers, note=notes.append, peers=LINEAR_PEERS)
+    for text in notes[num_notes:]:
+        _say(text)
+    ceiling = matmul_ceiling(repetitions=options.repetitions)
+    bandwidth = copy_bandwidth(repetitions=options.repetitions)
+    _say(f"{jax.devices()[0].device_kind}: {ceiling}, {bandwidth}")
+    rows = measure_linear(
+        cases,
+        peers=peers,
+        ceiling=ceiling,
+        bandwidth=bandwidth,
+        implementations=implementations,
+        passes=passes,
+        dtype=options.dtype,
+        repetitions=options.repetitions,
+        progress=_say,
+    )
+    notes += _interrupted(cases, rows)
+    bars = linear_report.bars(rows, cases)
+    for text in bars:
+        _say(text)
+    settings = {
+        "dtype": options.dtype,
+        "repetitions": f"{options.repetitions}, fewer where they take more than {linear.MAX_SECONDS} s",
+        "cases": options.cases or "all",
+    }
+    return _finish(options, rows, ceiling, settings, [*notes, *bars], bandwidth=bandwidth)
+
+
+def _interrupted(cases: Sequence[Batch], rows: Sequence[Row]) -> list[str]:
+    """A note of the cases that have no row of a pass."""
+    measured = {row.case for row in rows if row.which in PASSES}
+    missing = [case.name for case in cases if case.name not in measured]
+    return [f"Interrupted before: {', '.join(missing)}."] if missing else []
 
 
 def _context_parallel(options: argparse.Namespace) -> int:
@@ -236,7 +297,15 @@ def _train(options: argparse.Namespace) -> int:
     return _finish(options, [row], ceiling, settings, [TRAIN_FLOPS])
 
 
-def _finish(options, rows: Sequence[Row], ceiling: Ceiling, settings: dict, notes: Sequence[str]) -> int:
+def _finish(
+    options,
+    rows: Sequence[Row],
+    ceiling: Ceiling,
+    settings: dict,
+    notes: Sequence[str],
+    *,
+    bandwidth: Bandwidth | None = None,
+) -> int:
     results = Results(
         family=options.family,
         machine=describe(options.commit),
@@ -245,6 +314,7 @@ def _finish(options, rows: Sequence[Row], ceiling: Ceiling, settings: dict, note
         ceiling_tflops=ceiling.flops / 1e12,
         rows=with_peer_ratios(rows),
         notes=tuple(notes),
+        copy_gb_per_second=None if bandwidth is None else bandwidth.bytes / 1e9,
     )
     for path in write_report(results, options.out, note=_say):
         print(path)

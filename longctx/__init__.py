@@ -4,13 +4,18 @@ from longctx import masks
 from longctx._version import __version__
 from longctx.attention import Attention
 from longctx.block import Block
-from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache
+from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache
+from longctx.linear_attention import LinearAttention
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
 from longctx.mixers.attention import AttentionConfig
+from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.linear import LinearConfig
+from longctx.mixers.mamba2 import Mamba2, Mamba2Config
+from longctx.mixers.retention import RetentionConfig
 from longctx.mlp import SwiGLU
 from longctx.model import DecodeCache, ModelConfig, TransformerLM, forward_flops
-from longctx.norms import RMSNorm
+from longctx.norms import RMSNorm, SimpleRMSNorm
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, param_shardings
 
@@ -22,12 +27,20 @@ __all__ = [
     "ContextParallelConfig",
     "DecodeCache",
     "KVCache",
+    "LightningConfig",
+    "LinearAttention",
+    "LinearCache",
+    "LinearConfig",
     "LossSums",
+    "Mamba2",
+    "Mamba2Config",
     "MeshConfig",
     "MixerConfig",
     "ModelConfig",
     "RMSNorm",
+    "RetentionConfig",
     "RotaryConfig",
+    "SimpleRMSNorm",
     "SwiGLU",
     "TransformerLM",
     "__version__",

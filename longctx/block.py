@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int32
+from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
 from longctx.attention import RandomSource
 from longctx.context_parallel import AnySchedule, AttentionSharding, PrefillPlan
@@ -59,12 +59,13 @@ class Block(nnx.Module):
         segment_ids: Int32[Array, "#B T"] | None = None,
         schedule: AnySchedule | None = None,
         rngs: RandomSource | None = None,
+        depth: Float32[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """One layer; the arguments are the mixer's, and rngs only where it is stochastic."""
-        source = {} if rngs is None else {"rngs": rngs}
+        """One layer; the arguments are the mixer's, rngs only where it is stochastic and depth where it uses it."""
+        some = _given(rngs=rngs, depth=depth)
         with jax.named_scope("mixer"):
             mixed = self.mixer(
-                self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule, **source
+                self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule, **some
             )
         return self._feed_forward(x_BTD, mixed)
 
@@ -72,9 +73,11 @@ class Block(nnx.Module):
         """The mixer's empty cache."""
         return self.mixer.init_cache(batch_size, max_length)
 
-    def decode(self, x_BTD: Float[Array, "B T D"], cache: Any) -> tuple[Float[Array, "B T D"], Any]:
+    def decode(
+        self, x_BTD: Float[Array, "B T D"], cache: Any, *, depth: Float32[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """One layer on the next T tokens, and the mixer's cache after them."""
-        mixed, cache = self.mixer.decode(self.mixer_norm(x_BTD), cache)
+        mixed, cache = self.mixer.decode(self.mixer_norm(x_BTD), cache, **_given(depth=depth))
         return self._feed_forward(x_BTD, mixed), cache
 
     def prefill(
@@ -84,12 +87,20 @@ class Block(nnx.Module):
         max_length: int,
         *,
         schedule: AnySchedule | None = None,
+        depth: Float32[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """One layer on a context that is split over devices, and the mixer's cache that holds it."""
-        mixed, cache = self.mixer.prefill(self.mixer_norm(x_BTD), plan, max_length, schedule=schedule)
+        mixed, cache = self.mixer.prefill(
+            self.mixer_norm(x_BTD), plan, max_length, schedule=schedule, **_given(depth=depth)
+        )
         return self._feed_forward(x_BTD, mixed), cache
 
     def _feed_forward(self, x_BTD: jax.Array, mixed: jax.Array) -> jax.Array:
         x_BTD = constrain(x_BTD + mixed, "batch", "sequence", None)
         with jax.named_scope("mlp"):
             return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "sequence", None)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None: mixers need not take the others."""
+    return {name: value for name, value in arguments.items() if value is not None}

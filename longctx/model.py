@@ -193,7 +193,7 @@ class TransformerLM(nnx.Module):
                 with jax.named_scope(f"layer.{name}"):
                     return block(
                         x_BTD, positions=positions, segment_ids=segment_ids, schedule=schedule,
-                        rngs=_folded(key, index) if draws else None,
+                        rngs=_folded(key, index) if draws else None, depth=self._depth(name, index),
                     )  # fmt: skip
 
             return _rematerialised(run, config.remat, prevent_cse)(block, x_BTD, index)
@@ -217,7 +217,8 @@ class TransformerLM(nnx.Module):
         """Empty caches with room for `max_length` tokens a row.
 
         Memory: O(num_layers batch_size max_length K H / P) a device for attention layers, with or without a window,
-          where the mesh in scope splits sequences over P devices.
+          where the mesh in scope splits sequences over P devices; for linear attention O(num_layers batch_size N H V),
+          whatever max_length is.
         """
         num_periods = self.config.num_periods
 
@@ -241,19 +242,26 @@ class TransformerLM(nnx.Module):
         Returns: logits and the cache after these tokens; logits are NaN once the cache overflows.
         """
 
-        def period(x_BTD, blocks_and_caches):
-            caches = []
-            for block, cache in zip(*blocks_and_caches, strict=True):
-                x_BTD, cache = block.decode(x_BTD, cache)
-                caches.append(cache)
-            return x_BTD, tuple(caches)
+        config = self.config
+
+        def period(x_BTD, blocks_caches_and_number):
+            blocks, caches, number = blocks_caches_and_number
+            new_caches = []
+            for place, (block, name, cache) in enumerate(zip(blocks, config.pattern, caches, strict=True)):
+                depth = self._depth(name, number * len(config.pattern) + place)
+                x_BTD, cache = block.decode(x_BTD, cache, depth=depth)
+                new_caches.append(cache)
+            return x_BTD, tuple(new_caches)
 
         x_BTD = self._embed(tokens_BT)
         period_caches, remainder_caches = (), []
         if self.periods:
-            x_BTD, period_caches = jax.lax.scan(period, x_BTD, (tuple(self.periods), cache.periods))
-        for block, block_cache in zip(self.remainder, cache.remainder, strict=True):
-            x_BTD, block_cache = block.decode(x_BTD, block_cache)
+            along = tuple(self.periods), cache.periods, jnp.arange(config.num_periods)
+            x_BTD, period_caches = jax.lax.scan(period, x_BTD, along)
+        first = config.num_periods * len(config.pattern)
+        for place, (block, name) in enumerate(zip(self.remainder, config.remainder, strict=True)):
+            depth = self._depth(name, first + place)
+            x_BTD, block_cache = block.decode(x_BTD, cache.remainder[place], depth=depth)
             remainder_caches.append(block_cache)
         return self._logits(x_BTD), DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
 
@@ -300,25 +308,36 @@ class TransformerLM(nnx.Module):
             for key in self._schedule_keys()
         }
 
-        def layer(block: Block, name: str, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-            schedule = schedules.get(_schedule_key(self.config.mixers[name]))
-            return block.prefill(x_BTD, plan, max_length, schedule=schedule)
+        config = self.config
 
-        def period(x_BTD, blocks):
+        def layer(block: Block, name: str, x_BTD: jax.Array, index) -> tuple[jax.Array, Any]:
+            schedule = schedules.get(_schedule_key(config.mixers[name]))
+            return block.prefill(x_BTD, plan, max_length, schedule=schedule, depth=self._depth(name, index))
+
+        def period(x_BTD, blocks_and_number):
+            blocks, number = blocks_and_number
             caches = []
-            for block, name in zip(blocks, self.config.pattern, strict=True):
-                x_BTD, cache = layer(block, name, x_BTD)
+            for place, (block, name) in enumerate(zip(blocks, config.pattern, strict=True)):
+                x_BTD, cache = layer(block, name, x_BTD, number * len(config.pattern) + place)
                 caches.append(cache)
             return x_BTD, tuple(caches)
 
         x_BTD = self._embed(jnp.take(tokens_BT, jnp.asarray(plan.places), axis=1, mode="clip"))
         period_caches, remainder_caches = (), []
         if self.periods:
-            x_BTD, period_caches = jax.lax.scan(period, x_BTD, tuple(self.periods))
-        for block, name in zip(self.remainder, self.config.remainder, strict=True):
-            x_BTD, block_cache = layer(block, name, x_BTD)
+            along = tuple(self.periods), jnp.arange(config.num_periods)
+            x_BTD, period_caches = jax.lax.scan(period, x_BTD, along)
+        first = config.num_periods * len(config.pattern)
+        for place, (block, name) in enumerate(zip(self.remainder, config.remainder, strict=True)):
+            x_BTD, block_cache = layer(block, name, x_BTD, first + place)
             remainder_caches.append(block_cache)
         return DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
+
+    def _depth(self, name: str, index: jax.typing.ArrayLike) -> jax.Array | None:
+        """Where a layer of this mixer and number stands, 0 the first and 1 the last; None where it does not matter."""
+        if not self.config.mixers[name].uses_depth:
+            return None
+        return jnp.asarray(index, jnp.float32) / max(self.config.num_layers - 1, 1)
 
     def _schedule_keys(self) -> set[_ScheduleKey]:
         return {_schedule_key(mixer) for mixer in self.config.mixers.values()} - {None}

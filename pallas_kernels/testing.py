@@ -98,11 +98,13 @@ class Way:
         name.
       ops: The ops that it goes through.
       absent: The inputs that it leaves out: cotangents, which are zero for the truth.
+      left_to_others: Pairs of an op and an implementation that it may also go through, whichever is named.
     """
 
     function: Callable[[Any, str | None], Callable[[dict], dict]]
     ops: frozenset[str]
     absent: frozenset[str] = frozenset()
+    left_to_others: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

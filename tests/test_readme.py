@@ -40,6 +40,13 @@ def test_the_layer_example_is_the_script():
     assert blocks[0].strip() in script
 
 
+def test_the_example_of_linear_attention_is_the_script():
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/linear_attention.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert block.strip() in (ROOT / "docs/examples/linear_attention_layer.py").read_text(encoding="utf-8")
+
+
 def test_the_configs_that_the_readme_names_exist():
     for name in re.findall(r"configs/\w+\.yaml", README):
         assert (ROOT / name).is_file(), name

@@ -9,7 +9,7 @@ import optax
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
-UNDECAYED_NAMES = ("bias", "scale", "sinks")
+UNDECAYED_NAMES = ("bias", "scale", "sinks", "theta", "dt_bias", "a_log", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of the second moment, against division by zero."""
     weight_decay: float = 0.1
-    """Decoupled weight decay. Vectors, and parameters named bias, scale or sinks, are not decayed."""
+    """Decoupled weight decay. The vectors of a layer and learned speeds of turning are not decayed."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; a larger one is scaled down to it. Null switches clipping off."""
 
@@ -112,7 +112,7 @@ def _check_phases(config: OptimizerConfig, total_steps: int) -> None:
 def decayed(params: Any) -> Any:
     """Which parameters weight decay touches: a tree of bool.
 
-    A parameter is decayed when it has two dims or more and its own name is none of bias, scale and sinks.
+    A parameter is decayed when it has two dims or more and its own name is none of UNDECAYED_NAMES.
     The name decides for vectors that a layer scan has stacked into [num_periods, D].
     """
 

@@ -12,6 +12,13 @@ from longctx.context_parallel.inference import (
 )
 from longctx.context_parallel.kv_cache import KVCache
 from longctx.context_parallel.layout import Layout
+from longctx.context_parallel.linear_inference import (
+    LinearCache,
+    empty_linear_cache,
+    sharded_linear_decode,
+    sharded_linear_prefill,
+)
+from longctx.context_parallel.state_passing import sharded_linear_attention
 
 __all__ = [
     "AnySchedule",
@@ -19,12 +26,17 @@ __all__ = [
     "ContextParallelConfig",
     "KVCache",
     "Layout",
+    "LinearCache",
     "PrefillPlan",
     "cache_degree",
     "empty_cache",
+    "empty_linear_cache",
     "prefill_schedule",
     "sharded_attention",
     "sharded_decode",
+    "sharded_linear_attention",
+    "sharded_linear_decode",
+    "sharded_linear_prefill",
     "sharded_prefill",
     "sharded_schedule",
 ]

@@ -125,7 +125,7 @@ class PrefillPlan:
 
 def cache_degree(sharding: AttentionSharding | None = None) -> int:
     """Devices that the slots of a cache are split over, P: 1 without a mesh in scope."""
-    split = _Split.of(sharding)
+    split = CacheSplit.of(sharding)
     return 1 if split is None else split.degree
 
 
@@ -149,7 +149,7 @@ def empty_cache(
       sharding: As for `sharded_decode`.
     Memory: O(batch_size max_length K H / P) a device.
     """
-    split = _Split.of(sharding, batch_size=batch_size, num_kv_heads=num_kv_heads, mask=mask)
+    split = CacheSplit.of(sharding, batch_size=batch_size, num_kv_heads=num_kv_heads, mask=mask)
     degree = 1 if split is None else split.degree
     num_slots = -(-max_length // degree) * degree
     shape = (batch_size, num_slots, num_kv_heads, head_dim)
@@ -201,7 +201,7 @@ def sharded_decode(
         raise ValueError(
             f"decode: T={num_new} tokens do not fit a cache of {num_slots}; raise max_length in init_cache"
         )
-    split = _Split.of(sharding, batch_size=q.shape[0], num_kv_heads=k.shape[2], mask=mask)
+    split = CacheSplit.of(sharding, batch_size=q.shape[0], num_kv_heads=k.shape[2], mask=mask)
     if split is not None and num_slots % split.degree:
         raise ValueError(
             f"decode: a cache of {num_slots} slots does not split over the {split.degree} devices of mesh axes "
@@ -245,7 +245,7 @@ def prefill_schedule(
     Args: as `sharded_prefill`; batch_size is global.
     """
     tokens, mask, length = plan_tokens(plan), plan.mask(mask), len(plan.places)
-    split = _Split.of(sharding)
+    split = CacheSplit.of(sharding)
     if split is None or plan.star_block is None:
         return sharded_schedule(
             mask,
@@ -290,7 +290,7 @@ def sharded_prefill(
       sinks, deterministic, **options: As `blockwise_attention`.
     Returns: out, laid out as q, and the cache.
     """
-    split = _Split.of(sharding, batch_size=q.shape[0], num_kv_heads=k.shape[2], mask=mask)
+    split = CacheSplit.of(sharding, batch_size=q.shape[0], num_kv_heads=k.shape[2], mask=mask)
     options = options | {"mask": plan.mask(mask), "deterministic": deterministic}
     if schedule is None:
         schedule = prefill_schedule(
@@ -348,7 +348,7 @@ def within_documents(mask: Mask) -> Mask:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Split:
+class CacheSplit:
     """How a cache is split over the mesh in scope; hashable."""
 
     batch: tuple[str, ...]
@@ -364,7 +364,7 @@ class _Split:
         batch_size: int = 1,
         num_kv_heads: int = 1,
         mask: Mask | None = None,
-    ) -> "_Split | None":
+    ) -> "CacheSplit | None":
         """None where there is nothing to split over."""
         sharding = with_axes(sharding)
         if sharding is None:
@@ -408,13 +408,13 @@ class _Call:
     """What is static of a call; hashable. `options` go to both passes, `deterministic` to the backward alone, and
     `uses_lse` says whether anything depends on lse: where nothing does, its cotangent is None."""
 
-    split: _Split
+    split: CacheSplit
     uses_lse: bool
     deterministic: bool
     options: tuple[tuple[str, Any], ...]
 
 
-def _written(split: _Split | None, cache: KVCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+def _written(split: CacheSplit | None, cache: KVCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
     """k, v and positions of the cache with the new tokens in it."""
     arguments = *cache[:3], cache.length, k, v
     if split is None:

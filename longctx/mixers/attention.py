@@ -1,4 +1,4 @@
-"""The `attention` mixer: causal softmax attention, over everything before or over a sliding window."""
+"""The `attention` mixer: causal softmax attention, over everything before, a sliding window or a block."""
 
 import dataclasses
 
@@ -30,6 +30,9 @@ class AttentionConfig(MixerConfig):
     """Dims of a head; null means dim / num_heads."""
     window: int | None = None
     """Tokens that a token sees, itself included; null means all before it."""
+    chunk: int | None = None
+    """Tokens of the blocks that each document is cut into, by position: a token sees those before it in its own block
+    alone (the diagonal attention of TransNormer, the chunked of Llama 4); null cuts nothing. Not with window."""
     rope_theta: float | None = 10_000.0
     """Base of the rotary frequencies; null leaves out rotary positions."""
     qk_norm: bool = False
@@ -54,6 +57,10 @@ class AttentionConfig(MixerConfig):
         check_heads(self.num_heads, num_kv_heads, self.head_dim, rotary=self.rope_theta is not None)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window: got {self.window}, wanted null or a number of tokens >= 1")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk: got {self.chunk}, wanted null or a number of tokens >= 1")
+        if self.chunk is not None and self.window is not None:
+            raise ValueError(f"chunk: got {self.chunk} with window={self.window}, wanted one of them; leave one out")
         if self.rope_theta is not None and not self.rope_theta > 1:
             raise ValueError(f"rope_theta: got {self.rope_theta}, wanted null or a number > 1; 10000 is customary")
         if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
@@ -71,6 +78,8 @@ class AttentionConfig(MixerConfig):
     @property
     def mask(self) -> Mask:
         within = masks.causal() if self.window is None else masks.sliding_window(left=self.window - 1)
+        if self.chunk is not None:
+            within = within & masks.chunked(self.chunk)
         return within & masks.documents()
 
     @property
@@ -130,8 +139,12 @@ class AttentionConfig(MixerConfig):
         resolved = self.resolved(dim)
         head_dim, num_kv_heads = resolved.head_dim, resolved.num_kv_heads
         projections = 2 * lengths.sum() * dim * head_dim * (2 * self.num_heads + 2 * num_kv_heads)
-        window = lengths if self.window is None else np.minimum(lengths, self.window)
-        pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
+        if self.chunk is None:
+            window = lengths if self.window is None else np.minimum(lengths, self.window)
+            pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
+        else:
+            whole, rest = np.divmod(lengths, self.chunk)
+            pairs = (whole * self.chunk * (self.chunk + 1) / 2 + rest * (rest + 1) / 2).sum()
         return {"projections": float(projections), "attention": float(4 * pairs * self.num_heads * head_dim)}
 
     def refusal(

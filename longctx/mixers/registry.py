@@ -29,6 +29,8 @@ class MixerConfig(abc.ABC):
       `prefill(x_BTD, plan, max_length, *, schedule=None) -> (y_BTD, cache)`, which works on a context that is split
         over devices as the PrefillPlan says, and returns a new cache that holds it.
     Where the config `is_stochastic`, the call also takes `rngs=None` (`longctx.attention.RandomSource`) to draw from.
+    Where it `uses_depth`, the call, decode and prefill also take `depth`, a float32 scalar: l / (L - 1) in layer l of
+    L, 0 in the first and 1 in the last, and 0 where there is one.
     """
 
     kind: ClassVar[str]
@@ -46,6 +48,11 @@ class MixerConfig(abc.ABC):
     @property
     def is_stochastic(self) -> bool:
         """Whether the layer draws random numbers in training."""
+        return False
+
+    @property
+    def uses_depth(self) -> bool:
+        """Whether what the layer computes depends on where it stands in the model."""
         return False
 
     @abc.abstractmethod

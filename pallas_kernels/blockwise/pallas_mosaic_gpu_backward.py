@@ -207,7 +207,7 @@ class _Block:
 
     def __init__(self, config: Config, plan: Plan, inputs: Inputs, taken, notes, outputs: _Outputs, shared: _Shared):
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
-        self.ascends = plan.ascends
+        self.ascends, self.heads_together = plan.ascends, plan.heads_together
         self.num_heads, self.head_dim = inputs.q.shape[2:]
         num_kv_heads = inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
@@ -250,19 +250,24 @@ class _Block:
     def for_each_tile(self, item: Item, body: Callable, state):
         """state = body(q head, block of queries, tile of queries, whether the block is full, state), tile by tile.
 
-        A block of all heads of the group before the next, so that items that follow each other in the schedule do so
-        in the tiles of every head.
+        A block of some heads of the group before the next, so that items that follow each other in the schedule do so
+        in the tiles of each of these heads; then other heads of the group.
         """
 
-        def one_block(block, is_full, state):
-            def one_tile(i, state):
-                member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
-                tile = block * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
-                return body(item.head * self.group + member, block, tile, is_full, state)
+        def some_heads(number, state):
+            first_head = item.head * self.group + number * self.heads_together
 
-            return lax.fori_loop(0, self.group * self.tiles_of_block, one_tile, state)
+            def one_block(block, is_full, state):
+                def one_tile(i, state):
+                    member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
+                    tile = block * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
+                    return body(first_head + member, block, tile, is_full, state)
 
-        return self.walk.visit_in_order(item, one_block, state, ascending=self.ascends)
+                return lax.fori_loop(0, self.heads_together * self.tiles_of_block, one_tile, state)
+
+            return self.walk.visit_in_order(item, one_block, state, ascending=self.ascends)
+
+        return lax.fori_loop(0, self.group // self.heads_together, some_heads, state)
 
     # The producer.
 

@@ -71,6 +71,7 @@ class Plan(NamedTuple):
       deal: Who does which item, or in which sections they go out; a pair is a batch row and a kv head.
       in_line: Whether items go out in one line, to whoever asks next, and are not dealt beforehand.
       ascends: Whether an item visits its blocks of queries from the first to the last.
+      heads_together: Of how many heads of the group an item visits a block before it goes on to the next block.
       order: As `BlockRanges.order`: the rows of a pair as they go out.
       turns: None where dq is added up in no fixed order.
     """
@@ -78,6 +79,7 @@ class Plan(NamedTuple):
     deal: Deal
     in_line: bool
     ascends: bool
+    heads_together: int
     order: Any
     turns: Turns | None
 
@@ -92,6 +94,7 @@ def plan(
     pair_bytes: int,
     num_cores: int,
     deterministic: bool,
+    most_heads_together: int,
 ) -> Plan:
     """Plans the walk over a schedule's `q_blocks`.
 
@@ -99,10 +102,13 @@ def plan(
       ranges: NumPy arrays where the schedule is constant.
       pair_bytes: What the items of a pair read over and over.
       deterministic: Whether each tile of dq is to be added to in a fixed order.
+      most_heads_together: As `Plan.heads_together`, which is the greatest divisor of the group up to it.
     Memory: where turns are a table, one number for each block of keys and of queries, T S / 2^14 of them: 64 for each
       token at a million tokens.
     """
     num_pairs, num_rows, num_ranges = batch_size * num_kv_heads, *ranges.start.shape[1:]
+    group, is_constant = num_heads // num_kv_heads, isinstance(ranges.start, np.ndarray)
+    together = max(n for n in range(1, most_heads_together + 1) if group % n == 0)
     deal = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
     if not deterministic:
         # Sections of one size: the items of a smaller last one would not keep all blocks at work.
@@ -110,12 +116,16 @@ def plan(
             n for n in range(1, num_pairs + 1) if num_pairs % n == 0 and n >= min(num_pairs, max(2, deal.section))
         )
         deal = dataclasses.replace(deal, section=section)
-        return Plan(deal=deal, in_line=True, ascends=False, order=ranges.order, turns=None)
-    group, is_constant = num_heads // num_kv_heads, isinstance(ranges.start, np.ndarray)
+        return Plan(
+            deal=deal, in_line=True, ascends=False, heads_together=together, order=ranges.order, turns=None
+        )  # fmt: skip
     if is_constant and num_ranges > 1 and batch_size * num_heads * num_rows * num_q_blocks <= _MOST_REHEARSED:
-        rehearsals = [(x, *_rehearse(x, ranges, num_q_blocks, group)) for x in _smaller(deal)]
+        rehearsals = [(x, *_rehearse(x, ranges, num_q_blocks, group, together)) for x in _smaller(deal)]
         deal, _, turns = min(rehearsals, key=lambda rehearsal: rehearsal[1])
-        return Plan(deal=deal, in_line=False, ascends=False, order=ranges.order, turns=Turns(rehearsed=turns))
+        return Plan(
+            deal=deal, in_line=False, ascends=False, heads_together=together, order=ranges.order,
+            turns=Turns(rehearsed=turns),
+        )  # fmt: skip
     line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
     # A block of several heads takes long enough for turns to be passed on.
     ascends = line is None and group == 1
@@ -125,7 +135,9 @@ def plan(
         deal = dataclasses.replace(deal, section=min(num_pairs, side_by_side))
     order = np.arange(num_rows, dtype=np.int32)[None, :: -1 if ascends else 1]
     turns = Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks, ascends))
-    return Plan(deal=deal, in_line=True, ascends=ascends, order=order, turns=turns)
+    return Plan(
+        deal=deal, in_line=True, ascends=ascends, heads_together=together, order=order, turns=turns
+    )  # fmt: skip
 
 
 def _smaller(deal: Deal) -> list[Deal]:
@@ -134,7 +146,9 @@ def _smaller(deal: Deal) -> list[Deal]:
     return [dataclasses.replace(deal, section=n) for n in sections if deal.section <= 2 * n]
 
 
-def _rehearse(deal: Deal, ranges: BlockRanges, num_q_blocks: int, group: int) -> tuple[int, np.ndarray]:
+def _rehearse(
+    deal: Deal, ranges: BlockRanges, num_q_blocks: int, group: int, heads_together: int
+) -> tuple[int, np.ndarray]:
     """How many steps it takes, and `Turns.rehearsed`."""
     visited = _visited(ranges, num_q_blocks)[0]
     num_rows = len(visited)
@@ -145,7 +159,7 @@ def _rehearse(deal: Deal, ranges: BlockRanges, num_q_blocks: int, group: int) ->
         places = [np.empty(0, np.int64)]
         for _, pair, rank in items[items[:, 0] == 1]:
             row = ranges.order[0, rank]
-            heads = pair * group + np.arange(group)
+            heads = pair * group + np.arange(group).reshape(-1, 1, heads_together)
             places.append((((heads * num_rows) + row) * num_q_blocks + blocks_of[row][:, None]).ravel())
         steps.append(np.concatenate(places))
     lengths = np.array([len(x) for x in steps])

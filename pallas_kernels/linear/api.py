@@ -1,20 +1,28 @@
 """Linear attention: the public ops of the family."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.linear import pallas_mosaic_gpu, reference, xla
+from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
 
-_MODULES = {"mosaic_gpu": pallas_mosaic_gpu, "xla": xla, "reference": reference}
+_MODULES = {
+    "mosaic_gpu": pallas_mosaic_gpu,
+    "mosaic_tpu": pallas_mosaic_tpu,
+    "xla": xla,
+    "reference": reference,
+}
 
 FORWARD: Mapping = {name: module.forward for name, module in _MODULES.items()}
 BACKWARD: Mapping = {name: module.backward for name, module in _MODULES.items()}
@@ -29,7 +37,7 @@ class LinearGradients(NamedTuple):
 
     Attributes:
       dq, dk, dv: In the dtypes of q, k and v.
-      ddecay: float32, of decay's shape.
+      ddecay: float32, of decay's shape; None where it was not asked for, too.
       dbeta: float32 [B, T, N].
       dinitial_state: float32 [B, N, H, V]; there even where the initial state was None, which is zero.
     """
@@ -49,14 +57,14 @@ def linear_attention(
     *,
     decay: Float[Array, " N"] | Float[Array, "B T N"] | Float[Array, "B T N H"] | None = None,
     beta: Float[Array, "B T N"] | None = None,
-    initial_state: Float32[Array, "B N H V"] | None = None,
+    initial_state: Float32[Array, "B N H _"] | None = None,
     return_state: bool = False,
     segment_ids: Int32[Array, "#B T"] | None = None,
     scale: float | None = None,
     normalize: bool = False,
     bidirectional: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N H V"]]:
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N H _"]]:
     """Attention by a state of fixed size, in time and memory linear in T; differentiable in every array of floats.
 
     S[t] = exp(decay[t]) S[t - 1] + k[t] v[t]^T,    out[t] = scale q[t]^T S[t]
@@ -154,6 +162,7 @@ def linear_attention_backward(
     starts: Float32[Array, "B P N H V"] | None = None,
     parts: LinearState | None = None,
     scale: float | None = None,
+    decay_gradient: bool = True,
     implementation: Implementation | None = None,
 ) -> LinearGradients:
     """One backward pass over a run of tokens, given the cotangent of the state after it.
@@ -163,6 +172,7 @@ def linear_attention_backward(
       dstate: Cotangent of the state after the last token, which is all that later runs make of it; None is zero.
       starts: What the forward pass returned; None, or that of another implementation, makes it again.
       parts: What `linear_attention_state_cotangents` of the same queries gave, if it was called.
+      decay_gradient: Whether to give the gradient of decay; that of a constant is left out, with the work for it.
       Others: as `linear_attention`.
     Returns: the gradients; those of decay and beta are of this run's tokens alone, so that a decay of a head is to be
       summed over all runs.
@@ -170,8 +180,7 @@ def linear_attention_backward(
     """
     op = "linear_attention_backward"
     options = _options(op, q, k, v, decay, beta, initial_state, segment_ids, scale)
-    if dstate is None:
-        dstate = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+    options = dataclasses.replace(options, decay_gradient=decay_gradient)
     gradients = dispatch.run(
         op, BACKWARD, implementation, q, k, v, dout, dstate, decay=decay, beta=beta, initial_state=initial_state,
         segment_ids=segment_ids, starts=starts, parts=parts, options=options,
@@ -223,6 +232,13 @@ def linear_attention_state_cotangents(
     )
 
 
+def check_call(
+    op: str, q, k, v, *, decay=None, beta=None, initial_state=None, segment_ids=None, scale=None, normalize=False
+) -> None:  # fmt: skip
+    """Raises what `linear_attention` raises of a wrong call: for those who cut its arrays up first."""
+    _options(op, q, k, v, decay, beta, initial_state, segment_ids, scale, normalize)
+
+
 def normalized(
     attend: Callable[..., tuple[jax.Array, jax.Array | None]], v: jax.Array, initial_state: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -240,35 +256,62 @@ def normalized(
     weights, state_of_sums = attend(jnp.ones((*v.shape[:3], 1), v.dtype), sums, implementation="xla")
     weights = weights.astype(jnp.float32)
     # No weight at all, as of padding, is no output; nor may its division reach a gradient.
-    out = jnp.where(weights == 0, 0.0, out / jnp.where(weights == 0, 1.0, weights)).astype(v.dtype)
+    out = out.astype(jnp.float32) / jnp.where(weights == 0, 1.0, weights)
+    out = jnp.where(weights == 0, 0.0, out).astype(v.dtype)
     return out, None if state is None else jnp.concatenate([state, state_of_sums], axis=3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(options: Options, implementation, q, k, v, decay, beta, initial_state, segment_ids):
-    return _attention_fwd(options, implementation, q, k, v, decay, beta, initial_state, segment_ids)[0]
-
-
-def _attention_fwd(options, implementation, q, k, v, decay, beta, initial_state, segment_ids):
-    out, state, starts = dispatch.run(
+    out, state, _ = dispatch.run(
         "linear_attention_forward", FORWARD, implementation, q, k, v, decay=decay, beta=beta,
         initial_state=initial_state, segment_ids=segment_ids, parts=None, options=options,
     )  # fmt: skip
-    return (out, state), (q, k, v, decay, beta, initial_state, segment_ids, starts)
+    return out, state
 
 
-def _attention_bwd(options, implementation, residuals, cotangents):
-    q, k, v, decay, beta, initial_state, segment_ids, starts = residuals
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Residuals:
+    """What the backward pass takes from the forward pass, and whether anything asks for the gradient of the decay."""
+
+    arrays: tuple[jax.Array, jax.Array, jax.Array]
+    context: dict[str, jax.Array | None]
+    decay_gradient: bool = dataclasses.field(metadata={"static": True})
+
+
+def _attention_fwd(options, implementation, *arguments):
+    q, k, v, *others = jax.tree.map(lambda x: x.value, arguments, is_leaf=_is_primal)
+    context = dict(zip(("decay", "beta", "initial_state", "segment_ids"), others, strict=True))
+    out, state, starts = dispatch.run(
+        "linear_attention_forward", FORWARD, implementation, q, k, v, parts=None, options=options, **context
+    )
+    decay = arguments[3]
+    return (out, state), _Residuals(
+        arrays=(q, k, v), context=context | {"starts": starts}, decay_gradient=decay is not None and decay.perturbed
+    )
+
+
+def _attention_bwd(options, implementation, residuals: _Residuals, cotangents):
+    # Without a cotangent a result is one that nothing depends on.
+    dout, dstate = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    q, k, v = residuals.arrays
     dq, dk, dv, ddecay, dbeta, dinitial_state = dispatch.run(
-        "linear_attention_backward", BACKWARD, implementation, q, k, v, *cotangents, decay=decay, beta=beta,
-        initial_state=initial_state, segment_ids=segment_ids, starts=starts, parts=None, options=options,
+        "linear_attention_backward", BACKWARD, implementation, q, k, v, jnp.zeros_like(v) if dout is None else dout,
+        dstate, parts=None, options=dataclasses.replace(options, decay_gradient=residuals.decay_gradient),
+        **residuals.context,
     )  # fmt: skip
-    ddecay = None if decay is None else ddecay.astype(decay.dtype)
+    decay, beta, initial_state = (residuals.context[name] for name in ("decay", "beta", "initial_state"))
+    ddecay = None if ddecay is None else ddecay.astype(decay.dtype)
     dbeta = None if beta is None else dbeta.astype(beta.dtype)
     return dq, dk, dv, ddecay, dbeta, None if initial_state is None else dinitial_state, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+def _is_primal(x) -> bool:
+    return isinstance(x, CustomVJPPrimal)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
 def _both_directions(call, q, k, v, decay, segment_ids, scale: float) -> jax.Array:
@@ -337,4 +380,7 @@ def _options(
                 f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}, wanted int32 {[B, T]} or {[1, T]}; cast "
                 "with .astype('int32')"
             )
-    return Options(scale=H**-0.5 if scale is None else float(scale))
+    scale = H**-0.5 if scale is None else float(scale)
+    if scale == 0 or not math.isfinite(scale):
+        wrong(f"scale={scale}, wanted a finite number that is not 0; for an output of 0 leave the call out")
+    return Options(scale=scale)

@@ -19,8 +19,10 @@ class Chunks:
     T' is T rounded up to whole chunks; tokens past T read and write nothing and decay nothing.
 
     Attributes:
+      log: Log decay of a token, float32 [B, N, T'].
       cumulative: Log decay from the chunk's start to a token, its own included, float32 [B, N, T']: a token reads what
-        another of its document and chunk wrote with the factor exp(cumulative[reader] - cumulative[writer]) <= 1.
+        another of its document and chunk wrote with the factor exp(cumulative[reader] - cumulative[writer]) <= 1. Such
+        a difference has the rounding of the sums, which strong decays make large; float32 inputs want sums of `log`.
       reads: The factor with which a token reads the state before its chunk, float32 [B, N, T']: exp(cumulative), zero
         where a document began in between, and for padding.
       writes: The factor with which what a token writes is in the state after its chunk, float32 [B, N, T'].
@@ -30,6 +32,7 @@ class Chunks:
       document: The same, -1 for padding and past T: tokens read each other where this is one number, not negative.
     """
 
+    log: jax.Array
     cumulative: jax.Array
     reads: jax.Array
     writes: jax.Array
@@ -44,31 +47,38 @@ def chunks_of(
     """The factors of a row in chunks of `chunk` tokens; decay None, [N] or [B, T, N]."""
     num = -(-length // chunk)
     padding = num * chunk - length
-    shape = batch_size, num_heads, length
-    if decay is None:
-        log = jnp.zeros(shape)
+    if decay is None or decay.ndim == 1:
+        # Products, not sums: XLA would add up a constant decay when it compiles, token by token.
+        of_head = jnp.zeros(num_heads) if decay is None else decay.astype(jnp.float32)
+        of_head = jnp.broadcast_to(of_head[None, :, None, None], (batch_size, num_heads, 1, 1))
+        in_chunk = jnp.clip(length - chunk * jnp.arange(num)[:, None], 0, chunk)
+        upto = jnp.minimum(1 + jnp.arange(chunk), in_chunk)
+        log = jnp.where(jnp.arange(chunk) < in_chunk, of_head, 0.0)
+        cumulative, after = of_head * upto.astype(jnp.float32), of_head * (in_chunk - upto).astype(jnp.float32)
     else:
-        log = decay.astype(jnp.float32)
-        log = jnp.broadcast_to(log[None, :, None], shape) if log.ndim == 1 else jnp.moveaxis(log, 2, 1)
-    log = jnp.pad(log, ((0, 0), (0, 0), (0, padding))).reshape(batch_size, num_heads, num, chunk)
-    cumulative = jnp.cumsum(log, axis=3)
-    left = cumulative[..., -1:]
-    reads, writes, keeps = jnp.exp(cumulative), jnp.exp(left - cumulative), jnp.exp(left[..., 0])
+        log = jnp.moveaxis(decay.astype(jnp.float32), 2, 1)
+        log = jnp.pad(log, ((0, 0), (0, 0), (0, padding))).reshape(batch_size, num_heads, num, chunk)
+        cumulative = jnp.cumsum(log, axis=3)
+        later = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+        after = jax.lax.cumsum(later, axis=3, reverse=True)
+    reads, writes, keeps = jnp.exp(cumulative), jnp.exp(after), jnp.exp(cumulative[..., -1])
     run = document = None
     if segment_ids is not None or padding:
         reached, real = (x[:, None] for x in boundaries(segment_ids, batch_size, length))
         # Padding to whole chunks is not a boundary: the state goes past it.
         reached = jnp.pad(reached, ((0, 0), (0, 0), (0, padding)), constant_values=True)
         real = jnp.pad(real, ((0, 0), (0, 0), (0, padding)))
-        begun = jnp.cumsum(~reached, axis=2).reshape(batch_size, 1, num, chunk)
-        before = begun[..., :1] - ~reached.reshape(batch_size, 1, num, chunk)[..., :1]
+        begins = (~reached).astype(jnp.int32).reshape(batch_size, 1, num, chunk)
+        begun = jnp.cumsum(begins.reshape(batch_size, 1, -1), axis=2).reshape(begins.shape)
+        before = begun[..., :1] - begins[..., :1]
         real_in_chunks = real.reshape(batch_size, 1, num, chunk)
-        reads = reads * ((begun == before) & real_in_chunks)
-        writes = writes * ((begun == begun[..., -1:]) & real_in_chunks)
-        keeps = keeps * (begun[..., -1] == before[..., 0])
-        run = begun.reshape(batch_size, -1).astype(jnp.int32)
+        reads = jnp.where((begun == before) & real_in_chunks, reads, 0.0)
+        writes = jnp.where((begun == begun[..., -1:]) & real_in_chunks, writes, 0.0)
+        keeps = jnp.where(begun[..., -1] == before[..., 0], keeps, 0.0)
+        run = begun.reshape(batch_size, -1)
         document = jnp.where(real[:, 0], run, -1)
     return Chunks(
+        log=log.reshape(batch_size, num_heads, -1),
         cumulative=cumulative.reshape(batch_size, num_heads, -1),
         reads=reads.reshape(batch_size, num_heads, -1),
         writes=writes.reshape(batch_size, num_heads, -1),

@@ -13,10 +13,12 @@ class Options:
     """Static options of a call, validated by api.py.
 
     Attributes:
-      scale: Multiplies q.
+      scale: Multiplies q; not 0.
+      decay_gradient: Whether the backward pass is to give the gradient of a decay.
     """
 
     scale: float
+    decay_gradient: bool = True
 
 
 def kind_of(decay: jax.Array | None) -> DecayKind:

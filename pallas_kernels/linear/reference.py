@@ -27,7 +27,7 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 
     def step(state, token):
         q, k, v, alpha, beta, keeps, real = token
-        k, q = (x * real[:, None, None] for x in (k, q))
+        k, q = (jnp.where(real[:, None, None], x, 0.0) for x in (k, q))
         state = jnp.where(keeps[:, None, None, None], state, 0.0) * alpha[..., None]
         if beta is not None:
             v = beta[..., None] * (v - jnp.einsum("bnh,bnhv->bnv", k, state))
@@ -41,10 +41,13 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 
 
 def backward(
-    q, k, v, dout, dfinal_state, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options
+    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options
 ):  # fmt: skip
     """The derivative of `forward` by JAX."""
     del starts, parts
+    decay, beta = (None if x is None else x.astype(jnp.float32) for x in (decay, beta))
+    shape = q.shape[0], v.shape[2], q.shape[3], v.shape[3]
+    initial_state, dstate = (jnp.zeros(shape) if x is None else x for x in (initial_state, dstate))
 
     def run(q, k, v, decay, beta, initial_state):
         out, final, _ = forward(
@@ -53,10 +56,9 @@ def backward(
         )  # fmt: skip
         return out, final
 
-    if initial_state is None:
-        initial_state = jnp.zeros_like(dfinal_state)
     _, vjp = jax.vjp(run, q, k, v, decay, beta, initial_state)
-    return vjp((dout.astype(v.dtype), dfinal_state))
+    dq, dk, dv, ddecay, dbeta, dinitial_state = vjp((dout, dstate))
+    return dq, dk, dv, ddecay if options.decay_gradient else None, dbeta, dinitial_state
 
 
 def states(k, v, *, decay, segment_ids, options: Options) -> LinearState:
@@ -94,5 +96,5 @@ def _factors(decay, shape) -> jax.Array:
 def _left(k, v, decay, segment_ids) -> jax.Array:
     (B, T, N, _), H = v.shape, k.shape[3]
     keeps, _ = boundaries(segment_ids, B, T)
-    left = jnp.prod(_factors(decay, (B, T, N, H)), axis=1) * jnp.all(keeps, axis=1)[:, None, None]
+    left = jnp.where(jnp.all(keeps, axis=1)[:, None, None], jnp.prod(_factors(decay, (B, T, N, H)), axis=1), 0.0)
     return left if decay is not None and decay.ndim == 4 else left[..., 0]

@@ -17,7 +17,8 @@ The gradient of the decays needs no further sweep. With c[i] the sum of log deca
   d/dc[i] = q[i].dq[i] - k[i].dk[i]          ddecay[t] = sum_{i >= t} d/dc[i]
 
 and such a sum from t to the end of a row would add up the rounding of all of it. It is taken from t to the next of some
-boundaries, and completed by the product of what is known there: the state, and the cotangent of the state.
+boundaries, and completed by the product of what is known there: the state, and the cotangent of the state. What is left
+is the rounding of a difference: a decay so strong that its true gradient is below the rounding of q.dq gets that.
 """
 
 import dataclasses
@@ -39,9 +40,10 @@ class Swept:
     Attributes:
       out: What the tokens read, [B, T, N, V] in the dtype of v.
       end: The state that the sweep ends with, float32 [B, N, H, V].
-      dots: out . dot_with of each token, of out before it is rounded, float32 [B, N, T'].
+      dots: out . dot_with of each token, of out before it is rounded, float32 [B, N, T']. What a token reads of itself
+        is the same in both directions, so that an implementation may leave it out of all its dots.
       snapshots: The state after each interval of `Primitives.snapshot_chunks` chunks, in the order of time in both
-        directions, in v's dtype [B, N, T' / interval, H, V]: sweeping backward, what came from later tokens.
+        directions, in v's dtype or float32 [B, N, T' / interval, H, V]: sweeping backward, what came from later tokens.
     """
 
     out: jax.Array
@@ -88,13 +90,13 @@ class Primitives:
     ):  # fmt: skip
         """As `api.linear_attention_backward`."""
         chunks = self._chunks(v, decay, segment_ids)
-        scale, with_decay = options.scale, decay is not None
+        scale, with_decay = options.scale, decay is not None and options.decay_gradient
         if starts is None or starts.shape[1] != self._num_parts(v):
             starts = self._before(k, v, chunks, initial_state, None, reverse=False)
         # Inside, cotangents of states are without the scale, which a sweep puts on what is read.
         if parts is not None:
             parts = LinearState(value=parts.value / scale, decay=parts.decay)
-        ends = self._before(q, dout, chunks, dstate / scale, parts, reverse=True)
+        ends = self._before(q, dout, chunks, None if dstate is None else dstate / scale, parts, reverse=True)
         by_q = self.sweep(
             dout, v, k, chunks, starts.mT, scale=scale, reverse=False, dot_with=q if with_decay else None,
             snapshots=with_decay,

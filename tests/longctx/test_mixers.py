@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import AttentionConfig, MixerConfig, ModelConfig, TransformerLM, forward_flops, masks, register
+from longctx import (
+    AttentionConfig,
+    LightningConfig,
+    LinearConfig,
+    Mamba2Config,
+    MixerConfig,
+    ModelConfig,
+    RetentionConfig,
+    TransformerLM,
+    forward_flops,
+    masks,
+    register,
+)
 from longctx.mixers import registry
 from longctx.model import flops_by_part
 from pallas_kernels import BlockSizes, Tokens
@@ -89,7 +101,13 @@ def test_a_new_mechanism_lands_in_one_file(new_mechanism):
 
 
 def test_registered_kinds():
-    assert MixerConfig.variants() == {"attention": AttentionConfig}
+    assert MixerConfig.variants() == {
+        "attention": AttentionConfig,
+        "lightning": LightningConfig,
+        "linear": LinearConfig,
+        "mamba2": Mamba2Config,
+        "retention": RetentionConfig,
+    }
     assert AttentionConfig.kind == "attention"
     with pytest.raises(ValueError, match=r"kind: got 'attention', which AttentionConfig has taken; choose another"):
         register("attention")(AttentionConfig)
@@ -98,6 +116,7 @@ def test_registered_kinds():
 def test_attention_mask_and_block_sizes():
     assert AttentionConfig(num_heads=2).mask == masks.causal() & masks.documents()
     assert AttentionConfig(num_heads=2, window=4).mask == masks.sliding_window(3) & masks.documents()
+    assert AttentionConfig(num_heads=2, chunk=4).mask == masks.causal() & masks.chunked(4) & masks.documents()
     assert AttentionConfig(num_heads=2).block_sizes is None
     assert AttentionConfig(num_heads=2, block_q=8, block_kv=16).block_sizes == BlockSizes(block_q=8, block_kv=16)
 
@@ -141,6 +160,8 @@ def test_every_option_reaches_the_layer():
         (dict(num_heads=4, num_kv_heads=3), r"num_kv_heads: got 3, wanted a divisor of num_heads=4"),
         (dict(num_heads=4, head_dim=3), r"head_dim: got 3, wanted an even number for rotary positions; use 4"),
         (dict(num_heads=4, window=0), r"window: got 0, wanted null or a number of tokens >= 1"),
+        (dict(num_heads=4, chunk=0), r"chunk: got 0, wanted null or a number of tokens >= 1"),
+        (dict(num_heads=4, chunk=4, window=2), r"chunk: got 4 with window=2, wanted one of them; leave one out"),
         (dict(num_heads=4, rope_theta=0.0), r"rope_theta: got 0.0, wanted null or a number > 1; 10000 is customary"),
         (dict(num_heads=4, logits_soft_cap=0.0), r"logits_soft_cap: got 0.0, wanted null or a number > 0"),
         (dict(num_heads=4, dropout=1.0), r"dropout: got 1.0, wanted 0 <= dropout < 1; 0 drops nothing"),
@@ -154,12 +175,26 @@ def test_attention_config_refuses(kwargs, message):
         AttentionConfig(**kwargs)
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 100])
-def test_attention_flops_count_the_allowed_pairs(window):
-    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, window=window)
+def test_chunked_attention_is_attention_to_each_block_by_itself():
+    """The blocks of a document are counted from its start, in a row that two documents share."""
+    layer = AttentionConfig(num_heads=2, chunk=4).build(8, rngs=nnx.Rngs(0))
+    everywhere = jax.jit(AttentionConfig(num_heads=2).build(8, rngs=nnx.Rngs(0)).__call__)
+    x = jax.random.normal(jax.random.key(0), (1, 16, 8))
+    positions = jnp.asarray([[*range(6), *range(10)]], jnp.int32)
+    segment_ids = jnp.asarray([[0] * 6 + [1] * 10], jnp.int32)
+    y = layer(x, positions=positions, segment_ids=segment_ids)
+    for start, stop in [(0, 4), (4, 6), (6, 10), (10, 14), (14, 16)]:
+        block = slice(start, stop)
+        np.testing.assert_allclose(y[:, block], everywhere(x[:, block], positions=positions[:, block]), atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [{}, *({"window": w} for w in (1, 4, 100)), *({"chunk": c} for c in (1, 4, 100))])
+def test_attention_flops_count_the_allowed_pairs(limit):
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, **limit)
     lengths = np.array([5, 1, 9, 4])
     segment_ids = jnp.asarray(np.repeat(np.arange(4), lengths), jnp.int32)[None]
-    pairs = config.mask.dense(Tokens.self_attention(segment_ids=segment_ids), 19, 19).sum()
+    positions = jnp.asarray(np.concatenate([np.arange(length) for length in lengths]), jnp.int32)[None]
+    pairs = config.mask.dense(Tokens.self_attention(positions, segment_ids), 19, 19).sum()
     projections = 2 * 19 * 16 * 6 * (4 + 2 + 2 + 4)
     attention = 4 * int(pairs) * 4 * 6
     assert config.flops_by_part(16, lengths) == {"projections": projections, "attention": attention}

@@ -25,12 +25,20 @@ def test_public_names_are_pinned():
         "ContextParallelConfig",
         "DecodeCache",
         "KVCache",
+        "LightningConfig",
+        "LinearAttention",
+        "LinearCache",
+        "LinearConfig",
         "LossSums",
+        "Mamba2",
+        "Mamba2Config",
         "MeshConfig",
         "MixerConfig",
         "ModelConfig",
         "RMSNorm",
+        "RetentionConfig",
         "RotaryConfig",
+        "SimpleRMSNorm",
         "SwiGLU",
         "TransformerLM",
         "__version__",
@@ -81,3 +89,8 @@ def test_the_layer_example_learns():
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes
         losses = runpy.run_path(str(REPOSITORY / "docs" / "examples" / "attention_layer.py"))["losses"]
     assert losses[0] > 1 and losses[-1] < 0.1
+
+
+def test_the_linear_attention_example_decodes_what_it_computes():
+    example = runpy.run_path(str(REPOSITORY / "docs" / "examples" / "linear_attention_layer.py"))
+    assert example["difference"] < 1e-4 and example["cache"].state.shape == (2, 4, 16, 16)

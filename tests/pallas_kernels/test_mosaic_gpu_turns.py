@@ -32,7 +32,13 @@ CONSTANT = {
 
 
 def planned(
-    mask: Mask, *, documents=None, num_cores: int = 7, deterministic: bool = True, length: int = 160
+    mask: Mask,
+    *,
+    documents=None,
+    num_cores: int = 7,
+    deterministic: bool = True,
+    length: int = 160,
+    most_heads_together: int = 4,
 ) -> tuple[Plan, BlockRanges]:
     if documents is None:
         ranges = static_schedule(mask, length, length, SIZES).q_blocks
@@ -48,6 +54,7 @@ def planned(
         pair_bytes=12 << 20,
         num_cores=num_cores,
         deterministic=deterministic,
+        most_heads_together=most_heads_together,
     )
     return found, jax.tree.map(np.asarray, ranges)
 
@@ -73,16 +80,17 @@ def steps_of_items(found: Plan, ranges: BlockRanges) -> tuple[list[list[Step]], 
                 batch, kv_head = divmod(int(pair), NUM_KV_HEADS)
                 row = order[batch if order.shape[0] > 1 else 0, rank]
                 of_lists[-1].append(len(steps))
-                steps.append(list(steps_of_item(ranges, turns, batch, kv_head, row, found.ascends)))
+                steps.append(list(steps_of_item(ranges, turns, batch, kv_head, row, found)))
     return steps, of_lists
 
 
-def steps_of_item(ranges, turns, batch, kv_head, row, ascends: bool):
+def steps_of_item(ranges, turns, batch, kv_head, row, found: Plan):
     group, here = NUM_HEADS // NUM_KV_HEADS, batch if ranges.start.shape[0] > 1 else 0
     visited = [x for y in zip(ranges.start[here, row], ranges.stop[here, row], strict=True) for x in range(*y)]
-    for tile in visited if ascends else reversed(visited):
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            yield (batch, head, tile), int(turns.at(batch, head, NUM_HEADS, row, tile)) if turns else None
+    for first in range(kv_head * group, (kv_head + 1) * group, found.heads_together):
+        for tile in visited if found.ascends else reversed(visited):
+            for head in range(first, first + found.heads_together):
+                yield (batch, head, tile), int(turns.at(batch, head, NUM_HEADS, row, tile)) if turns else None
 
 
 def play(found: Plan, ranges: BlockRanges) -> tuple[int, list[int]]:
@@ -107,14 +115,16 @@ def play(found: Plan, ranges: BlockRanges) -> tuple[int, list[int]]:
             ahead[i] = next(current[i], None)
 
 
+@pytest.mark.parametrize("most_heads_together", [1, 4])
 @pytest.mark.parametrize("num_cores", [1, 7, 132])
 @pytest.mark.parametrize("rehearsed", [True, False])
 @pytest.mark.parametrize("name", [*CONSTANT, "documents"])
-def test_every_turn_comes(name, rehearsed, num_cores, monkeypatch):
+def test_every_turn_comes(name, rehearsed, num_cores, most_heads_together, monkeypatch):
     """Blocks of threads that do their steps in order, and wait only for turns, come to their ends."""
     if not rehearsed:
         monkeypatch.setattr(turns_module, "_MOST_REHEARSED", 0)
-    found = planned_for(name, num_cores=num_cores)
+    found = planned_for(name, num_cores=num_cores, most_heads_together=most_heads_together)
+    assert found[0].heads_together == min(most_heads_together, NUM_HEADS // NUM_KV_HEADS)
     steps, _ = steps_of_items(*found)
     turns = {}
     for tile, turn in itertools.chain(*steps):

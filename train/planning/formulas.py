@@ -128,7 +128,7 @@ def _layer(model: ModelConfig, layer: Any, *, count: int, is_stacked: bool) -> _
     inside = outputs = 0
     for leaf in jax.tree.leaves(layer["mixer"]):
         shape = leaf.shape[is_stacked:]
-        if len(shape) >= 2:
+        if len(shape) >= 2 and model.dim in (shape[0], shape[-1]):
             width = _gathered_size(leaf) // count // model.dim
             inside += width
             outputs += width if shape[0] == model.dim else model.dim
