@@ -50,14 +50,14 @@ def linear_attention(
     *,
     decay: Float[Array, " N"] | Float[Array, "B T N"] | Float[Array, "B T N H"] | None = None,
     beta: Float[Array, "B T N"] | None = None,
-    initial_state: Float32[Array, "B N H V"] | None = None,
+    initial_state: Float32[Array, "B N H _"] | None = None,
     return_state: bool = False,
     segment_ids: Int32[Array, "#B T"] | None = None,
     scale: float | None = None,
     normalize: bool = False,
     bidirectional: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N H V"]]:
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N H _"]]:
     """Attention by a state of fixed size, in time and memory linear in T; differentiable in every array of floats.
 
     S[t] = exp(decay[t]) S[t - 1] + k[t] v[t]^T,    out[t] = scale q[t]^T S[t]
@@ -242,7 +242,7 @@ def normalized(
     weights, state_of_sums = attend(jnp.ones((*v.shape[:3], 1), v.dtype), sums, implementation="xla")
     weights = weights.astype(jnp.float32)
     # No weight at all, as of padding, is no output; nor may its division reach a gradient.
-    out = jnp.where(weights == 0, 0.0, out / jnp.where(weights == 0, 1.0, weights)).astype(v.dtype)
+    out = jnp.where(weights == 0, 0.0, out.astype(jnp.float32) / jnp.where(weights == 0, 1.0, weights)).astype(v.dtype)
     return out, None if state is None else jnp.concatenate([state, state_of_sums], axis=3)
 
 

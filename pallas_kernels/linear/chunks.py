@@ -64,13 +64,14 @@ def chunks_of(
         # Padding to whole chunks is not a boundary: the state goes past it.
         reached = jnp.pad(reached, ((0, 0), (0, 0), (0, padding)), constant_values=True)
         real = jnp.pad(real, ((0, 0), (0, 0), (0, padding)))
-        begun = jnp.cumsum(~reached, axis=2).reshape(batch_size, 1, num, chunk)
-        before = begun[..., :1] - ~reached.reshape(batch_size, 1, num, chunk)[..., :1]
+        begins = (~reached).astype(jnp.int32)
+        begun = jnp.cumsum(begins, axis=2).reshape(batch_size, 1, num, chunk)
+        before = begun[..., :1] - begins.reshape(batch_size, 1, num, chunk)[..., :1]
         real_in_chunks = real.reshape(batch_size, 1, num, chunk)
-        reads = reads * ((begun == before) & real_in_chunks)
-        writes = writes * ((begun == begun[..., -1:]) & real_in_chunks)
-        keeps = keeps * (begun[..., -1] == before[..., 0])
-        run = begun.reshape(batch_size, -1).astype(jnp.int32)
+        reads = jnp.where((begun == before) & real_in_chunks, reads, 0.0)
+        writes = jnp.where((begun == begun[..., -1:]) & real_in_chunks, writes, 0.0)
+        keeps = jnp.where(begun[..., -1] == before[..., 0], keeps, 0.0)
+        run = begun.reshape(batch_size, -1)
         document = jnp.where(real[:, 0], run, -1)
     return Chunks(
         log=log.reshape(batch_size, num_heads, -1),

@@ -27,7 +27,7 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 
     def step(state, token):
         q, k, v, alpha, beta, keeps, real = token
-        k, q = (x * real[:, None, None] for x in (k, q))
+        k, q = (jnp.where(real[:, None, None], x, 0.0) for x in (k, q))
         state = jnp.where(keeps[:, None, None, None], state, 0.0) * alpha[..., None]
         if beta is not None:
             v = beta[..., None] * (v - jnp.einsum("bnh,bnhv->bnv", k, state))
@@ -96,5 +96,5 @@ def _factors(decay, shape) -> jax.Array:
 def _left(k, v, decay, segment_ids) -> jax.Array:
     (B, T, N, _), H = v.shape, k.shape[3]
     keeps, _ = boundaries(segment_ids, B, T)
-    left = jnp.prod(_factors(decay, (B, T, N, H)), axis=1) * jnp.all(keeps, axis=1)[:, None, None]
+    left = jnp.where(jnp.all(keeps, axis=1)[:, None, None], jnp.prod(_factors(decay, (B, T, N, H)), axis=1), 0.0)
     return left if decay is not None and decay.ndim == 4 else left[..., 0]
