@@ -13,6 +13,14 @@ from pallas_kernels.blockwise.api import (
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
 from pallas_kernels.dropout import Dropout
+from pallas_kernels.linear.api import (
+    linear_attention,
+    linear_attention_backward,
+    linear_attention_forward,
+    linear_attention_state_cotangents,
+    linear_attention_states,
+)
+from pallas_kernels.linear.state import LinearState
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import SoftmaxCarry, merge_partials
 from pallas_kernels.schedule import Schedule, make_schedule
@@ -24,6 +32,7 @@ __all__ = [
     "BlockSizes",
     "Dropout",
     "Implementation",
+    "LinearState",
     "Mask",
     "Schedule",
     "SoftmaxCarry",
@@ -31,6 +40,11 @@ __all__ = [
     "blockwise_attention",
     "blockwise_attention_backward",
     "blockwise_attention_forward",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_forward",
+    "linear_attention_state_cotangents",
+    "linear_attention_states",
     "make_schedule",
     "merge_partials",
     "sinks_gradient",

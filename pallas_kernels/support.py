@@ -1,12 +1,12 @@
-"""What each implementation serves, found out by asking it: the table in the README.
+"""What each implementation serves, found out by asking it: the tables in the README.
 
-`python -m pallas_kernels.support README.md` writes the table between the markers of a file. Every cell is a call that
-was traced, so the table cannot promise what dispatch would refuse.
+`python -m pallas_kernels.support README.md` writes the tables between the markers of a file. Every cell is a call
+that was traced, so the tables cannot promise what dispatch would refuse.
 """
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, markdown
 from pallas_kernels.blockwise import api
 from pallas_kernels.dropout import Dropout
+from pallas_kernels.linear import api as linear
 from pallas_kernels.mask import Causal, Full, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Chunked, Neighborhood, Strided
 from pallas_kernels.online_softmax import SoftmaxCarry
@@ -90,8 +91,8 @@ def _device_in_scope(implementation: str) -> AbstractContextManager:
 
 
 def _gradient(attend: Callable) -> Callable:
-    def run(q, k, v):
-        results, vjp = jax.vjp(attend, q, k, v)
+    def run(*arguments):
+        results, vjp = jax.vjp(attend, *arguments)
         return vjp(results)
 
     return run
@@ -128,15 +129,22 @@ def _cell(forward: bool, serves_gradient: Callable[[bool], bool]) -> str:
     return "forward, gradient in any order" if serves_gradient(False) else "forward"
 
 
-def table() -> str:
-    """The support table of blockwise attention, as Markdown."""
-    names = [name for name in dispatch.IMPLEMENTATIONS if name in api.FORWARD]
-    rows = [["blockwise attention", *(f"`{name}`" for name in names)]]
+def _head(title: str, names: Sequence[str]) -> list[list[str]]:
+    """The first rows of a family's table: its implementations, and where each is taken by default."""
     taken = {
         name: [platform for platform, order in dispatch.PREFERENCE.items() if name in order] or ["only when named"]
         for name in names
     }
-    rows.append(["taken by default on", *(", ".join(taken[name]) for name in names)])
+    return [
+        [title, *(f"`{name}`" for name in names)],
+        ["taken by default on", *(", ".join(taken[name]) for name in names)],
+    ]
+
+
+def table() -> str:
+    """The support table of blockwise attention, as Markdown."""
+    names = [name for name in dispatch.IMPLEMENTATIONS if name in api.FORWARD]
+    rows = _head("blockwise attention", names)
     for feature, (qkv, options) in FEATURES.items():
         cells = []
         for name in names:
@@ -153,13 +161,101 @@ def table() -> str:
     return markdown.table(rows)
 
 
+def _linear_call(
+    *,
+    decay: tuple[int, ...] | None = None,
+    beta: bool = False,
+    initial_state: bool = False,
+    num_heads: int = 4,
+    length: int = 256,
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    dtype: str = "bfloat16",
+    documents: bool = False,
+    **options,
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict]:
+    """Shapes of what one call of linear attention is differentiated in, and its options."""
+    value_dim = value_dim or head_dim
+    operands = {name: jax.ShapeDtypeStruct((2, length, 4, head_dim), dtype) for name in ("q", "k")}
+    operands["v"] = jax.ShapeDtypeStruct((2, length, num_heads, value_dim), dtype)
+    if decay is not None:
+        operands["decay"] = jax.ShapeDtypeStruct(decay, jnp.float32)
+    if beta:
+        operands["beta"] = jax.ShapeDtypeStruct((2, length, num_heads), jnp.float32)
+    if initial_state:
+        operands["initial_state"] = jax.ShapeDtypeStruct((2, num_heads, head_dim, value_dim), jnp.float32)
+    if documents:
+        options["segment_ids"] = jnp.zeros((2, length), jnp.int32)
+    return operands, options
+
+
+_PER_TOKEN, _PER_DIM = (2, 256, 4), (2, 256, 4, 128)
+
+LINEAR_FEATURES = {
+    "no decay": _linear_call(),
+    "a decay for each head (retention, Lightning Attention)": _linear_call(decay=(4,)),
+    "a decay for each token (simple GLA, Mamba-2)": _linear_call(decay=_PER_TOKEN),
+    "a decay for each dim of the keys (GLA)": _linear_call(decay=_PER_DIM),
+    "delta rule": _linear_call(beta=True),
+    "gated delta rule, a decay for each token": _linear_call(beta=True, decay=_PER_TOKEN),
+    "gated delta rule, a decay for each dim of the keys": _linear_call(beta=True, decay=_PER_DIM),
+    "packed documents": _linear_call(decay=_PER_TOKEN, documents=True),
+    "state in and out": _linear_call(decay=_PER_TOKEN, initial_state=True, return_state=True),
+    "heads that share queries and keys (Mamba-2)": _linear_call(num_heads=8),
+    "any length": _linear_call(decay=(2, 37, 4), length=37),
+    "head dim 64": _linear_call(head_dim=64),
+    "any head dim": _linear_call(head_dim=37),
+    "values of another head dim": _linear_call(head_dim=64, value_dim=128),
+    "float16": _linear_call(dtype="float16"),
+    "float32": _linear_call(dtype="float32"),
+    "divided by the sum of the weights": _linear_call(normalize=True),
+    "both directions": _linear_call(bidirectional=True, decay=_PER_TOKEN),
+}
+
+
+def _states_and_cotangents(implementation: str) -> str:
+    operands, _ = _linear_call(decay=_PER_TOKEN)
+    arguments = tuple(operands[name] for name in ("k", "v", "decay"))
+
+    def states(k, v, decay):
+        return linear.linear_attention_states(k, v, decay=decay, implementation=implementation)
+
+    def cotangents(q, dout, decay):
+        return linear.linear_attention_state_cotangents(q, dout, decay=decay, implementation=implementation)
+
+    if not _serves(implementation, states, arguments):
+        return "-"
+    return "forward, gradient" if _serves(implementation, cotangents, arguments) else "forward"
+
+
+def linear_table() -> str:
+    """The support table of linear attention, as Markdown."""
+    names = [name for name in dispatch.IMPLEMENTATIONS if name in linear.FORWARD]
+    rows = _head("linear attention", names)
+    for feature, (operands, options) in LINEAR_FEATURES.items():
+        cells = []
+        for name in names:
+
+            def attend(operands, *, name=name, options=options):
+                return linear.linear_attention(**operands, implementation=name, **options)
+
+            # A gradient takes the forward pass with it.
+            if _serves(name, _gradient(attend), (operands,)):
+                cells.append("forward, gradient")
+            else:
+                cells.append("forward" if _serves(name, attend, (operands,)) else "-")
+        rows.append([feature, *cells])
+    rows.append(["states of runs (for context parallelism)", *map(_states_and_cotangents, names)])
+    return markdown.table(rows)
+
+
 def with_table(text: str) -> str:
-    """`text` with the table between its markers."""
-    return markdown.between_markers(text, "support table", [table()])
+    """`text` with the tables between its markers."""
+    return markdown.between_markers(text, "support table", [table(), "", linear_table()])
 
 
 def main() -> None:
-    """Rewrites the table in the file named on the command line."""
+    """Rewrites the tables in the file named on the command line."""
     markdown.rewrite(Path(sys.argv[1]), with_table)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +42,12 @@ class LinearGradients(NamedTuple):
       dinitial_state: float32 [B, N, H, V]; there even where the initial state was None, which is zero.
     """
 
-    dq: jax.Array
-    dk: jax.Array
-    dv: jax.Array
-    ddecay: jax.Array | None
-    dbeta: jax.Array | None
-    dinitial_state: jax.Array
+    dq: Any
+    dk: Any
+    dv: Any
+    ddecay: Any
+    dbeta: Any
+    dinitial_state: Any
 
 
 def linear_attention(
@@ -275,8 +275,8 @@ def _attention(options: Options, implementation, q, k, v, decay, beta, initial_s
 class _Residuals:
     """What the backward pass takes from the forward pass, and whether anything asks for the gradient of the decay."""
 
-    arrays: tuple[jax.Array, jax.Array, jax.Array]
-    context: dict[str, jax.Array | None]
+    arrays: tuple
+    context: dict[str, Any]
     decay_gradient: bool = dataclasses.field(metadata={"static": True})
 
 

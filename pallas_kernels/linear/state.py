@@ -1,6 +1,7 @@
 """The state of linear attention over a run of tokens, and how those of runs that follow each other combine."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ class LinearState:
         each row of the state decays on its own. Zero where a document begins inside the run.
     """
 
-    value: jax.Array
-    decay: jax.Array
+    value: Any
+    decay: Any
 
     def apply(self, before: jax.Array) -> jax.Array:
         """The state after the run, given that before it."""

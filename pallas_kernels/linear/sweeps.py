@@ -23,6 +23,7 @@ is the rounding of a difference: a decay so strong that its true gradient is bel
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +47,10 @@ class Swept:
         directions, in v's dtype or float32 [B, N, T' / interval, H, V]: sweeping backward, what came from later tokens.
     """
 
-    out: jax.Array
-    end: jax.Array
-    dots: jax.Array | None = None
-    snapshots: jax.Array | None = None
+    out: Any
+    end: Any
+    dots: Any = None
+    snapshots: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
