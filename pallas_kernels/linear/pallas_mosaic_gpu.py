@@ -26,6 +26,10 @@ _PART_OVERHEAD = 3
 _NEAR_LEAST = 1.05
 """Up to how much more than the least time fewer parts may take: a few idle multiprocessors leave memory to others."""
 
+_NOTHING = 2.0**-64
+"""What is left of a chunk's writes that need not be read: with 24 bits of the rest they are rounded away, unless they
+are 10^12 times as large."""
+
 
 def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options: Options, interpret=None):
     """`linear_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
@@ -115,9 +119,19 @@ def _maps(
     k, v, chunks: Chunks, *, num_heads: int, num_parts: int, wanted: slice, reverse: bool, with_decay: bool,
     with_documents: bool, interpret,
 ) -> LinearState:  # fmt: skip
-    length = v.shape[1]
-    writes = chunks.reads if reverse else chunks.writes
-    is_scaled = with_decay or with_documents
+    length, num_chunks = v.shape[1], chunks.keeps.shape[2]
+    of_part = part_chunks(num_chunks, num_parts, SNAPSHOT_CHUNKS)
+    padding = (0, 0), (0, 0), (0, num_parts * of_part - num_chunks)
+    keeps = jnp.pad(chunks.keeps, padding, constant_values=1.0).reshape(*chunks.keeps.shape[:2], num_parts, of_part)
+    writes = read = None
+    if with_decay or with_documents:
+        # What is left at the end of a part of what its chunks wrote.
+        left = _products_behind(keeps, reverse=not reverse)
+        there = jnp.arange(num_parts * of_part).reshape(num_parts, of_part) < num_chunks
+        read = jnp.sum((left >= _NOTHING) & there, axis=3, dtype=jnp.int32)[:, :, wanted]
+        left = left.reshape(*left.shape[:2], -1, 1)[:, :, :num_chunks]
+        writes = chunks.reads if reverse else chunks.writes
+        writes = (writes.reshape(*writes.shape[:2], num_chunks, CHUNK) * left).reshape(writes.shape)
     outputs = kernel.sweep(
         kernel.Inputs(
             q=None,
@@ -125,8 +139,9 @@ def _maps(
             v=_whole_tiles(v, interpret),
             dot_with=None,
             before=None,
-            rows=kernel.Rows(writes=writes if is_scaled else None),
-            keeps=chunks.keeps if is_scaled else None,
+            rows=kernel.Rows(writes=writes),
+            keeps=None,
+            num_chunks=read,
         ),
         num_heads=num_heads,
         length=length,
@@ -134,11 +149,15 @@ def _maps(
             num_parts=num_parts, wanted=range(wanted.start, wanted.stop), reverse=reverse, interpret=interpret
         ),
     )
-    num_chunks = chunks.keeps.shape[2]
-    in_parts = num_parts * part_chunks(num_chunks, num_parts, SNAPSHOT_CHUNKS)
-    keeps = jnp.pad(chunks.keeps, ((0, 0), (0, 0), (0, in_parts - num_chunks)), constant_values=1.0)
-    decay = jnp.prod(keeps.reshape(*keeps.shape[:2], num_parts, -1), axis=3)
-    return LinearState(value=outputs.end, decay=jnp.moveaxis(decay, 2, 1)[:, wanted])
+    return LinearState(value=outputs.end, decay=jnp.moveaxis(jnp.prod(keeps, axis=3), 2, 1)[:, wanted])
+
+
+def _products_behind(x: jax.Array, *, reverse: bool) -> jax.Array:
+    """Of each in a row of the last dim the product of those before it, in reverse of those after it."""
+    one = (0, 1) if reverse else (1, 0)
+    shifted = jnp.pad(x, ((0, 0), (0, 0), (0, 0), one), constant_values=1.0)
+    shifted = shifted[..., 1:] if reverse else shifted[..., :-1]
+    return jax.lax.cumprod(shifted, axis=3, reverse=reverse)
 
 
 def _sweep(

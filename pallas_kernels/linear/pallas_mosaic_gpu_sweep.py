@@ -9,7 +9,9 @@ On chip: q, k and v of each stage, the state in 16 bits as what q is multiplied 
 shared memory; the state in float32 and the weights of a chunk, [64, 64], in registers. What a consumer reads of v
 nobody else does, so it puts v times `writes` in its place before the state takes it up.
 
-Without q it is the pass over what is written: the state after each part, which is zero before it.
+Without q it is the pass over what is written: the state after each part, which is zero before it. That is a sum, which
+is taken from its end: what decays or documents leave nothing of is not read, and what was read last, the sweep reads
+first, while the L2 cache has it.
 
 Reference: Yang et al. 2024, Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635,
 section 4; Qin et al. 2024, Lightning Attention-2, arXiv:2401.04658, Algorithms 1 and 2.
@@ -88,7 +90,8 @@ class Inputs(NamedTuple):
 
     Attributes:
       before: The state before each part in the direction of the sweep, float32 `[B, P, N, H, V]`.
-      keeps: The factor of the state over a chunk, float32 `[B, N, T' / CHUNK]`.
+      keeps: The factor of the state over a chunk, float32 `[B, N, T' / CHUNK]`; without q it is in `rows.writes`.
+      num_chunks: Without q, how many chunks of each part wanted to read, int32 `[B, N, wanted]`; None for all.
     """
 
     q: Any
@@ -98,6 +101,7 @@ class Inputs(NamedTuple):
     before: Any
     rows: Rows
     keeps: Any
+    num_chunks: Any = None
 
 
 class Outputs(NamedTuple):
@@ -231,6 +235,7 @@ class _Block:
         self.num_items = inputs.k.shape[0] * num_heads * len(config.wanted)
         self.part_chunks = part_chunks(num_chunks, config.num_parts, SNAPSHOT_CHUNKS)
         self.warpgroup = lax.axis_index("warpgroup")
+        self.from_last = config.reverse if inputs.q is not None else not config.reverse
         # A consumer's place among those of its item, and its item's among those of the block.
         self.side, self.of_block = (self.warpgroup, 0) if self.items == 1 else (0, self.warpgroup)
         self.threads_of_item = WARPGROUP * (1 + _NUM_CONSUMERS // self.items)
@@ -254,18 +259,24 @@ class _Block:
         part = place + wanted.start
         first_chunk = part * self.part_chunks
         num_chunks = jnp.minimum(self.part_chunks, self.num_chunks - first_chunk)
+        batch, head = lax.div(number, self.num_heads * len(wanted)), lax.rem(number, self.num_heads)
+        is_there = number < self.num_items
+        if self.inputs.num_chunks is not None:
+            read = self.inputs.num_chunks[jnp.where(is_there, batch, 0), head, place]
+            first_chunk = first_chunk + num_chunks - read if self.from_last else first_chunk
+            num_chunks = read
         return _Item(
-            batch=lax.div(number, self.num_heads * len(wanted)),
-            head=lax.rem(number, self.num_heads),
+            batch=batch,
+            head=head,
             part=part,
             place=place,
             first_chunk=first_chunk,
-            num_chunks=jnp.where(number < self.num_items, num_chunks, 0),
+            num_chunks=jnp.where(is_there, num_chunks, 0),
         )
 
     def chunk(self, item: _Item, i) -> ArrayLike:
-        """The i-th chunk of an item in the direction of the sweep."""
-        return item.first_chunk + (item.num_chunks - 1 - i if self.config.reverse else i)
+        """The i-th chunk of an item: in the direction of the sweep, without q against it."""
+        return item.first_chunk + (item.num_chunks - 1 - i if self.from_last else i)
 
     def slot(self, i, of_block) -> ArrayLike:
         return lax.rem(i, self.num_stages) * self.items + of_block

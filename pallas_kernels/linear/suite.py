@@ -254,8 +254,16 @@ _EVERYTHING = Serves(
     ways=frozenset(WAYS),
 )
 
+
+def _kernels(*dtypes: str) -> Serves:
+    """What kernels serve: head dims of 64 and 128, and decays of a head or of a token."""
+    return Serves(cases=frozenset(case.name for case in KERNEL_CASES), dtypes=frozenset(dtypes), ways=frozenset(WAYS))
+
+
 # An implementation that api.py has and this has not fails the suite.
 SERVES = {
+    "mosaic_gpu": _kernels("bfloat16"),
+    "mosaic_tpu": _kernels("bfloat16", "float32"),
     "reference": _EVERYTHING,
     "xla": _EVERYTHING,
 }
