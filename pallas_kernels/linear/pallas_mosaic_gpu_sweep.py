@@ -34,7 +34,7 @@ from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, do_not_
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 CHUNK = 64
-SNAPSHOT_CHUNKS = 4
+SNAPSHOT_CHUNKS = 2
 _COLUMNS = 64  # of v and of the state that a consumer has
 _NUM_CONSUMERS = 2
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -361,7 +361,7 @@ class _Block:
         if self.config.snapshots and self.config.reverse:
             self.snapshot(item, chunk)
         if inputs.q is not None:
-            self.write(item, i, chunk, self.read(slot, v))
+            self.write(item, i, chunk, v, *self.read(slot, v))
         if inputs.rows.writes is not None:
             writes = self.row(shared.rows.writes, slot, ROW)
             written = plgpu.load(v, layout=MATRIX).astype(jnp.float32) * _rows(writes)
@@ -398,16 +398,19 @@ class _Block:
         return plgpu.load(ref.at[slot], layout=layout, optimized=False)
 
     def read(self, slot, v):
-        """scale (weights (q k^T) v + reads q S), float32 `[64, 64]`."""
+        """weights (q k^T) v + reads q S, float32 `[64, 64]`; and where there are dots what is not in it: a token's own.
+
+        That is most of a dot where decays are strong, the same in both directions, and no part of their gradient.
+        """
         shared = self.shared
         # Read on either side of a matmul: the compiler takes two reads in a row for one, of two layouts.
         of_readers = self.of_tokens(slot, ROW)
         products = self.product_of_transposed(shared.q.at[slot], shared.k, slot)
-        weights = self.weights(products, of_readers, self.of_tokens(slot, _COLUMN))
+        weights, itself = self.weights(products, of_readers, self.of_tokens(slot, _COLUMN))
         out = self.product(shared.q.at[slot], shared.state.at[self.warpgroup])
         if shared.rows.reads is not None:
             out = out * _rows(self.row(shared.rows.reads, slot, ROW))
-        return self.add(out, weights.astype(v.dtype), v)
+        return self.add(out, weights.astype(v.dtype), v), itself
 
     def of_tokens(self, slot, layout) -> tuple[jax.Array | None, jax.Array | None]:
         """Log decay (base 2) and document of a chunk's tokens."""
@@ -420,28 +423,36 @@ class _Block:
         return cumulative, document
 
     def weights(self, products, of_readers, of_writers):
-        """Products q.k, decayed, where the writer comes before the reader in its document."""
+        """Products q.k, decayed, where the writer comes before the reader in its document.
+
+        Returns: `[64, 64]`; and where there are dots what is then not in it, the products of a token with itself, `[64]`.
+        """
         reader, writer = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
         seen = reader <= writer if self.config.reverse else reader >= writer
         (cumulative, document), (cumulative_of_writers, document_of_writers) = of_readers, of_writers
         if document is not None:
             seen &= (_rows(document) == _columns(document_of_writers)) & (_rows(document) >= 0)
+        itself = None
+        if self.outputs.dots is not None:
+            itself = jnp.where(seen & (reader == writer), products, 0.0).sum(axis=1)
+            seen &= reader != writer
         if cumulative is not None:
             products = products * jnp.exp2(_rows(cumulative) - _columns(cumulative_of_writers))
-        return jnp.where(seen, products, 0.0)
+        return jnp.where(seen, products, 0.0), itself
 
-    def write(self, item: _Item, i, chunk, out) -> None:
+    def write(self, item: _Item, i, chunk, v, out, itself) -> None:
         """Sends what a chunk's tokens have read to memory, and its products with dot_with."""
         outputs, shared = self.outputs, self.shared
         out = out * self.config.scale
         staged = shared.out.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's, and a snapshot
-        staged[...] = out.astype(staged.dtype)
         if outputs.dots is not None:
             plgpu.barrier_wait(shared.dot_full.at[self.warpgroup])
             with_ = plgpu.load(shared.dot_with.at[self.warpgroup], layout=MATRIX).astype(jnp.float32)
             dots = outputs.dots.at[self.side, item.batch, item.head, pl.ds(chunk * CHUNK, CHUNK)]
             dots[...] = (out * with_).sum(axis=1)
+            out += _rows(itself * self.config.scale) * plgpu.load(v, layout=MATRIX).astype(jnp.float32)
+        staged[...] = out.astype(staged.dtype)
         plgpu.commit_smem()
         if outputs.dots is not None:
             pl.when(i + 1 < item.num_chunks)(lambda: self.load_dot_with(item, i + 1))
