@@ -33,8 +33,8 @@ from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 CHUNK = 64
 SNAPSHOT_CHUNKS = 1
-"""Chunks from a snapshot to the next. In between, the gradient of a decay adds up what the rounding of states to 16 bits
-does; beside that a strong decay's gradient is small, and with 4 chunks its error is three times as large."""
+"""Chunks from a snapshot to the next. In between, the gradient of a decay adds up what the rounding of states to 16
+bits does; beside that a strong decay's gradient is small, and with 4 chunks its error is three times as large."""
 _COLUMNS = 64  # of v and of the state that a consumer has
 _NUM_CONSUMERS = 2
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
