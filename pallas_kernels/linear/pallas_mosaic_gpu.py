@@ -23,6 +23,9 @@ HEAD_DIMS = (64, 128)
 _PART_OVERHEAD = 3
 """What it takes to begin and to end a part, its states read and written, in chunks."""
 
+_LEAST_CHUNKS = 4
+"""Of a part, about."""
+
 _NEAR_LEAST = 1.05
 """Up to how much more than the least time fewer parts may take: a few idle multiprocessors leave memory to others."""
 
@@ -80,7 +83,8 @@ def num_parts(batch_size: int, num_heads: int, length: int, *, num_blocks: int) 
         return (rounds + rounds_of_maps / 2) * one
 
     # As many as there are whole lengths for: none may be empty.
-    possible = {-(-intervals // -(-intervals // parts)) for parts in range(1, min(intervals, 4 * num_blocks) + 1)}
+    most = max(1, min(chunks // _LEAST_CHUNKS, 4 * num_blocks))
+    possible = {-(-intervals // -(-intervals // parts)) for parts in range(1, most + 1)}
     least = min(map(cost, possible))
     return min(parts for parts in possible if cost(parts) <= _NEAR_LEAST * least)
 

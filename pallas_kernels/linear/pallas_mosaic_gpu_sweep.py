@@ -35,6 +35,8 @@ from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 CHUNK = 64
 SNAPSHOT_CHUNKS = 2
+"""Chunks from a snapshot to the next. In between, the gradient of a decay adds up what the rounding of states and of
+writes to 16 bits does; snapshots are read and written."""
 _COLUMNS = 64  # of v and of the state that a consumer has
 _NUM_CONSUMERS = 2
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
