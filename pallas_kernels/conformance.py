@@ -111,17 +111,20 @@ def run_in_processes(
     """`run` by several processes, since tracing and lowering, most of the work on a GPU, take one core of a process.
 
     They share the device: call `share_device` before JAX sees it. The trials of a case stay together, for its truth.
+    One process takes its shares in turn: with all programs loaded at once it would have too many memory mappings.
 
     Raises: as `run`.
     """
-    if num_processes == 1:
-        return run(family, trials, progress=progress)
     cases = list(dict.fromkeys(trial.case for trial in trials))
     # Several shares a process: they take differently long, and what is done is told early.
     num_shares = _SHARES_OF_A_PROCESS * num_processes
     shares = [[trial for trial in trials if trial.case in cases[i::num_shares]] for i in range(num_shares)]
     shares = [share for share in shares if share]
     outcomes: dict[Trial, Outcome] = {}
+    if num_processes == 1:
+        for share in shares:
+            outcomes |= dict(zip(share, run(family, share, progress=progress), strict=True))
+        return [outcomes[trial] for trial in trials]
     # Not forked: a child of a process that runs JAX's threads would hang.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(_run_by_name, family.name, share): share for share in shares}

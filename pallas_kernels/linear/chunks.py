@@ -4,12 +4,12 @@ None of it is large: a float or two for each token and head, of which q, k and v
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear.documents import boundaries
+from pallas_kernels.tokens import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -33,13 +33,13 @@ class Chunks:
       document: The same, -1 for padding and past T: tokens read each other where this is one number, not negative.
     """
 
-    log: Any
-    cumulative: Any
-    reads: Any
-    writes: Any
-    keeps: Any
-    run: Any
-    document: Any
+    log: Leaf
+    cumulative: Leaf
+    reads: Leaf
+    writes: Leaf
+    keeps: Leaf
+    run: Leaf
+    document: Leaf
 
 
 def chunks_of(

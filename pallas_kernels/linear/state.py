@@ -1,10 +1,11 @@
 """The state of linear attention over a run of tokens, and how those of runs that follow each other combine."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.tokens import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -18,8 +19,8 @@ class LinearState:
         each row of the state decays on its own. Zero where a document begins inside the run.
     """
 
-    value: Any
-    decay: Any
+    value: Leaf
+    decay: Leaf
 
     def apply(self, before: jax.Array) -> jax.Array:
         """The state after the run, given that before it."""

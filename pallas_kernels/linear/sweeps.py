@@ -23,7 +23,6 @@ is the rounding of a difference: a decay so strong that its true gradient is bel
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear.chunks import Chunks, chunks_of
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState, before_each
+from pallas_kernels.tokens import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -47,10 +47,10 @@ class Swept:
         directions, in v's dtype or float32 [B, N, T' / interval, H, V]: sweeping backward, what came from later tokens.
     """
 
-    out: Any
-    end: Any
-    dots: Any = None
-    snapshots: Any = None
+    out: Leaf
+    end: Leaf
+    dots: Leaf = None
+    snapshots: Leaf = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

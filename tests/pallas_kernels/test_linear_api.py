@@ -135,9 +135,9 @@ def test_the_backward_pass_is_asked_only_for_what_is_used(wrap, differentiate_de
 
 def test_nothing_but_the_state_may_be_used(told):
     q, k, v = qkv()
-    gradient = jax.grad(lambda v: jnp.sum(linear_attention(q, k + 1, v, return_state=True)[1]))(v)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(linear_attention(q, k + 1, v, return_state=True)[1])))(v)
     assert told == [{"decay_gradient": False, "dstate": True}]
-    assert (gradient == 1).sum() == 0 and jnp.allclose(gradient, H)
+    np.testing.assert_allclose(gradient, H)
 
 
 @pytest.mark.parametrize("decay_gradient", [False, True])
@@ -219,10 +219,14 @@ def test_a_row_is_read_after_padding_as_without_it():
     q, k, v = (jnp.asarray(random.standard_normal((1, 12, 2, 4)), jnp.float32) for _ in range(3))
     ids = jnp.asarray([[-1] * 5 + [3] * 7], jnp.int32)
     decay = -jnp.abs(q[..., 0])
-    out, state, _ = linear_attention_forward(q, k, v, decay=decay, segment_ids=ids, implementation="xla")
-    want, want_state, _ = linear_attention_forward(
-        q[:, 5:], k[:, 5:], v[:, 5:], decay=decay[:, 5:], implementation="xla"
-    )
+
+    @jax.jit
+    def forward(q, k, v, decay, segment_ids=None):
+        call = {"decay": decay, "segment_ids": segment_ids, "implementation": "xla"}
+        return linear_attention_forward(q, k, v, **call)[:2]
+
+    out, state = forward(q, k, v, decay, ids)
+    want, want_state = forward(q[:, 5:], k[:, 5:], v[:, 5:], decay[:, 5:])
     assert not out[:, :5].any()
     np.testing.assert_allclose(out[:, 5:], want, atol=1e-5)
     np.testing.assert_allclose(state, want_state, atol=1e-5)

@@ -17,14 +17,13 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
 GRADIENTS = ("dq", "dk", "dv", "ddecay", "dbeta", "dinitial_state")
 
-# Each form of decay with and without beta, documents, runs, one token and strong decays: what takes seconds.
+# Documents, runs, sweep and scan, both precisions, the reference: what takes seconds.
 _QUICK = {
     ("documents_scalar", "xla", "float32"),
     ("documents_delta_vector", "xla", "float32"),
     ("one_token_scalar", "reference", "float32"),
-    ("strong_vector", "xla", "float32"),
     ("normalize_none", "xla", "float32"),
-    ("fixed", "xla", "bfloat16"),
+    ("bidirectional_documents_scalar", "xla", "bfloat16"),
 }
 
 
