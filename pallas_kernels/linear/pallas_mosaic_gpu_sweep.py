@@ -427,7 +427,7 @@ class _Block:
     def weights(self, products, of_readers, of_writers):
         """Products q.k, decayed, where the writer comes before the reader in its document.
 
-        Returns: `[64, 64]`; and where there are dots what is then not in it, the products of a token with itself, `[64]`.
+        Returns: `[64, 64]`; and where there are dots what is then not in it, a token's products with itself, `[64]`.
         """
         reader, writer = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
         seen = reader <= writer if self.config.reverse else reader >= writer
