@@ -114,6 +114,8 @@ class Primitives:
             )
             interval = self.snapshot_chunks * self.chunk
             ddecay = _decay_gradient(by_q.dots - by_k.dots, products, chunks, interval)[..., : v.shape[1]]
+            if initial_state is None:
+                ddecay = ddecay.at[..., 0].set(0.0)  # it is the decay of nothing
             ddecay = jnp.sum(ddecay, axis=(0, 2)) if decay.ndim == 1 else jnp.moveaxis(ddecay, 1, 2)
         dq, dk = (_sum_groups(x.out, q.shape[2]) for x in (by_q, by_k))
         return dq, dk, by_v.out, ddecay, None, scale * by_v.end
