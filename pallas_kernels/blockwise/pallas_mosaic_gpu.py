@@ -175,7 +175,7 @@ def _most_heads_together(mask: Mask, head_dim: int, length: int) -> int:
     window never; but the tiles of dq in between, 132 blocks of threads times these heads, should be in the L2 cache
     when the next item comes to them.
     """
-    left, right = mask.span()
+    left, right = mask.span
     if left is None or right is None or left + right + 1 >= length:
         return 4
     return 1 if head_dim > 64 else 2
