@@ -252,11 +252,15 @@ def test_bars_are_told_where_both_sides_were_timed():
         *((case.name, ms, None) for case, ms in zip(long, (70.0, 141.0, 300.0), strict=True)),
     ]
     other = [(dense.name, None, "wrong: all"), (packed.name, 1.0, None), (long[0].name, 7.0, None)]
-    documents, lengths = linear_report.bars(rows_of(times) + rows_of(other, implementation="other"), cases)
+    falling = [(case.name, ms, None) for case, ms in zip(long, (70.0, 119.0, 259.0), strict=True)]
+    rows = rows_of(times) + rows_of(other, implementation="other") + rows_of(falling, implementation="falling")
+    documents, lengths = linear_report.bars(rows, cases)
     assert "wanted <= 1.05" in documents and "other" not in documents + lengths
     assert f"| {packed.name} | forward | mine | 1.050 | held |" in documents
     told = "70,000: 1e+03, 140,000: 1.01e+03, 280,000: 1.07e+03"
     assert f"| fixed B1 2/2 D16 | forward | mine | {told} | 1.071 | missed |" in lengths
+    # What falls from the shortest on holds, though it is slower again in the longest.
+    assert "| falling | 70,000: 1e+03, 140,000: 850, 280,000: 925 | 0.925 | held |" in lengths
     documents, lengths = linear_report.bars(rows_of(other), cases)
     assert documents.endswith("nothing to compare in this run.") and lengths.endswith("compare in this run.")
 

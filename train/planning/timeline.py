@@ -7,7 +7,8 @@ is exposed. A synchronous collective is exposed as a whole.
 
 Attention over a schedule of blocks is a loop whose length only the data knows. Its calls are recognised by the scope
 that `pallas_kernels.dispatch` gives them, and cost what the caller says, hop by hop of the ring: a hop without work
-hides nothing. Where a loop runs over hops, its times are the mean over them.
+hides nothing. Where a loop runs over hops, its times are the mean over them. Linear attention makes several kernels or
+loops of a call, one for each time that it reads the row, which share its cost.
 """
 
 import collections
@@ -27,7 +28,18 @@ from train.planning.work import Work, is_kernel
 
 HIDDEN_SHARE = 0.05  # a collective counts as hidden if at most this part of its time is waited for
 
-_OP = re.compile(rf"\w+_(forward|backward)\.({'|'.join(IMPLEMENTATIONS)})\b")
+_OP = re.compile(rf"(\w+)_(forward|backward|states|state_cotangents)\.({'|'.join(IMPLEMENTATIONS)})\b")
+
+_LINEAR_ATTENTION = "linear_attention"
+# The backward pass is three sweeps (pallas_kernels.linear.sweeps). The maps of runs take a pass that writes states as
+# the forward sweep does, and reads none. Where a row is swept in parts, the pass before them counts as one more sweep.
+_SHARE_OF_KERNEL = {
+    "forward": ("forward", 1.0),
+    "backward": ("backward", 1 / 3),
+    "states": ("forward", 0.5),
+    "state_cotangents": ("forward", 0.5),
+}
+"""By phase of linear attention: which call's cost a kernel or loop of it takes a part of, and which part."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,13 +256,15 @@ class _Runner:
         return is_kernel(instruction)
 
     def _op_call(self, instruction: Instruction, result: _Result) -> None:
-        phase = _OP.search(instruction.op_name)[1]
+        op, phase, _ = _OP.search(instruction.op_name).groups()
         layer = layer_of(instruction.op_name) or ""
+        phase, share = _SHARE_OF_KERNEL[phase] if op == _LINEAR_ATTENTION else (phase, 1.0)
         call = self._calls.get((layer, phase))
         if call is None:
             self.notes.append(f"an attention op of unknown cost counts nothing: {readable(instruction.op_name)}")
             return
-        result.work((f"{layer} attention", phase_of(instruction.op_name)), call.seconds, call.flops)
+        key = f"{layer} attention", phase_of(instruction.op_name)
+        result.work(key, share * call.seconds, share * call.flops)
 
     # --- collectives ---
 

@@ -175,3 +175,30 @@ def test_a_kernel_that_is_fused_with_slices_is_found():
     body = "  %p = f32[1]{0} parameter(0)\n  ROOT %f = f32[1]{0} fusion(%p), kind=kCustom, calls=%fused"
     timeline = on_paper(body, fused, calls=calls)
     assert timeline.compute[("a attention", "forward")] == 1.0 and timeline.flops[("a attention", "forward")] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("op", "phase", "num_kernels", "seconds"),
+    [
+        ("forward", "forward", 1, 2.0),
+        ("states", "forward", 1, 1.0),
+        ("backward", "backward", 3, 6.0),
+        ("state_cotangents", "backward", 1, 1.0),
+    ],
+)
+def test_linear_attention_counts_each_time_it_reads_the_row(op, phase, num_kernels, seconds):
+    """The backward pass in three sweeps costs one backward pass, and maps of runs half a forward sweep."""
+    transform = "jvp()" if phase == "forward" else "transpose(jvp())"
+    scope = f"jit(step)/{transform}/layer.a/mixer/shard_map/context_parallel/linear_attention_{op}.mosaic_tpu/sweep"
+    calls = {
+        ("a", "forward"): OpCall(seconds=np.array([2.0]), flops=np.array([8.0])),
+        ("a", "backward"): OpCall(seconds=np.array([6.0]), flops=np.array([24.0])),
+    }
+    kernels = "\n".join(
+        f"  %kernel.{i} = f32[1]{{0}} custom-call(%p), "
+        f'custom_call_target="tpu_custom_call", metadata={{op_name="{scope}"}}'
+        for i in range(num_kernels)
+    )
+    timeline = on_paper(f"  %p = f32[1]{{0}} parameter(0)\n{kernels}", calls=calls)
+    assert timeline.compute == {("a attention", phase): pytest.approx(seconds)}
+    assert timeline.flops == {("a attention", phase): pytest.approx(4 * seconds)} and not timeline.notes
