@@ -21,20 +21,22 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
     del parts
     (B, T, N, V), H = v.shape, q.shape[3]
     q, k = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (q, k))
-    alpha = _factors(decay, (B, T, N, H))
+    gone = jnp.expm1(_logs(decay, (B, T, N, H)))
     keeps, real = boundaries(segment_ids, B, T)
     state = jnp.zeros((B, N, H, V)) if initial_state is None else initial_state
 
     def step(state, token):
-        q, k, v, alpha, beta, keeps, real = token
+        q, k, v, gone, beta, keeps, real = token
         k, q = (jnp.where(real[:, None, None], x, 0.0) for x in (k, q))
-        state = jnp.where(keeps[:, None, None, None], state, 0.0) * alpha[..., None]
+        state = jnp.where(keeps[:, None, None, None], state, 0.0)
+        # exp(decay), had it been rounded, would after a thousand weak decays be off by a thousand roundings.
+        state = state + gone[..., None] * state
         if beta is not None:
             v = beta[..., None] * (v - jnp.einsum("bnh,bnhv->bnv", k, state))
         state = state + k[..., None] * v[..., None, :]
         return state, options.scale * jnp.einsum("bnh,bnhv->bnv", q, state)
 
-    tokens = tuple(x if x is None else jnp.asarray(x, jnp.float32) for x in (q, k, v, alpha, beta))
+    tokens = tuple(x if x is None else jnp.asarray(x, jnp.float32) for x in (q, k, v, gone, beta))
     along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*tokens, keeps, real))
     final, out = jax.lax.scan(step, state, along)
     return jnp.moveaxis(out, 0, 1).astype(v.dtype), final, state[:, None]
@@ -83,18 +85,19 @@ def state_cotangents(q, dout, *, decay, segment_ids, options: Options) -> Linear
     )
 
 
-def _factors(decay, shape) -> jax.Array:
-    """exp(decay) as [B, T, N, H]."""
+def _logs(decay, shape) -> jax.Array:
+    """Log decays as float32 [B, T, N, H]."""
     if decay is None:
-        return jnp.ones(shape)
-    factors = jnp.exp(jnp.asarray(decay, jnp.float32))
-    if factors.ndim == 1:
-        factors = factors[None, None]
-    return jnp.broadcast_to(factors if factors.ndim == 4 else factors[..., None], shape)
+        return jnp.zeros(shape)
+    logs = jnp.asarray(decay, jnp.float32)
+    if logs.ndim == 1:
+        logs = logs[None, None]
+    return jnp.broadcast_to(logs if logs.ndim == 4 else logs[..., None], shape)
 
 
 def _left(k, v, decay, segment_ids) -> jax.Array:
     (B, T, N, _), H = v.shape, k.shape[3]
     keeps, _ = boundaries(segment_ids, B, T)
-    left = jnp.where(jnp.all(keeps, axis=1)[:, None, None], jnp.prod(_factors(decay, (B, T, N, H)), axis=1), 0.0)
+    left = jnp.exp(jnp.sum(_logs(decay, (B, T, N, H)), axis=1))
+    left = jnp.where(jnp.all(keeps, axis=1)[:, None, None], left, 0.0)
     return left if decay is not None and decay.ndim == 4 else left[..., 0]

@@ -1,5 +1,7 @@
 """Linear attention by chunks, in XLA: on any backend, of any length, in memory linear in T."""
 
+import jax.numpy as jnp
+
 from pallas_kernels.linear import xla_scan
 from pallas_kernels.linear.options import Options, kind_of
 from pallas_kernels.linear.state import LinearState
@@ -17,7 +19,9 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options):
     """As `api.linear_attention_backward`."""
     call = {"decay": decay, "initial_state": initial_state, "segment_ids": segment_ids, "options": options}
-    if _is_swept(decay, beta):
+    # The gradient of a decay by sweeps is a difference, of which float32 inputs want more than is left.
+    wants_exact_decay = decay is not None and options.decay_gradient and v.dtype == jnp.float32
+    if _is_swept(decay, beta) and not wants_exact_decay:
         return PRIMITIVES.backward(q, k, v, dout, dstate, starts=starts, parts=parts, **call)
     return xla_scan.backward(q, k, v, dout, dstate, beta=beta, **call)
 

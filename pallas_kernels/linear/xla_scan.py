@@ -162,7 +162,7 @@ class _Decays:
             return multiply("bnch,bndh->bncd", self.dtype, x, y) * jnp.exp(sums_between(self.log)[..., 0])
         x, y, log = (a.reshape(*a.shape[:2], -1, _SUB_CHUNK, a.shape[3]) for a in (x, y, self.log))
         within = jnp.sum(x[..., :, None, :] * y[..., None, :, :] * jnp.exp(sums_between(log)), axis=-1)
-        # From a token of sub-chunk s to the start of sub-chunk r, of which s..r lie in between.
+        # From a token of sub-chunk s to the start of a later one, r: the rest of s, and the sub-chunks in between.
         totals = jnp.sum(log, axis=3)
         skipped = jnp.pad(sums_between(totals)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
         to_start = jnp.exp(sums_after(log)[:, :, None] + skipped[:, :, :, :, None])

@@ -58,7 +58,8 @@ def _sweep(
         others = multiply("bncd,bndv->bncv", dtype.name, weights, v)
         others += multiply("bnch,bnhv->bncv", dtype.name, q * reads[..., None], state)
         # A token reads itself undecayed, which the gradient of a decay, where decays are strong, must not drown in.
-        itself = jnp.sum(q * k, axis=3)
+        # Behind a barrier: XLA:CPU of jaxlib 0.11.2 fuses the sum with the matmuls, and then reads what is not written.
+        itself = jax.lax.optimization_barrier(jnp.sum(q * k, axis=3))
         if document is not None:
             itself = jnp.where((document >= 0)[:, None], itself, 0.0)
         out = others + itself[..., None] * v

@@ -12,7 +12,11 @@ import pytest
 from pallas_kernels import LinearState, linear_attention
 from pallas_kernels.linear import xla_chunks
 from pallas_kernels.linear.chunks import chunks_of
+from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import before_each, total
+from pallas_kernels.linear.suite import FAMILY, truth
+from pallas_kernels.linear.xla_sweep import PRIMITIVES
+from pallas_kernels.testing import relative_errors
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -91,6 +95,23 @@ def test_products_and_their_derivatives_are_as_precise_as_their_dtype(dtype):
     for a, b in zip((got, *vjp(g)), (want, *want_vjp(*rounded(g))), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["documents_scalar", pytest.param("strong_scalar", marks=pytest.mark.slow)])
+def test_the_gradient_of_a_decay_by_sweeps(name):
+    """In float32, which `xla` leaves to the scan, so that all that is left is rounding."""
+    case = next(case for case in FAMILY.cases if case.name == name)
+    inputs = case.inputs("float32")
+
+    @jax.jit
+    def backward(q, k, v, dout, dstate, decay, initial_state):
+        return PRIMITIVES.backward(
+            q, k, v, dout, dstate, decay=decay, initial_state=initial_state, segment_ids=case.segment_ids(),
+            starts=None, parts=None, options=Options(scale=case.head_dim**-0.5),
+        )  # fmt: skip
+
+    got, want = backward(**inputs)[3], jax.jit(truth(case))(inputs)["ddecay"]
+    assert relative_errors("ddecay", got, want)[0] < 2e-6
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ _QUICK = {
     ("documents_delta_vector", "xla", "float32"),
     ("one_token_scalar", "reference", "float32"),
     ("normalize_none", "xla", "float32"),
+    ("T64_none", "xla", "float32"),  # whole chunks: no masks
     ("bidirectional_documents_scalar", "xla", "bfloat16"),
 }
 
