@@ -195,8 +195,7 @@ class _Attempt:
             precision = "float16" if dtype == "bfloat16" and name in self.family.precise else dtype
             try:
                 errors[name] = relative_errors(name, got, want[name])
-                slack = 1.0 if dtype == "float32" else self.family.slack(self.trial.case, name)
-                assert_close(name, got, want[name], precision, slack=slack)
+                assert_close(name, got, want[name], precision)
             except AssertionError as error:
                 outcome.problems.append(f"{self.way}: {error}")
 

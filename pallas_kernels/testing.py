@@ -40,13 +40,13 @@ def relative_errors(name: str, got, want) -> tuple[float, float]:
         return float(rms), float(np.max(np.abs(error)) / np.max(np.abs(want)))
 
 
-def assert_close(name: str, got, want, dtype: str, *, slack: float = 1.0) -> None:
-    """Asserts that `got` agrees with the float32 reference `want` within `slack` times the tolerance for `dtype`.
+def assert_close(name: str, got, want, dtype: str) -> None:
+    """Asserts that `got` agrees with the float32 reference `want` within the table's tolerance for `dtype`.
 
     Where `want` is infinite `got` must be the same infinity; nan never passes.
     """
     rms_error, max_error = relative_errors(name, got, want)
-    rms_tolerance, max_tolerance = (slack * x for x in TOLERANCE[dtype])
+    rms_tolerance, max_tolerance = TOLERANCE[dtype]
     assert rms_error <= rms_tolerance, f"{name}: rms error {rms_error:.3g} of the rms, wanted <= {rms_tolerance}"
     assert max_error <= max_tolerance, f"{name}: max error {max_error:.3g} of the greatest, wanted <= {max_tolerance}"
 
@@ -134,7 +134,6 @@ class Family:
       serves: What each implementation must serve.
       trials: The trials on a platform, "cpu", "gpu" or "tpu".
       precise: Results that bfloat16 inputs give as precisely as float16 ones.
-      slack: Given a case and the name of a result, how many times the table's tolerance 16-bit inputs may take.
     """
 
     name: str
@@ -145,4 +144,3 @@ class Family:
     serves: Mapping[str, Serves]
     trials: Callable[[str], tuple[Trial, ...]]
     precise: frozenset[str] = frozenset()
-    slack: Callable[[Any, str], float] = lambda case, name: 1.0

@@ -289,12 +289,6 @@ def _trials(platform: str) -> tuple[Trial, ...]:
     return tuple(Trial(case=case, implementation=name, dtype=dtype) for case, name, dtype in runs)
 
 
-def _slack(case: Case, name: str) -> float:
-    """The gradient of a head's decay is a sum over all tokens, of either sign: it keeps the rounding of each."""
-    return 3.0 if name == "ddecay" and case.decay == "fixed" else 1.0
-
-
 FAMILY = Family(
-    name="linear", cases=_ALL_CASES, truth=truth, ways=WAYS, ways_of=_ways_of, serves=SERVES, trials=_trials,
-    slack=_slack,
-)  # fmt: skip
+    name="linear", cases=_ALL_CASES, truth=truth, ways=WAYS, ways_of=_ways_of, serves=SERVES, trials=_trials
+)
