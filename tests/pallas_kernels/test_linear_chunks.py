@@ -97,7 +97,7 @@ def test_products_and_their_derivatives_are_as_precise_as_their_dtype(dtype):
     ("per_dim", "beta"),
     [
         (False, False),
-        (True, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
         pytest.param(False, True, marks=pytest.mark.slow),
         pytest.param(True, False, marks=pytest.mark.slow),
     ],
