@@ -213,6 +213,7 @@ def test_memory_is_linear_in_length(decay):
     assert "8192,8192" not in long.as_text()
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_a_row_is_read_after_padding_as_without_it():
     """Padding before a document neither writes nor decays, and what it holds does not matter."""
     random = np.random.default_rng(0)

@@ -118,7 +118,7 @@ def test_the_gradient_of_a_decay_by_sweeps(name):
     ("per_dim", "beta"),
     [
         (False, False),
-        (True, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
         pytest.param(False, True, marks=pytest.mark.slow),
         pytest.param(True, False, marks=pytest.mark.slow),
     ],

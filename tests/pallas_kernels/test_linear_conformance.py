@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
 GRADIENTS = ("dq", "dk", "dv", "ddecay", "dbeta", "dinitial_state")
 
-# Documents, runs, sweep and scan, both precisions, the reference: what takes seconds.
+# Every form of decay, documents, runs, sweep and scan, both precisions, the reference: what takes seconds.
 _QUICK = {
-    ("documents_scalar", "xla", "float32"),
+    ("documents_scalar", "xla", "bfloat16"),
     ("documents_delta_vector", "xla", "float32"),
     ("one_token_scalar", "reference", "float32"),
     ("normalize_none", "xla", "float32"),
+    ("bidirectional_normalize_fixed", "xla", "float32"),
     ("T64_none", "xla", "float32"),  # whole chunks: no masks
-    ("bidirectional_documents_scalar", "xla", "bfloat16"),
 }
 
 

@@ -54,7 +54,7 @@ def like(x) -> tuple:
     ("dims", "kind", "documents", "parts"),
     [
         (DIMS[0], "scalar", True, 2),
-        (DIMS[3], "none", False, 1),
+        slow(DIMS[3], "none", False, 1),
         *(slow(dims, kind, documents, 2) for dims in DIMS for kind in ("none", "fixed", "scalar")
           for documents in (False, True)),
     ],
