@@ -112,8 +112,11 @@ class Primitives:
             products = scale * jnp.einsum(
                 "bnihv,bnihv->bni", by_q.snapshots, by_k.snapshots, preferred_element_type=jnp.float32
             )
+            first = jnp.zeros_like(products[..., 0])
+            if initial_state is not None:
+                first = scale * jnp.sum(initial_state * by_v.end, axis=(2, 3))
             interval = self.snapshot_chunks * self.chunk
-            ddecay = _decay_gradient(by_q.dots - by_k.dots, products, chunks, interval)[..., : v.shape[1]]
+            ddecay = _decay_gradient(by_q.dots - by_k.dots, first, products, chunks, interval)[..., : v.shape[1]]
             if initial_state is None:
                 ddecay = ddecay.at[..., 0].set(0.0)  # it is the decay of nothing
             ddecay = jnp.sum(ddecay, axis=(0, 2)) if decay.ndim == 1 else jnp.moveaxis(ddecay, 1, 2)
@@ -174,25 +177,32 @@ def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
     return jnp.sum(grouped, axis=3, dtype=jnp.float32).astype(gradient.dtype)
 
 
-def _decay_gradient(by_token: jax.Array, products: jax.Array, chunks: Chunks, interval: int) -> jax.Array:
+def _decay_gradient(
+    by_token: jax.Array, first: jax.Array, products: jax.Array, chunks: Chunks, interval: int
+) -> jax.Array:
     """Sums d/dc from each token to the end of its interval or document, float32 [B, N, T'].
+
+    What a whole interval's sum misses of the difference between the products at its ends is rounding, and taken back:
+    all of it at the interval's start, none at its end.
 
     Args:
       by_token: d/dc, [B, N, T'].
-      products: State times cotangent of the state after each interval, [B, N, T' / interval].
+      first: State times cotangent of the state before the row, [B, N].
+      products: The same after each interval, [B, N, T' / interval].
     """
     B, N, length = by_token.shape
     padding = products.shape[2] * interval - length
     by_token = jnp.pad(by_token, ((0, 0), (0, 0), (0, padding))).reshape(B, N, -1, interval)
     run = jnp.zeros((1, length), jnp.int32) if chunks.run is None else chunks.run
+    begins = jnp.concatenate([jnp.zeros_like(run[:, :1], bool), run[:, 1:] != run[:, :-1]], axis=1)
     run = jnp.pad(run, ((0, 0), (0, padding)), mode="edge").reshape(run.shape[0], 1, -1, interval)
     later = jnp.tril(jnp.ones((interval, interval), bool))
     seen = (run[..., :, None] == run[..., None, :]) & later
     sums = jnp.einsum("bnij,bnijt->bnit", by_token, seen.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    sums = sums + jnp.where(run == run[..., -1:], products[..., None], 0.0)
-    sums = sums.reshape(B, N, -1)[..., :length]
-    if chunks.run is None:
-        return sums
+    before = jnp.concatenate([first[..., None], products[..., :-1]], axis=2)
+    missed = (before - products)[..., None] - sums[..., :1]
+    is_whole = (run[..., :1] == run[..., -1:]) & ~begins[:, None, ::interval, None]
+    share = 1 - jnp.arange(interval, dtype=jnp.float32) / interval
+    sums = sums + jnp.where(run == run[..., -1:], products[..., None], 0.0) + jnp.where(is_whole, missed * share, 0.0)
     # The decay of a document's first token comes to nothing.
-    begins = jnp.concatenate([jnp.zeros_like(chunks.run[:, :1], bool), chunks.run[:, 1:] != chunks.run[:, :-1]], axis=1)
-    return jnp.where(begins[:, None], 0.0, sums)
+    return jnp.where(begins[:, None], 0.0, sums.reshape(B, N, -1)[..., :length])
