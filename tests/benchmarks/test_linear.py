@@ -65,6 +65,7 @@ def attend(q, k, v, decay, segment_ids):
     return jnp.einsum("btsn,bsnv->btnv", weights, v32).astype(v.dtype)
 
 
+@pytest.mark.slow
 def test_smoke_cases_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run.linear_cases, "SMOKE", FIXED)
     arguments = ["--family", "linear", "--cases", "smoke", "--implementations", "xla", "--peers", ""]
@@ -99,7 +100,7 @@ def test_smoke_cases_end_to_end(tmp_path, capsys, monkeypatch):
     assert "[1/4] fixed B1 S300 2/2 D16, forward, longctx xla: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", [NONE, SCALAR], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [NONE, pytest.param(SCALAR, marks=pytest.mark.slow)], ids=lambda case: case.name)
 def test_a_right_result_is_timed(case):
     right = candidate("right", attend, ours=False, extra=lambda: case.segment_ids)
     (row,) = measure_all(case, right, passes=("forward+backward",))
@@ -138,13 +139,19 @@ WRONG = {
 }
 
 
-def test_a_wrong_result_is_not_timed_nor_a_wrong_gradient():
-    wrong = (candidate(name, function, passes=("forward",)) for name, function in WRONG.items())
-    gradients = (
-        candidate(f"d{name}", scaled_gradient(name), passes=("forward+backward",)) for name in ("q", "k", "v", "decay")
-    )
-    rows = measure_all(SCALAR, *wrong, *gradients)
-    assert len(rows) == len(WRONG) + 4
+QUICK = ("decay after the write", "one document"), ("decay",)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "gradients"), [QUICK, pytest.param(tuple(WRONG), ("q", "k", "v", "decay"), marks=pytest.mark.slow)]
+)
+def test_a_wrong_result_is_not_timed_nor_a_wrong_gradient(wrong, gradients):
+    candidates = [
+        *(candidate(name, WRONG[name], passes=("forward",)) for name in wrong),
+        *(candidate(f"d{name}", scaled_gradient(name), passes=("forward+backward",)) for name in gradients),
+    ]
+    rows = measure_all(SCALAR, *candidates)
+    assert len(rows) == len(candidates)
     for row in rows:
         name = row.implementation if row.which == "forward+backward" else "out"
         assert row.problem.startswith("wrong: max error ") and f"of {name}'s greatest, wanted <= 0.02" in row.problem
@@ -160,7 +167,8 @@ def test_results_of_another_shape_or_dtype_are_wrong():
     ]
 
 
-@pytest.mark.parametrize("documents", [pytest.param(None, marks=pytest.mark.slow), (16, 1, 30, 3, 40)])
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [None, (16, 1, 30, 3, 40)])
 def test_the_truth_is_the_token_by_token_reference(documents):
     """Many chunks, the last in part; documents that begin at a chunk's start and inside, and one over whole chunks."""
     case = LinearCase(
@@ -224,7 +232,9 @@ def test_the_cases_are_those_of_the_bars():
         dataclasses.replace(documents[0], kind="vector")
 
 
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [SCALAR, *(pytest.param(x, marks=pytest.mark.slow) for x in (NONE, *FIXED))], ids=lambda case: case.name
+)
 def test_inputs_are_seeded_and_of_the_shapes_they_say(case):
     inputs, again = case.inputs("float16"), case.inputs("float16")
     for x, same, shape in zip(inputs, again, case.shapes("float16"), strict=True):
@@ -325,7 +335,7 @@ def test_jla_serves_gpus_and_its_head_dims(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("kind", ["none", "fixed", "scalar"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "fixed", "scalar"])
 def test_jla_is_asked_for_the_same_as_this_project(kind, monkeypatch):
     """What it is called with, answered by this project's op."""
     case = LinearCase(

@@ -193,7 +193,7 @@ def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     assert not np.allclose(other[0, 30], got[0][0, 30])
 
 
-@some_slow("linear", "mamba2")
+@some_slow("mamba2")
 def test_decoding_equals_one_call(name):
     """By one piece longer than a chunk, by single steps and by a short piece."""
     layer, x, depth = build(CONFIGS[name]), tokens(), depth_of(name)
@@ -383,6 +383,7 @@ def test_a_hybrid_model_decodes_as_it_computes():
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_hybrid_model_over_a_mesh_prefills_and_decodes_as_one_device_does():
     """A context that no number of devices divides, over tokens and heads; the states are whole on each device."""
     model, ids, wanted = hybrid()
