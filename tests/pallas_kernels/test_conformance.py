@@ -26,7 +26,10 @@ def test_the_table_of_the_readme_is_current(family):
 
 @FAMILIES
 def test_the_file_of_the_cpu_holds_every_case(family):
-    report = conformance.Report.read_json(conformance.folder_of(family) / "cpu.json")
+    path = conformance.folder_of(family) / "cpu.json"
+    if not conformance.reports_of(family):
+        pytest.skip("no outcomes are committed yet")
+    report = conformance.Report.read_json(path)
     missing = [str(trial) for trial in family.trials("cpu") if report.outcome_of(trial) is None]
     assert not missing, "run `JAX_PLATFORMS=cpu python -m pallas_kernels.conformance --json`, then `make docs`"
     assert not [outcome for outcome in report.outcomes if outcome.problems]
@@ -180,7 +183,7 @@ def test_cells_say_where_dtypes_differ_and_what_was_not_run(monkeypatch):
 
 
 def test_the_command_says_what_it_ran(capsys):
-    assert conformance.main(["--cases", "^one_token$", "--implementations", "xla"]) == 0
+    assert conformance.main(["--family", "blockwise", "--cases", "^one_token$", "--implementations", "xla"]) == 0
     assert "one_token xla float32: ok, greatest rms error" in capsys.readouterr().out
 
 

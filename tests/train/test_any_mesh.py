@@ -105,6 +105,7 @@ def numbers(run_dir):
     }
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_mesh_to_mesh(config_file, tmp_path, rows_read, capsys):
     jax.devices()  # the eight of conftest.py
     one, moving = tmp_path / "one", tmp_path / "moving"
