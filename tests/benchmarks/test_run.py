@@ -124,6 +124,7 @@ def test_list_shows_the_cases_that_match(capsys):
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
         "window 4096 B1 S32768 16/16 D128",
         "window 4096 B1 S32768 16/4 D64",
+        "window 8192 B1 S16384 64/8 D128",
     ]
 
 

@@ -138,7 +138,7 @@ def test_equals_reference_in_the_interpreter(dims, kind, documents, parts, monke
 @pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     ("dims", "kind", "documents", "parts", "length"),
-    [((64, 64), "scalar", True, 2, 160), *(slow(*param.values, 200) for param in INTERPRETED)],
+    [slow((64, 64), "scalar", True, 2, 160), *(slow(*param.values, 200) for param in INTERPRETED)],
 )
 def test_gradients_equal_the_reference_in_the_interpreter(dims, kind, documents, parts, length, monkeypatch):
     force_parts(monkeypatch, parts)
