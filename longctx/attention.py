@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
@@ -312,6 +313,12 @@ class Attention(nnx.Module):
         k_BTKH = constrain(k_BTKH, "batch", "sequence", "kv_heads", None)
         v_BTKH = constrain(v_BTKH, "batch", "sequence", "kv_heads", None)
         return q_BTNH, k_BTKH, v_BTKH
+
+
+def causal_pairs(lengths: Float[np.ndarray, " documents"], chunk: int) -> float:
+    """Pairs of a token and one before it, or itself, in documents of these lengths that are cut into chunks."""
+    whole, rest = np.divmod(lengths, chunk)
+    return float((whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2).sum())
 
 
 def check_heads(

@@ -100,8 +100,7 @@ class CosineReweighted(FeatureMap):
     def __call__(self, x_BTKH, positions_BT):
         angles = (math.pi / 2 / self.horizon) * positions_BT.astype(jnp.float32)
         angles = jnp.where(positions_BT < self.horizon, angles, jnp.nan)[:, :, None, None]
-        x = jax.nn.relu(x_BTKH.astype(jnp.float32))
-        return jnp.concatenate([x * jnp.cos(angles), x * jnp.sin(angles)], axis=-1).astype(x_BTKH.dtype)
+        return _turned(jax.nn.relu(x_BTKH.astype(jnp.float32)), angles).astype(x_BTKH.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,5 +158,9 @@ class LRPE(nnx.Module):
         self, x_BTKH: Float[Array, "B T K H"], positions_BT: Int32[Array, "#B T"]
     ) -> Float[Array, "B T K features"]:
         angles = positions_BT.astype(jnp.float32)[:, :, None, None] * self.theta[...].astype(jnp.float32)
-        x = x_BTKH.astype(jnp.float32)
-        return jnp.concatenate([x * jnp.cos(angles), x * jnp.sin(angles)], axis=-1).astype(x_BTKH.dtype)
+        return _turned(x_BTKH.astype(jnp.float32), angles).astype(x_BTKH.dtype)
+
+
+def _turned(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Products of two of these are those of x times the cosine of the difference of their angles."""
+    return jnp.concatenate([x * jnp.cos(angles), x * jnp.sin(angles)], axis=-1)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int32
 
-from longctx.attention import check_heads
+from longctx.attention import causal_pairs, check_heads
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
@@ -72,11 +72,10 @@ class StateShape:
         4 N H V a token, which writes a state and reads it, and 2 N (H + V) for each pair of tokens of one chunk of
         which one may read the other; chunks start with a document.
         """
-        whole, rest = np.divmod(document_lengths.astype(np.float64), _COUNTED_CHUNK)
-        pairs = whole * _COUNTED_CHUNK * (_COUNTED_CHUNK + 1) / 2 + rest * (rest + 1) / 2
+        pairs = causal_pairs(document_lengths.astype(np.float64), _COUNTED_CHUNK)
         tokens = float(document_lengths.sum(dtype=np.float64))
         of_states = 4 * tokens * self.key_dim * self.columns
-        return self.num_heads * float(of_states + 2 * pairs.sum() * (self.key_dim + self.columns))
+        return self.num_heads * float(of_states + 2 * pairs * (self.key_dim + self.columns))
 
 
 class LinearInputs(NamedTuple):
@@ -431,13 +430,21 @@ def make_output_norm(name: OutputNorm | None, eps: float) -> SimpleRMSNorm | Gro
             return GroupNorm(eps=eps)
 
 
-def check_qk_heads(num_heads: int, num_qk_heads: int) -> None:
-    """Raises ValueError, naming the argument, unless each query and key head serves as many value heads."""
-    for name, value in (("num_heads", num_heads), ("num_qk_heads", num_qk_heads)):
+def check_qk_heads(
+    num_heads: int,
+    num_qk_heads: int,
+    *,
+    name: str = "num_qk_heads",
+    reason: str = "each query and key head serves the same number of value heads",
+) -> None:
+    """Raises ValueError, naming the argument, unless each query and key head serves as many value heads.
+
+    Args:
+      name: What num_qk_heads is called.
+      reason: Why it must divide.
+    """
+    for argument, value in (("num_heads", num_heads), (name, num_qk_heads)):
         if value < 1:
-            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
+            raise ValueError(f"{argument}: got {value}, wanted a number >= 1")
     if num_heads % num_qk_heads:
-        raise ValueError(
-            f"num_qk_heads: got {num_qk_heads}, wanted a divisor of num_heads={num_heads}; each query and key head "
-            "serves the same number of value heads"
-        )
+        raise ValueError(f"{name}: got {num_qk_heads}, wanted a divisor of num_heads={num_heads}; {reason}")

@@ -134,7 +134,7 @@ def sharded_attention(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Split:
+class MeshSplit:
     """How one call is split over the mesh in scope; hashable."""
 
     sharding: AttentionSharding
@@ -146,7 +146,7 @@ class _Split:
     degree: int
 
     @classmethod
-    def of(cls, sharding: AttentionSharding | None, batch_size: int) -> "_Split | None":
+    def of(cls, sharding: AttentionSharding | None, batch_size: int) -> "MeshSplit | None":
         """None where there is nothing to split over."""
         sharding = with_axes(sharding)
         if sharding is None:
@@ -163,6 +163,14 @@ class _Split:
             sequence=sharding.sequence if degree > 1 else (),
             degree=degree,
         )
+
+    def batch_of(self, num_rows: int) -> tuple[str, ...]:
+        """The axes of arrays of so many rows, which may be one for all."""
+        return self.batch if num_rows == self.batch_size else ()
+
+
+class _Split(MeshSplit):
+    """The same, of softmax attention."""
 
     def strategy(self, mask: Mask) -> Strategy:
         return self.sharding.strategy_for(mask)
@@ -249,7 +257,7 @@ class _Split:
 
     def rows(self, tree: Any) -> Any:
         """Of a tree of tokens, or of schedules where the sequence is whole: `[B or 1, ...]`."""
-        return jax.tree.map(lambda x: PartitionSpec(self._batch_of(x.shape[0]), self.sequence), tree)
+        return jax.tree.map(lambda x: PartitionSpec(self.batch_of(x.shape[0]), self.sequence), tree)
 
     def sinks_spec(self, sinks: jax.Array | None) -> PartitionSpec | None:
         """Of `[N]` arrays."""
@@ -257,15 +265,12 @@ class _Split:
 
     def dropout_spec(self, dropout: Dropout | None) -> Any:
         """Of its seeds, `[B or 1, N]`."""
-        return jax.tree.map(lambda seeds: PartitionSpec(self._batch_of(seeds.shape[0]), self.heads), dropout)
+        return jax.tree.map(lambda seeds: PartitionSpec(self.batch_of(seeds.shape[0]), self.heads), dropout)
 
     def schedule_spec(self, mask: Mask, num_rows: int) -> PartitionSpec:
         """Of every array of a schedule of the mask's strategy, made of tokens with that many rows."""
         before = (None,) * self.strategy(mask).schedule_dims
-        return PartitionSpec(*before, self._batch_of(num_rows), self.sequence)
-
-    def _batch_of(self, num_rows: int) -> tuple[str, ...]:
-        return self.batch if num_rows == self.batch_size else ()
+        return PartitionSpec(*before, self.batch_of(num_rows), self.sequence)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

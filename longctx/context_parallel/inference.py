@@ -16,14 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from longctx import masks
-from longctx.context_parallel.api import (
-    HOP_SCOPE,
-    AnySchedule,
-    axes_size,
-    sharded_attention,
-    sharded_schedule,
-    with_axes,
-)
+from longctx.context_parallel.api import HOP_SCOPE, AnySchedule, MeshSplit, sharded_attention, sharded_schedule
 from longctx.context_parallel.config import AttentionSharding
 from longctx.context_parallel.kv_cache import EMPTY, KVCache, room_of, write_own
 from longctx.context_parallel.layout import Layout
@@ -366,18 +359,15 @@ class CacheSplit:
         mask: Mask | None = None,
     ) -> "CacheSplit | None":
         """None where there is nothing to split over."""
-        sharding = with_axes(sharding)
-        if sharding is None:
+        split = MeshSplit.of(sharding, batch_size)
+        if split is None:
             return None
-        mesh = jax.sharding.get_abstract_mesh()
-        degree = axes_size("sequence", sharding.sequence, mesh)
-        heads_size = axes_size("heads", sharding.heads, mesh)
-        whole_heads = num_kv_heads % heads_size or (mask is not None and mask.head_groups > 1)
+        whole_heads = num_kv_heads % split.heads_size or (mask is not None and mask.head_groups > 1)
         return cls(
-            batch=() if batch_size % axes_size("batch", sharding.batch, mesh) else sharding.batch,
-            heads=() if whole_heads else sharding.heads,
-            sequence=sharding.sequence if degree > 1 else (),
-            degree=degree,
+            batch=split.batch,
+            heads=() if whole_heads else split.heads,
+            sequence=split.sequence,
+            degree=split.degree,
         )
 
     @property

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
-from longctx.context_parallel.api import HOP_SCOPE, axes_size, with_axes
+from longctx.context_parallel.api import HOP_SCOPE, MeshSplit
 from longctx.context_parallel.chain import Chain
 from longctx.context_parallel.config import AttentionSharding
 from longctx.context_parallel.layout import Layout
@@ -220,35 +220,12 @@ def _not_divided(
     return None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Split:
+class _Split(MeshSplit):
     """How one call is split over the mesh in scope; hashable."""
 
-    batch_size: int
-    layout: Layout
-    batch: tuple[str, ...]
-    heads: tuple[str, ...]
-    heads_size: int
-    sequence: tuple[str, ...]
-    degree: int
-
-    @classmethod
-    def of(cls, sharding: AttentionSharding | None, batch_size: int) -> "_Split | None":
-        """None where there is nothing to split over."""
-        sharding = with_axes(sharding)
-        if sharding is None:
-            return None
-        mesh = jax.sharding.get_abstract_mesh()
-        degree = axes_size("sequence", sharding.sequence, mesh)
-        return cls(
-            batch_size=batch_size,
-            layout=sharding.layout or Layout(),
-            batch=() if batch_size % axes_size("batch", sharding.batch, mesh) else sharding.batch,
-            heads=sharding.heads,
-            heads_size=axes_size("heads", sharding.heads, mesh),
-            sequence=sharding.sequence if degree > 1 else (),
-            degree=degree,
-        )
+    @property
+    def layout(self) -> Layout:
+        return self.sharding.layout or Layout()
 
     def check(self, op: str, *, num_heads: int, num_key_heads: int, length: int, delta_rule: bool) -> None:
         """Raises: ValueError where something does not divide, NotImplementedError where the call is not served."""
@@ -285,7 +262,7 @@ class _Split:
         """Of `[B or 1, ...]` arrays that differ along the sequence."""
         if x is None:
             return None
-        return PartitionSpec(self.batch if x.shape[0] == self.batch_size else (), self.sequence)
+        return PartitionSpec(self.batch_of(x.shape[0]), self.sequence)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import DTypeLike, Int
 
 from longctx import masks
-from longctx.attention import Attention, check_heads
+from longctx.attention import Attention, causal_pairs, check_heads
 from longctx.context_parallel import AttentionSharding
 from longctx.context_parallel.strategy import Setting
 from longctx.context_parallel.traffic import Transfer
@@ -143,8 +143,7 @@ class AttentionConfig(MixerConfig):
             window = lengths if self.window is None else np.minimum(lengths, self.window)
             pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
         else:
-            whole, rest = np.divmod(lengths, self.chunk)
-            pairs = (whole * self.chunk * (self.chunk + 1) / 2 + rest * (rest + 1) / 2).sum()
+            pairs = causal_pairs(lengths, self.chunk)
         return {"projections": float(projections), "attention": float(4 * pairs * self.num_heads * head_dim)}
 
     def refusal(

@@ -1,13 +1,8 @@
 """The `lightning` mixer: the linear attention of TransNormerLLM and MiniMax-01, with a fixed decay for each head."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import DTypeLike
-
-from longctx.context_parallel import AttentionSharding
 from longctx.feature_maps import Pointwise
 from longctx.linear_attention import Gate, LinearAttention, StateShape, check_qk_heads
 from longctx.mixers.recurrent import RecurrentConfig, check_sizes
@@ -73,17 +68,7 @@ class LightningConfig(RecurrentConfig):
         state = self.state(dim)
         return (2 * state.num_qk_heads + 3 * self.num_heads) * state.value_dim
 
-    def build(
-        self,
-        dim: int,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        norm_eps: float = 1e-6,
-        out_init_scale: float = 1.0,
-        sharding: AttentionSharding | None = None,
-        rngs: nnx.Rngs,
-    ) -> LinearAttention:
+    def layer(self, dim: int, **common: Any) -> LinearAttention:
         return LinearAttention(
             dim,
             num_heads=self.num_heads,
@@ -96,11 +81,5 @@ class LightningConfig(RecurrentConfig):
             decay_by_depth=self.decay_by_depth,
             output_norm="rms",
             gate=self.gate,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            norm_eps=norm_eps,
-            out_init_scale=out_init_scale,
-            implementation=self.implementation,
-            sharding=sharding,
-            rngs=rngs,
+            **common,
         )

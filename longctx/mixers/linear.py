@@ -1,13 +1,8 @@
 """The `linear` mixer: attention by a feature map of queries and keys, without decay."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import DTypeLike
-
-from longctx.context_parallel import AttentionSharding
 from longctx.feature_maps import CosineReweighted, FeatureMap, Pointwise, Taylor2
 from longctx.linear_attention import Gate, LinearAttention, StateShape, check_qk_heads
 from longctx.mixers.recurrent import RecurrentConfig, check_sizes
@@ -96,17 +91,7 @@ class LinearConfig(RecurrentConfig):
         of_values = 2 if self.gate is None else 3
         return 2 * state.num_qk_heads * self._head_dim(dim) + of_values * self.num_heads * state.value_dim
 
-    def build(
-        self,
-        dim: int,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        norm_eps: float = 1e-6,
-        out_init_scale: float = 1.0,
-        sharding: AttentionSharding | None = None,
-        rngs: nnx.Rngs,
-    ) -> LinearAttention:
+    def layer(self, dim: int, **common: Any) -> LinearAttention:
         has_norm = not self.is_normalized if self.output_norm is None else self.output_norm
         return LinearAttention(
             dim,
@@ -118,13 +103,7 @@ class LinearConfig(RecurrentConfig):
             normalize=self.is_normalized,
             output_norm="rms" if has_norm else None,
             gate=self.gate,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            norm_eps=norm_eps,
-            out_init_scale=out_init_scale,
-            implementation=self.implementation,
-            sharding=sharding,
-            rngs=rngs,
+            **common,
         )
 
     def _head_dim(self, dim: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from longctx.context_parallel import AttentionSharding
-from longctx.linear_attention import LinearInputs, RecurrentLayer, StateShape
+from longctx.linear_attention import LinearInputs, RecurrentLayer, StateShape, check_qk_heads
 from longctx.mixers.recurrent import RecurrentConfig, check_sizes
 from longctx.mixers.registry import register
 from longctx.norms import RMSNorm
@@ -146,17 +147,7 @@ class Mamba2Config(RecurrentConfig):
     def num_projected(self, dim: int) -> int:
         return 2 * self.num_groups * self.state_dim + self.num_heads * (3 * self.head_dim + 1)
 
-    def build(
-        self,
-        dim: int,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        norm_eps: float = 1e-6,
-        out_init_scale: float = 1.0,
-        sharding: AttentionSharding | None = None,
-        rngs: nnx.Rngs,
-    ) -> Mamba2:
+    def layer(self, dim: int, **common: Any) -> Mamba2:
         return Mamba2(
             dim,
             num_heads=self.num_heads,
@@ -164,22 +155,9 @@ class Mamba2Config(RecurrentConfig):
             state_dim=self.state_dim,
             head_dim=self.head_dim,
             dt_range=(self.dt_min, self.dt_max),
-            dtype=dtype,
-            param_dtype=param_dtype,
-            norm_eps=norm_eps,
-            out_init_scale=out_init_scale,
-            implementation=self.implementation,
-            sharding=sharding,
-            rngs=rngs,
+            **common,
         )
 
 
 def _check_groups(num_heads: int, num_groups: int) -> None:
-    for name, value in (("num_heads", num_heads), ("num_groups", num_groups)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
-    if num_heads % num_groups:
-        raise ValueError(
-            f"num_groups: got {num_groups}, wanted a divisor of num_heads={num_heads}; each group serves the same "
-            "number of heads"
-        )
+    check_qk_heads(num_heads, num_groups, name="num_groups", reason="each group serves the same number of heads")

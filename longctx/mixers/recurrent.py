@@ -2,13 +2,16 @@
 
 import abc
 import dataclasses
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import DTypeLike, Int
 
 from longctx.context_parallel import AttentionSharding, state_passing
 from longctx.context_parallel.traffic import Transfer
-from longctx.linear_attention import StateShape
+from longctx.linear_attention import RecurrentLayer, StateShape
 from longctx.mixers.registry import MixerConfig
 from pallas_kernels import Implementation
 
@@ -29,6 +32,32 @@ class RecurrentConfig(MixerConfig):
     @abc.abstractmethod
     def num_projected(self, dim: int) -> int:
         """Values a token that the matrices from the model dim put out, and those back to it take in."""
+
+    @abc.abstractmethod
+    def layer(self, dim: int, **common: Any) -> RecurrentLayer:
+        """The layer; `common` are the arguments of `build`, and implementation, which every such layer takes."""
+
+    def build(
+        self,
+        dim: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        norm_eps: float = 1e-6,
+        out_init_scale: float = 1.0,
+        sharding: AttentionSharding | None = None,
+        rngs: nnx.Rngs,
+    ) -> RecurrentLayer:
+        return self.layer(
+            dim,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            norm_eps=norm_eps,
+            out_init_scale=out_init_scale,
+            implementation=self.implementation,
+            sharding=sharding,
+            rngs=rngs,
+        )
 
     def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
         """Projections 2 tokens dim a value; attention as `StateShape.flops` counts it, in chunks of 64 tokens."""

@@ -2,13 +2,9 @@
 
 import dataclasses
 import math
-
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import DTypeLike
+from typing import Any
 
 from longctx.attention import check_heads
-from longctx.context_parallel import AttentionSharding
 from longctx.feature_maps import Pointwise
 from longctx.linear_attention import LinearAttention, StateShape
 from longctx.mixers.recurrent import RecurrentConfig, check_sizes
@@ -54,17 +50,7 @@ class RetentionConfig(RecurrentConfig):
         state = self.state(dim)
         return self.num_heads * (2 * state.key_dim + 3 * state.value_dim)
 
-    def build(
-        self,
-        dim: int,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        norm_eps: float = 1e-6,
-        out_init_scale: float = 1.0,
-        sharding: AttentionSharding | None = None,
-        rngs: nnx.Rngs,
-    ) -> LinearAttention:
+    def layer(self, dim: int, **common: Any) -> LinearAttention:
         return LinearAttention(
             dim,
             num_heads=self.num_heads,
@@ -75,11 +61,5 @@ class RetentionConfig(RecurrentConfig):
             log_decay=tuple(math.log1p(-(2.0 ** (-5 - n))) for n in range(self.num_heads)),
             output_norm="group",
             gate="swish",
-            dtype=dtype,
-            param_dtype=param_dtype,
-            norm_eps=norm_eps,
-            out_init_scale=out_init_scale,
-            implementation=self.implementation,
-            sharding=sharding,
-            rngs=rngs,
+            **common,
         )

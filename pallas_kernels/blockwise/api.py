@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_qkv
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, reference, xla
 from pallas_kernels.blockwise.options import Options
@@ -31,8 +32,6 @@ BACKWARD: Mapping = {
     "xla": xla.backward,
     "reference": reference.backward,
 }
-
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def blockwise_attention(
@@ -340,15 +339,7 @@ def _options(
     def wrong(message: str) -> NoReturn:
         raise ValueError(f"{op}: {message}")
 
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            wrong(f"{name} has shape {x.shape}, wanted [batch, length, heads, head dim]")
-        if x.dtype.name not in _DTYPES:
-            wrong(f"{name} is {x.dtype}, wanted one of {_DTYPES}")
-        if 0 in x.shape:
-            wrong(f"{name} has shape {x.shape}, wanted no dimension of 0")
-    if not q.dtype == k.dtype == v.dtype:
-        wrong(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, wanted one dtype; cast two of them")
+    check_qkv(op, q, k, v)
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         wrong(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; wanted one B, and k and v of one S and K")
     if q.shape[3] != k.shape[3]:

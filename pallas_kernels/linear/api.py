@@ -12,6 +12,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_qkv
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.linear.options import Options
@@ -28,8 +29,6 @@ FORWARD: Mapping = {name: module.forward for name, module in _MODULES.items()}
 BACKWARD: Mapping = {name: module.backward for name, module in _MODULES.items()}
 STATES: Mapping = {name: module.states for name, module in _MODULES.items()}
 STATE_COTANGENTS: Mapping = {name: module.state_cotangents for name, module in _MODULES.items()}
-
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class LinearGradients(NamedTuple):
@@ -340,15 +339,7 @@ def _options(
     def wrong(message: str) -> NoReturn:
         raise ValueError(f"{op}: {message}")
 
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            wrong(f"{name} has shape {x.shape}, wanted [batch, length, heads, head dim]")
-        if x.dtype.name not in _DTYPES:
-            wrong(f"{name} is {x.dtype}, wanted one of {_DTYPES}")
-        if 0 in x.shape:
-            wrong(f"{name} has shape {x.shape}, wanted no dimension of 0")
-    if not q.dtype == k.dtype == v.dtype:
-        wrong(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, wanted one dtype; cast two of them")
+    check_qkv(op, q, k, v)
     if q.shape != k.shape or q.shape[:2] != v.shape[:2]:
         wrong(
             f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; wanted q and k of one shape, and v of their B and T"

@@ -78,19 +78,16 @@ def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, 
     shape = q.shape[0], v.shape[2], q.shape[3], v.shape[3]
     first, dstate = (jnp.zeros(shape, jnp.float32) if x is None else x for x in (initial_state, dstate))
 
-    def run(q, k, v, beta, initial_state, decay):
-        call = {"decay": decay, "beta": beta, "segment_ids": segment_ids, "options": options}
-        out, final, _ = forward(q, k, v, initial_state=initial_state, **call)
+    given = {"q": q, "k": k, "v": v, "beta": beta, "initial_state": first, "decay": decay}
+    constant = {} if options.decay_gradient else {"decay": given.pop("decay")}
+
+    def run(given):
+        out, final, _ = forward(**given, **constant, segment_ids=segment_ids, options=options)
         return out, final
 
-    if options.decay_gradient:
-        _, vjp = jax.vjp(run, q, k, v, beta, first, decay)
-        dq, dk, dv, dbeta, dinitial_state, ddecay = vjp((dout, dstate))
-    else:
-        _, vjp = jax.vjp(functools.partial(run, decay=decay), q, k, v, beta, first)
-        dq, dk, dv, dbeta, dinitial_state = vjp((dout, dstate))
-        ddecay = None
-    return dq, dk, dv, ddecay, dbeta, dinitial_state
+    _, vjp = jax.vjp(run, given)
+    (gradients,) = vjp((dout, dstate))
+    return tuple(gradients.get(name) for name in ("q", "k", "v", "decay", "beta", "initial_state"))
 
 
 def states(k, v, *, decay, segment_ids) -> LinearState:
