@@ -67,7 +67,7 @@ class MetricsLog:
     def draw(self) -> None:
         """Rewrites loss.png from metrics.jsonl."""
         if self._plot:
-            draw_losses(read_records(self.path), self.path.with_name("loss.png"))
+            draw_losses({"": read_records(self.path)}, self.path.with_name("loss.png"))
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -103,8 +103,12 @@ def drop_records_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
-    """Training and held-out loss (nats a token) and bits per byte against the step, as a PNG; atomic."""
+def draw_losses(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training and held-out loss (nats a token) and bits per byte against the step, as a PNG; atomic.
+
+    Args:
+      runs: The records of each run by the name that the legend gives it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -116,15 +120,18 @@ def draw_losses(records: list[dict[str, Any]], path: Path) -> None:
         ("loss (nats a token)", "bits per byte"),
         strict=True,
     ):
-        train = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        held_out = [(r["step"], r[f"eval/{name}"]) for r in records if r.get(f"eval/{name}") is not None]
-        if train:
-            axes.plot(*zip(*train, strict=True), linewidth=1, label="training")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", markersize=4, label="held out")
+        for i, (run, records) in enumerate(runs.items()):
+            for place, (key, split, style) in enumerate(
+                [(name, "training", {"linewidth": 1}), (f"eval/{name}", "held out", {"marker": "o", "markersize": 4})]
+            ):
+                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+                if points:
+                    # A colour for each run, or of one run for each of its splits.
+                    color = f"C{i if len(runs) > 1 else place}"
+                    axes.plot(*zip(*points, strict=True), color=color, label=f"{run} {split}".strip(), **style)
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
-        if train or held_out:
+        if axes.has_data():
             axes.legend()
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=100)

@@ -57,7 +57,7 @@ def test_dropping_leaves_the_old_file_until_the_new_one_is_complete(tmp_path, mo
 
 
 def test_a_run_without_records_draws_an_empty_plot(tmp_path):
-    draw_losses([], tmp_path / "loss.png")
+    draw_losses({"": []}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
