@@ -127,15 +127,14 @@ def _maps(
     of_part = part_chunks(num_chunks, num_parts, SNAPSHOT_CHUNKS)
     padding = (0, 0), (0, 0), (0, num_parts * of_part - num_chunks)
     keeps = jnp.pad(chunks.keeps, padding, constant_values=1.0).reshape(*chunks.keeps.shape[:2], num_parts, of_part)
-    writes = read = None
+    writes = left = read = None
     if with_decay or with_documents:
         # What is left at the end of a part of what its chunks wrote.
         left = _products_behind(keeps, reverse=not reverse)
         there = jnp.arange(num_parts * of_part).reshape(num_parts, of_part) < num_chunks
-        read = jnp.sum((left >= _NOTHING) & there, axis=3, dtype=jnp.int32)[:, :, wanted]
-        left = left.reshape(*left.shape[:2], -1, 1)[:, :, :num_chunks]
+        read = jnp.sum((left >= _NOTHING) & there, axis=3, dtype=jnp.int32)
+        left = left.reshape(*left.shape[:2], -1)
         writes = chunks.reads if reverse else chunks.writes
-        writes = (writes.reshape(*writes.shape[:2], num_chunks, CHUNK) * left).reshape(writes.shape)
     outputs = kernel.sweep(
         kernel.Inputs(
             q=None,
@@ -144,7 +143,7 @@ def _maps(
             dot_with=None,
             before=None,
             rows=kernel.Rows(writes=writes),
-            keeps=None,
+            keeps=left,
             num_chunks=read,
         ),
         num_heads=num_heads,

@@ -34,7 +34,7 @@ from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, do_not_
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 CHUNK = 64
-SNAPSHOT_CHUNKS = 2
+SNAPSHOT_CHUNKS = 4
 """Chunks from a snapshot to the next. In between, the gradient of a decay adds up what the rounding of states and of
 writes to 16 bits does; snapshots are read and written."""
 _COLUMNS = 64  # of v and of the state that a consumer has
@@ -92,8 +92,9 @@ class Inputs(NamedTuple):
 
     Attributes:
       before: The state before each part in the direction of the sweep, float32 `[B, P, N, H, V]`.
-      keeps: The factor of the state over a chunk, float32 `[B, N, T' / CHUNK]`; without q it is in `rows.writes`.
-      num_chunks: Without q, how many chunks of each part wanted to read, int32 `[B, N, wanted]`; None for all.
+      keeps: The factor of the state over a chunk, float32 `[B, N, T' / CHUNK]`; without q, what is left of what a chunk
+        writes at the end of its part.
+      num_chunks: Without q, how many chunks of each part to read, int32 `[B, N, P]`; None for all.
     """
 
     q: Any
@@ -264,7 +265,7 @@ class _Block:
         batch, head = lax.div(number, self.num_heads * len(wanted)), lax.rem(number, self.num_heads)
         is_there = number < self.num_items
         if self.inputs.num_chunks is not None:
-            read = self.inputs.num_chunks[jnp.where(is_there, batch, 0), head, place]
+            read = self.inputs.num_chunks[jnp.where(is_there, batch, 0), head, part]
             first_chunk = first_chunk + num_chunks - read if self.from_last else first_chunk
             num_chunks = read
         return _Item(
@@ -328,56 +329,93 @@ class _Block:
         inputs = self.inputs
         for stage in range(self.num_stages):
             arrive(NAMED_BARRIERS.start + stage * self.items + self.of_block, self.threads_of_item)
-        H = inputs.k.shape[3]
         columns = pl.ds(self.side * _COLUMNS, _COLUMNS)
 
         @pl.when(item.num_chunks > 0)
         def _():
-            if inputs.before is None:
-                state = plgpu.layout_cast(jnp.zeros((H, _COLUMNS), jnp.float32), MATRIX)
-            else:
-                before = inputs.before.at[item.batch, item.part, item.head, :, columns]
-                state = plgpu.load(before, layout=MATRIX, optimized=False)
-                self.put_state(state)
+            if inputs.q is None:
+                self.outputs.end.at[item.batch, item.place, item.head, :, columns][...] = self.sum_up(item)
+                return
+            before = inputs.before.at[item.batch, item.part, item.head, :, columns]
+            state = plgpu.load(before, layout=MATRIX, optimized=False)
+            self.put_state(state)
             if inputs.dot_with is not None:
                 self.load_dot_with(item, 0)
             state = lax.fori_loop(0, item.num_chunks, lambda i, state: self.step(item, i, state), state)
-            if inputs.q is None:
-                self.outputs.end.at[item.batch, item.place, item.head, :, columns][...] = state
-            else:
-                last = 0 if self.config.reverse else self.config.num_parts - 1
+            last = 0 if self.config.reverse else self.config.num_parts - 1
 
-                @pl.when(item.part == last)
-                def _():
-                    self.outputs.end.at[item.batch, 0, item.head, :, columns][...] = state
+            @pl.when(item.part == last)
+            def _():
+                self.outputs.end.at[item.batch, 0, item.head, :, columns][...] = state
 
-                plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0)
 
     def step(self, item: _Item, i, state):
         """One chunk: what its tokens read, and the state after it."""
         inputs, shared, chunk = self.inputs, self.shared, self.chunk(item, i)
-        slot = self.slot(i, self.of_block)
-        v = shared.v.at[lax.rem(i, self.num_stages), self.warpgroup]
+        slot, v = self.slot(i, self.of_block), self.written(i)
         keeps = None if inputs.keeps is None else inputs.keeps[item.batch, item.head, chunk]
         plgpu.barrier_wait(shared.full.at[slot])
         if self.config.snapshots and self.config.reverse:
             self.snapshot(item, chunk)
-        if inputs.q is not None:
-            self.write(item, i, chunk, v, *self.read(slot, v))
-        if inputs.rows.writes is not None:
-            writes = self.row(shared.rows.writes, slot, ROW)
-            written = plgpu.load(v, layout=MATRIX).astype(jnp.float32) * _rows(writes)
-            v[...] = written.astype(v.dtype)
-            plgpu.commit_smem()
+        self.write(item, i, chunk, v, *self.read(slot, v))
+        self.scale_written(slot, v)
         if keeps is not None:
             state = state * keeps
         state = self.add_product(state, shared.k.at[slot], v)
-        arrive(NAMED_BARRIERS.start + slot, self.threads_of_item)
-        if inputs.q is not None:
-            self.put_state(state)
-            if self.config.snapshots and not self.config.reverse:
-                self.snapshot(item, chunk)
+        self.give_back(slot)
+        self.put_state(state)
+        if self.config.snapshots and not self.config.reverse:
+            self.snapshot(item, chunk)
         return state
+
+    def sum_up(self, item: _Item):
+        """Without q: the sum of what the chunks write. Each is scaled while the one before is added."""
+        inputs, shared = self.inputs, self.shared
+
+        def chunk(i):
+            """k and v of a chunk, when they are there."""
+            slot, v = self.slot(i, self.of_block), self.written(i)
+            left = None if inputs.keeps is None else inputs.keeps[item.batch, item.head, self.chunk(item, i)]
+            plgpu.barrier_wait(shared.full.at[slot])
+            self.scale_written(slot, v, left)
+            return shared.k.at[slot], v
+
+        def add(i, sums):
+            sums = self.add_product(sums, *chunk(i))
+            self.give_back(self.slot(i, self.of_block))
+            return sums
+
+        def add_all(acc):
+            @pl.loop(0, item.num_chunks)
+            def _(i):
+                k, v = chunk(i)
+                plgpu.wgmma(acc, k.transpose((1, 0)), v)
+                plgpu.wgmma_wait(1)
+                pl.when(i > 0)(lambda: self.give_back(self.slot(i - 1, self.of_block)))
+
+        zeros = plgpu.layout_cast(jnp.zeros((inputs.k.shape[3], _COLUMNS), jnp.float32), MATRIX)
+        if self.config.interpret:
+            return lax.fori_loop(0, item.num_chunks, add, zeros)
+        return pl.run_state(add_all)(plgpu.ACC.init(zeros))
+
+    def written(self, i):
+        """A consumer's columns of v of the i-th chunk."""
+        return self.shared.v.at[lax.rem(i, self.num_stages), self.warpgroup]
+
+    def scale_written(self, slot, v, left=None) -> None:
+        """Puts v times `writes`, and times what is left of it, in the place of v."""
+        if self.inputs.rows.writes is None:
+            return
+        writes = self.row(self.shared.rows.writes, slot, ROW)
+        if left is not None:
+            writes = writes * left
+        v[...] = (plgpu.load(v, layout=MATRIX).astype(jnp.float32) * _rows(writes)).astype(v.dtype)
+        plgpu.commit_smem()
+
+    def give_back(self, slot) -> None:
+        """To the producer, which may load the next chunk into it."""
+        arrive(NAMED_BARRIERS.start + slot, self.threads_of_item)
 
     def put_state(self, state) -> None:
         """Where the next chunk's queries read it."""

@@ -18,10 +18,12 @@ The gradient of the decays needs no further sweep. With c[i] the sum of log deca
 
 and such a sum from t to the end of a row would add up the rounding of all of it. It is taken from t to the next of some
 boundaries, and completed by the product of what is known there: the state, and the cotangent of the state. What is left
-is the rounding of a difference: a decay so strong that its true gradient is below the rounding of q.dq gets that.
+is the rounding of a difference: a decay so strong that its true gradient is below the rounding of q.dq gets that, or 0
+where it leaves less than the rounding of float32.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -31,6 +33,9 @@ from pallas_kernels.linear.chunks import Chunks, chunks_of
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState, before_each
 from pallas_kernels.tokens import Leaf
+
+_NOTHING = -24 * math.log(2)
+"""A log decay that leaves less of a state than the rounding of float32."""
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +123,7 @@ class Primitives:
             interval = self.snapshot_chunks * self.chunk
             ddecay = _decay_gradient(by_q.dots - by_k.dots, first, products, chunks, interval)[..., : v.shape[1]]
             if initial_state is None:
-                ddecay = ddecay.at[..., 0].set(0.0)  # it is the decay of nothing
+                ddecay = jnp.where(jnp.arange(ddecay.shape[2]) == 0, 0.0, ddecay)  # it is the decay of nothing
             ddecay = jnp.sum(ddecay, axis=(0, 2)) if decay.ndim == 1 else jnp.moveaxis(ddecay, 1, 2)
         dq, dk = (_sum_groups(x.out, q.shape[2]) for x in (by_q, by_k))
         return dq, dk, by_v.out, ddecay, None, scale * by_v.end
@@ -134,7 +139,9 @@ class Primitives:
 
     def _chunks(self, v, decay, segment_ids) -> Chunks:
         B, T, N, _ = v.shape
-        return chunks_of(decay, segment_ids, batch_size=B, length=T, num_heads=N, chunk=self.chunk)
+        return chunks_of(
+            decay, segment_ids, batch_size=B, length=T, num_heads=N, chunk=self.chunk, precise=v.dtype == jnp.float32
+        )
 
     def _num_parts(self, v) -> int:
         B, T, N, _ = v.shape
@@ -204,5 +211,6 @@ def _decay_gradient(
     is_whole = (run[..., :1] == run[..., -1:]) & ~begins[:, None, ::interval, None]
     share = 1 - jnp.arange(interval, dtype=jnp.float32) / interval
     sums = sums + jnp.where(run == run[..., -1:], products[..., None], 0.0) + jnp.where(is_whole, missed * share, 0.0)
-    # The decay of a document's first token comes to nothing.
-    return jnp.where(begins[:, None], 0.0, sums.reshape(B, N, -1)[..., :length])
+    # The decay of a document's first token comes to nothing, and so does one that leaves nothing.
+    is_nothing = begins[:, None] | (chunks.log < _NOTHING)
+    return jnp.where(is_nothing, 0.0, sums.reshape(B, N, -1)[..., :length])
