@@ -66,8 +66,8 @@ def chunks_of(
         log = jnp.pad(log, ((0, 0), (0, 0), (0, padding))).reshape(batch_size, num_heads, num, chunk)
         cumulative = jnp.cumsum(log, axis=3)
         if precise:
-            later = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
-            after = jax.lax.cumsum(later, axis=3, reverse=True)
+            later = jnp.tril(jnp.ones((chunk, chunk), jnp.float32), -1)
+            after = jnp.einsum("bnms,st->bnmt", log, later, precision=jax.lax.Precision.HIGHEST)
         else:
             after = cumulative[..., -1:] - cumulative
     reads, writes, keeps = jnp.exp(cumulative), jnp.exp(after), jnp.exp(cumulative[..., -1])

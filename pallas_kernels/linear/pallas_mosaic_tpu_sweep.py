@@ -160,7 +160,7 @@ def _call(
         shapes["dots"] = jax.ShapeDtypeStruct((B, N, steps * grid.chunks, 1, CHUNK), jnp.float32)
         out_specs["dots"] = pl.BlockSpec((1, G, grid.chunks, 1, CHUNK), lambda b, n, s: (b, n, at(s), 0, 0))
     if snapshots:
-        shapes["snapshots"] = jax.ShapeDtypeStruct((B, N, steps * grid.chunks, H, V), v.dtype)
+        shapes["snapshots"] = jax.ShapeDtypeStruct((B, N, chunks.keeps.shape[2], H, V), v.dtype)
         out_specs["snapshots"] = pl.BlockSpec((1, G, grid.chunks, H, V), lambda b, n, s: (b, n, at(s), 0, 0))
     return pl.pallas_call(
         functools.partial(_kernel, length=T, scale=scale, reverse=reverse),

@@ -86,7 +86,7 @@ class Case:
 
 CASES = (
     Case(T=63, K=2, V=128, decay="fixed", dtype="bfloat16"),
-    Case(T=300, documents=True, slow=False),
+    Case(T=700, documents=True, slow=False),
     Case(T=1, decay="none", states=False),
     Case(T=128, H=128, V=64, B=2),
     Case(T=63, decay="none", documents=True, B=2),
