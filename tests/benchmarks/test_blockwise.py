@@ -102,8 +102,11 @@ def test_a_wrong_result_is_not_timed(name):
         assert row.median_ms is None and row.tflops is None
 
 
+QUICK = [SMOKE[1], SMOKE[3], *(pytest.param(SMOKE[i], marks=pytest.mark.slow) for i in (0, 2, 4))]
+
+
 @pytest.mark.parametrize("argument", ["q", "k", "v"])
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_wrong_gradient_is_not_timed(case, argument):
     forward, both = measure(case, candidate("wrong", scaled_gradient(case, argument)))
     assert forward.problem is None
@@ -198,7 +201,7 @@ def test_running_gradients_that_are_added_wrongly_are_not_timed(name, monkeypatc
     assert accumulating.problem.startswith("wrong: max error ") and "of dq's greatest" in accumulating.problem
 
 
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_a_sample_of_rows_gives_every_gradient(case):
     """With fewer rows than the sequence has: the cotangent is zero elsewhere."""
     q, k, v, dout = case.inputs("bfloat16")

@@ -145,6 +145,7 @@ def test_dropout_in_training_and_none_in_evaluation_and_decoding():
     np.testing.assert_array_equal(call(layer, x, rngs=jax.random.key(0)), dropped)
 
 
+@pytest.mark.slow
 def test_dropout_takes_streams_a_key_and_keys_for_rows():
     layer, x = dropping(), inputs()
     rngs = nnx.Rngs(dropout=3)

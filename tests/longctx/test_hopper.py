@@ -10,7 +10,7 @@ from pallas_kernels import Tokens, dispatch
 from pallas_kernels.testing import H100
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_hops_of_a_ring_are_hopper_kernels(head_dim):
     mesh = jax.sharding.AbstractMesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=H100)
     q, kv = (jax.ShapeDtypeStruct((1, 2048, n, head_dim), jnp.bfloat16) for n in (4, 2))

@@ -180,6 +180,7 @@ def compiled(function, *arguments):
         return step.lower(params, *arguments).compile().as_text()
 
 
+@pytest.mark.slow
 def test_star_prefill_sends_nothing():
     tokens = jnp.zeros((1, 1024), jnp.int32)
     program = compiled(lambda model, tokens: model.prefill(tokens, 1100, star_block=256), tokens)

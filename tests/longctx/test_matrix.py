@@ -17,7 +17,11 @@ CASE = matrix.Case(features=("learned_sinks", "causal"), strategy="ring", layout
 RESULTS = sorted((Path(matrix.__file__).parent / "results").glob("*.json"))
 
 
-@pytest.mark.parametrize("group", range(0, len(matrix.cover()), 8))
+# The first of it runs in CI, beside test_strategies.py.
+GROUPS = range(0, len(matrix.cover()), 8)
+
+
+@pytest.mark.parametrize("group", [GROUPS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in GROUPS[1:])])
 def test_a_cover_of_all_pairs(group):
     outcomes = list(matrix.run(matrix.cover()[group : group + 8]))
     assert [str(outcome) for outcome in outcomes if outcome.verdict != "ok"] == []

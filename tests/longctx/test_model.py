@@ -164,6 +164,7 @@ def test_remat_recomputes_what_it_says():
     assert dots["full"] == dots["none"] + attention_forward + projections - 1
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     def gradient(remat):
         model = build(dataclasses.replace(CONFIG, num_layers=2, remat=remat, **ONE_MIXER))
@@ -352,6 +353,7 @@ def test_dropout_in_training_is_the_same_when_recomputed():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, want)
 
 
+@pytest.mark.slow
 def test_dropout_is_off_after_eval_and_asks_for_a_source_before():
     model, tokens = build(DROPPING), random_tokens(2, 6)
     with pytest.raises(ValueError, match="rngs: got None in training, wanted a random source for dropout_rate=0.5"):

@@ -162,6 +162,7 @@ def test_queries_that_are_other_tokens_break_it():
     assert nan_rows(tokens, "halo", CONTIGUOUS) == [True] * 3
 
 
+@pytest.mark.slow
 def test_a_document_longer_than_its_bound_breaks_it():
     mask = masks.causal() & DOCUMENTS
     assert nan_rows(changed(0), "halo", CONTIGUOUS, mask=mask, bound=30) == [False, True, False]

@@ -93,6 +93,7 @@ def test_equals_one_device(shape, layout, strategy, with_dropout):
     assert_close("dsinks", dsinks, dsinks_wanted, "float32")
 
 
+@pytest.mark.slow
 def test_rows_that_the_mesh_does_not_divide_and_seeds_that_rows_share():
     """Then every device of the batch axes has all rows, and counts the sinks' gradient once."""
     *arrays, sinks = inputs()

@@ -73,9 +73,9 @@ def on_one_device():
     "sizes",
     [
         dict(data=2, fsdp=2, tensor=2),
-        dict(data=8),
-        dict(fsdp=8),
-        dict(tensor=4),
+        pytest.param(dict(data=8), marks=pytest.mark.slow),
+        pytest.param(dict(fsdp=8), marks=pytest.mark.slow),
+        pytest.param(dict(tensor=4), marks=pytest.mark.slow),
         dict(fsdp=2, context_outer=2, context_inner=2),
     ],
     ids=lambda sizes: " ".join(f"{name}={size}" for name, size in sizes.items()),

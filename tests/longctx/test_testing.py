@@ -141,6 +141,7 @@ def test_a_loss_that_is_not_reduced_fails(reduce):
         assert_context_parallel_equal(functools.partial(by_device, reduce), some_params(), batch_of(), **SMALL)
 
 
+@pytest.mark.slow
 def test_positions_that_stay_behind_fail():
     with pytest.raises(AssertionError, match=r"(?s)degree 2: .*layout=zigzag they are in the batch"):
         assert_context_parallel_equal(

@@ -150,6 +150,7 @@ def test_two_processes_train_one_goes_on_and_two_again(config_file, tmp_path):
         np.testing.assert_allclose(got[key], value, rtol=2e-5, err_msg=str(key))
 
 
+@pytest.mark.slow
 def test_every_strategy_over_two_processes_equals_one_device():
     """A zigzag sequence over two processes of four devices: neighbours are in other processes both ways."""
     script, address = Path(__file__).with_name("every_strategy.py"), free_address()

@@ -185,6 +185,7 @@ def test_one_schedule_serves_many_calls_under_jit():
     assert jnp.allclose(twice(q, k, v, tokens), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_adds_a_batch():
     key = jax.random.key(2)
     q, k, v = (jax.random.normal(key, (3, 2, 40, 2, 8)) for key in jax.random.split(key, 3))

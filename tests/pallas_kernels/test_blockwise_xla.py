@@ -34,10 +34,15 @@ def tiles(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        *("causal", "causal_T63", "one_token", "cross", "chunked_prefill", "empty_rows", "all_empty", "not_window"),
-        *("window", "window_both_sides", "documents", "documents_window_gqa", "documents_bidirectional"),
-        *("striped_documents_window", "soft_cap_empty_rows_gqa", "sinks_window_D64", "global_dilated"),
-        *("sparse_fixed_documents", "neighborhood_3d_tiles", "table", "per_head_gqa"),
+        *("causal_T63", "one_token", "empty_rows", "all_empty", "documents_window_gqa", "striped_documents_window"),
+        *("sinks_window_D64", "neighborhood_3d_tiles", "table", "per_head_gqa"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                *("causal", "cross", "chunked_prefill", "not_window", "window", "window_both_sides", "documents"),
+                *("documents_bidirectional", "soft_cap_empty_rows_gqa", "global_dilated", "sparse_fixed_documents"),
+            )
+        ),
     ],
 )
 def test_merged_blocks_equal_the_reference(name, monkeypatch, tiles):

@@ -213,7 +213,7 @@ tile_tokens = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 3)), min_si
 
 
 @hypothesis.given(masks, st.none() | masks, tile_tokens, tile_tokens)
-@hypothesis.settings(deadline=None, max_examples=150)
+@hypothesis.settings(deadline=None, max_examples=60)
 def test_verdict_on_a_tile_is_safe(mask, of_other_heads, q, kv):
     if of_other_heads is not None:
         mask = ~PerHead((mask, of_other_heads)) | Window(left=1)
@@ -259,7 +259,7 @@ intervals = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda x: np.ar
 
 
 @hypothesis.given(patterns, intervals, intervals)
-@hypothesis.settings(deadline=None, max_examples=150)
+@hypothesis.settings(deadline=None, max_examples=60)
 def test_verdict_on_a_tile_of_neighbouring_positions_is_exact(mask, q, kv):
     allowed = np.asarray(mask.allowed(q[:, None], kv[None], np.int32(0), np.int32(0)))
     verdict = mask.tile(*(Bounds(x.min(), x.max(), 0, 0) for x in (q, kv)))

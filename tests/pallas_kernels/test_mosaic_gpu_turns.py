@@ -116,7 +116,7 @@ def play(found: Plan, ranges: BlockRanges) -> tuple[int, list[int]]:
 
 
 @pytest.mark.parametrize("most_heads_together", [1, 4])
-@pytest.mark.parametrize("num_cores", [1, 7, 132])
+@pytest.mark.parametrize("num_cores", [pytest.param(1, marks=pytest.mark.slow), 7, 132])
 @pytest.mark.parametrize("rehearsed", [True, False])
 @pytest.mark.parametrize("name", [*CONSTANT, "documents"])
 def test_every_turn_comes(name, rehearsed, num_cores, most_heads_together, monkeypatch):

@@ -112,7 +112,7 @@ def assert_longest_first(ranges: schedule.BlockRanges):
 
 
 @hypothesis.given(calls())
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=15)
 def test_schedule_covers_the_dense_mask(call):
     mask, tokens, q_len, kv_len, sizes = call
     # Compiled as one program: op by op, each of them would be compiled for this example's shapes.
@@ -276,7 +276,7 @@ def walked(walk: schedule.Walk, num_columns: int) -> np.ndarray:
 
 
 @hypothesis.given(calls(), st.integers(1, 5), st.integers(1, 5))
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=15)
 def test_a_merged_walk_covers_the_schedule(call, merge_q, merge_kv):
     mask, tokens, q_len, kv_len, sizes = call
     make = jax.jit(make_schedule, static_argnames=("mask", "q_len", "kv_len", "block_sizes"))
@@ -414,6 +414,7 @@ def test_a_static_schedule_is_built_once():
     assert static() is schedule.static_schedule(Causal(), q_len=100, kv_len=90, block_sizes=STATIC_SIZES)
 
 
+@pytest.mark.slow
 def test_static_schedules_are_built_side_by_side():
     schedule.static_schedule.cache_clear()
     lengths = [40, 50, 60] * 3

@@ -125,6 +125,7 @@ def test_documents_that_changed_before_a_resume_are_noted(run, config_file, tmp_
     assert "changed since then: the documents; the rows from here on are not those" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sources_of_bare_ids_have_no_bits_per_byte(run, tmp_path, capsys):
     source = "{kind: synthetic, num_documents: 50, num_symbols: 32, min_length: 8, max_length: 60}"
     assert run(tmp_path, f"data.sources=[{source}]", "data.tokenizer=ids:33") == 0
@@ -173,6 +174,7 @@ def test_a_batch_size_that_does_not_fit_the_rows_consumed(run, finished, capsys)
     assert "training.batch_size: got 12, but the run has consumed 80 rows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_init_from_starts_from_the_weights_alone(run, finished, tmp_path, capsys):
     assert run(tmp_path, f"init_from={finished}", "training.steps=1", "optimizer.warmup_steps=0") == 0
     assert f"weights from {finished}" in capsys.readouterr().out

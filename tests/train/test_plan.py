@@ -36,6 +36,7 @@ def test_the_devices_at_hand(capsys, tmp_path, compile_quickly):
     assert "note: no times: train/devices.yaml has no speeds for cpu" in out
 
 
+@pytest.mark.slow
 def test_a_window_may_have_a_strategy_of_its_own(tmp_path, compile_quickly):
     """The global layer rings, the local one sends its halo one device on: in the program what is stated."""
     how = "context_parallel={window_strategy: halo, layout: contiguous}"

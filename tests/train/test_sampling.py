@@ -104,6 +104,7 @@ def test_how_a_prompt_is_read(settings, calls):
     assert model.calls == calls
 
 
+@pytest.mark.slow
 def test_text_depends_on_the_seed_and_ends_with_the_document(model, split, monkeypatch):
     tokenizer = open_tokenizer("bytes")
     texts = [sample_text(*split, tokenizer, SampleConfig(num_tokens=8, seed=seed)) for seed in (0, 0, 1)]

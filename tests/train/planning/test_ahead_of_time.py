@@ -193,6 +193,7 @@ def ring_with_the_usual_mistakes(self, setting, q, k, v, tokens, schedule, **opt
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_bad_program_is_reported_as_bad(monkeypatch):
     monkeypatch.setattr(Ring, "forward", ring_with_the_usual_mistakes)
     monkeypatch.setattr(sharding, "PARAMETER_AXES", {name: () for name in sharding.PARAMETER_AXES})

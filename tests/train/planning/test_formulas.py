@@ -51,6 +51,7 @@ def memory(model, mesh, *, rows, seq_len, accumulate_steps=1):
     )
 
 
+@pytest.mark.slow
 def test_parameters_optimizer_and_batch_are_the_arguments_of_the_step(compile_quickly):
     rows, length, accumulate_steps = 4, 64, 2
     axes = MeshConfig(fsdp=2, context_inner=2, tensor=2)

@@ -57,6 +57,7 @@ def small_device(devices, table):
     )
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_ends_with_what_would_have_helped(tmp_path, capsys, monkeypatch, compile_quickly):
     run_dir = str(tmp_path)
     arguments = ["configs/cpu_ring8.yaml", *QUICK, f"run_dir={run_dir}", "checkpoint.every=1"]
