@@ -121,7 +121,9 @@ class Primitives:
             if initial_state is not None:
                 first = scale * jnp.sum(initial_state * by_v.end, axis=(2, 3))
             interval = self.snapshot_chunks * self.chunk
-            ddecay = _decay_gradient(by_q.dots - by_k.dots, first, products, chunks, interval)[..., : v.shape[1]]
+            ddecay = _decay_gradient(
+                by_q.dots - by_k.dots, first, products, chunks, interval, precise=v.dtype == jnp.float32
+            )[..., : v.shape[1]]
             if initial_state is None:
                 ddecay = jnp.where(jnp.arange(ddecay.shape[2]) == 0, 0.0, ddecay)  # it is the decay of nothing
             ddecay = jnp.sum(ddecay, axis=(0, 2)) if decay.ndim == 1 else jnp.moveaxis(ddecay, 1, 2)
@@ -185,12 +187,14 @@ def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
 
 
 def _decay_gradient(
-    by_token: jax.Array, first: jax.Array, products: jax.Array, chunks: Chunks, interval: int
+    by_token: jax.Array, first: jax.Array, products: jax.Array, chunks: Chunks, interval: int, *, precise: bool
 ) -> jax.Array:
     """Sums d/dc from each token to the end of its interval or document, float32 [B, N, T'].
 
     What a whole interval's sum misses of the difference between the products at its ends is rounding, and taken back:
-    all of it at the interval's start, none at its end.
+    all of it at the interval's start, none at its end. With `precise` a sum also ends before a decay that leaves
+    nothing, past which there is but rounding; which tokens are summed then differs between heads, at `interval` float32
+    a token and head.
 
     Args:
       by_token: d/dc, [B, N, T'].
@@ -200,17 +204,25 @@ def _decay_gradient(
     B, N, length = by_token.shape
     padding = products.shape[2] * interval - length
     by_token = jnp.pad(by_token, ((0, 0), (0, 0), (0, padding))).reshape(B, N, -1, interval)
-    run = jnp.zeros((1, length), jnp.int32) if chunks.run is None else chunks.run
-    begins = jnp.concatenate([jnp.zeros_like(run[:, :1], bool), run[:, 1:] != run[:, :-1]], axis=1)
-    run = jnp.pad(run, ((0, 0), (0, padding)), mode="edge").reshape(run.shape[0], 1, -1, interval)
+    run = jnp.zeros((1, 1, length), jnp.int32) if chunks.run is None else chunks.run[:, None]
+    is_nothing = chunks.log < _NOTHING
+    is_first = _begins(run)
+    if precise:
+        run = run + jnp.cumsum(is_nothing, axis=2, dtype=jnp.int32)
+    begins = _begins(run)[..., ::interval, None]
+    run = jnp.pad(run, ((0, 0), (0, 0), (0, padding)), mode="edge").reshape(*run.shape[:2], -1, interval)
     later = jnp.tril(jnp.ones((interval, interval), bool))
     seen = (run[..., :, None] == run[..., None, :]) & later
     sums = jnp.einsum("bnij,bnijt->bnit", by_token, seen.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     before = jnp.concatenate([first[..., None], products[..., :-1]], axis=2)
     missed = (before - products)[..., None] - sums[..., :1]
-    is_whole = (run[..., :1] == run[..., -1:]) & ~begins[:, None, ::interval, None]
+    is_whole = (run[..., :1] == run[..., -1:]) & ~begins
     share = 1 - jnp.arange(interval, dtype=jnp.float32) / interval
     sums = sums + jnp.where(run == run[..., -1:], products[..., None], 0.0) + jnp.where(is_whole, missed * share, 0.0)
     # The decay of a document's first token comes to nothing, and so does one that leaves nothing.
-    is_nothing = begins[:, None] | (chunks.log < _NOTHING)
-    return jnp.where(is_nothing, 0.0, sums.reshape(B, N, -1)[..., :length])
+    return jnp.where(is_first | is_nothing, 0.0, sums.reshape(B, N, -1)[..., :length])
+
+
+def _begins(run: jax.Array) -> jax.Array:
+    """Where a run other than that of the token before begins; not at the first token."""
+    return jnp.concatenate([jnp.zeros_like(run[..., :1], bool), run[..., 1:] != run[..., :-1]], axis=-1)
