@@ -1,0 +1,107 @@
+"""BlockSelection: the blocks of keys that each block of queries attends to, of those that the mask allows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.mask import Mask
+from pallas_kernels.sparse.choose import lists_of
+from pallas_kernels.tokens import Leaf, Tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSelection:
+    """What a selector chose. Of a chosen block a query attends to the keys that the mask allows.
+
+    Attributes:
+      blocks: For each block of queries the blocks of keys, ascending, then -1: int32 `[B, heads, T / block_q, most]`,
+        rounded up. Heads are query heads, or kv heads, whose group of query heads shares a list.
+      q_len, kv_len: Lengths of the sequences; the last block of a side may be ragged.
+      block_sizes: Tokens a block holds.
+    """
+
+    blocks: Leaf
+    q_len: int = dataclasses.field(metadata={"static": True})
+    kv_len: int = dataclasses.field(metadata={"static": True})
+    block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, chosen: jax.Array, most: int, *, q_len: int, kv_len: int, block_sizes: BlockSizes) -> "BlockSelection":
+        """From bool `[B, heads, T / block_q, S / block_kv]`, of which each row has `most` at most."""
+        return cls(blocks=lists_of(chosen, most), q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
+
+    def chosen(self) -> jax.Array:
+        """bool `[B, heads, T / block_q, S / block_kv]`."""
+        num_columns = -(-self.kv_len // self.block_sizes.block_kv)
+        return (self.blocks[..., None] == jnp.arange(num_columns)).any(axis=-2)
+
+    def num_chosen(self) -> jax.Array:
+        """How many blocks of keys each block of queries attends to, int32 `[B, heads, T / block_q]`."""
+        return jnp.sum(self.blocks >= 0, axis=-1, dtype=jnp.int32)
+
+
+def attention_recall(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    selection: BlockSelection,
+    *,
+    mask: Mask,
+    tokens: Tokens | None = None,
+    scale: float | None = None,
+) -> Float32[Array, "B N T"]:
+    """The share of each query's exact attention that falls on keys of its chosen blocks: 1 where nothing is missed.
+
+    Args:
+      selection: Of these lengths; its heads are those of q, or of k.
+      scale: Multiplies q.k; default H ** -0.5.
+    Returns: From 0 to 1; 1 for a query that may attend to nothing.
+    Cost: that of all logits, 2 B N T S H FLOPs, in float32; O(B N block_q S) memory.
+    """
+    B, T, N, H = q.shape
+    S, block_q, block_kv = k.shape[1], selection.block_sizes.block_q, selection.block_sizes.block_kv
+    if (selection.q_len, selection.kv_len) != (T, S):
+        raise ValueError(
+            f"attention_recall: selection is of {selection.q_len} queries and {selection.kv_len} keys, wanted {T} and "
+            f"{S}, those of q and k"
+        )
+    if N % selection.blocks.shape[1]:
+        raise ValueError(f"attention_recall: selection has {selection.blocks.shape[1]} heads, wanted a divisor of {N}")
+    scale = H**-0.5 if scale is None else scale
+    tokens = tokens or Tokens()
+    kv = tokens.keys(S)
+    num_rows = -(-T // block_q)
+    k = jnp.repeat(k.astype(jnp.float32), N // k.shape[2], axis=2)
+
+    def rows(x, axis):
+        """Blocks of queries in front; what a ragged one lacks repeats the last."""
+        x = jnp.pad(x, [(0, num_rows * block_q - T) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], num_rows, block_q, *x.shape[axis + 1 :]), axis, 0)
+
+    def of_row(row):
+        q, positions, segments, blocks = row
+        logits = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision=jax.lax.Precision.HIGHEST)
+        allowed = mask.allowed_by_head(
+            N, positions[:, :, None], kv.positions[:, None], segments[:, :, None], kv.segment_ids[:, None]
+        )
+        logits = jnp.where(allowed, logits, -jnp.inf)
+        greatest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - jnp.where(greatest == -jnp.inf, 0.0, greatest))
+        chosen = (blocks[..., None] == jnp.arange(-(-S // block_kv))).any(axis=-2)
+        chosen = jnp.repeat(chosen, N // chosen.shape[1], axis=1)[:, :, None, jnp.arange(S) // block_kv]
+        total = jnp.sum(weights, axis=-1)
+        there = jnp.sum(jnp.where(chosen, weights, 0.0), axis=-1)
+        return jnp.where(total > 0, there / jnp.where(total > 0, total, 1.0), 1.0)
+
+    q_axis = tokens.queries(T)
+    each = (
+        rows(q.astype(jnp.float32), 1),
+        rows(q_axis.positions, 1),
+        rows(q_axis.segment_ids, 1),
+        jnp.moveaxis(selection.blocks, 2, 0),
+    )
+    recall = jax.lax.map(of_row, each)
+    return jnp.moveaxis(recall, 0, 2).reshape(B, N, -1)[..., :T]

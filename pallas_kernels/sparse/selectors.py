@@ -1,0 +1,453 @@
+"""Selectors: from queries and keys to the blocks worth attending to.
+
+Each scores pairs of blocks, and takes the best of those that the mask allows: so many of each block of queries
+(`budget`), or as few as have a share of what it scores (`threshold`). No `[T, S]` array is made: rows of blocks are
+scored in groups.
+"""
+
+import abc
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.mask import Mask
+from pallas_kernels.schedule import make_schedule
+from pallas_kernels.sparse.choose import heaviest, lists_of, most_scored
+from pallas_kernels.sparse.selection import BlockSelection, attention_recall
+from pallas_kernels.tokens import Tokens, validate_tokens
+
+_MOST_SCORES_AT_ONCE = 1 << 24
+"""float32 scores that are held at a time, about: 64 MB, and a few times that in temporaries."""
+
+
+class _Call(NamedTuple):
+    """What is to be scored: q and k in their own dtype, lengths cut into blocks, and which pairs may attend."""
+
+    q: jax.Array
+    k: jax.Array
+    sizes: BlockSizes
+    scale: float
+    mask: Mask
+    tokens: Tokens
+
+    def multiply(self, spec: str, q: jax.Array, k: jax.Array) -> jax.Array:
+        """einsum of the two times the scale, float32."""
+        precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+        return self.scale * jnp.einsum(spec, q, k, precision=precision, preferred_element_type=jnp.float32)
+
+    def grouped(self, x: jax.Array, axis: int) -> jax.Array:
+        """The query heads of an axis as kv heads, and the heads of a group."""
+        K = self.k.shape[2]
+        return x.reshape(*x.shape[:axis], K, x.shape[axis] // K, *x.shape[axis + 1 :])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selector(abc.ABC):
+    """A way to choose blocks. Each query head has its own choice, or those of a kv head share one.
+
+    Attributes:
+      heads: Whose lists: "query", of each query head, or "kv", of each kv head, by the mean of its group's shares.
+      sink_blocks: Blocks of keys from the start that are always taken, where the mask allows them.
+      local_blocks: The last so many blocks that the mask allows to a block of queries, always taken: under a causal
+        mask its own, and those before.
+    """
+
+    heads: str = "query"
+    sink_blocks: int = 0
+    local_blocks: int = 1
+
+    def __post_init__(self):
+        if self.heads not in ("query", "kv"):
+            raise ValueError(f"heads: got {self.heads!r}, wanted 'query' or 'kv'")
+        for name in ("sink_blocks", "local_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
+
+    def select(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        mask: Mask,
+        block_sizes: BlockSizes,
+        tokens: Tokens | None = None,
+        budget: int | None = None,
+        threshold: float | None = None,
+        scale: float | None = None,
+    ) -> BlockSelection:
+        """Chooses blocks of keys for each block of queries; traceable, and nothing of it is differentiable.
+
+        Args:
+          q, k: Queries and keys, as the attention gets them.
+          mask: Which pairs may attend, the same for all heads; blocks of which none may are never chosen.
+          block_sizes: Tokens a block holds.
+          tokens: Positions and segment ids; None means arange and one document.
+          budget: Blocks a block of queries gets at most, those always taken among them.
+          threshold: The share of a row's scores, in (0, 1], that its blocks must have: as few as do, the highest first.
+            With a budget too, that is the most of them.
+          scale: Multiplies q.k; default H ** -0.5.
+        Raises: ValueError where an argument is wrong; it names it.
+        """
+        B, T, N, H = q.shape
+        S, K = k.shape[1:3]
+        self._check(q, k, mask, tokens, budget, threshold)
+        sizes = block_sizes.fit(T, S)
+        call = _Call(
+            *(jax.lax.stop_gradient(x) for x in (q, k)), sizes, H**-0.5 if scale is None else scale, mask,
+            tokens or Tokens(),
+        )  # fmt: skip
+        num_rows, num_columns = -(-T // sizes.block_q), -(-S // sizes.block_kv)
+        most = num_columns if budget is None else min(budget, num_columns)
+        ranges = make_schedule(mask, tokens, q_len=T, kv_len=S, block_sizes=sizes).kv_blocks
+        start, stop = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (ranges.start, ranges.stop))
+        scores_of = self._scores(call)
+
+        def of_rows(given):
+            rows, start, stop = given
+            column = jnp.arange(num_columns)
+            possible = ((start[..., None] <= column) & (column < stop[..., None])).any(axis=2)[:, None]
+            scores = jnp.where(possible, scores_of(rows, possible), -jnp.inf)
+            shares = _softmax(scores)
+            if self.heads == "kv":
+                shares = jnp.mean(shares.reshape(B, K, N // K, *shares.shape[2:]), axis=2)
+            return lists_of(self._choose(shares, possible, most, threshold), most)
+
+        # Rows behind the last, which the last group may have, are those of the last again.
+        group = max(1, min(num_rows, _MOST_SCORES_AT_ONCE // (B * N * num_columns * self._scores_of_a_block(sizes))))
+        padding = -num_rows % group
+        rows = jnp.pad(jnp.arange(num_rows), (0, padding), mode="edge").reshape(-1, group)
+        blocks = jax.lax.map(of_rows, (rows, *(jnp.moveaxis(x[:, rows], 1, 0) for x in (start, stop))))
+        blocks = jnp.moveaxis(blocks, 0, 2).reshape(B, blocks.shape[2], -1, most)[:, :, :num_rows]
+        return BlockSelection(blocks=blocks, q_len=T, kv_len=S, block_sizes=sizes)
+
+    @abc.abstractmethod
+    def _scores(self, call: _Call):
+        """A function of row numbers `[rows]` and of which blocks are possible, bool `[B, 1, rows, columns]`.
+
+        It gives the scores of their blocks, float32 `[B, N, rows, columns]`: the logarithm, but for a constant of the
+        row, of what the block is thought to have of the row's attention.
+        """
+
+    def _scores_of_a_block(self, sizes: BlockSizes) -> int:
+        """How many numbers the score of a pair of blocks is made of."""
+        del sizes
+        return 1
+
+    def _choose(self, shares, possible, most: int, threshold: float | None) -> jax.Array:
+        always = self._always(possible)
+        scores = jnp.where(possible, shares, -jnp.inf)
+        scores = jnp.where(always, jnp.inf, scores)
+        if threshold is not None:
+            kept = heaviest(scores, shares, threshold)
+            scores = jnp.where(kept | always, scores, -jnp.inf)
+        return most_scored(scores, jnp.int32(most))
+
+    def _always(self, possible: jax.Array) -> jax.Array:
+        after = jnp.cumsum(possible[..., ::-1], axis=-1)[..., ::-1]
+        is_sink = jnp.arange(possible.shape[-1]) < self.sink_blocks
+        return possible & (is_sink | (after <= self.local_blocks))
+
+    def _check(self, q, k, mask: Mask, tokens, budget, threshold) -> None:
+        def wrong(message: str):
+            raise ValueError(f"{type(self).__name__}.select: {message}")
+
+        B, T, N, H = q.shape
+        if k.shape[0] != B or k.shape[3] != H or N % k.shape[2]:
+            wrong(f"q and k have shapes {q.shape} and {k.shape}, wanted one B and H, and a multiple of k's heads in q")
+        if mask.head_groups > 1:
+            wrong(f"mask {mask} differs between heads, wanted one for all")
+        if budget is None and threshold is None and self.needs_a_limit:
+            wrong("got neither budget nor threshold, wanted one of them")
+        always = self.sink_blocks + self.local_blocks
+        if budget is not None and budget < max(1, always):
+            wrong(f"budget: got {budget}, wanted at least {max(1, always)}: {always} blocks are always taken")
+        if threshold is not None and not 0 < threshold <= 1:
+            wrong(f"threshold: got {threshold}, wanted a share in (0, 1]")
+        if tokens is not None:
+            validate_tokens(f"{type(self).__name__}.select", tokens, B, T, k.shape[1])
+
+    @property
+    def needs_a_limit(self) -> bool:
+        """Whether it takes all blocks unless it is told how many."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockMean(Selector):
+    """The product of the mean query and the mean key of two blocks: MoBA's gate for blocks of queries, and what
+    MInference calls block-sparse. What cancels in a mean is not seen.
+
+    Cost: 2 B N (T / block_q) (S / block_kv) H FLOPs.
+    Reference: Lu et al. 2025, MoBA, arXiv:2502.13189, equation 6; Jiang et al. 2024, MInference, arXiv:2407.02490,
+      Algorithm 3.
+    """
+
+    def _scores(self, call):
+        mean_q = call.grouped(_means(call.q, call.sizes.block_q), 2)
+        mean_k = _means(call.k, call.sizes.block_kv)
+
+        def scores_of(rows, _possible):
+            scores = call.multiply("brkgh,bckh->bkgrc", mean_q[:, rows], mean_k)
+            return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
+
+        return scores_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class XAttention(Selector):
+    """Sums along antidiagonals: in every `stride` x `stride` square of logits, those of one antidiagonal, which meets
+    each of its queries and each of its keys once, and every vertical and slash line through the square.
+
+    Attributes:
+      stride: S of the paper. Divides block_q and block_kv.
+
+    Cost: 2 B N T S H / stride FLOPs.
+    Reference: Xu et al. 2025, XAttention, arXiv:2503.16428, section 2.1 and Algorithm 1.
+    """
+
+    stride: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stride < 1:
+            raise ValueError(f"stride: got {self.stride}, wanted 1 or more")
+
+    def _scores(self, call):
+        stride, sizes = self.stride, call.sizes
+        for name, size in (("block_q", sizes.block_q), ("block_kv", sizes.block_kv)):
+            if size % stride:
+                raise ValueError(f"XAttention.select: {name} is {size}, wanted a multiple of stride={stride}")
+        # Queries against the order of keys: the products of these long vectors are sums along antidiagonals.
+        q = _squares(call.q, sizes.block_q, stride)[..., ::-1, :]
+        q = call.grouped(q.reshape(*q.shape[:4], -1), 3)
+        k = _squares(call.k, sizes.block_kv, stride)
+        k = k.reshape(*k.shape[:4], -1)
+        q_ends = self._ends(*call.tokens.queries(call.q.shape[1]), sizes.block_q)
+        kv_ends = self._ends(*call.tokens.keys(call.k.shape[1]), sizes.block_kv)
+
+        def scores_of(rows, possible):
+            sums = call.multiply("brikgx,bcjkx->bkgricj", q[:, rows], k) / stride
+            sums = sums.reshape(sums.shape[0], -1, *sums.shape[3:])
+            seen = self._seen(call.mask, _Ends(*(x[:, rows] for x in q_ends)), kv_ends)
+            sums = jnp.where((seen & possible[:, 0, :, None, :, None])[:, None], sums, -jnp.inf)
+            of_queries = _softmax(sums.reshape(*sums.shape[:4], -1)).reshape(sums.shape)
+            return jnp.log(jnp.sum(of_queries, axis=(3, 5)))
+
+        return scores_of
+
+    def _scores_of_a_block(self, sizes):
+        return (sizes.block_q // self.stride) * (sizes.block_kv // self.stride)
+
+    def _ends(self, positions, segment_ids, block) -> "_Ends":
+        def of_squares(x):
+            x = _split(x, block, axis=1, mode="edge")
+            x = x.reshape(*x.shape[:2], -1, self.stride)
+            return jnp.stack([x[..., 0], x[..., -1]], axis=-1)
+
+        length = positions.shape[1]
+        start = _split(jnp.arange(length), block, axis=0, mode="constant", constant_values=length)
+        return _Ends(of_squares(positions), of_squares(segment_ids), (start[:, :: self.stride] < length)[None])
+
+    @staticmethod
+    def _seen(mask: Mask, q: "_Ends", kv: "_Ends") -> jax.Array:
+        """Whether a square has a corner that may attend, `[B or 1, rows, squares, columns, squares]`. More than that is
+        not asked: of a square that the mask cuts all of the antidiagonal is taken.
+        """
+        q = jax.tree.map(lambda x: x[:, :, :, None, None], q)
+        kv = jax.tree.map(lambda x: x[:, None, None], kv)
+        corners = [
+            mask.allowed(q.positions[..., i], kv.positions[..., j], q.segment_ids[..., i], kv.segment_ids[..., j])
+            for i in range(2)
+            for j in range(2)
+        ]
+        return functools.reduce(jnp.logical_or, corners) & q.is_there & kv.is_there
+
+
+class _Ends(NamedTuple):
+    """Of squares `[B or 1, blocks, squares]`: positions and segment ids of their first and last token, `[..., 2]`, and
+    whether the first is not behind the end.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array
+    is_there: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerticalSlash(Selector):
+    """Columns and diagonals: the keys that the last queries attend to most, and the distances at which they do, hold
+    for all queries. For tokens in order.
+
+    Attributes:
+      last_queries: How many queries tell.
+      vertical, slash: How many keys, and how many distances, are taken.
+
+    With a budget, blocks with more of the last queries' attention on their lines come first.
+
+    Cost: 2 B N last_queries S H FLOPs.
+    Reference: Jiang et al. 2024, MInference, arXiv:2407.02490, Algorithm 2.
+    """
+
+    last_queries: int = 64
+    vertical: int = 64
+    slash: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("last_queries", 1), ("vertical", 0), ("slash", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted {least} or more")
+
+    @property
+    def needs_a_limit(self) -> bool:
+        return False
+
+    def _scores(self, call):
+        (B, T, N, _), S, sizes = call.q.shape, call.k.shape[1], call.sizes
+        num = min(self.last_queries, T)
+        first = T - num
+        logits = call.multiply("btkgh,bskh->bkgts", call.grouped(call.q[:, first:], 2), call.k).reshape(B, N, num, S)
+        (q_positions, q_segments), kv = call.tokens.queries(T), call.tokens.keys(S)
+        allowed = call.mask.allowed(
+            q_positions[:, first:, None], kv.positions[:, None], q_segments[:, first:, None], kv.segment_ids[:, None]
+        )
+        weights = _softmax(jnp.where(allowed[:, None], logits, -jnp.inf))
+        of_key = jnp.sum(weights, axis=2)
+        # By distance: T of them, 0 first; a key that comes later has none.
+        distance = (first + jnp.arange(num))[:, None] - jnp.arange(S)
+        place = jnp.where(distance >= 0, distance, T)
+        of_distance = jnp.zeros((B, N, T)).at[:, :, place].add(weights, mode="drop")
+        of_key = jnp.where(most_scored(of_key, jnp.int32(min(self.vertical, S))), of_key, 0.0)
+        of_distance = jnp.where(most_scored(of_distance, jnp.int32(min(self.slash, T))), of_distance, 0.0)
+        columns = jnp.sum(_split(of_key, sizes.block_kv, axis=2), axis=3)
+        upto = jnp.pad(jnp.cumsum(of_distance, axis=2), ((0, 0), (0, 0), (1, 0)))
+        block_q, block_kv = sizes.block_q, sizes.block_kv
+
+        def scores_of(rows, _possible):
+            column = jnp.arange(columns.shape[2])
+            farthest = (rows[:, None] + 1) * block_q - 1 - column * block_kv
+            nearest = rows[:, None] * block_q - (column + 1) * block_kv + 1
+            of_lines = upto[:, :, jnp.clip(farthest + 1, 0, T)] - upto[:, :, jnp.clip(nearest, 0, T)]
+            return jnp.log(columns[:, :, None] + jnp.maximum(of_lines, 0.0))
+
+        return scores_of
+
+    def _choose(self, shares, possible, most, threshold):
+        # A block without a line is not taken, however many may be.
+        return super()._choose(shares, possible, most, threshold) & ((shares > 0) | self._always(possible))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AShape(Selector):
+    """The first blocks and the nearest, whatever is in them: `sink_blocks` and `local_blocks`.
+
+    Reference: Jiang et al. 2024, MInference, arXiv:2407.02490; Xiao et al. 2023, StreamingLLM, arXiv:2309.17453.
+    """
+
+    sink_blocks: int = 1
+    local_blocks: int = 8
+
+    @property
+    def needs_a_limit(self) -> bool:
+        return False
+
+    def _scores(self, call):
+        def scores_of(_rows, possible):
+            return jnp.zeros((*call.q.shape[::2], *possible.shape[2:]))
+
+        return scores_of
+
+    def _choose(self, shares, possible, most, threshold):
+        chosen = super()._choose(shares, possible, most, threshold)
+        return chosen & jnp.broadcast_to(self._always(possible), chosen.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerHead:
+    """A selector for each query head, chosen beforehand: what `best_by_head` finds.
+
+    Attributes:
+      selectors: One for each query head, each with lists of query heads.
+    """
+
+    selectors: tuple[Selector, ...]
+
+    def __post_init__(self):
+        for i, selector in enumerate(self.selectors):
+            if selector.heads != "query":
+                raise ValueError(f"selectors[{i}].heads: got {selector.heads!r}, wanted 'query'")
+
+    def select(self, q, k, *, budget: int | None = None, **options) -> BlockSelection:
+        """As `Selector.select`."""
+        N, group = q.shape[2], q.shape[2] // k.shape[2]
+        if len(self.selectors) != N:
+            raise ValueError(f"PerHead.select: q has {N} heads, wanted {len(self.selectors)}, one for each selector")
+        found = {}
+        for selector in dict.fromkeys(self.selectors):
+            heads = [head for head in range(N) if self.selectors[head] == selector]
+            # Each with the keys of its own kv head.
+            part = selector.select(
+                q[:, :, jnp.array(heads)], k[:, :, jnp.array([x // group for x in heads])], budget=budget, **options
+            )
+            found |= {head: part.blocks[:, i] for i, head in enumerate(heads)}
+        return dataclasses.replace(part, blocks=jnp.stack([found[head] for head in range(N)], axis=1))
+
+
+def best_by_head(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    candidates: tuple[Selector, ...],
+    *,
+    mask: Mask,
+    block_sizes: BlockSizes,
+    tokens: Tokens | None = None,
+    budget: int,
+    scale: float | None = None,
+) -> PerHead:
+    """The candidate of the highest recall for each query head, on given queries and keys; of equals the first.
+
+    To be called once, outside of jit, on activations of a model; the result is static.
+
+    Reference: Jiang et al. 2024, MInference, arXiv:2407.02490, Algorithm 1, with blocks in the place of FLOPs.
+    """
+    options = dict(mask=mask, tokens=tokens, scale=scale)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def recall_of(q, k, candidate):
+        selection = candidate.select(q, k, block_sizes=block_sizes, budget=budget, **options)
+        return jnp.mean(attention_recall(q, k, selection, **options), axis=(0, 2))
+
+    recalls = jnp.stack([recall_of(q, k, candidate) for candidate in candidates])
+    return PerHead(selectors=tuple(candidates[int(i)] for i in jnp.argmax(recalls, axis=0)))
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+    """Over the last dim; 0 where all of it is -inf."""
+    greatest = jnp.max(x, axis=-1, keepdims=True)
+    weights = jnp.exp(x - jnp.where(greatest == -jnp.inf, 0.0, greatest))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)
+
+
+def _split(x: jax.Array, size: int, *, axis: int, **pad) -> jax.Array:
+    """The axis in blocks, the last one filled up, with zeros by default; `pad` as of jnp.pad."""
+    x = jnp.pad(x, [(0, -x.shape[i] % size) if i == axis else (0, 0) for i in range(x.ndim)], **pad)
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+
+
+def _means(x: jax.Array, block: int) -> jax.Array:
+    """The mean of each block, `[B, blocks, heads, H]`; of a ragged one, of what it has."""
+    blocks = _split(x, block, axis=1)
+    counts = jnp.minimum(block, x.shape[1] - block * jnp.arange(blocks.shape[1])).astype(jnp.float32)
+    return jnp.sum(blocks, axis=2, dtype=jnp.float32) / counts[:, None, None]
+
+
+def _squares(x: jax.Array, block: int, stride: int) -> jax.Array:
+    """`[B, T, N, H]` to `[B, blocks, block / stride, N, stride, H]`."""
+    blocks = _split(x, block, axis=1)
+    return jnp.moveaxis(blocks.reshape(*blocks.shape[:2], -1, stride, *blocks.shape[3:]), 3, 4)
