@@ -4,9 +4,7 @@ import abc
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import DTypeLike, Int
 
 from longctx.context_parallel import AttentionSharding, state_passing
@@ -35,29 +33,10 @@ class RecurrentConfig(MixerConfig):
 
     @abc.abstractmethod
     def layer(self, dim: int, **common: Any) -> RecurrentLayer:
-        """The layer; `common` are the arguments of `build`, and implementation, which every such layer takes."""
+        """The layer; `common` are the arguments of `MixerConfig.build`, with its defaults, and implementation."""
 
-    def build(
-        self,
-        dim: int,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        norm_eps: float = 1e-6,
-        out_init_scale: float = 1.0,
-        sharding: AttentionSharding | None = None,
-        rngs: nnx.Rngs,
-    ) -> RecurrentLayer:
-        return self.layer(
-            dim,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            norm_eps=norm_eps,
-            out_init_scale=out_init_scale,
-            implementation=self.implementation,
-            sharding=sharding,
-            rngs=rngs,
-        )
+    def build(self, dim: int, **common: Any) -> RecurrentLayer:
+        return self.layer(dim, implementation=self.implementation, **common)
 
     def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
         """Projections 2 tokens dim a value; attention as `StateShape.flops` counts it, in chunks of 64 tokens."""
