@@ -53,11 +53,8 @@ def _records(directory: Path) -> list[dict[str, Any]]:
 def _figures(records: list[dict[str, Any]]) -> list[str]:
     """As _COLUMNS: the last of each, of speeds the median."""
 
-    def values(key: str) -> list[float]:
-        return [record[key] for record in records if record.get(key) is not None]
-
     def shown(key: str, form: str, of=lambda found: found[-1]) -> str:
-        found = values(key)
+        found = [record[key] for record in records if record.get(key) is not None]
         return form.format(of(found)) if found else "-"
 
     return [
