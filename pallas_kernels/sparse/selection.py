@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Mask
-from pallas_kernels.sparse.choose import lists_of
+from pallas_kernels.online_softmax import finite_max
 from pallas_kernels.tokens import Leaf, Tokens
 
 
@@ -28,11 +28,6 @@ class BlockSelection:
     q_len: int = dataclasses.field(metadata={"static": True})
     kv_len: int = dataclasses.field(metadata={"static": True})
     block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, chosen: jax.Array, most: int, *, q_len: int, kv_len: int, block_sizes: BlockSizes) -> "BlockSelection":
-        """From bool `[B, heads, T / block_q, S / block_kv]`, of which each row has `most` at most."""
-        return cls(blocks=lists_of(chosen, most), q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
 
     def chosen(self) -> jax.Array:
         """bool `[B, heads, T / block_q, S / block_kv]`."""
@@ -88,8 +83,7 @@ def attention_recall(
             N, positions[:, :, None], kv.positions[:, None], segments[:, :, None], kv.segment_ids[:, None]
         )
         logits = jnp.where(allowed, logits, -jnp.inf)
-        greatest = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - jnp.where(greatest == -jnp.inf, 0.0, greatest))
+        weights = jnp.exp(logits - finite_max(jnp.max(logits, axis=-1, keepdims=True)))
         chosen = (blocks[..., None] == jnp.arange(-(-S // block_kv))).any(axis=-2)
         chosen = jnp.repeat(chosen, N // chosen.shape[1], axis=1)[:, :, None, jnp.arange(S) // block_kv]
         total = jnp.sum(weights, axis=-1)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Mask
+from pallas_kernels.online_softmax import finite_max
 from pallas_kernels.schedule import make_schedule
 from pallas_kernels.sparse.choose import heaviest, lists_of, most_scored
 from pallas_kernels.sparse.selection import BlockSelection, attention_recall
@@ -382,7 +383,7 @@ class PerHead:
             if selector.heads != "query":
                 raise ValueError(f"selectors[{i}].heads: got {selector.heads!r}, wanted 'query'")
 
-    def select(self, q, k, *, budget: int | None = None, **options) -> BlockSelection:
+    def select(self, q, k, **options) -> BlockSelection:
         """As `Selector.select`."""
         N, group = q.shape[2], q.shape[2] // k.shape[2]
         if len(self.selectors) != N:
@@ -392,7 +393,7 @@ class PerHead:
             heads = [head for head in range(N) if self.selectors[head] == selector]
             # Each with the keys of its own kv head.
             part = selector.select(
-                q[:, :, jnp.array(heads)], k[:, :, jnp.array([x // group for x in heads])], budget=budget, **options
+                q[:, :, jnp.array(heads)], k[:, :, jnp.array([x // group for x in heads])], **options
             )
             found |= {head: part.blocks[:, i] for i, head in enumerate(heads)}
         return dataclasses.replace(part, blocks=jnp.stack([found[head] for head in range(N)], axis=1))
@@ -428,8 +429,7 @@ def best_by_head(
 
 def _softmax(x: jax.Array) -> jax.Array:
     """Over the last dim; 0 where all of it is -inf."""
-    greatest = jnp.max(x, axis=-1, keepdims=True)
-    weights = jnp.exp(x - jnp.where(greatest == -jnp.inf, 0.0, greatest))
+    weights = jnp.exp(x - finite_max(jnp.max(x, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)
 

@@ -245,7 +245,7 @@ def test_recall_is_the_attention_on_chosen_keys(heads):
     q, k = normal(2, T, N, 8), normal(2, S, K, 8, seed=1)
     mask = Causal(offset=5)
     chosen = np.random.default_rng(0).random((2, heads, 5, 7)) < 0.5
-    selection = BlockSelection.of(jnp.asarray(chosen), 7, q_len=T, kv_len=S, block_sizes=FOURS)
+    selection = BlockSelection(blocks=lists_of(jnp.asarray(chosen), 7), q_len=T, kv_len=S, block_sizes=FOURS)
     assert (np.asarray(selection.chosen()) == chosen).all()
     logits = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, N // K, axis=2)) * 8**-0.5
     weights = np.where(mask.dense(None, T, S), np.exp(logits), 0.0)
