@@ -433,8 +433,8 @@ class PerHead(Mask):
     """Query head n of N follows `masks[n * len(masks) // N]`: one mask for each equal group of neighbouring heads.
 
     Such a mask has no `allowed` of its own: implementations ask `allowed_by_head`, and those that cannot serve
-    `head_groups > 1` refuse it. Its verdict on a tile holds for all heads at once, so a schedule visits what any head
-    needs, and the pair test does the rest. Under grouped queries a head is a query head.
+    `head_groups > 1` refuse it. A schedule has the blocks of each group of heads (`by_head`); `tile` answers for all of
+    them at once. Under grouped queries a head is a query head.
     """
 
     masks: tuple[Mask, ...]

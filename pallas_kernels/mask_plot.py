@@ -34,7 +34,7 @@ def plot(
         )
     heads = np.asarray(mask.dense(tokens, q_len, kv_len, num_heads=num_heads or mask.head_groups))
     schedule = make_schedule(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
-    visited, full = _visited_and_full(schedule.kv_blocks, row, num_columns=schedule.q_blocks.start.shape[1])
+    visited, full = _visited_and_full(schedule.kv_blocks, row, num_columns=schedule.q_blocks.num_rows)
     return _draw(_of_row(heads, row).mean(axis=0), visited, full, schedule.block_sizes, ax)
 
 
@@ -54,9 +54,10 @@ def _visited_and_full(ranges: BlockRanges, row: int, *, num_columns: int) -> tup
     def blocks_within(start, stop) -> np.ndarray:
         start, stop = (_of_row(x, row)[..., None] for x in (start, stop))
         column = np.arange(num_columns)
-        return ((start <= column) & (column < stop)).any(axis=1)
+        return ((start <= column) & (column < stop)).any(axis=2)  # `[query blocks, lists, kv blocks]`
 
-    return blocks_within(ranges.start, ranges.stop), blocks_within(ranges.full_start, ranges.full_stop)
+    visited, full = blocks_within(ranges.start, ranges.stop), blocks_within(ranges.full_start, ranges.full_stop)
+    return visited.any(axis=1), full.all(axis=1)
 
 
 def _draw(allowed: np.ndarray, visited: np.ndarray, full: np.ndarray, sizes: BlockSizes, ax: Any) -> Any:

@@ -8,7 +8,9 @@ the ranges holds no pair that may attend; a block inside them may still turn out
 How many ranges a row has is static: as many as the mask says that it may need (`Mask.num_runs`), so one for causal,
 window and document masks, two for sinks and a window. A row with more puts those left over, and what is between them,
 into its last range. Where single blocks are scattered a range is one block, and the ranges are the list of blocks:
-there is one form, and one walk over it.
+there is one form, and one walk over it. Where the mask differs between heads, each group of them has a list of its own.
+
+Blocks may also be chosen, from the data (block_lists.py): then a schedule is part of what says which pairs may attend.
 """
 
 import dataclasses
@@ -39,14 +41,20 @@ _MAX_TILES_AT_ONCE = 1 << 21
 class BlockRanges:
     """For each block of one side (a row), half-open ranges over the blocks of the other side.
 
-    All arrays are int32, the ranges `[B or 1, rows, ranges]`. The ranges of a row are in order and do not overlap; the
-    last ones may be empty, with start = stop.
+    All arrays are int32, the ranges `[B or 1, rows, lists, ranges]`: where heads visit different blocks each has a list
+    of its own, or each group of neighbouring heads, otherwise there is one. The ranges of a row are in order and do not
+    overlap; the last ones may be empty, with start = stop.
 
     Attributes:
       start, stop: The blocks to visit.
       full_start, full_stop: The longest run of blocks, within each range, that need no pair test.
-      order: The rows by how many blocks they visit, most first and ties in ascending order, `[B or 1, rows]`: the order
-        to deal them out in, so that the longest do not start last.
+      order: The rows by how many blocks they visit, most first and ties in ascending order, `[B or 1, rows, lists or
+        1]`: the order to deal them out in, so that the longest do not start last.
+      first: None where all rows have the same number of ranges. Otherwise those of all rows lie one after the other,
+        `[B or 1, lists, ranges]`, and this is where each row's begin, and where the last one's end,
+        `[B or 1, lists, rows + 1]`.
+      turn: None, or of the blocks of each range how many rows visit them before this row, in ascending order; of the
+        ranges' shape.
     """
 
     start: Leaf
@@ -54,6 +62,16 @@ class BlockRanges:
     full_start: Leaf
     full_stop: Leaf
     order: Leaf
+    first: Leaf = None
+    turn: Leaf = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.order.shape[1]
+
+    @property
+    def num_lists(self) -> int:
+        return self.start.shape[2 if self.first is None else 1]
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +85,8 @@ class Schedule:
       mask: The mask it was built from.
       q_len, kv_len: Lengths of the sequences; the last block of a side may be ragged.
       block_sizes: Tokens a block holds.
+      is_selection: Whether it says which pairs may attend, beside the mask: those of blocks that it leaves out may not.
+        Otherwise all that it leaves out the mask does not allow, and it only says where to look.
     """
 
     kv_blocks: BlockRanges
@@ -75,6 +95,18 @@ class Schedule:
     q_len: int = dataclasses.field(metadata={"static": True})
     kv_len: int = dataclasses.field(metadata={"static": True})
     block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
+    is_selection: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def num_lists(self) -> int:
+        """How many groups of neighbouring query heads have blocks of their own; 1 where all visit the same."""
+        return self.kv_blocks.num_lists
+
+    def visited(self) -> jax.Array:
+        """Which blocks of keys each block of queries visits, bool `[B or 1, lists, rows, columns]`; for references."""
+        columns = jnp.arange(-(-self.kv_len // self.block_sizes.block_kv))
+        start, stop = (x[..., None] for x in (self.kv_blocks.start, self.kv_blocks.stop))
+        return ((start <= columns) & (columns < stop)).any(axis=3).swapaxes(1, 2)
 
 
 def make_schedule(
@@ -96,10 +128,11 @@ def make_schedule(
       q_len: Number of queries T.
       kv_len: Number of keys S.
       block_sizes: Tokens a block; default by platform. Must be what the op is given.
-    Returns: A Schedule whose arrays have the batch size of `tokens`, or 1.
+    Returns: A Schedule whose arrays have the batch size of `tokens`, or 1, and a list for each group of heads between
+      which the mask differs.
     Raises: ValueError where a length is not positive.
     Cost: O(R T / block_q S / block_kv) elementwise with R ranges a row, peak memory about 40 MB, result
-      O(R (T / block_q + S / block_kv)).
+      O(R (T / block_q + S / block_kv)); that for each distinct mask of the heads.
     """
     for name, length in (("q_len", q_len), ("kv_len", kv_len)):
         if length < 1:
@@ -107,28 +140,12 @@ def make_schedule(
     sizes = block_sizes or block_sizes_lib.BLOCKWISE_ATTENTION[dispatch.current_platform()]
     sizes = sizes.fit(q_len, kv_len)
     tokens = tokens or Tokens()
-    q = _blocks(tokens.queries(q_len), sizes.block_q, mask)
-    kv = _blocks(tokens.keys(kv_len), sizes.block_kv, mask)
-    num_q_blocks, num_kv_blocks = q.whole.shape[1], kv.whole.shape[1]
-    # The pair test is also what keeps a ragged last block's missing keys out, so that block is never full. Missing
-    # queries need no such care: their rows are dropped, and their cotangents are zero.
-    kv = kv._replace(whole=kv.whole & (jnp.arange(num_kv_blocks) < kv_len // sizes.block_kv))
-
-    def verdict_of_q_rows(q_rows: _Blocks) -> TileVerdict:
-        return _verdict(mask, _outer(q_rows, rows=True), _outer(kv, rows=False))
-
-    def verdict_of_kv_rows(kv_rows: _Blocks) -> TileVerdict:
-        return _verdict(mask, _outer(q, rows=False), _outer(kv_rows, rows=True))
-
-    kv_ranges, q_ranges = num_ranges(mask, q_len, kv_len, sizes)
+    masks = mask.by_head(mask.head_groups)
+    distinct = {one: _lists_of(one, tokens, q_len, kv_len, sizes) for one in dict.fromkeys(masks)}
+    kv_blocks, q_blocks = (_side_by_side([distinct[one][side] for one in masks]) for side in range(2))
     return Schedule(
-        kv_blocks=_ranges(verdict_of_q_rows, q, num_columns=num_kv_blocks, num_ranges=kv_ranges),
-        q_blocks=_ranges(verdict_of_kv_rows, kv, num_columns=num_q_blocks, num_ranges=q_ranges),
-        mask=mask,
-        q_len=q_len,
-        kv_len=kv_len,
-        block_sizes=sizes,
-    )
+        kv_blocks=kv_blocks, q_blocks=q_blocks, mask=mask, q_len=q_len, kv_len=kv_len, block_sizes=sizes
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)
@@ -174,7 +191,7 @@ def num_ranges(mask: Mask, q_len: int, kv_len: int, block_sizes: BlockSizes) -> 
 
 
 class Walk(NamedTuple):
-    """One walk for all rows of a batch: the blocks of keys that each block of queries visits for any of them.
+    """One walk for all rows and heads of a batch: the blocks of keys that each block of queries visits for any of them.
 
     Attributes:
       block_sizes: Tokens a block holds.
@@ -194,7 +211,7 @@ def merged_walk(schedule: Schedule, *, merge_q: int = 1, merge_kv: int = 1) -> W
     is visited, nothing twice, and beside that what lies between their r-th ranges.
 
     Args:
-      schedule: Of any batch size; its rows of a batch become one too.
+      schedule: Of any batch size and number of lists; its rows of a batch, and its lists, become one too.
       merge_q, merge_kv: How many blocks of queries, and of keys, become one; the last may be made of fewer.
     Cost: O(B T / block_q R log R) with R ranges a row.
     """
@@ -208,7 +225,7 @@ def merged_walk(schedule: Schedule, *, merge_q: int = 1, merge_kv: int = 1) -> W
         x = x.reshape(batch_size, num_rows // merge_q, merge_q, num_ranges).swapaxes(0, 1)
         return x.reshape(-1, batch_size * merge_q, num_ranges)
 
-    start, stop = grouped(schedule.kv_blocks.start), grouped(schedule.kv_blocks.stop)
+    start, stop = (grouped(x) for x in _of_all_lists(schedule.kv_blocks))
     none = jnp.iinfo(jnp.int32).max
     first = jnp.min(jnp.where(start < stop, start // merge_kv, none), axis=1)
     covered = jax.lax.cummax(jnp.max(jnp.where(start < stop, -(-stop // merge_kv), 0), axis=1), axis=1)
@@ -219,7 +236,53 @@ def merged_walk(schedule: Schedule, *, merge_q: int = 1, merge_kv: int = 1) -> W
     return Walk(tiles.fit(schedule.q_len, schedule.kv_len), start, stop)
 
 
-class _Blocks(NamedTuple):
+def _of_all_lists(ranges: BlockRanges) -> tuple[jax.Array, jax.Array]:
+    """Start and stop, `[B or 1, rows, ranges]`, of ranges that have of each row what any of its lists has."""
+    start, stop = ranges.start, ranges.stop
+    if ranges.num_lists == 1:
+        return start[:, :, 0], stop[:, :, 0]
+    start, stop = (x.reshape(*x.shape[:2], -1) for x in (start, stop))
+    start, stop = jax.lax.sort((start, stop), num_keys=1)
+    # Less what those that begin earlier have already.
+    reached = jax.lax.cummax(stop, axis=2)
+    return start.at[:, :, 1:].max(reached[:, :, :-1]), stop
+
+
+def _lists_of(
+    mask: Mask, tokens: Tokens, q_len: int, kv_len: int, sizes: BlockSizes
+) -> tuple[BlockRanges, BlockRanges]:
+    """`kv_blocks` and `q_blocks` of a mask that all heads share."""
+    q, kv = sides_of(mask, tokens, q_len, kv_len, sizes)
+    num_q_blocks, num_kv_blocks = q.whole.shape[1], kv.whole.shape[1]
+
+    def verdict_of_q_rows(q_rows: Blocks) -> TileVerdict:
+        return judge(mask, _outer(q_rows, rows=True), _outer(kv, rows=False))
+
+    def verdict_of_kv_rows(kv_rows: Blocks) -> TileVerdict:
+        return judge(mask, _outer(q, rows=False), _outer(kv_rows, rows=True))
+
+    kv_ranges, q_ranges = num_ranges(mask, q_len, kv_len, sizes)
+    return (
+        _ranges(verdict_of_q_rows, q, num_columns=num_kv_blocks, num_ranges=kv_ranges),
+        _ranges(verdict_of_kv_rows, kv, num_columns=num_q_blocks, num_ranges=q_ranges),
+    )
+
+
+def _side_by_side(lists: list[BlockRanges]) -> BlockRanges:
+    """One for all lists, filled up with empty ranges behind their last."""
+    most = max(one.start.shape[3] for one in lists)
+
+    def filled(one: BlockRanges) -> BlockRanges:
+        def fill(x):
+            return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, most - x.shape[3])))
+
+        ranges = {name: fill(getattr(one, name)) for name in _Ranges._fields}
+        return BlockRanges(**ranges, order=one.order)
+
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *map(filled, lists)) if len(lists) > 1 else lists[0]
+
+
+class Blocks(NamedTuple):
     """The blocks of one side, every array `[B or 1, blocks]`; under a mask within documents, of all but padding.
 
     Attributes:
@@ -237,7 +300,16 @@ class _Blocks(NamedTuple):
     whole: jax.Array
 
 
-def _blocks(axis: TokenAxis, block: int, mask: Mask) -> _Blocks:
+def sides_of(mask: Mask, tokens: Tokens, q_len: int, kv_len: int, sizes: BlockSizes) -> tuple[Blocks, Blocks]:
+    """The blocks of queries, and those of keys."""
+    q = _blocks(tokens.queries(q_len), sizes.block_q, mask)
+    kv = _blocks(tokens.keys(kv_len), sizes.block_kv, mask)
+    # The pair test is also what keeps a ragged last block's missing keys out, so that block is never full. Missing
+    # queries need no such care: their rows are dropped, and their cotangents are zero.
+    return q, kv._replace(whole=kv.whole & (jnp.arange(kv.whole.shape[1]) < kv_len // sizes.block_kv))
+
+
+def _blocks(axis: TokenAxis, block: int, mask: Mask) -> Blocks:
     positions, segments = jnp.broadcast_arrays(*(_split(x, block) for x in axis))
     counts = segments >= 0 if mask.within_documents else jnp.ones_like(segments, bool)
     least, greatest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
@@ -254,7 +326,7 @@ def _blocks(axis: TokenAxis, block: int, mask: Mask) -> _Blocks:
         segment_min=min_where(counts, segments),
         segment_max=max_where(counts, segments),
     )
-    return _Blocks(
+    return Blocks(
         bounds=bounds,
         first_position=min_where(counts & (segments == bounds.segment_min[..., None]), positions),
         last_position=max_where(counts & (segments == bounds.segment_max[..., None]), positions),
@@ -269,11 +341,11 @@ def _split(x: ArrayLike, block: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, block)
 
 
-def _outer(blocks: _Blocks, *, rows: bool) -> _Blocks:
+def _outer(blocks: Blocks, *, rows: bool) -> Blocks:
     return jax.tree.map(lambda x: x[:, :, None] if rows else x[:, None, :], blocks)
 
 
-def _verdict(mask: Mask, q: _Blocks, kv: _Blocks) -> TileVerdict:
+def judge(mask: Mask, q: Blocks, kv: Blocks) -> TileVerdict:
     """The verdict on each tile of `q` rows or columns against `kv` columns or rows."""
     q_bounds, kv_bounds = q.bounds, kv.bounds
     if mask.within_documents:
@@ -287,7 +359,7 @@ def _verdict(mask: Mask, q: _Blocks, kv: _Blocks) -> TileVerdict:
     return TileVerdict(some & q.occupied & kv.occupied, every & q.whole & kv.whole)
 
 
-def _of_document(blocks: _Blocks, document: jax.Array, single: jax.Array) -> Bounds:
+def _of_document(blocks: Blocks, document: jax.Array, single: jax.Array) -> Bounds:
     """The bounds, with the positions those of `document` where it is the `single` one that counts."""
     bounds = blocks.bounds
     first, last = (single & (document == x) for x in (bounds.segment_min, bounds.segment_max))
@@ -315,13 +387,13 @@ def _ranges(verdict_of_rows: Callable, rows, *, num_columns: int, num_ranges: in
         lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])[:, :num_rows],
         jax.lax.map(ranges_of_group, jax.tree.map(grouped, rows)),
     )
-    return BlockRanges(**ranges._asdict(), order=_longest_first(ranges))
+    ranges = jax.tree.map(lambda x: x[:, :, None], ranges)
+    return BlockRanges(**ranges._asdict(), order=longest_first(jnp.sum(ranges.stop - ranges.start, axis=-1)))
 
 
-def _longest_first(ranges: "_Ranges") -> jax.Array:
-    """`BlockRanges.order`."""
-    num_visits = jnp.sum(ranges.stop - ranges.start, axis=-1)
-    return jnp.argsort(-num_visits, axis=-1, stable=True).astype(jnp.int32)
+def longest_first(num_visits: jax.Array) -> jax.Array:
+    """`BlockRanges.order`, of how many blocks each row visits, `[B or 1, rows, lists]`."""
+    return jnp.argsort(-num_visits, axis=1, stable=True).astype(jnp.int32)
 
 
 class _Ranges(NamedTuple):

@@ -65,7 +65,8 @@ def blockwise_attention(
       mask: Which (query, key) pairs may attend; a PerHead among its parts makes that differ between query heads.
       tokens: Positions and segment ids; None means arange and one document.
       schedule: The blocks to visit, from `make_schedule` with the same mask, tokens and lengths; None builds it here.
-        Build it once and hand it to every layer.
+        Build it once and hand it to every layer. Or from `BlockSelection.schedule`: then attention is to the blocks
+        chosen for each head, of which the mask allows what it allows.
       scale: Multiplies q.k; default H ** -0.5.
       logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
       sinks: A logit for each query head that takes part in the softmax and has no value, any float dtype, computed in
@@ -362,6 +363,14 @@ def _options(
                 f"the schedule was built for T={schedule.q_len}, S={schedule.kv_len}, the call has T={q_len}, "
                 f"S={kv_len}; build it for these lengths"
             )
+        if q.shape[2] % schedule.num_lists:
+            wrong(
+                f"the schedule has blocks of {schedule.num_lists} groups of heads, the call {q.shape[2]} query heads, "
+                "wanted a multiple"
+            )
+        rows = schedule.kv_blocks.start.shape[0]
+        if rows not in (1, q.shape[0]):
+            wrong(f"the schedule was built for B={rows}, the call has B={q.shape[0]}; build it for this batch")
         if block_sizes is not None and schedule.block_sizes != block_sizes.fit(q_len, kv_len):
             wrong(f"block_sizes={block_sizes}, the schedule has {schedule.block_sizes}; pass one of the two")
     return Options(

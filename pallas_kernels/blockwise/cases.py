@@ -6,14 +6,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.block_lists import schedule_of_lists
+from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, BlockSizes
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
+from pallas_kernels.schedule import Schedule
 from pallas_kernels.testing import packed_tokens
 from pallas_kernels.tokens import Tokens
 
-_SINCE_RECORDED = ("sinks", "dropout_rate")
+_SINCE_RECORDED = ("sinks", "dropout_rate", "chosen")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Blocks of keys that each block of queries attends to, up to three, drawn anew for each row and list.
+
+    Attributes:
+      num_lists: How many groups of query heads have lists of their own.
+      block_sizes: Tokens a block holds.
+    """
+
+    num_lists: int
+    block_sizes: BlockSizes
+
+    def lists(self, batch_size: int, q_len: int, kv_len: int) -> np.ndarray:
+        """Ascending, then -1: int32 `[B, lists, blocks of queries, 3]`; some rows are empty."""
+        generator = np.random.default_rng(2)
+        num_rows, num_columns = -(-q_len // self.block_sizes.block_q), -(-kv_len // self.block_sizes.block_kv)
+        lists = np.full((batch_size, self.num_lists, num_rows, 3), -1, np.int32)
+        for at in np.ndindex(lists.shape[:3]):
+            num = min(generator.integers(0, 4), num_columns)
+            lists[at][:num] = np.sort(generator.choice(num_columns, num, replace=False))
+        return lists
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -28,6 +53,7 @@ class Case:
       block_sizes: None lets the implementation choose.
       sinks: Whether each query head has a learned sink; the mask of sink tokens is another thing.
       dropout_rate: The share of pairs that is dropped.
+      chosen: What blocks are attended to; None for all that the mask allows.
     """
 
     name: str
@@ -47,6 +73,7 @@ class Case:
     block_sizes: BlockSizes | None = BlockSizes(block_q=16, block_kv=24)
     sinks: bool = False
     dropout_rate: float = 0.0
+    chosen: Chosen | None = None
 
     def __repr__(self) -> str:
         """All that the case is. Fields that outcomes on record do not know of are left out at their defaults, so that
@@ -92,11 +119,27 @@ class Case:
         seeds = np.random.default_rng(1).integers(2**32, size=(self.batch_size, self.num_heads), dtype=np.uint32)
         return Dropout(rate=self.dropout_rate, seeds=jnp.asarray(seeds))
 
+    def schedule(self) -> Schedule | None:
+        """Of the chosen blocks, or None where none were chosen."""
+        if self.chosen is None:
+            return None
+        kv_len = self.kv_len or self.q_len
+        return schedule_of_lists(
+            jnp.asarray(self.chosen.lists(self.batch_size, self.q_len, kv_len)),
+            mask=self.mask,
+            tokens=self.tokens(),
+            q_len=self.q_len,
+            kv_len=kv_len,
+            list_sizes=self.chosen.block_sizes,
+            block_sizes=self.block_sizes or BLOCKWISE_ATTENTION["gpu"],
+        )
+
     def arguments(self) -> dict:
         """The keyword arguments of the ops, but for sinks, which are an input: they have a gradient."""
         return {
             "mask": self.mask,
             "tokens": self.tokens(),
+            "schedule": self.schedule(),
             "scale": self.scale,
             "logits_soft_cap": self.logits_soft_cap,
             "dropout": self.dropout(),
@@ -108,6 +151,7 @@ def _remainders_agree(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
     return (q_positions * kv_positions) % 3 == 1
 
 
+_CHOSEN = Chosen(num_lists=1, block_sizes=BlockSizes(block_q=16, block_kv=24))
 _PACKED = ((30, 1, 25, 8), (17, 1, 1, 40))
 
 CASES = (
@@ -162,6 +206,11 @@ CASES = (
          documents=_PACKED, dropout_rate=0.3),
     Case(name="dropout_learned_sinks_soft_cap", mask=Causal(offset=-5), q_len=37, num_heads=4, dropout_rate=0.2,
          sinks=True, logits_soft_cap=2.0, all_ways=True),
+    Case(name="chosen", mask=Causal(), q_len=70, num_heads=4, chosen=_CHOSEN),
+    Case(name="chosen_by_head_documents", mask=Causal() & SameDocument(), q_len=70, num_heads=4, documents=_PACKED,
+         chosen=dataclasses.replace(_CHOSEN, num_lists=4)),
+    Case(name="chosen_by_kv_head_cross_sinks_dropout", mask=Full(), q_len=40, kv_len=97, num_heads=4, sinks=True,
+         dropout_rate=0.2, chosen=dataclasses.replace(_CHOSEN, num_lists=2)),
 )  # fmt: skip
 
 
@@ -170,6 +219,7 @@ def _kernel_case(name: str, mask: Mask, q_len: int, *, head_dim: int = 64, **opt
 
 
 _LONG_PACKED = ((300, 1, 129, 70), (128, 1, 1, 270))
+_LARGE = BlockSizes(block_q=128, block_kv=128)
 _BLOCKS = np.arange(20).reshape(4, 5) % 3 == 0
 
 # What CASES ask for, at head dims that kernels are made for, and at lengths of several blocks of 64 or 128.
@@ -235,4 +285,15 @@ KERNEL_CASES = (
     _kernel_case("dropout_documents_gqa", Causal() & SameDocument(), 512, num_heads=4, documents=_LONG_PACKED,
                  dropout_rate=0.1, all_ways=True),
     _kernel_case("dropout", Causal(), 384, head_dim=128, dropout_rate=0.5),
+    _kernel_case("per_head_blocks", PerHead((Chunked(128), Causal() & Chunked(256), Full(), Window(left=0, right=0))),
+                 512, head_dim=128, num_heads=4),
+    _kernel_case("chosen_by_head", Full(), 640, num_heads=4, chosen=Chosen(num_lists=4, block_sizes=_LARGE)),
+    _kernel_case("chosen_by_head", Causal(), 640, head_dim=128, num_heads=4,
+                 chosen=Chosen(num_lists=4, block_sizes=_LARGE)),
+    _kernel_case("chosen_by_kv_head_documents", Causal() & SameDocument(), 512, head_dim=128, num_heads=4,
+                 documents=_LONG_PACKED, chosen=Chosen(num_lists=2, block_sizes=_LARGE)),
+    _kernel_case("chosen_large_blocks", Causal(), 1000, num_heads=4, batch_size=1,
+                 chosen=Chosen(num_lists=2, block_sizes=BlockSizes(block_q=256, block_kv=384))),
+    _kernel_case("chosen_ragged_cross", Full(), 300, kv_len=517, head_dim=128, sinks=True,
+                 chosen=Chosen(num_lists=1, block_sizes=_LARGE)),
 )  # fmt: skip

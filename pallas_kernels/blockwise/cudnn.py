@@ -21,6 +21,7 @@ from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import And, Causal, Full, Mask, SameDocument, Window
+from pallas_kernels.schedule import Schedule
 from pallas_kernels.tokens import Tokens
 
 MAX_HEAD_DIM = 128
@@ -31,7 +32,7 @@ MAX_ELEMENTS = 2**31
 
 def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
     """`blockwise_attention_forward` by cuDNN; needs no schedule."""
-    del schedule
+    _check_schedule(schedule)
     if carry is not None or return_carry:
         _refuse("it takes and returns no running softmax (carry, return_carry, sinks)")
     settings = _settings(q, k, v, tokens, dropout, options)
@@ -43,7 +44,7 @@ def backward(
     q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
 ):
     """`blockwise_attention_backward` by cuDNN; needs no schedule."""
-    del schedule
+    _check_schedule(schedule)
     if dlse is not None:
         _refuse("its gradient leaves out the cotangent of lse (dlse); it serves dlse=None, which means zero")
     if accumulate is not None:
@@ -169,6 +170,11 @@ def _unused(q) -> dict[str, Any]:
     """Operands that are empty here, in JAX's order: bias, lengths and offsets of packed sequences, page tables."""
     names = ("bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k", "page_table_v")
     return {name: jnp.zeros(0, q.dtype) for name in names} | {"score_mod_args": ()}
+
+
+def _check_schedule(schedule: Schedule | None) -> None:
+    if schedule is not None and schedule.is_selection:
+        _refuse("it attends to all blocks that the mask allows, not to chosen ones")
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -3,7 +3,8 @@
 The kernels walk schedules. Where tokens are in order (none are given), the schedule is static: it is computed once,
 while the program is being traced, and is part of it. Then its tiles are those that suit the head dim best, and whether
 any visited block needs the pair test is known too, so that full attention and masks of whole blocks have no such code.
-Where tokens are given, the schedule is the caller's, or is built here, in blocks of 128 x 128.
+Where tokens are given, or blocks were chosen, the
+schedule is the caller's, or is built here, in blocks of 128 x 128.
 
 Reference: see pallas_mosaic_gpu_forward.py.
 """
@@ -41,7 +42,7 @@ def forward(
     _check_call(q, v, dropout, options)
     tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
-    sizes = _block_sizes(q.shape[3], tokens, options)
+    sizes = _block_sizes(q.shape[3], tokens, schedule, options)
     ranges = _schedule(q_len, kv_len, tokens, schedule, sizes, options).kv_blocks
     if kv_len < sizes.block_kv:
         # The schedule's one block of keys is shorter than the kernel's, which reads on behind the last key.
@@ -58,7 +59,9 @@ def forward(
     outputs = forward_kernel.attend(
         inputs,
         forward_kernel.Config(
-            pair_test=_pair_test(q_len, kv_len, tokens, sizes, options, columns=sizes.block_kv),
+            pair_test=_pair_test(
+                q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2], columns=sizes.block_kv
+            ),
             scale=options.scale,
             block_q=sizes.block_q,
             block_kv=sizes.block_kv,
@@ -96,7 +99,7 @@ def backward(
     _check_call(q, v, dropout, options)
     tokens = tokens or Tokens()
     q_len, kv_len, head_dim = q.shape[1], k.shape[1], q.shape[3]
-    sizes = _block_sizes("schedule", tokens, options)
+    sizes = _block_sizes("schedule", tokens, schedule, options)
     blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
     ranges = blocks.q_blocks
     if kv_len < sizes.block_kv:
@@ -147,7 +150,16 @@ def backward(
         _whole_tiles(dq) if interpret is None else _padded_length(dq, padding_q),
         plan,
         backward_kernel.Config(
-            pair_test=_pair_test(q_len, kv_len, tokens, sizes, options, columns=backward_kernel.TILES[head_dim]),
+            pair_test=_pair_test(
+                q_len,
+                kv_len,
+                tokens,
+                schedule,
+                sizes,
+                options,
+                num_heads=num_heads,
+                columns=backward_kernel.TILES[head_dim],
+            ),
             scale=options.scale,
             kv_len=kv_len,
             scales_dq=accumulate is not None,
@@ -195,20 +207,22 @@ def _check_call(q, v, dropout: Dropout | None, options: Options) -> None:
         _refuse("it has no dropout")
     if not options.scale > 0:
         _refuse(f"scale={options.scale}, it takes positive ones")
-    if options.mask.head_groups > 1:
-        _refuse("the mask differs between heads, it takes one mask for all")
 
 
 def _in_order(tokens: Tokens) -> bool:
     return not jax.tree.leaves(tokens)
 
 
-def _block_sizes(key: int | str, tokens: Tokens, options: Options) -> BlockSizes:
+def _is_selection(schedule: Schedule | None) -> bool:
+    return schedule is not None and schedule.is_selection
+
+
+def _block_sizes(key: int | str, tokens: Tokens, schedule: Schedule | None, options: Options) -> BlockSizes:
     """Those of MOSAIC_GPU_ATTENTION[key] where the schedule is made here, else those that every schedule has."""
     given = MOSAIC_GPU_ATTENTION["schedule"]
     if options.block_sizes is not None and options.block_sizes != given:
         _refuse(f"block_sizes={options.block_sizes}, it takes {given}")
-    if _in_order(tokens) and options.block_sizes is None:
+    if _in_order(tokens) and options.block_sizes is None and not _is_selection(schedule):
         return MOSAIC_GPU_ATTENTION[key]
     return given
 
@@ -216,9 +230,9 @@ def _block_sizes(key: int | str, tokens: Tokens, options: Options) -> BlockSizes
 def _schedule(
     q_len: int, kv_len: int, tokens: Tokens, schedule: Schedule | None, sizes: BlockSizes, options: Options
 ) -> Schedule:
-    """A constant one where tokens are in order, else the caller's, or one made here."""
+    """A constant one where tokens are in order and no blocks were chosen, else the caller's, or one made here."""
     fitted = sizes.fit(q_len, kv_len)
-    if _in_order(tokens):
+    if _in_order(tokens) and not _is_selection(schedule):
         return static_schedule(options.mask, q_len, kv_len, sizes)
     if schedule is None:
         return make_schedule(options.mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
@@ -231,29 +245,50 @@ def _pair_test(
     q_len: int,
     kv_len: int,
     tokens: Tokens,
+    schedule: Schedule | None,
     sizes: BlockSizes,
     options: Options,
     *,
+    num_heads: int,
     columns: int,
 ) -> Callable | None:
-    """Whether pairs may attend, as a kernel computes it of a tile; None where all may, of those that are visited.
+    """Whether pairs of a query head may attend, as a kernel computes it of a tile; None where all may, of those that
+    are visited.
 
     Raises: NotImplementedError where it cannot.
     """
     mask = options.mask
-    if isinstance(mask, Full) or (_in_order(tokens) and _all_full(mask, q_len, kv_len, sizes)):
+    if isinstance(mask, Full):
+        return None
+    if _in_order(tokens) and not _is_selection(schedule) and _all_full(mask, q_len, kv_len, sizes):
         return None
     tile = jax.ShapeDtypeStruct((ROWS, columns), jnp.int32)
+    masks = mask.by_head(mask.head_groups)
+    distinct = tuple(dict.fromkeys(masks))
     try:
-        return elementwise(mask.allowed, tile, tile, tile, tile)
+        tests = [elementwise(_always if one == Full() else one.allowed, *(tile,) * 4) for one in distinct]
     except NotImplementedError as reason:
         _refuse(f"mask {mask}: {reason}, its pair test must be arithmetic and comparisons")
 
+    def pair_test(head, *pair):
+        if len(tests) == 1:
+            return tests[0](*pair)
+        group, number = jax.lax.div(head * len(masks), num_heads), jnp.int32(0)
+        for i, one in enumerate(masks):
+            number = jnp.where(group == i, distinct.index(one), number)
+        return jax.lax.switch(number, tests, *pair)
+
+    return pair_test
+
+
+def _always(q_positions, *others) -> jax.Array:
+    """Whether a head that may attend to all may attend to a key, as an answer that depends on its arguments."""
+    del others
+    return q_positions >= jnp.iinfo(jnp.int32).min
+
 
 def _without_full_blocks(ranges: BlockRanges) -> BlockRanges:
-    return BlockRanges(
-        start=ranges.start, stop=ranges.stop, full_start=ranges.start, full_stop=ranges.start, order=ranges.order
-    )
+    return dataclasses.replace(ranges, full_start=ranges.start, full_stop=ranges.start)
 
 
 def _all_full(mask: Mask, q_len: int, kv_len: int, sizes: BlockSizes) -> bool:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
@@ -77,8 +78,8 @@ class Config:
     Attributes:
       scale: Multiplies q.k.
       kv_len: Number of keys, of which the last block may hold fewer than it has room for.
-      pair_test: Whether pairs may attend, of their positions and segment ids (q, kv, q, kv), `[64, tile]` each; None
-        where all may, of those that are visited.
+      pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
+        `[64, tile]` each; None where all may, of those that are visited.
       scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does.
       interpret: Whether to run on a CPU, in JAX's interpreter: by one block of threads, which need not take turns.
     """
@@ -202,6 +203,26 @@ class _Shared(NamedTuple):
     item_full: Any
 
 
+class _Tile(NamedTuple):
+    """A tile of queries that an item visits.
+
+    Attributes:
+      head: Of the queries.
+      which: Of the lists of ranges.
+      number: Of the range in it.
+      block: The block of queries.
+      index: The tile, counted over the whole length.
+      is_full: Whether it needs no pair test.
+    """
+
+    head: ArrayLike
+    which: ArrayLike
+    number: ArrayLike
+    block: ArrayLike
+    index: ArrayLike
+    is_full: ArrayLike
+
+
 class _Block:
     """What one block of threads does."""
 
@@ -248,7 +269,7 @@ class _Block:
                 role()
 
     def for_each_tile(self, item: Item, body: Callable, state):
-        """state = body(q head, block of queries, tile of queries, whether the block is full, state), tile by tile.
+        """state = body(a _Tile, state), tile by tile.
 
         A block of some heads of the group before the next, so that items that follow each other in the schedule do so
         in the tiles of each of these heads; then other heads of the group.
@@ -256,16 +277,18 @@ class _Block:
 
         def some_heads(number, state):
             first_head = item.head * self.group + number * self.heads_together
+            num_lists = self.inputs.ranges.num_lists
+            which = 0 if num_lists == 1 else lax.div(first_head * num_lists, self.num_heads)
 
-            def one_block(block, is_full, state):
+            def one_block(block, is_full, number, state):
                 def one_tile(i, state):
                     member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
                     tile = block * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
-                    return body(first_head + member, block, tile, is_full, state)
+                    return body(_Tile(first_head + member, which, number, block, tile, is_full), state)
 
                 return lax.fori_loop(0, self.heads_together * self.tiles_of_block, one_tile, state)
 
-            return self.walk.visit_in_order(item, one_block, state, ascending=self.ascends)
+            return self.walk.visit_in_order(item, which, one_block, state, ascending=self.ascends)
 
         return lax.fori_loop(0, self.group // self.heads_together, some_heads, state)
 
@@ -280,17 +303,17 @@ class _Block:
             plgpu.copy_gmem_to_smem(inputs.k.at[keys], shared.k, shared.kv_full)
             plgpu.copy_gmem_to_smem(inputs.v.at[keys], shared.v, shared.kv_full)
 
-            def load(head, block, tile, is_full, count):
+            def load(tile: _Tile, count):
                 slot = lax.rem(count, _SLOTS)
-                queries = pl.ds(tile * self.tile_len, self.tile_len)
+                queries = pl.ds(tile.index * self.tile_len, self.tile_len)
                 sync(self.tile_free + slot, self.consumers_and_one)
                 for source, target in ((inputs.q, shared.q), (inputs.dout, shared.dout)):
-                    at = item.batch, queries, head
+                    at = item.batch, queries, tile.head
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
                 for source, target in ((inputs.lse, shared.lse), (inputs.delta, shared.delta)):
-                    at = item.batch, head, queries
+                    at = item.batch, tile.head, queries
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
-                self.bring_tokens_near(item.batch, block, is_full)
+                self.bring_tokens_near(item.batch, tile.block, tile.is_full)
                 return count + 1
 
             return self.for_each_tile(item, load, count)
@@ -313,22 +336,21 @@ class _Block:
         counters, none = self.outputs.counters, jnp.int32(-1)
 
         def one_item(item: Item, state):
-            def one_tile(head, block, tile, is_full, state):
-                del is_full
+            def one_tile(tile: _Tile, state):
                 count, last = state
                 slot = lax.rem(count, _SLOTS)
-                counter = (item.batch * self.num_heads + head) * self.num_tiles + tile
+                pair = item.batch * self.num_heads + tile.head
+                counter = pair * self.num_tiles + tile.index
                 if self.takes_turns:
-                    take_turn(
-                        counters, counter, self.inputs.turns.at(item.batch, head, self.num_heads, item.row, block), last
-                    )
+                    turn = self.inputs.turns.at(item.batch, pair, tile.which, item.row, tile.number, tile.block)
+                    take_turn(counters, counter, turn, last)
                 else:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 # What was added last need no longer be kept.
                 pl.when(count > 0)(lambda: arrive(self.dq_free + _SLOTS - 1 - slot, self.consumers_and_one))
                 sync(self.dq_full + slot, self.consumers_and_one)
                 for piece in range(_NUM_CONSUMERS):
-                    self.add_piece(item.batch, head, tile, slot, piece)
+                    self.add_piece(item.batch, tile.head, tile.index, slot, piece)
                 return count + 1, counter
 
             return self.for_each_tile(item, one_tile, state)
@@ -365,16 +387,15 @@ class _Block:
         allowed = self.pair_test(item)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)
 
-        def one_tile(head, block, tile, is_full, state):
-            del head, block
-            return self.step(tile, is_full, allowed, *state)
+        def one_tile(tile: _Tile, state):
+            return self.step(tile, allowed, *state)
 
         count, dk, dv = self.for_each_tile(item, one_tile, (count, nothing, nothing))
         arrive(self.kv_free, self.consumers_and_one)
         self.write(item, dk * self.config.scale, dv)
         return count
 
-    def step(self, tile, is_full, allowed: Callable, count, dk, dv):
+    def step(self, tile: _Tile, allowed: Callable, count, dk, dv):
         """One tile of queries."""
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
         plgpu.barrier_wait(shared.tile_full.at[slot])
@@ -389,7 +410,7 @@ class _Block:
             return p * (dp - columns(delta, p.shape))
 
         if config.tests_blocks:
-            p = lax.cond(is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
+            p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
         ds = [gradient_of_logits(p[:, :ROWS] if self.two_parts else p, dp, 0).astype(self.dtype)]
         others = p[:, ROWS:] if self.two_parts else None
         p = p.astype(self.dtype)
@@ -470,19 +491,20 @@ class _Block:
         return dk
 
     def pair_test(self, item: Item) -> Callable:
-        """allowed(tile): which pairs of this warpgroup's keys and a tile of queries may attend."""
+        """allowed(tile): which pairs of this warpgroup's keys and of a tile's queries may attend."""
         inputs, test = self.inputs, self.config.pair_test
         kv_start = item.row * BLOCK + self.warpgroup * ROWS
         if test is not None:
             kv_positions = vector(inputs.kv_positions, item.batch, kv_start, ROWS, ROW, indices)
             kv_segments = vector(inputs.kv_segment_ids, item.batch, kv_start, ROWS, ROW, zeros)
 
-        def allowed(tile) -> jax.Array:
-            start, bits = tile * self.tile_len, None
+        def allowed(tile: _Tile) -> jax.Array:
+            start, bits = tile.index * self.tile_len, None
             if test is not None:
                 q_positions = vector(inputs.q_positions, item.batch, start, self.tile_len, COLUMN, indices)
                 q_segments = vector(inputs.q_segment_ids, item.batch, start, self.tile_len, COLUMN, zeros)
                 bits = test(
+                    tile.head,
                     columns(q_positions, self.tile),
                     rows(kv_positions, self.tile),
                     columns(q_segments, self.tile),

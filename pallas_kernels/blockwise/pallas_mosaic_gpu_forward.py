@@ -65,8 +65,8 @@ class Config:
       scale: Multiplies q.k; positive.
       block_q, block_kv: Tokens of a tile of queries and of a block of keys; those of the schedule.
       kv_len: Number of keys, of which a block may hold fewer than it has room for.
-      pair_test: Whether pairs may attend, of their positions and segment ids (q, kv, q, kv), `[64, block_kv]` each;
-        None where all may, of those that are visited.
+      pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
+        `[64, block_kv]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
       return_carry: Whether to return the running softmax rather than the result.
       interpret: Whether to run on a CPU, in JAX's interpreter.
@@ -477,6 +477,7 @@ class _Block:
             start, bits = j * block_kv, None
             if self.config.pair_test is not None:
                 bits = self.config.pair_test(
+                    item.head,
                     rows(q_positions, self.tile),
                     columns(vector(inputs.kv_positions, item.batch, start, block_kv, COLUMN, indices), self.tile),
                     rows(q_segments, self.tile),

@@ -9,6 +9,7 @@ items wait for each other in a circle, and good ones make them wait little:
   then comes to a tile a step behind the one before it, if that began a step earlier, which takes several pairs side by
   side. Or both the other way round: then each begins with a tile of its own, whenever it does, but the longest items of
   a causal mask go out last.
+- Lists of chosen blocks tell beside each block after how many others an item comes to it; items go as in the first way.
 - Where rows visit scattered blocks and the schedule is constant, items are dealt out beforehand and the walk is
   rehearsed, every step taking the same time and nobody waiting for a turn, but only so many adding into a tile at a
   time; turns go as items came to it. That is free of circles, and of waiting too as far as steps do take the same time.
@@ -39,29 +40,39 @@ _MOST_REHEARSED = 1 << 22
 
 
 class Turns(NamedTuple):
-    """After how many others an item adds into a tile of dq; one of three, the others None.
+    """After how many others an item adds into a tile of dq; one of four, the others None.
 
     Attributes:
       rehearsed: int32 `[B N, blocks of keys, blocks of queries]`.
-      line: `(rank, gone)`, int32 `[B or 1, blocks of keys]` and `[B or 1, blocks of queries]`: how many items that
-        visit anything come before an item, and how many of those have ended before a block. The turn is the
+      line: `(rank, gone)`, int32 `[B or 1, lists, blocks of keys]` and `[B or 1, lists, blocks of queries]`: how many
+        items that visit anything come before an item, and how many of those have ended before a block. The turn is the
         difference, where items visit one range whose ends never fall.
-      table: int32 `[B or 1, blocks of keys, blocks of queries]`.
+      listed: `(first, turn)` of the schedule's lists.
+      table: int32 `[B or 1, lists, blocks of keys, blocks of queries]`.
     """
 
     rehearsed: Any = None
     line: tuple[Any, Any] | None = None
+    listed: tuple[Any, Any] | None = None
     table: Any = None
 
-    def at(self, batch, head, num_heads: int, row, block) -> ArrayLike:
-        """The turn of the item of `row` in the tiles of a block of queries of a query head."""
+    def at(self, batch, pair, which, row, number, block) -> ArrayLike:
+        """The turn of the item of `row` in the tiles of a block of queries, which the given range of a list holds.
+
+        Args:
+          pair: The query head, counted over the whole batch.
+        """
         if self.rehearsed is not None:
-            return self.rehearsed[batch * num_heads + head, row, block]
+            return self.rehearsed[pair, row, block]
         if self.table is not None:
-            return self.table[row_of_batch(self.table, batch), row, block]
+            return self.table[row_of_batch(self.table, batch), which, row, block]
+        if self.listed is not None:
+            first, turn = self.listed
+            batch = row_of_batch(first, batch)
+            return turn[batch, which, first[batch, which, row] + number]
         rank, gone = self.line
         batch = row_of_batch(rank, batch)
-        return rank[batch, row] - gone[batch, block]
+        return rank[batch, which, row] - gone[batch, which, block]
 
 
 class Plan(NamedTuple):
@@ -106,9 +117,11 @@ def plan(
     Memory: where turns are a table, one number for each block of keys and of queries, T S / 2^14 of them: 64 for each
       token at a million tokens.
     """
-    num_pairs, num_rows, num_ranges = batch_size * num_kv_heads, *ranges.start.shape[1:]
+    num_pairs, num_rows, num_ranges = batch_size * num_kv_heads, ranges.num_rows, ranges.start.shape[-1]
     group, is_constant = num_heads // num_kv_heads, isinstance(ranges.start, np.ndarray)
-    together = max(n for n in range(1, most_heads_together + 1) if group % n == 0)
+    # Heads that visit different blocks go one after the other.
+    most_together = 1 if ranges.num_lists > num_kv_heads else most_heads_together
+    together = max(n for n in range(1, most_together + 1) if group % n == 0)
     deal = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
     if not deterministic:
         # Sections of one size: the items of a smaller last one would not keep all blocks at work.
@@ -119,7 +132,8 @@ def plan(
         return Plan(
             deal=deal, in_line=True, ascends=False, heads_together=together, order=ranges.order, turns=None
         )  # fmt: skip
-    if is_constant and num_ranges > 1 and batch_size * num_heads * num_rows * num_q_blocks <= _MOST_REHEARSED:
+    num_turns = batch_size * num_heads * num_rows * num_q_blocks
+    if is_constant and ranges.num_lists == 1 and num_ranges > 1 and num_turns <= _MOST_REHEARSED:
         rehearsals = [(x, *_rehearse(x, ranges, num_q_blocks, group, together)) for x in _smaller(deal)]
         deal, _, turns = min(rehearsals, key=lambda rehearsal: rehearsal[1])
         return Plan(
@@ -127,14 +141,18 @@ def plan(
             turns=Turns(rehearsed=turns),
         )  # fmt: skip
     line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
-    # A block of several heads takes long enough for turns to be passed on.
-    ascends = line is None and group == 1
+    listed = None if ranges.turn is None else (ranges.first, ranges.turn)
+    # A block of several heads takes long enough for turns to be passed on; lists have theirs in ascending order.
+    ascends = line is None and listed is None and group == 1
     if not ascends:
         # An item of several heads is longer, so the next begins later.
         side_by_side = max(deal.section, deal.num_blocks // (_ONE_BEHIND_THE_OTHER * min(group, 2)))
         deal = dataclasses.replace(deal, section=min(num_pairs, side_by_side))
-    order = np.arange(num_rows, dtype=np.int32)[None, :: -1 if ascends else 1]
-    turns = Turns(line=line) if line else Turns(table=_table(ranges, num_q_blocks, ascends))
+    order = np.arange(num_rows, dtype=np.int32)[None, :: -1 if ascends else 1, None]
+    if line or listed:
+        turns = Turns(line=line, listed=listed)
+    else:
+        turns = Turns(table=_table(ranges, num_q_blocks, ascends))
     return Plan(
         deal=deal, in_line=True, ascends=ascends, heads_together=together, order=order, turns=turns
     )  # fmt: skip
@@ -150,7 +168,7 @@ def _rehearse(
     deal: Deal, ranges: BlockRanges, num_q_blocks: int, group: int, heads_together: int
 ) -> tuple[int, np.ndarray]:
     """How many steps it takes, and `Turns.rehearsed`."""
-    visited = _visited(ranges, num_q_blocks)[0]
+    visited = _visited(ranges, num_q_blocks)[0, 0]
     num_rows = len(visited)
     blocks_of = [np.flatnonzero(row)[::-1] for row in visited]
     everyone = np.meshgrid(*(np.arange(n) for n in (deal.num_blocks, deal.num_rounds)), indexing="ij")
@@ -158,7 +176,7 @@ def _rehearse(
     for items in np.stack(deal.item(*everyone), axis=-1):
         places = [np.empty(0, np.int64)]
         for _, pair, rank in items[items[:, 0] == 1]:
-            row = ranges.order[0, rank]
+            row = ranges.order[0, rank, 0]
             heads = pair * group + np.arange(group).reshape(-1, 1, heads_together)
             places.append((((heads * num_rows) + row) * num_q_blocks + blocks_of[row][:, None]).ravel())
         steps.append(np.concatenate(places))
@@ -187,24 +205,23 @@ def _rehearse(
 
 def _line(ranges: BlockRanges, num_q_blocks: int) -> tuple[np.ndarray, np.ndarray] | None:
     """`Turns.line`, or None where rows are not what it takes."""
-    start, stop = ranges.start[..., 0], ranges.stop[..., 0]
+    start, stop = (x[..., 0].swapaxes(1, 2) for x in (ranges.start, ranges.stop))
     some = start < stop
-    ends = (np.maximum.accumulate(np.where(some, x, 0), axis=1) for x in (start, stop))
+    ends = (np.maximum.accumulate(np.where(some, x, 0), axis=2) for x in (start, stop))
     if not all(np.all((x == greatest) | ~some) for x, greatest in zip((start, stop), ends, strict=True)):
         return None
-    rank = np.cumsum(some, axis=1) - some
-    blocks = np.arange(num_q_blocks)
-    gone = [np.searchsorted(x[visits], blocks, side="right") for x, visits in zip(stop, some, strict=True)]
-    return rank.astype(np.int32), np.stack(gone).astype(np.int32)
+    rank = np.cumsum(some, axis=2) - some
+    gone = np.sum((stop[..., None] <= np.arange(num_q_blocks)) & some[..., None], axis=2)
+    return rank.astype(np.int32), gone.astype(np.int32)
 
 
 def _table(ranges: BlockRanges, num_q_blocks: int, descending: bool) -> jax.Array:
     """`Turns.table`: of the items that visit a block, in ascending or descending order."""
     visited = jnp.asarray(_visited(ranges, num_q_blocks), jnp.int32)
-    return lax.cumsum(visited, axis=1, reverse=descending) - visited
+    return lax.cumsum(visited, axis=2, reverse=descending) - visited
 
 
 def _visited(ranges: BlockRanges, num_q_blocks: int):
-    """Which blocks each row visits, `[B or 1, rows, blocks]`."""
+    """Which blocks each row visits, `[B or 1, lists, rows, blocks]`."""
     blocks = np.arange(num_q_blocks)
-    return ((ranges.start[..., None] <= blocks) & (blocks < ranges.stop[..., None])).any(axis=2)
+    return ((ranges.start[..., None] <= blocks) & (blocks < ranges.stop[..., None])).any(axis=3).swapaxes(1, 2)

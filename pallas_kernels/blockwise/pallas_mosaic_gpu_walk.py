@@ -45,7 +45,7 @@ class Walk:
     Attributes:
       deal: Which items are its own; a pair is a batch row and a head.
       ranges: The blocks that each row of tiles visits: references in device memory.
-      num_heads: Heads of a batch row.
+      num_heads: Heads of a batch row; there are as many lists of ranges, or a divisor, or a multiple of them.
       tests_blocks: Whether any block may need the pair test.
     """
 
@@ -72,12 +72,30 @@ class Walk:
 
     def item_of(self, exists, pair, rank) -> Item:
         batch, head = lax.div(pair, self.num_heads), lax.rem(pair, self.num_heads)
-        order = self.ranges.order
-        row = order[row_of_batch(order, batch), rank]
-        return Item(exists, batch, head, row, self.range_of(batch, row, 0))
+        order, which = self.ranges.order, self.list_of(head)
+        row = order[row_of_batch(order, batch), rank, which if order.shape[2] > 1 else 0]
+        return Item(exists, batch, head, row, self.range_of(batch, which, row, 0))
 
-    def range_of(self, batch, row, number) -> Range:
-        at = row_of_batch(self.ranges.start, batch), row, number
+    def list_of(self, head) -> ArrayLike:
+        """The list of a head; the first of them where it has several."""
+        return 0 if self.ranges.num_lists == 1 else lax.div(head * self.ranges.num_lists, self.num_heads)
+
+    def num_ranges(self, batch, which, row) -> ArrayLike:
+        """Ranges of a row of a list, of which the last may be empty."""
+        first = self.ranges.first
+        if first is None:
+            return self.ranges.start.shape[3]
+        batch = row_of_batch(first, batch)
+        return first[batch, which, row + 1] - first[batch, which, row]
+
+    def range_of(self, batch, which, row, number) -> Range:
+        """A range; of a row that has none in a list of ranges, any other."""
+        start, first = self.ranges.start, self.ranges.first
+        batch = row_of_batch(start, batch)
+        if first is None:
+            at = batch, row, which, number
+        else:
+            at = batch, which, jnp.clip(first[batch, which, row] + number, 0, start.shape[2] - 1)
         return Range(*(getattr(self.ranges, name)[at] for name in Range._fields))
 
     def first_block(self, item: Item) -> ArrayLike:
@@ -92,11 +110,12 @@ class Walk:
 
         Range by range; in each, first the blocks that need the pair test, then those that do not.
         """
-        num_ranges = self.ranges.start.shape[2]
+        which = self.list_of(item.head)
+        num_ranges = self.num_ranges(item.batch, which, item.row)
 
         def one_range(loop):
             number, (start, stop, full_start, full_stop), skip, state = loop
-            ahead = self.range_of(item.batch, item.row, jnp.minimum(number + 1, num_ranges - 1))
+            ahead = self.range_of(item.batch, which, item.row, jnp.minimum(number + 1, num_ranges - 1))
             if not self.tests_blocks:
                 return number + 1, ahead, jnp.int32(0), lax.fori_loop(start + skip, stop, full, state)
             num_before = full_start - start
@@ -119,32 +138,40 @@ class Walk:
 
         return lax.while_loop(visits_any, one_range, loop)[3]
 
-    def visit_in_order(self, item: Item, body: Callable, state, *, ascending: bool):
-        """state = body(j, whether j needs no pair test, state) for each block j that the item visits."""
-        num_ranges = self.ranges.start.shape[2]
+    def visit_in_order(self, item: Item, which, body: Callable, state, *, ascending: bool):
+        """state = body(j, whether j needs no pair test, number of its range, state) for each block j of a list's row.
 
-        def one_range(current: Range, state):
+        Args:
+          which: One of the lists of the item's head.
+        """
+        num_ranges = self.num_ranges(item.batch, which, item.row)
+
+        def one_range(number, current: Range, state):
             start, stop, full_start, full_stop = current
 
             def one_block(i, state):
                 j = i if ascending else start + stop - 1 - i
-                return body(j, (full_start <= j) & (j < full_stop), state)
+                return body(j, (full_start <= j) & (j < full_stop), number, state)
 
             return lax.fori_loop(start, stop, one_block, state)
-
-        if num_ranges == 1:
-            return one_range(item.first_range, state)
 
         def number(i):
             i = jnp.minimum(i, num_ranges - 1)
             return i if ascending else num_ranges - 1 - i
 
+        looked_up = ascending or self.ranges.start.shape[-1] == 1 and self.ranges.first is None
+        if looked_up and self.ranges.num_lists <= self.num_heads:
+            first = item.first_range
+        else:
+            first = self.range_of(item.batch, which, item.row, number(0))
+        if self.ranges.first is None and num_ranges == 1:
+            return one_range(0, first, state)
+
         def one_more(i, loop):
             current, state = loop
-            ahead = self.range_of(item.batch, item.row, number(i + 1))
-            return ahead, one_range(current, state)
+            ahead = self.range_of(item.batch, which, item.row, number(i + 1))
+            return ahead, one_range(number(i), current, state)
 
-        first = item.first_range if ascending else self.range_of(item.batch, item.row, number(0))
         return lax.fori_loop(0, num_ranges, one_more, (first, state))[1]
 
 

@@ -4,6 +4,7 @@
   lse = log sum_s exp(S);  P = exp(S - lse);  out = P v
   dV = P^T dO;  dS = P (dO v^T - rowsum(dO out) + dlse);  dQ = scale dS k;  dK = scale dS^T q
   with dropout:  out = (P Z) v;  dV = (P Z)^T dO;  dS = P ((dO v^T) Z - rowsum(dO out) + dlse)
+  with blocks that were chosen:  S = -inf in all others
   with sinks, one for each query head:  lse = log(exp(sink) + sum_s exp(S))
 
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, section 3.1; the dlse term follows from d lse / d S = P,
@@ -18,15 +19,15 @@ import jax.numpy as jnp
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
+from pallas_kernels.schedule import Schedule
 
 # GPUs and TPUs would otherwise multiply float32 in TF32 and bfloat16.
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
-    """The reference of `blockwise_attention_forward`; needs no schedule."""
-    del schedule
-    s, _ = _logits(q, k, tokens, options)
+    """The reference of `blockwise_attention_forward`; needs no schedule, but one of chosen blocks is a mask too."""
+    s, _ = _logits(q, k, tokens, options, schedule)
     row_max = jnp.max(s, axis=-1)
     if carry is not None:
         row_max = jnp.maximum(row_max, carry.max)
@@ -41,12 +42,12 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options,
     return result if return_carry else result.finalize(q.dtype)
 
 
-def forward_with_sinks(q, k, v, sinks, *, tokens, options: Options, dropout: Dropout | None = None):
+def forward_with_sinks(q, k, v, sinks, *, tokens, schedule, options: Options, dropout: Dropout | None = None):
     """`(out, lse)` by one softmax over the logits and a column of sinks, whose probability meets no value.
 
     `forward` knows sinks only as a carry to start from; this is what that is held to.
     """
-    s, _ = _logits(q, k, tokens, options)
+    s, _ = _logits(q, k, tokens, options, schedule)
     column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (*s.shape[:3], 1))
     s = jnp.concatenate([s, column], axis=-1)
     p = jax.nn.softmax(s, axis=-1)[..., :-1]
@@ -57,9 +58,8 @@ def forward_with_sinks(q, k, v, sinks, *, tokens, options: Options, dropout: Dro
 def backward(
     q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
 ):
-    """The reference of `blockwise_attention_backward`; needs no schedule."""
-    del schedule
-    s, cap_slope = _logits(q, k, tokens, options)
+    """The reference of `blockwise_attention_backward`; the schedule as in `forward`."""
+    s, cap_slope = _logits(q, k, tokens, options, schedule)
     dout = dout.astype(jnp.float32)
     delta = einsum("BTNV,BTNV->BNT", dout, out.astype(jnp.float32))
     if dlse is not None:
@@ -75,14 +75,19 @@ def backward(
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _logits(q, k, tokens, options: Options) -> tuple[jax.Array, jax.Array]:
+def _logits(q, k, tokens, options: Options, schedule: Schedule | None) -> tuple[jax.Array, jax.Array]:
     """Masked logits `[B, N, T, S]`, and the derivative of the soft cap at each."""
     s = options.scale * einsum("BTNH,BSNH->BNTS", q.astype(jnp.float32), _per_query_head(k, q))
     slope = jnp.ones_like(s)
     if options.logits_soft_cap is not None:
         squashed = jnp.tanh(s / options.logits_soft_cap)
         s, slope = options.logits_soft_cap * squashed, 1 - squashed**2
-    allowed = options.mask.dense(tokens, q.shape[1], k.shape[1], num_heads=q.shape[2])
+    (_, T, N, _), S = q.shape, k.shape[1]
+    allowed = options.mask.dense(tokens, T, S, num_heads=N)
+    if schedule is not None and schedule.is_selection:
+        rows, columns = jnp.arange(T) // schedule.block_sizes.block_q, jnp.arange(S) // schedule.block_sizes.block_kv
+        chosen = jnp.repeat(schedule.visited(), N // schedule.num_lists, axis=1)
+        allowed &= chosen[:, :, rows[:, None], columns]
     return jnp.where(allowed, s, MASK_VALUE), slope
 
 

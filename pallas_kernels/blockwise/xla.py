@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.block_sizes import XLA_TILES
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.xla_lists import Lists, OneList
 from pallas_kernels.dropout import Dropout, key_words
 from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
 from pallas_kernels.schedule import Schedule, make_schedule, merged_walk
@@ -28,6 +29,8 @@ from pallas_kernels.tokens import TokenAxis, Tokens
 
 def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
     """`blockwise_attention_forward` on any platform."""
+    if schedule is not None and schedule.is_selection:
+        return _forward_by_lists(q, k, v, tokens, Lists(q, k, schedule), carry, return_carry, options, dropout)
     schedule = _schedule(q, k, tokens, schedule, options)
     tiles = _Tiles(q, k, tokens, schedule, options, dropout)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
@@ -60,6 +63,9 @@ def backward(
     q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
 ):
     """`blockwise_attention_backward` on any platform."""
+    if schedule is not None and schedule.is_selection:
+        arrays = q, k, v, out, lse, dout, dlse
+        return _backward_by_lists(arrays, tokens, Lists(q, k, schedule), accumulate, options, dropout)
     schedule = _schedule(q, k, tokens, schedule, options)
     tiles = _Tiles(q, k, tokens, schedule, options, dropout)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
@@ -108,6 +114,44 @@ def backward(
     (dk, dv), dq = jax.lax.scan(one_q_block, (tiles.split_kv(dk), tiles.split_kv(dv)), xs)
     gradients = tiles.join_q(dq), tiles.join_kv(dk), tiles.join_kv(dv)
     return tuple(g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+
+
+def _forward_by_lists(q, k, v, tokens, lists: Lists, carry, return_carry, options: Options, dropout):
+    """`forward`, one list of chosen blocks after the other."""
+
+    def attend(one: OneList):
+        return forward(
+            *(one.heads(x, 2) for x in (q, k, v)), tokens=one.tokens(tokens), schedule=one.schedule(),
+            carry=None if carry is None else one.carry(carry), return_carry=return_carry,
+            options=one.options(options), dropout=one.dropout(dropout),
+        )  # fmt: skip
+
+    results = lists.map(attend)
+    if not return_carry:
+        return lists.joined(results[0], 2), lists.joined(results[1], 1)
+    return SoftmaxCarry(
+        max=lists.joined(results.max, 1), sum=lists.joined(results.sum, 1), acc=lists.joined(results.acc, 2)
+    )
+
+
+def _backward_by_lists(arrays, tokens, lists: Lists, accumulate, options: Options, dropout):
+    """`backward`, one list of chosen blocks after the other."""
+    q, k, v, out, lse, dout, dlse = arrays
+
+    def differentiate(one: OneList):
+        q_i, k_i, v_i, out_i, dout_i = (one.heads(x, 2) for x in (q, k, v, out, dout))
+        lse_i, dlse_i = (None if x is None else one.heads(x, 1) for x in (lse, dlse))
+        return backward(
+            q_i, k_i, v_i, out_i, lse_i, dout_i, dlse_i, tokens=one.tokens(tokens), schedule=one.schedule(),
+            accumulate=tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_i, k_i, v_i)),
+            options=one.options(options), dropout=one.dropout(dropout),
+        )  # fmt: skip
+
+    dq, dk, dv = lists.map(differentiate)
+    gradients = lists.joined(dq, 2), lists.summed(dk), lists.summed(dv)
+    if accumulate is not None:
+        return tuple(x + y for x, y in zip(accumulate, gradients, strict=True))
+    return tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True))
 
 
 def _schedule(q, k, tokens, schedule, options: Options) -> Schedule:

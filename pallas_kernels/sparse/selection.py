@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.block_lists import can_be_cut, schedule_of_lists
+from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, BlockSizes
+from pallas_kernels.dispatch import current_platform
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import finite_max
+from pallas_kernels.schedule import Schedule
 from pallas_kernels.tokens import Leaf, Tokens
 
 
@@ -33,6 +36,31 @@ class BlockSelection:
         """bool `[B, heads, T / block_q, S / block_kv]`."""
         num_columns = -(-self.kv_len // self.block_sizes.block_kv)
         return (self.blocks[..., None] == jnp.arange(num_columns)).any(axis=-2)
+
+    def schedule(self, *, mask: Mask, tokens: Tokens | None = None, block_sizes: BlockSizes | None = None) -> Schedule:
+        """What `blockwise_attention` takes to attend to the chosen blocks alone, with the same mask and tokens.
+
+        Args:
+          mask: Which pairs of the chosen blocks may attend.
+          tokens: Positions and segment ids; None means arange and one document.
+          block_sizes: Tokens a block of the schedule holds, which must divide those of a chosen block; None takes the
+            platform's where they do, and otherwise those of a chosen block.
+        Raises: ValueError where block_sizes do not divide.
+        Cost: as `schedule_of_lists`.
+        """
+        return schedule_of_lists(
+            self.blocks,
+            mask=mask,
+            tokens=tokens,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+            list_sizes=self.block_sizes,
+            block_sizes=block_sizes or self._schedule_sizes(),
+        )
+
+    def _schedule_sizes(self) -> BlockSizes:
+        usual = BLOCKWISE_ATTENTION[current_platform()].fit(self.q_len, self.kv_len)
+        return usual if can_be_cut(self.block_sizes, usual, self.q_len, self.kv_len) else self.block_sizes
 
     def num_chosen(self) -> jax.Array:
         """How many blocks of keys each block of queries attends to, int32 `[B, heads, T / block_q]`."""

@@ -105,7 +105,9 @@ class Selector(abc.ABC):
         num_rows, num_columns = -(-T // sizes.block_q), -(-S // sizes.block_kv)
         most = num_columns if budget is None else min(budget, num_columns)
         ranges = make_schedule(mask, tokens, q_len=T, kv_len=S, block_sizes=sizes).kv_blocks
-        start, stop = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (ranges.start, ranges.stop))
+        start, stop = (
+            jnp.broadcast_to(x[:, :, 0], (B, *x.shape[1:2], x.shape[3])) for x in (ranges.start, ranges.stop)
+        )
         scores_of = self._scores(call)
 
         def of_rows(given):

@@ -3,15 +3,18 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import BlockSizes, make_schedule
 from pallas_kernels.blockwise import pallas_mosaic_gpu_turns as turns_module
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, plan
-from pallas_kernels.mask import Causal, Full, Mask, Prefix, SameDocument, Window
+from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Table
 from pallas_kernels.schedule import BlockRanges, static_schedule
+from pallas_kernels.sparse.choose import lists_of
+from pallas_kernels.sparse.selection import BlockSelection
 from pallas_kernels.testing import packed_tokens
 
 BLOCK = 8
@@ -28,19 +31,32 @@ CONSTANT = {
     "prefix": Causal() | Prefix(35),
     "sinks": Causal() & (Prefix(4) | Window(left=30)),
     "table": Table(SCATTERED, block_q=BLOCK, block_kv=BLOCK),
+    "per_head": PerHead((Causal(), Window(left=40, right=0), Full(), Prefix(5))),
+    "per_kv_head": PerHead((Causal(), Causal() & (Prefix(4) | Window(left=30)))),
 }
+CHOSEN = {"chosen_per_head": 4, "chosen_per_kv_head": 2, "chosen": 1}
+NAMES = [*CONSTANT, "documents", *CHOSEN]
+
+
+def selection(num_lists: int) -> BlockSelection:
+    """Up to six blocks of keys for each block of queries."""
+    chosen = np.random.default_rng(1).random((2, num_lists, 20, 20)) < 0.3
+    return BlockSelection(blocks=lists_of(jnp.array(chosen), 6), q_len=160, kv_len=160, block_sizes=SIZES)
 
 
 def planned(
     mask: Mask,
     *,
     documents=None,
+    chosen: BlockSelection | None = None,
     num_cores: int = 7,
     deterministic: bool = True,
     length: int = 160,
     most_heads_together: int = 4,
 ) -> tuple[Plan, BlockRanges]:
-    if documents is None:
+    if chosen is not None:
+        ranges = chosen.schedule(mask=mask, block_sizes=SIZES).q_blocks
+    elif documents is None:
         ranges = static_schedule(mask, length, length, SIZES).q_blocks
     else:
         tokens = packed_tokens(documents, length)
@@ -78,19 +94,27 @@ def steps_of_items(found: Plan, ranges: BlockRanges) -> tuple[list[list[Step]], 
         for is_item, pair, rank in some_items:
             if is_item:
                 batch, kv_head = divmod(int(pair), NUM_KV_HEADS)
-                row = order[batch if order.shape[0] > 1 else 0, rank]
+                row = order[batch if order.shape[0] > 1 else 0, rank, 0]
                 of_lists[-1].append(len(steps))
                 steps.append(list(steps_of_item(ranges, turns, batch, kv_head, row, found)))
     return steps, of_lists
 
 
-def steps_of_item(ranges, turns, batch, kv_head, row, found: Plan):
+def steps_of_item(ranges: BlockRanges, turns, batch, kv_head, row, found: Plan):
     group, here = NUM_HEADS // NUM_KV_HEADS, batch if ranges.start.shape[0] > 1 else 0
-    visited = [x for y in zip(ranges.start[here, row], ranges.stop[here, row], strict=True) for x in range(*y)]
     for first in range(kv_head * group, (kv_head + 1) * group, found.heads_together):
-        for tile in visited if found.ascends else reversed(visited):
+        which = first * ranges.num_lists // NUM_HEADS
+        if ranges.first is None:
+            bounds = zip(ranges.start[here, row, which], ranges.stop[here, row, which], strict=True)
+        else:
+            mine = slice(*ranges.first[here, which, row : row + 2])
+            bounds = zip(ranges.start[here, which, mine], ranges.stop[here, which, mine], strict=True)
+        visited = [(number, tile) for number, ends in enumerate(bounds) for tile in range(*ends)]
+        for number, tile in visited if found.ascends else reversed(visited):
             for head in range(first, first + found.heads_together):
-                yield (batch, head, tile), int(turns.at(batch, head, NUM_HEADS, row, tile)) if turns else None
+                pair = batch * NUM_HEADS + head
+                turn = int(turns.at(batch, pair, which, row, number, tile)) if turns else None
+                yield (batch, head, tile), turn
 
 
 def play(found: Plan, ranges: BlockRanges) -> tuple[int, list[int]]:
@@ -118,13 +142,14 @@ def play(found: Plan, ranges: BlockRanges) -> tuple[int, list[int]]:
 @pytest.mark.parametrize("most_heads_together", [1, 4])
 @pytest.mark.parametrize("num_cores", [pytest.param(1, marks=pytest.mark.slow), 7, 132])
 @pytest.mark.parametrize("rehearsed", [True, False])
-@pytest.mark.parametrize("name", [*CONSTANT, "documents"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_turn_comes(name, rehearsed, num_cores, most_heads_together, monkeypatch):
     """Blocks of threads that do their steps in order, and wait only for turns, come to their ends."""
     if not rehearsed:
         monkeypatch.setattr(turns_module, "_MOST_REHEARSED", 0)
     found = planned_for(name, num_cores=num_cores, most_heads_together=most_heads_together)
-    assert found[0].heads_together == min(most_heads_together, NUM_HEADS // NUM_KV_HEADS)
+    one_list = found[1].num_lists <= NUM_KV_HEADS
+    assert found[0].heads_together == (min(most_heads_together, NUM_HEADS // NUM_KV_HEADS) if one_list else 1)
     steps, _ = steps_of_items(*found)
     turns = {}
     for tile, turn in itertools.chain(*steps):
@@ -137,10 +162,12 @@ def test_every_turn_comes(name, rehearsed, num_cores, most_heads_together, monke
 def planned_for(name: str, **options) -> tuple[Plan, BlockRanges]:
     if name == "documents":
         return planned(Causal() & SameDocument(), documents=DOCUMENTS, **options)
+    if name in CHOSEN:
+        return planned(Full(), chosen=selection(CHOSEN[name]), **options)
     return planned(CONSTANT[name], **options)
 
 
-@pytest.mark.parametrize("name", [*CONSTANT, "documents"])
+@pytest.mark.parametrize("name", NAMES)
 def test_turns_cost_little(name):
     """Against work that is shared out evenly."""
     found = planned_for(name, num_cores=8)

@@ -101,14 +101,16 @@ def inside(ranges: schedule.BlockRanges, num_columns: int, *, full: bool) -> np.
     column = np.arange(num_columns)
     within = (np.asarray(start)[..., None] <= column) & (column < np.asarray(stop)[..., None])
     assert within.sum(axis=-2).max() <= 1, "a block is in two ranges"
-    return within.any(axis=-2)
+    within = within.any(axis=-2)  # `[B or 1, rows, lists, columns]`
+    return within.all(axis=2) if full else within.any(axis=2)
 
 
 def assert_longest_first(ranges: schedule.BlockRanges):
     """`order` holds every row once, by the blocks it visits, most first and ties in ascending order."""
     num_visits = np.asarray(ranges.stop - ranges.start).sum(axis=-1)
     assert ranges.order.dtype == np.int32
-    np.testing.assert_array_equal(ranges.order, [sorted(range(len(row)), key=lambda i: -row[i]) for row in num_visits])
+    wanted = [[sorted(range(len(row)), key=lambda i: -row[i]) for row in lists.T] for lists in num_visits]
+    np.testing.assert_array_equal(np.asarray(ranges.order).swapaxes(1, 2), wanted)
 
 
 @hypothesis.given(calls())
@@ -185,7 +187,8 @@ def test_interval_masks_are_exact(mask: Mask, documents):
         (Neighborhood((3, 4, 8), (0, 1, 1)), 1),
         (Neighborhood((12, 8), (1, 1)), 1),
         (Table(scattered(12, 12), BLOCK, BLOCK), 5),
-        (PerHead((Window(left=9, right=0), Prefix(5))), 2),
+        (PerHead((Window(left=9, right=0), Prefix(5))), 1),
+        (PerHead((Window(left=9, right=0), Window(left=9, right=0) | Prefix(5))), 2),
         (~Window(left=20, right=20), 2),
     ],
     ids=str,
@@ -193,7 +196,7 @@ def test_interval_masks_are_exact(mask: Mask, documents):
 def test_sparse_masks_visit_no_empty_block(mask: Mask, num_ranges: int):
     """The mask says how many ranges its rows need, and the schedule has no more."""
     built = assert_exact(mask, full=False)
-    assert built.kv_blocks.start.shape[2] == num_ranges
+    assert built.kv_blocks.start.shape[3] == num_ranges
 
 
 def test_full_blocks_are_the_longest_run_of_each_range():
@@ -201,7 +204,10 @@ def test_full_blocks_are_the_longest_run_of_each_range():
     ranges = make_schedule(
         Prefix(20) | Window(left=30, right=0), q_len=LENGTH, kv_len=LENGTH, block_sizes=sizes
     ).kv_blocks
-    last_row = {name: np.asarray(x)[0, -1].tolist() for name, x in vars(ranges).items() if name != "order"}
+    last_row = {
+        name: np.asarray(getattr(ranges, name))[0, -1, 0].tolist()
+        for name in ("start", "stop", "full_start", "full_stop")
+    }
     assert last_row == {"start": [0, 7], "stop": [3, 12], "full_start": [0, 9], "full_stop": [2, 11]}
 
 
@@ -210,8 +216,8 @@ def test_rows_are_dealt_out_longest_first():
     tokens = packed_tokens(((40, 56), (96,)), LENGTH)
     built = make_schedule(Causal() & SameDocument(), tokens, q_len=LENGTH, kv_len=LENGTH, block_sizes=sizes)
     # Blocks 0 to 4 hold one document, in which block i sees i + 1 blocks, and 5 to 11 the next.
-    assert built.kv_blocks.order.tolist() == [[11, 10, 4, 9, 3, 8, 2, 7, 1, 6, 0, 5], list(range(12))[::-1]]
-    assert built.q_blocks.order.tolist() == [[5, 6, 0, 7, 1, 8, 2, 9, 3, 10, 4, 11], list(range(12))]
+    assert built.kv_blocks.order[..., 0].tolist() == [[11, 10, 4, 9, 3, 8, 2, 7, 1, 6, 0, 5], list(range(12))[::-1]]
+    assert built.q_blocks.order[..., 0].tolist() == [[5, 6, 0, 7, 1, 8, 2, 9, 3, 10, 4, 11], list(range(12))]
 
 
 def test_ranges_left_over_become_one(monkeypatch):
@@ -282,7 +288,7 @@ def test_a_merged_walk_covers_the_schedule(call, merge_q, merge_kv):
     make = jax.jit(make_schedule, static_argnames=("mask", "q_len", "kv_len", "block_sizes"))
     built = make(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
     walk = jax.jit(lambda x: schedule.merged_walk(x, merge_q=merge_q, merge_kv=merge_kv)[1:])(built)
-    visited = inside(built.kv_blocks, built.q_blocks.start.shape[1], full=False)
+    visited = inside(built.kv_blocks, built.q_blocks.num_rows, full=False)
     want = blocks_of(visited, merge_q, merge_kv, np.any).any(axis=0)
     got = walked(schedule.Walk(sizes, *walk), want.shape[1])
     assert got.shape == want.shape
@@ -310,7 +316,7 @@ def test_a_merged_walk_visits_what_a_schedule_of_large_blocks_does(mask: Mask, d
     )
     walk = schedule.merged_walk(small, merge_q=3, merge_kv=2)
     assert walk.block_sizes == large.block_sizes
-    num_columns = large.q_blocks.start.shape[1]
+    num_columns = large.q_blocks.num_rows
     np.testing.assert_array_equal(walked(walk, num_columns), inside(large.kv_blocks, num_columns, full=False)[0])
 
 
