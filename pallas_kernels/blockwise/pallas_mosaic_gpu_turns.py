@@ -124,10 +124,10 @@ def plan(
     together = max(n for n in range(1, most_together + 1) if group % n == 0)
     deal = Deal.of(num_pairs=num_pairs, num_ranks=num_rows, pair_bytes=pair_bytes, group=1, num_cores=num_cores)
     if not deterministic:
-        # Sections of one size: the items of a smaller last one would not keep all blocks at work.
-        section = next(
-            n for n in range(1, num_pairs + 1) if num_pairs % n == 0 and n >= min(num_pairs, max(2, deal.section))
-        )
+        # Sections of one size: the items of a smaller last one would not keep all blocks at work. Items that visit
+        # scattered blocks find less of them in the cache beside another pair's.
+        wanted = max(1 if ranges.first is not None else 2, deal.section)
+        section = next(n for n in range(1, num_pairs + 1) if num_pairs % n == 0 and n >= min(num_pairs, wanted))
         deal = dataclasses.replace(deal, section=section)
         return Plan(
             deal=deal, in_line=True, ascends=False, heads_together=together, order=ranges.order, turns=None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sizes import BlockSizes
@@ -24,6 +25,9 @@ from pallas_kernels.tokens import Tokens, validate_tokens
 
 _MOST_SCORES_AT_ONCE = 1 << 24
 """float32 scores that are held at a time, about: 64 MB, and a few times that in temporaries."""
+
+_SECTIONS = 8
+"""Parts of the rows that are scored only up to where a mask lets them see: a causal one leaves 7/16 of all out."""
 
 
 class _Call(NamedTuple):
@@ -45,6 +49,22 @@ class _Call(NamedTuple):
         """The query heads of an axis as kv heads, and the heads of a group."""
         K = self.k.shape[2]
         return x.reshape(*x.shape[:axis], K, x.shape[axis] // K, *x.shape[axis + 1 :])
+
+
+class _Rows(NamedTuple):
+    """Neighbouring blocks of queries, and how many blocks of keys, from the first on, they may see."""
+
+    first: int | jax.Array
+    num: int
+    columns: int
+
+    @property
+    def numbers(self) -> jax.Array:
+        return self.first + jnp.arange(self.num)
+
+    def of(self, x: jax.Array, axis: int) -> jax.Array:
+        """Theirs, of an array that has blocks of queries on this axis."""
+        return jax.lax.dynamic_slice_in_dim(x, self.first, self.num, axis)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,34 +125,43 @@ class Selector(abc.ABC):
         num_rows, num_columns = -(-T // sizes.block_q), -(-S // sizes.block_kv)
         most = num_columns if budget is None else min(budget, num_columns)
         ranges = make_schedule(mask, tokens, q_len=T, kv_len=S, block_sizes=sizes).kv_blocks
-        start, stop = (
-            jnp.broadcast_to(x[:, :, 0], (B, *x.shape[1:2], x.shape[3])) for x in (ranges.start, ranges.stop)
-        )
         scores_of = self._scores(call)
 
-        def of_rows(given):
-            rows, start, stop = given
-            column = jnp.arange(num_columns)
-            possible = ((start[..., None] <= column) & (column < stop[..., None])).any(axis=2)[:, None]
-            scores = jnp.where(possible, scores_of(rows, possible), -jnp.inf)
-            shares = _softmax(scores)
+        def possible_of(rows: _Rows) -> jax.Array:
+            start, stop = (
+                jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (ranges.start[:, :, 0], ranges.stop[:, :, 0])
+            )
+            start, stop = (rows.of(x, 1)[..., None] for x in (start, stop))
+            column = jnp.arange(rows.columns)
+            return ((start <= column) & (column < stop)).any(axis=2)[:, None]
+
+        def shares_of(rows: _Rows) -> jax.Array:
+            possible = possible_of(rows)
+            shares = _softmax(jnp.where(possible, scores_of(rows, possible), -jnp.inf))
             if self.heads == "kv":
                 shares = jnp.mean(shares.reshape(B, K, N // K, *shares.shape[2:]), axis=2)
-            return lists_of(self._choose(shares, possible, most, threshold), most)
+            # What a section of the rows does not see.
+            return jnp.pad(shares, ((0, 0), (0, 0), (0, 0), (0, num_columns - rows.columns)))
 
-        # Rows behind the last, which the last group may have, are those of the last again.
-        group = max(1, min(num_rows, _MOST_SCORES_AT_ONCE // (B * N * num_columns * self._scores_of_a_block(sizes))))
-        padding = -num_rows % group
-        rows = jnp.pad(jnp.arange(num_rows), (0, padding), mode="edge").reshape(-1, group)
-        blocks = jax.lax.map(of_rows, (rows, *(jnp.moveaxis(x[:, rows], 1, 0) for x in (start, stop))))
-        blocks = jnp.moveaxis(blocks, 0, 2).reshape(B, blocks.shape[2], -1, most)[:, :, :num_rows]
+        def lists(shares: jax.Array, rows: _Rows) -> jax.Array:
+            return lists_of(self._choose(shares, possible_of(rows), most, threshold), most)
+
+        scores_of_row = B * N * num_columns
+        most_rows = max(1, _MOST_SCORES_AT_ONCE // (scores_of_row * self._scores_of_a_block(sizes)))
+        if scores_of_row * num_rows <= _MOST_SCORES_AT_ONCE:
+            sections = _sections(call, num_rows, num_columns)
+            shares = jnp.concatenate([_in_groups(shares_of, section, most_rows) for section in sections], axis=2)
+            blocks = lists(shares, _Rows(0, num_rows, num_columns))
+        else:
+            everything = _Rows(0, num_rows, num_columns)
+            blocks = _in_groups(lambda rows: lists(shares_of(rows), rows), everything, most_rows)
         return BlockSelection(blocks=blocks, q_len=T, kv_len=S, block_sizes=sizes)
 
     @abc.abstractmethod
     def _scores(self, call: _Call):
-        """A function of row numbers `[rows]` and of which blocks are possible, bool `[B, 1, rows, columns]`.
+        """A function of some _Rows and of which of their blocks are possible, bool `[B, 1, rows, columns]`.
 
-        It gives the scores of their blocks, float32 `[B, N, rows, columns]`: the logarithm, but for a constant of the
+        It gives the scores of these blocks, float32 `[B, N, rows, columns]`: the logarithm, but for a constant of the
         row, of what the block is thought to have of the row's attention.
         """
 
@@ -195,7 +224,7 @@ class BlockMean(Selector):
         mean_k = _means(call.k, call.sizes.block_kv)
 
         def scores_of(rows, _possible):
-            scores = call.multiply("brkgh,bckh->bkgrc", mean_q[:, rows], mean_k)
+            scores = call.multiply("brkgh,bckh->bkgrc", rows.of(mean_q, 1), mean_k[:, : rows.columns])
             return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
 
         return scores_of
@@ -225,21 +254,25 @@ class XAttention(Selector):
         for name, size in (("block_q", sizes.block_q), ("block_kv", sizes.block_kv)):
             if size % stride:
                 raise ValueError(f"XAttention.select: {name} is {size}, wanted a multiple of stride={stride}")
-        # Queries against the order of keys: the products of these long vectors are sums along antidiagonals.
-        q = _squares(call.q, sizes.block_q, stride)[..., ::-1, :]
-        q = call.grouped(q.reshape(*q.shape[:4], -1), 3)
-        k = _squares(call.k, sizes.block_kv, stride)
-        k = k.reshape(*k.shape[:4], -1)
+        # Queries against the order of keys: the products of these long vectors are sums along antidiagonals. By head
+        # and then by square, so that neither they nor the products are moved again.
+        q = jnp.moveaxis(_squares(call.grouped(call.q, 2), sizes.block_q, stride)[:, :, :, ::-1], (4, 5), (1, 2))
+        k = jnp.moveaxis(_squares(call.k, sizes.block_kv, stride), 4, 1)
+        q, k = q.reshape(*q.shape[:5], -1), k.reshape(*k.shape[:4], -1)
         q_ends = self._ends(*call.tokens.queries(call.q.shape[1]), sizes.block_q)
         kv_ends = self._ends(*call.tokens.keys(call.k.shape[1]), sizes.block_kv)
 
         def scores_of(rows, possible):
-            sums = call.multiply("brikgx,bcjkx->bkgricj", q[:, rows], k) / stride
+            sums = call.multiply("bkgrix,bkcjx->bkgricj", rows.of(q, 3), k[:, :, : rows.columns]) / stride
             sums = sums.reshape(sums.shape[0], -1, *sums.shape[3:])
-            seen = self._seen(call.mask, _Ends(*(x[:, rows] for x in q_ends)), kv_ends)
+            columns = _Ends(*(x[:, : rows.columns] for x in kv_ends))
+            seen = self._seen(call.mask, _Ends(*(rows.of(x, 1) for x in q_ends)), columns)
             sums = jnp.where((seen & possible[:, 0, :, None, :, None])[:, None], sums, -jnp.inf)
-            of_queries = _softmax(sums.reshape(*sums.shape[:4], -1)).reshape(sums.shape)
-            return jnp.log(jnp.sum(of_queries, axis=(3, 5)))
+            # A softmax for each row of squares, of which only the sums over squares of a block are held.
+            greatest = finite_max(jnp.max(sums, axis=(4, 5), keepdims=True))
+            of_blocks = jnp.sum(jnp.exp(sums - greatest), axis=5)
+            total = jnp.sum(of_blocks, axis=4, keepdims=True)
+            return jnp.log(jnp.sum(of_blocks / jnp.where(total > 0, total, 1.0), axis=3))
 
         return scores_of
 
@@ -332,11 +365,11 @@ class VerticalSlash(Selector):
         block_q, block_kv = sizes.block_q, sizes.block_kv
 
         def scores_of(rows, _possible):
-            column = jnp.arange(columns.shape[2])
-            farthest = (rows[:, None] + 1) * block_q - 1 - column * block_kv
-            nearest = rows[:, None] * block_q - (column + 1) * block_kv + 1
+            row, column = rows.numbers[:, None], jnp.arange(rows.columns)
+            farthest = (row + 1) * block_q - 1 - column * block_kv
+            nearest = row * block_q - (column + 1) * block_kv + 1
             of_lines = upto[:, :, jnp.clip(farthest + 1, 0, T)] - upto[:, :, jnp.clip(nearest, 0, T)]
-            return jnp.log(columns[:, :, None] + jnp.maximum(of_lines, 0.0))
+            return jnp.log(columns[:, :, None, : rows.columns] + jnp.maximum(of_lines, 0.0))
 
         return scores_of
 
@@ -450,6 +483,34 @@ def _means(x: jax.Array, block: int) -> jax.Array:
 
 
 def _squares(x: jax.Array, block: int, stride: int) -> jax.Array:
-    """`[B, T, N, H]` to `[B, blocks, block / stride, N, stride, H]`."""
+    """`[B, T, ...]` to `[B, blocks, block / stride, stride, ...]`."""
     blocks = _split(x, block, axis=1)
-    return jnp.moveaxis(blocks.reshape(*blocks.shape[:2], -1, stride, *blocks.shape[3:]), 3, 4)
+    return blocks.reshape(*blocks.shape[:2], -1, stride, *blocks.shape[3:])
+
+
+def _sections(call: _Call, num_rows: int, num_columns: int) -> list[_Rows]:
+    """All rows, in parts that each have the columns up to where the mask lets them see."""
+    after = call.mask.span.right
+    if after is None or call.tokens.q_positions is not None or call.tokens.kv_positions is not None:
+        return [_Rows(0, num_rows, num_columns)]
+    size = -(-num_rows // _SECTIONS)
+    sections = []
+    for first in range(0, num_rows, size):
+        stop = min(first + size, num_rows)
+        seen = -(-(stop * call.sizes.block_q + max(0, after)) // call.sizes.block_kv)
+        sections.append(_Rows(first, stop - first, min(seen, num_columns)))
+    return sections
+
+
+def _in_groups(function, rows: _Rows, most_rows: int) -> jax.Array:
+    """`function` of all rows, `[B, heads, rows, any]`, at most so many at a time."""
+    if rows.num <= most_rows:
+        return function(rows)
+    # The last group begins earlier, where it would end behind the last row.
+    starts = np.minimum(np.arange(0, rows.num, most_rows), rows.num - most_rows)
+    groups = jax.lax.map(
+        lambda start: function(_Rows(start, most_rows, rows.columns)), jnp.asarray(rows.first + starts)
+    )  # fmt: skip
+    row = np.arange(rows.num)
+    group = row // most_rows
+    return jnp.moveaxis(groups, 0, 2)[:, :, group, row - starts[group]]
