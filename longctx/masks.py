@@ -32,7 +32,7 @@ from pallas_kernels.mask_patterns import (
     Summary,
     Table,
 )
-from pallas_kernels.mask_segments import Contexts, Hierarchy
+from pallas_kernels.mask_segments import Contexts, Hierarchy, check_field, pack_ids
 
 __all__ = [
     "block_table",
@@ -182,7 +182,9 @@ def s2_shards(num_shards: int, local: int, *, block: int) -> Mask:
     return per_head(*(causal() & (local_blocks | strided_keys(num_shards, block, offset)) for offset in offsets))
 
 
-def elastic_windows(rules: Sequence[tuple[float, float]], length: int, *, sinks: int = 64, block: int = 64) -> Mask:
+def elastic_windows(
+    rules: Sequence[tuple[float | int, float | int]], length: int, *, sinks: int = 64, block: int = 64
+) -> Mask:
     """A causal window of its own for each group of heads, as long as its rule says for this length, beside sinks.
 
     Args:
@@ -238,9 +240,9 @@ def context_ids(prompt: ArrayLike, context: ArrayLike, is_last: ArrayLike, *, bi
     Raises: ValueError where a number does not fit.
     """
     last = (1 << bits) - 1
-    context = np.where(is_last, 0, context)
-    _check_field("context_ids", "context", context, last - 1)
-    return _packed("context_ids", prompt, [(np.where(is_last, last, context), bits)])
+    contexts_below = np.where(is_last, 0, context)
+    check_field("context_ids", "context", contexts_below, last - 1)  # the last one's number is taken
+    return pack_ids("context_ids", prompt, context=(np.where(is_last, last, contexts_below), bits))
 
 
 def hierarchy(*, section_bits: int = 8, sentence_bits: int = 12, sections: int = 16) -> Mask:
@@ -280,36 +282,20 @@ def hierarchy_ids(
     Returns: int32, of the arguments' broadcast shape.
     Raises: ValueError where a number does not fit, or a token is in no sentence or a sentence in no section.
     """
-    section, sentence, is_token = map(np.asarray, (section, sentence, is_token))
+    section, sentence, is_token = np.asarray(section), np.asarray(sentence), np.asarray(is_token, bool)
     orphan = (np.asarray(document) >= 0) & ((is_token & (sentence == 0)) | ((sentence > 0) & (section == 0)))
     if orphan.any():
         raise ValueError(
             "hierarchy_ids: got a token with sentence=0 or a sentence with section=0, wanted every token in a sentence "
             "and every sentence in a section; count both from 1"
         )
-    _check_field("hierarchy_ids", "section", section, (1 << section_bits) - 1)
-    _check_field("hierarchy_ids", "sentence", sentence, (1 << sentence_bits) - 1)
-    return _packed("hierarchy_ids", document, [(section, section_bits), (sentence, sentence_bits), (is_token, 1)])
-
-
-def _packed(helper: str, row: ArrayLike, fields: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-    """The fields below the number of the row's prompt or document, -1 where that is negative."""
-    row = np.asarray(row)
-    ids = row.astype(np.int64)
-    for field, bits in fields:
-        ids = ids << bits | np.asarray(field).astype(np.int64)
-    if ids.size and ids.max() >= 1 << 31:
-        raise ValueError(
-            f"{helper}: {row.max()} does not fit in 31 bits with the other fields; take fewer bits for them"
-        )
-    return np.where(row < 0, -1, ids).astype(np.int32)
-
-
-def _check_field(helper: str, name: str, field: np.ndarray, most: int) -> None:
-    if field.size and not (0 <= field.min() and field.max() <= most):
-        raise ValueError(
-            f"{helper}: {name} is from {field.min()} to {field.max()}, wanted from 0 to {most}; take more bits for it"
-        )
+    return pack_ids(
+        "hierarchy_ids",
+        document,
+        section=(section, section_bits),
+        sentence=(sentence, sentence_bits),
+        is_token=(is_token, 1),
+    )
 
 
 def prefix(length: int) -> Mask:

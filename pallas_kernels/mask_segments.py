@@ -2,12 +2,13 @@
 
 An id is an int32 of bit fields, the document (or prompt) above, so that ids of another document are never mixed up with
 it, and negative ids are padding, which takes part in no pair. Ids never fall along a row whose tokens are in order;
-then verdicts on tiles are tight, and in any other order they are on the safe side. longctx/masks.py packs such ids.
+then verdicts on tiles are tight, and in any other order they are on the safe side.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels.mask import Bounds, Mask, TileVerdict
@@ -129,6 +130,37 @@ class Hierarchy(Mask):
         sentence, section, document = (-1 << bits for bits in self._levels)
         in_sentence, in_section = (ids & ~sentence) != 0, (ids & ~section) != 0
         return jnp.where(in_sentence, ids & sentence, jnp.where(in_section, ids & section, ids & document))
+
+
+def pack_ids(helper: str, row: ArrayLike, **fields: tuple[ArrayLike, int]) -> np.ndarray:
+    """Segment ids of fields, the number of the row's document or prompt above them; -1 where that is negative.
+
+    Args:
+      helper: The function that users called, for the message.
+      row: int.
+      fields: Numbers and how many bits they have, the highest first.
+    Returns: int32, of the arguments' broadcast shape.
+    Raises: ValueError where a number does not fit.
+    """
+    row = np.asarray(row)
+    ids = row.astype(np.int64)
+    for name, (field, bits) in fields.items():
+        check_field(helper, name, field, (1 << bits) - 1)
+        ids = ids << bits | np.asarray(field).astype(np.int64)
+    if ids.size and ids.max() >= 1 << _ID_BITS:
+        raise ValueError(
+            f"{helper}: {row.max()} does not fit in {_ID_BITS} bits with the other fields; take fewer bits for them"
+        )
+    return np.where(row < 0, -1, ids).astype(np.int32)
+
+
+def check_field(helper: str, name: str, field: ArrayLike, most: int) -> None:
+    """Raises ValueError unless the numbers of a field are from 0 to `most`."""
+    field = np.asarray(field)
+    if field.size and not (0 <= field.min() and field.max() <= most):
+        raise ValueError(
+            f"{helper}: {name} is from {field.min()} to {field.max()}, wanted from 0 to {most}; take more bits for it"
+        )
 
 
 def _overlap(q: Bounds, kv: Bounds, shift: int = 0) -> ArrayLike:

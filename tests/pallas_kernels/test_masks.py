@@ -453,7 +453,7 @@ def most_runs(allowed, gap):
     ],
 )
 def test_runs_of_whole_blocks(mask, apart, runs):
-    """With blocks of 8 a gap of 15 holds one wherever it is, and a gap of 8 between whole blocks of the pattern does."""
+    """With blocks of 8 a gap of 15 holds one wherever it is, and one of 8 does between whole blocks of the pattern."""
     allowed = np.asarray(mask.dense(None, 128, 128))[0]
     assert most_runs(allowed, apart) == runs
     assert mask.num_runs(128, 15) >= runs
