@@ -19,11 +19,11 @@ NOTES = (
     "Each pattern beside dense attention of the same shape by the same implementation: `dense causal`, or `dense full` "
     "where the pattern looks ahead. **speed-up**: the time of the dense one over this one's. **% of pairs** and **% of "
     f"blocks**: the pairs that may attend, and the tiles of {BLOCK} queries x {BLOCK} keys visited, over the dense "
-    "one's; where heads differ, the mean over the heads of what each one's own mask needs. **% of ideal**: the speed-up "
-    "over that which the blocks left out would give if all else cost nothing, dense blocks over blocks.",
-    "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward; of a block that "
-    "is visited all are computed. What is timed agrees with the float32 formula on a sample of query rows, out and "
-    "every gradient. Schedules and segment ids are built outside the timing.",
+    "one's; where heads differ, the mean over the heads of what each one's own mask needs. **% of ideal**: the "
+    "speed-up over that which the blocks left out would give if all else cost nothing, dense blocks over blocks.",
+    "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward; of a block "
+    "that is visited all are computed. What is timed agrees with the float32 formula on a sample of query rows, out "
+    "and every gradient. Schedules and segment ids are built outside the timing.",
 )
 
 

@@ -370,13 +370,11 @@ class StridedNeighborhood(Mask):
     def num_runs(self, length, gap):
         runs, extent = 1, 0  # of a window along the axes so far, innermost first
         for axis in reversed(list(self._axes())):
-            step, num_tiles = axis.tile_step * axis.tile_size, axis.length // axis.tile
+            step, (keys, queries) = axis.tile_step * axis.tile_size, axis.most_tiles()
             extent = extent or axis.tile_size
             if step - extent >= _gap_between_blocks(gap, axis.tile_size):
-                # A key near an edge is also seen from the edge, by queries whose window was moved inwards.
-                seen_by = axis.window + axis.window // 2 + axis.stride
-                runs *= min(_most_tiles(seen_by, axis.tile), num_tiles)
-            extent += (min(_most_tiles(axis.window, axis.tile), num_tiles) - 1) * step
+                runs *= max(keys, queries)
+            extent += (keys - 1) * step
         return runs
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
@@ -456,10 +454,18 @@ class _StridedAxis(NamedTuple):
         first_tile, last_tile = _coordinate_bounds(first_tile, last_tile, self.tile_step, self.length // self.tile)
         return first_tile * self.tile + first, last_tile * self.tile + last
 
-    def window_start(self, coordinate: ArrayLike) -> ArrayLike:
-        """The first key that a query sees; grows with the query."""
-        leader = jnp.minimum(coordinate // self.stride * self.stride + self.stride // 2, self.length - 1)
-        return jnp.clip(leader - self.window // 2, 0, self.length - self.window)
+    def window_start(self, coordinate: ArrayLike, xp=jnp) -> ArrayLike:
+        """The first key that a query sees, by this array library; grows with the query."""
+        leader = xp.minimum(coordinate // self.stride * self.stride + self.stride // 2, self.length - 1)
+        return xp.clip(leader - self.window // 2, 0, self.length - self.window)
+
+    def most_tiles(self) -> tuple[int, int]:
+        """How many tiles along this axis the keys of a query may be in, and the queries of a key."""
+        tokens = np.arange(self.length)
+        start = self.window_start(tokens, np)  # not JAX's: a schedule may be made while a program is traced
+        first, last = np.searchsorted(start, tokens - self.window, "right"), np.searchsorted(start, tokens, "right") - 1
+        spans = (start, start + self.window - 1), (first, last)
+        return tuple(int((last // self.tile - first // self.tile).max()) + 1 for first, last in spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -586,11 +592,6 @@ def _coordinate_bounds(first: ArrayLike, last: ArrayLike, step: int, length: int
     first, last = first // step, last // step
     wraps = first // length != last // length
     return jnp.where(wraps, 0, first % length), jnp.where(wraps, length - 1, last % length)
-
-
-def _most_tiles(num: int, tile: int) -> int:
-    """How many tiles so many neighbours along an axis may touch."""
-    return (num - 2) // tile + 2 if num > 1 else 1
 
 
 def _most_runs(blocks: np.ndarray) -> int:
