@@ -41,7 +41,9 @@ class PatternCase(AttentionCase):
     def tokens(self) -> Tokens | None:
         if self.segment_ids_of is None:
             return None
-        return Tokens.self_attention(None, jnp.asarray(self.segment_ids_of(self.length)[None], jnp.int32))
+        # With positions, as packed batches have them: mosaic_gpu does not compile a mask that reads no positions without.
+        positions = jnp.arange(self.length, dtype=jnp.int32)[None]
+        return Tokens.self_attention(positions, jnp.asarray(self.segment_ids_of(self.length)[None], jnp.int32))
 
     @property
     def dense_case(self) -> "PatternCase":

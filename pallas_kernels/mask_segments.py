@@ -6,6 +6,7 @@ then verdicts on tiles are tight, and in any other order they are on the safe si
 """
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -97,39 +98,39 @@ class Hierarchy(Mask):
         return self.sections
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
-        q_parent, kv_parent = self._parent(q_segment_ids), self._parent(kv_segment_ids)
-        related = (q_parent == kv_parent) | (q_parent == kv_segment_ids) | (q_segment_ids == kv_parent)
-        return related & (q_segment_ids >= 0) & (kv_segment_ids >= 0)
+        # Relatives are an anchor and what it is the anchor of: ids that differ in no field of a level and above, and have
+        # zeros in those that are two levels lower.
+        differs, either = q_segment_ids ^ kv_segment_ids, q_segment_ids | kv_segment_ids
+        related = differs & -(1 << self._levels[0]) == 0
+        for below, level in itertools.pairwise(self._levels):
+            related |= (differs & -(1 << level) == 0) & (either & ((1 << below) - 1) == 0)
+        return related & (either >= 0)
 
     def tile(self, q, kv):
-        sentence, section, document = self._levels
-        # Without a section in common only such ids meet as have nothing between them and their document.
-        high = self._may_be_high(q) & self._may_be_high(kv)
+        sentence = self._levels[0]
+        some = _overlap(q, kv, sentence)
+        for below, level in itertools.pairwise(self._levels):
+            some |= _overlap(q, kv, level) & _may_have_zeros(q, below) & _may_have_zeros(kv, below)
         one_sentence = (q.segment_min >> sentence == kv.segment_min >> sentence) & (q.segment_min >= 0)
         for bounds in (q, kv):
             one_sentence &= bounds.segment_min >> sentence == bounds.segment_max >> sentence
-        return TileVerdict(
-            some=_overlap(q, kv, section) | (_overlap(q, kv, document) & high),
-            all=one_sentence & (kv.segment_min >= 0),
-        )
+        return TileVerdict(some=some, all=one_sentence & (kv.segment_min >= 0))
 
     @property
     def _levels(self) -> tuple[int, ...]:
         """Bits of an id that are below a sentence, a section, and a document."""
         return 1, 1 + self.sentence_bits, 1 + self.sentence_bits + self.section_bits
 
-    def _may_be_high(self, bounds: Bounds) -> ArrayLike:
-        """Whether an anchor of a section or document may be within the bounds, or what is in no sentence or section."""
-        _, section, _ = self._levels
-        # A token right below a section's anchor has the next id.
-        high = _has_multiple(jnp.maximum(bounds.segment_min - 1, 0), bounds.segment_max, section)
-        return high | _has_multiple(bounds.segment_min >> section, bounds.segment_max >> section, self.section_bits)
 
-    def _parent(self, ids: ArrayLike) -> ArrayLike:
-        """The id of the anchor above; of a document's, its own."""
-        sentence, section, document = (-1 << bits for bits in self._levels)
-        in_sentence, in_section = (ids & ~sentence) != 0, (ids & ~section) != 0
-        return jnp.where(in_sentence, ids & sentence, jnp.where(in_section, ids & section, ids & document))
+def _overlap(q: Bounds, kv: Bounds, shift: int = 0) -> ArrayLike:
+    """Whether the ids of a tile's queries and keys, less the lowest bits, may have one in common that is no padding."""
+    first = jnp.maximum(jnp.maximum(q.segment_min, kv.segment_min) >> shift, 0)
+    return first <= jnp.minimum(q.segment_max, kv.segment_max) >> shift
+
+
+def _may_have_zeros(bounds: Bounds, bits: int) -> ArrayLike:
+    """Whether an id within the bounds that is no padding may have zeros in so many of the lowest bits."""
+    return (jnp.maximum(bounds.segment_min, 0) - 1) >> bits < bounds.segment_max >> bits
 
 
 def pack_ids(helper: str, row: ArrayLike, **fields: tuple[ArrayLike, int]) -> np.ndarray:
@@ -161,17 +162,6 @@ def check_field(helper: str, name: str, field: ArrayLike, most: int) -> None:
         raise ValueError(
             f"{helper}: {name} is from {field.min()} to {field.max()}, wanted from 0 to {most}; take more bits for it"
         )
-
-
-def _overlap(q: Bounds, kv: Bounds, shift: int = 0) -> ArrayLike:
-    """Whether the ids of a tile's queries and keys, less the lowest bits, may have one in common that is no padding."""
-    first = jnp.maximum(jnp.maximum(q.segment_min, kv.segment_min) >> shift, 0)
-    return first <= jnp.minimum(q.segment_max, kv.segment_max) >> shift
-
-
-def _has_multiple(least: ArrayLike, greatest: ArrayLike, bits: int) -> ArrayLike:
-    """Whether a multiple of 2^bits is from `least` to `greatest`."""
-    return (least - 1) >> bits < greatest >> bits
 
 
 def _check_bits(mask: str, *bits: int) -> None:
