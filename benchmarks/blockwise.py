@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cases import PASSES, Case, Pass
+from benchmarks.cases import PASSES, AttentionCase, Case, Pass
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling
 from benchmarks.peers import Candidate, Peer
@@ -60,7 +60,7 @@ class BackwardCandidate:
 
 
 def measure_blockwise(
-    cases: Sequence[Case],
+    cases: Sequence[AttentionCase],
     *,
     peers: Mapping[str, Peer],
     ceiling: Ceiling,
@@ -69,7 +69,7 @@ def measure_blockwise(
     dtype: str = "bfloat16",
     repetitions: int = 20,
     progress: Callable[[str], None] = print,
-    candidates_of: Callable[[Case], Iterable[AnyCandidate | Row]] | None = None,
+    candidates_of: Callable[[AttentionCase], Iterable[AnyCandidate | Row]] | None = None,
 ) -> list[Row]:
     """Compiles every program, then for each case checks and times its implementations one by one.
 
@@ -90,17 +90,17 @@ def measure_blockwise(
 class _Blockwise:
     """The `Family` of side_by_side."""
 
-    candidates: Callable[[Case], Iterable[AnyCandidate | Row]]
+    candidates: Callable[[AttentionCase], Iterable[AnyCandidate | Row]]
     ceiling: Ceiling
     dtype: str
 
-    def lower(self, candidate: AnyCandidate, case: Case, which: Pass) -> jax.stages.Lowered:
+    def lower(self, candidate: AnyCandidate, case: AttentionCase, which: Pass) -> jax.stages.Lowered:
         return _lower(candidate, case, which, self.dtype)
 
-    def checks(self, case: Case) -> Mapping[Pass, Callable]:
+    def checks(self, case: AttentionCase) -> Mapping[Pass, Callable]:
         return {}  # one small program, the same for every pass
 
-    def start(self, case: Case, checks: Mapping) -> Callable:
+    def start(self, case: AttentionCase, checks: Mapping) -> Callable:
         q, k, v, dout = case.inputs(self.dtype)
         check = Check.of(case, q, k, v, dout)
 
@@ -113,7 +113,7 @@ class _Blockwise:
 
         return run
 
-    def figures(self, case: Case, which: Pass, seconds: float) -> dict:
+    def figures(self, case: AttentionCase, which: Pass, seconds: float) -> dict:
         flops_per_second = case.flops(which) / seconds
         return {"tflops": flops_per_second / 1e12, "ceiling_share": flops_per_second / self.ceiling.flops}
 
@@ -130,7 +130,7 @@ def all_candidates(
     yield from peer_candidates(case, peers)
 
 
-def our_candidates(case: Case, implementation: str) -> Iterator[Candidate]:
+def our_candidates(case: AttentionCase, implementation: str) -> Iterator[Candidate]:
     """The public op with a named implementation; its schedule is built outside the timing, as a model builds it.
 
     Its forward pass, and its gradients such as come out the same each time, such as are added up in any order, or both.
@@ -226,7 +226,7 @@ def hop_backward_candidates(case: Case, implementation: str) -> Iterator[Backwar
             )
 
 
-def _lower(candidate: AnyCandidate, case: Case, which: Pass, dtype: str) -> jax.stages.Lowered:
+def _lower(candidate: AnyCandidate, case: AttentionCase, which: Pass, dtype: str) -> jax.stages.Lowered:
     if isinstance(candidate, BackwardCandidate):
         q, k, v, dout = case.shapes(dtype)
         lse = jax.ShapeDtypeStruct((case.batch_size, case.num_heads, case.length), jnp.float32)

@@ -47,7 +47,37 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case(Batch):
+class AttentionCase(Batch):
+    """Self-attention of one shape; a subclass has a `name`, a `mask`, `tokens`, and `pairs` of a row and head."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def shape_name(self) -> str:
+        return f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
+
+    def flops(self, which: Pass) -> int:
+        """FLOPs of a pass over the allowed pairs: forward 4 pairs D N B, 3.5 times that with backward, which is 2.5."""
+        matmul = 2 * self.pairs * self.head_dim * self.num_heads * self.batch_size
+        return MATMULS[which] * matmul
+
+    def shapes(self, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """q, k, v, and the cotangent of out."""
+        q = (self.batch_size, self.length, self.num_heads, self.head_dim)
+        kv = (self.batch_size, self.length, self.num_kv_heads, self.head_dim)
+        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, kv, kv, q))
+
+    def inputs(self, dtype: str, *, seed: int = 0) -> tuple[jax.Array, ...]:
+        """q, k, v and the cotangent of out: normal, drawn in `dtype`."""
+        shapes = self.shapes(dtype)
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
+        return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, shapes, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case(AttentionCase):
     """Self-attention of one shape under one mask.
 
     Attributes:
@@ -57,9 +87,6 @@ class Case(Batch):
         and the backward pass alone, without and with running gradients.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     causal: bool = True
     window: int | None = None
     one_block_in: int | None = None
@@ -83,8 +110,7 @@ class Case(Batch):
             kind = f"blocks 1/{self.one_block_in}"
         if self.hop:
             kind = f"hop, {kind}"
-        shape = f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
-        return f"{kind} {shape}"
+        return f"{kind} {self.shape_name}"
 
     @property
     def mask(self) -> Mask:
@@ -119,23 +145,6 @@ class Case(Batch):
             return length**2
         seen = np.arange(1, length + 1, dtype=np.int64)
         return int(np.minimum(seen, self.window or length).sum())
-
-    def flops(self, which: Pass) -> int:
-        """FLOPs of a pass over the allowed pairs: forward 4 pairs D N B, 3.5 times that with backward, which is 2.5."""
-        matmul = 2 * self.pairs * self.head_dim * self.num_heads * self.batch_size
-        return MATMULS[which] * matmul
-
-    def shapes(self, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """q, k, v, and the cotangent of out."""
-        q = (self.batch_size, self.length, self.num_heads, self.head_dim)
-        kv = (self.batch_size, self.length, self.num_kv_heads, self.head_dim)
-        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, kv, kv, q))
-
-    def inputs(self, dtype: str, *, seed: int = 0) -> tuple[jax.Array, ...]:
-        """q, k, v and the cotangent of out: normal, drawn in `dtype`."""
-        shapes = self.shapes(dtype)
-        keys = jax.random.split(jax.random.key(seed), len(shapes))
-        return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, shapes, strict=True))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import Case
+from benchmarks.cases import AttentionCase
 from pallas_kernels import Mask, Tokens
 from pallas_kernels.testing import TOLERANCE
 
@@ -33,10 +33,11 @@ class Check:
     want: tuple[jax.Array, ...]
 
     @classmethod
-    def of(cls, case: Case, q, k, v, dout, *, num_rows: int = NUM_ROWS, seed: int = 0) -> "Check":
+    def of(cls, case: AttentionCase, q, k, v, dout, *, num_rows: int = NUM_ROWS, seed: int = 0) -> "Check":
         """The first and the last row, and others drawn at random.
 
-        Memory: one `[N / K, R, S]` array of logits and the few that its gradient takes.
+        Memory: one `[N / K, R, S]` array of logits and the few that its gradient takes; and a bool `[N, R, S]` where
+        the mask differs between heads.
         """
         drawn = np.random.default_rng(seed).choice(case.length, min(num_rows, case.length), replace=False)
         rows = jnp.asarray(np.unique([0, case.length - 1, *drawn]), jnp.int32)
@@ -76,7 +77,8 @@ def _formula(mask: Mask, rows, q, k, v, dout, tokens: Tokens) -> tuple[jax.Array
     B, R, N, H = q.shape
     K = k.shape[2]
     query_axis, key_axis = tokens.queries(k.shape[1]), tokens.keys(k.shape[1])
-    allowed_RS = mask.allowed(
+    allowed = mask.allowed_by_head(
+        N,
         query_axis.positions[0, rows][:, None],
         key_axis.positions[0][None],
         query_axis.segment_ids[0, rows][:, None],
@@ -84,18 +86,22 @@ def _formula(mask: Mask, rows, q, k, v, dout, tokens: Tokens) -> tuple[jax.Array
     )
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    def one_kv_head(q_RGH, k_SH, v_SH):
-        logits = jnp.where(allowed_RS, H**-0.5 * einsum("RGH,SH->GRS", q_RGH, k_SH), -jnp.inf)
+    # Of each kv head and its query heads, or of all alike.
+    allowed_KGRS = allowed.reshape(*((K, N // K) if len(allowed) > 1 else (1, 1)), R, -1)
+
+    def one_kv_head(allowed_GRS, q_RGH, k_SH, v_SH):
+        logits = jnp.where(allowed_GRS, H**-0.5 * einsum("RGH,SH->GRS", q_RGH, k_SH), -jnp.inf)
         return einsum("GRS,SH->RGH", jax.nn.softmax(logits, axis=-1), v_SH)
 
     def one_head_and_gradients(operands):
-        *qkv, dout_RGH = (x.astype(jnp.float32) for x in operands)
-        out, vjp = jax.vjp(one_kv_head, *qkv)
+        head, *arrays = operands
+        *qkv, dout_RGH = (x.astype(jnp.float32) for x in arrays)
+        out, vjp = jax.vjp(functools.partial(one_kv_head, allowed_KGRS[head % len(allowed_KGRS)]), *qkv)
         return out, *vjp(dout_RGH)
 
     q_dout = tuple(x.reshape(B, R, K, N // K, H).swapaxes(1, 2).reshape(B * K, R, N // K, H) for x in (q, dout))
     kv = tuple(x.swapaxes(1, 2).reshape(B * K, -1, H) for x in (k, v))
-    out, dq, dk, dv = jax.lax.map(one_head_and_gradients, (q_dout[0], *kv, q_dout[1]))
+    out, dq, dk, dv = jax.lax.map(one_head_and_gradients, (jnp.arange(B * K), q_dout[0], *kv, q_dout[1]))
     out, dq = (x.reshape(B, K, R, N // K, H).swapaxes(1, 2).reshape(B, R, N, H) for x in (out, dq))
     dk, dv = (x.reshape(B, K, -1, H).swapaxes(1, 2) for x in (dk, dv))
     return out, dq, dk, dv

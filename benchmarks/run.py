@@ -21,7 +21,7 @@ from benchmarks.report import write_report
 from benchmarks.results import Results, Row, with_peer_ratios
 from pallas_kernels.machine import describe
 
-FAMILIES = ("blockwise", "linear", "context_parallel", "train")
+FAMILIES = ("blockwise", "patterns", "linear", "context_parallel", "train")
 BLOCKWISE_FLOPS = (
     "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward, 2.5 times for "
     "the backward pass alone. What is timed agrees with the float32 formula on a sample of query rows, out and every "
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _context_parallel(options)
         if options.family == "linear":
             return _linear(options)
+        if options.family == "patterns":
+            return _patterns(options)
         return _blockwise(options)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -203,6 +205,41 @@ def _linear(options: argparse.Namespace) -> int:
         "cases": options.cases or "all",
     }
     return _finish(options, rows, ceiling, settings, [*notes, *bars], bandwidth=bandwidth)
+
+
+def _patterns(options: argparse.Namespace) -> int:
+    from benchmarks import patterns  # kernels are measured without the layers' extras
+
+    cases = chosen_cases(options.cases, patterns.CASES, patterns.SMOKE)
+    if options.list:
+        for case in cases:
+            print(f"{case.name}  (against {case.dense})")
+        return 0
+    for name in ("peers", "config"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: goes with another family, got --family patterns; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    implementations = patterns.default_implementations()
+    if options.implementations is not None:
+        implementations = chosen_implementations(options.implementations)
+    passes = patterns.PASSES if options.passes is None else chosen_passes(options.passes)
+    if "backward" in passes:
+        raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
+    ceiling = matmul_ceiling(repetitions=options.repetitions)
+    _say(f"{jax.devices()[0].device_kind}: {ceiling}")
+    rows = patterns.measure_patterns(
+        cases,
+        ceiling=ceiling,
+        implementations=implementations,
+        passes=passes,
+        dtype=options.dtype,
+        repetitions=options.repetitions,
+        progress=_say,
+    )
+    notes = [*patterns.NOTES, *_interrupted(cases, rows)]
+    settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
+    return _finish(options, rows, ceiling, settings, notes)
 
 
 def _interrupted(cases: Sequence[Batch], rows: Sequence[Row]) -> list[str]:

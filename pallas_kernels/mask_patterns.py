@@ -1,4 +1,4 @@
-"""Sparse patterns as masks: global tokens, strides, chunks, neighborhoods on a grid, block tables, and your own rules.
+"""Sparse patterns as masks: global tokens, strides, chunks, powers of two, neighborhoods, block tables, your own rules.
 
 All of them read positions, which restart in every document of a packed row, so each pattern starts afresh with the
 document; add `& SameDocument()` to keep it there.
@@ -62,9 +62,7 @@ class Strided(Mask):
         return (q_positions // self.block - kv_positions // self.block) % self.stride == 0
 
     def tile(self, q, kv):
-        # A tile's distances, in blocks, are all within these two.
-        least = q.position_min // self.block - kv.position_max // self.block
-        greatest = q.position_max // self.block - kv.position_min // self.block
+        least, greatest = _block_distances(q, kv, self.block)
         return TileVerdict(
             some=greatest // self.stride * self.stride >= least,
             all=(least % self.stride == 0) & ((least == greatest) | (self.stride == 1)),
@@ -95,13 +93,106 @@ class Summary(Mask):
         return (kv_positions % self.period >= self.period - self.num) & _true_like(q_positions)
 
     def tile(self, q, kv):
-        queries = _true_like(q.position_min)
-        period_start = kv.position_min - kv.position_min % self.period
-        first = jnp.maximum(kv.position_min, period_start + self.period - self.num)
-        run_of_summaries = (first == kv.position_min) & (kv.position_max < period_start + self.period)
+        return _periodic_keys(q, kv, period=self.period, num=self.num, first=self.period - self.num)
+
+
+@dataclasses.dataclass(frozen=True)
+class StridedKeys(Mask):
+    """Positions in blocks of `block`: any query may attend to every stride-th block of keys, counted from `offset`.
+
+    (s // block) % stride == offset. The columns do not move with the query, unlike those of Strided.
+
+    Reference: Lin et al., S2-Attention, arXiv:2407.17678, where `offset` differs between heads.
+    """
+
+    stride: int
+    block: int = 1
+    offset: int = 0
+
+    def __post_init__(self):
+        _check_at_least("StridedKeys", 1, stride=self.stride, block=self.block)
+        if not 0 <= self.offset < self.stride:
+            raise ValueError(f"StridedKeys: offset={self.offset}, wanted a number >= 0 and < stride={self.stride}")
+
+    def num_runs(self, length, gap):
+        return _periodic_runs(length, gap, period=self.stride * self.block, run=self.block)
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        return (kv_positions // self.block % self.stride == self.offset) & _true_like(q_positions)
+
+    def tile(self, q, kv):
+        period = self.stride * self.block
+        return _periodic_keys(q, kv, period=period, num=self.block, first=self.offset * self.block)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowersOfTwo(Mask):
+    """Positions in blocks of `block`: a query may attend to its own block and those 1, 2, 4, 8, ... blocks before it.
+
+    Reference: Chen et al., PowerAttention, arXiv:2503.03588.
+    """
+
+    block: int = 1
+
+    def __post_init__(self):
+        _check_at_least("PowersOfTwo", 1, block=self.block)
+
+    @property
+    def span(self):
+        return Span(None, self.block - 1)
+
+    def num_runs(self, length, gap):
+        runs, distance, apart = 1, 1, _gap_between_blocks(gap, self.block)
+        while 2 * distance * self.block < length:
+            runs += (distance - 1) * self.block >= apart  # between this distance and the next
+            distance *= 2
+        return runs
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        distance = q_positions // self.block - kv_positions // self.block
+        return (distance & (distance - 1)) == 0  # of 0 and of powers of two, and of no negative number
+
+    def tile(self, q, kv):
+        least, greatest = _block_distances(q, kv, self.block)
+        power = jnp.maximum(greatest, 0)
+        for shift in (1, 2, 4, 8, 16):
+            power |= power >> shift
+        power -= power >> 1  # the last power of two that is no greater, or 0
         return TileVerdict(
-            some=(first <= kv.position_max) & queries,
-            all=(run_of_summaries | (self.num == self.period)) & queries,
+            some=(greatest >= 0) & (power >= least),
+            # Neighbouring numbers that all are powers of two, or 0, are 0, 1 and 2, or one alone.
+            all=(least >= 0) & ((greatest <= 2) | ((least == greatest) & (power == least))),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockWindow(Mask):
+    """Positions in blocks of `block`: a query may attend to whole blocks, from `left` before its own to `right` after.
+
+    -right <= t // block - s // block <= left. If `block` is a multiple of the op's block sizes no pair needs testing.
+    """
+
+    left: int
+    right: int = 0
+    block: int = 1
+
+    def __post_init__(self):
+        _check_at_least("BlockWindow", 0, left=self.left, right=self.right)
+        _check_at_least("BlockWindow", 1, block=self.block)
+
+    @property
+    def span(self):
+        return Span((self.left + 1) * self.block - 1, (self.right + 1) * self.block - 1)
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        distance = q_positions // self.block - kv_positions // self.block
+        return (distance >= -self.right) & (distance <= self.left)
+
+    def tile(self, q, kv):
+        least, greatest = _block_distances(q, kv, self.block)
+        return TileVerdict(
+            some=(greatest >= -self.right) & (least <= self.left),
+            all=(least >= -self.right) & (greatest <= self.left),
         )
 
 
@@ -224,10 +315,7 @@ class _GridAxis(NamedTuple):
 
     def tiles_of(self, bounds: Bounds) -> tuple[ArrayLike, ArrayLike]:
         """The first and the last tile that positions within the bounds may be in."""
-        first, last = bounds.position_min // self.step, bounds.position_max // self.step
-        wraps = first // self.length != last // self.length
-        first = jnp.where(wraps, 0, first % self.length)
-        last = jnp.where(wraps, self.length - 1, last % self.length)
+        first, last = _coordinate_bounds(bounds.position_min, bounds.position_max, self.step, self.length)
         return first // self.tile, last // self.tile
 
     def center(self, tile: ArrayLike) -> ArrayLike:
@@ -237,6 +325,147 @@ class _GridAxis(NamedTuple):
         num_tiles = -(-self.length // self.tile)
         # A window wider than the axis sees all of it.
         return jnp.clip(tile, self.radius, max(self.radius, num_tiles - 1 - self.radius))
+
+
+@dataclasses.dataclass(frozen=True)
+class StridedNeighborhood(Mask):
+    """Tokens of a grid in groups of `stride` along each axis: all queries of a group may attend to one window of keys.
+
+    It is the window of the group's middle query, or the one after the middle, moved inwards at the edges of the grid. A
+    stride of 1 is neighborhood attention; one as large as the window is blocked attention. Positions that are not on
+    the grid take part in no pair.
+
+    Attributes:
+      grid: Tokens along each axis, outermost first: (L,), (H, W), or (frames, H, W).
+      window: Keys along each axis that a query sees; of an even number there is one more before the query than after.
+      stride: Queries along each axis that share a window.
+      tile_shape: If given, positions count the grid tile by tile, each of that many tokens along each axis, in
+        row-major order of the tiles and within them. Otherwise they count it in row-major order.
+
+    Reference: Hassani et al., Generalized Neighborhood Attention, arXiv:2504.16922.
+    """
+
+    grid: tuple[int, ...]
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    tile_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        for name, most in (("grid", self.grid), ("window", self.grid), ("stride", self.window)):
+            value = getattr(self, name)
+            fits = value and len(value) == len(self.grid) and all(1 <= x <= y for x, y in zip(value, most, strict=True))
+            if not fits:
+                raise ValueError(
+                    f"StridedNeighborhood: {name}={value} with grid={self.grid}, wanted a number >= 1 for each axis, "
+                    "of the window at most the grid's and of the stride at most the window's"
+                )
+        tile = self.tile_shape
+        if tile is not None and (
+            len(tile) != len(self.grid) or min(tile) < 1 or any(x % y for x, y in zip(self.grid, tile, strict=True))
+        ):
+            raise ValueError(
+                f"StridedNeighborhood: tile_shape={tile} with grid={self.grid}, wanted a divisor for each axis of it"
+            )
+
+    def num_runs(self, length, gap):
+        runs, extent = 1, 0  # of a window along the axes so far, innermost first
+        for axis in reversed(list(self._axes())):
+            step, (keys, queries) = axis.tile_step * axis.tile_size, axis.most_tiles()
+            extent = extent or axis.tile_size
+            if step - extent >= _gap_between_blocks(gap, axis.tile_size):
+                runs *= max(keys, queries)
+            extent += (keys - 1) * step
+        return runs
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        near = self._on_grid(q_positions) & self._on_grid(kv_positions)
+        for axis in self._axes():
+            start, key = axis.window_start(axis.coordinate(q_positions)), axis.coordinate(kv_positions)
+            near &= (key >= start) & (key < start + axis.window)
+        return near
+
+    def tile(self, q, kv):
+        size = math.prod(self.grid)
+        some = (q.position_min < size) & (q.position_max >= 0) & (kv.position_min < size) & (kv.position_max >= 0)
+        every = self._on_grid(q.position_min) & self._on_grid(q.position_max)
+        every &= self._on_grid(kv.position_min) & self._on_grid(kv.position_max)
+        for axis in self._axes():
+            first_start, last_start = (axis.window_start(x) for x in axis.coordinates(q))
+            kv_first, kv_last = axis.coordinates(kv)
+            some &= (kv_first < last_start + axis.window) & (kv_last >= first_start)
+            every &= (kv_last < first_start + axis.window) & (kv_first >= last_start)
+        return TileVerdict(some, every)
+
+    def _on_grid(self, positions: ArrayLike) -> ArrayLike:
+        return (positions >= 0) & (positions < math.prod(self.grid))
+
+    def _axes(self) -> "Iterator[_StridedAxis]":
+        tile_shape = self.tile_shape or (1,) * len(self.grid)
+        num_tiles = tuple(length // tile for length, tile in zip(self.grid, tile_shape, strict=True))
+        for i, (length, window, stride, tile) in enumerate(
+            zip(self.grid, self.window, self.stride, tile_shape, strict=True)
+        ):
+            yield _StridedAxis(
+                length=length,
+                window=window,
+                stride=stride,
+                tile=tile,
+                tile_size=math.prod(tile_shape),
+                tile_step=math.prod(num_tiles[i + 1 :]),
+                step=math.prod(tile_shape[i + 1 :]),
+            )
+
+
+class _StridedAxis(NamedTuple):
+    """One axis of a grid whose positions are counted tile by tile.
+
+    Attributes:
+      length: Tokens along it.
+      window, stride: As in StridedNeighborhood.
+      tile: Tokens along it that make a tile.
+      tile_size: Tokens of a whole tile.
+      tile_step: Tiles from one to the next along it.
+      step: Positions from one token to the next along it, within a tile.
+    """
+
+    length: int
+    window: int
+    stride: int
+    tile: int
+    tile_size: int
+    tile_step: int
+    step: int
+
+    def coordinate(self, positions: ArrayLike) -> ArrayLike:
+        """The token's number along this axis, from 0."""
+        if self.tile_size == 1:
+            return positions // self.tile_step % self.length
+        tile = positions // self.tile_size // self.tile_step % (self.length // self.tile)
+        return tile * self.tile + positions % self.tile_size // self.step % self.tile
+
+    def coordinates(self, bounds: Bounds) -> tuple[ArrayLike, ArrayLike]:
+        """The first and the last token that positions within the bounds may be at."""
+        first_tile, last_tile = bounds.position_min // self.tile_size, bounds.position_max // self.tile_size
+        one_tile = first_tile == last_tile
+        first, last = _coordinate_bounds(
+            bounds.position_min % self.tile_size, bounds.position_max % self.tile_size, self.step, self.tile
+        )
+        first, last = jnp.where(one_tile, first, 0), jnp.where(one_tile, last, self.tile - 1)
+        first_tile, last_tile = _coordinate_bounds(first_tile, last_tile, self.tile_step, self.length // self.tile)
+        return first_tile * self.tile + first, last_tile * self.tile + last
+
+    def window_start(self, coordinate: ArrayLike, xp=jnp) -> ArrayLike:
+        """The first key that a query sees, by this array library; grows with the query."""
+        leader = xp.minimum(coordinate // self.stride * self.stride + self.stride // 2, self.length - 1)
+        return xp.clip(leader - self.window // 2, 0, self.length - self.window)
+
+    def most_tiles(self) -> tuple[int, int]:
+        """How many tiles along this axis the keys of a query may be in, and the queries of a key."""
+        tokens = np.arange(self.length)
+        start = self.window_start(tokens, np)  # not JAX's: a schedule may be made while a program is traced
+        first, last = np.searchsorted(start, tokens - self.window, "right"), np.searchsorted(start, tokens, "right") - 1
+        spans = (start, start + self.window - 1), (first, last)
+        return tuple(int((last // self.tile - first // self.tile).max()) + 1 for first, last in spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +557,41 @@ class Predicate(Mask):
 
 
 def _periodic_runs(length: int, gap: int, *, period: int, run: int) -> int:
-    return -(-length // period) if period - run >= gap else 1
+    return -(-length // period) if period - run >= _gap_between_blocks(gap, math.gcd(period, run)) else 1
+
+
+def _gap_between_blocks(gap: int, block: int) -> int:
+    """How many positions apart are two runs, of a pattern of whole blocks, if they do not count as one.
+
+    A gap anywhere holds a block where it is almost as long as two; one between whole blocks of the pattern begins where
+    a block does.
+    """
+    one_block = (gap + 1) // 2
+    return one_block if block >= one_block else gap
+
+
+def _periodic_keys(q: Bounds, kv: Bounds, *, period: int, num: int, first: int) -> TileVerdict:
+    """The verdict on a tile where any query may attend to the keys at `first` ... `first + num - 1` of every period."""
+    queries = _true_like(q.position_min)
+    since_start = (kv.position_min - first) % period  # of the run of such keys before or at the first key
+    next_one = jnp.where(since_start < num, kv.position_min, kv.position_min - since_start + period)
+    within_a_run = since_start + (kv.position_max - kv.position_min) < num
+    return TileVerdict(
+        some=(next_one <= kv.position_max) & queries,
+        all=(within_a_run | (num == period)) & queries,
+    )
+
+
+def _block_distances(q: Bounds, kv: Bounds, block: int) -> tuple[ArrayLike, ArrayLike]:
+    """The least and the greatest distance from a key to a query of the tile, in blocks."""
+    return q.position_min // block - kv.position_max // block, q.position_max // block - kv.position_min // block
+
+
+def _coordinate_bounds(first: ArrayLike, last: ArrayLike, step: int, length: int) -> tuple[ArrayLike, ArrayLike]:
+    """The first and the last of `x // step % length` for x from `first` to `last`."""
+    first, last = first // step, last // step
+    wraps = first // length != last // length
+    return jnp.where(wraps, 0, first % length), jnp.where(wraps, length - 1, last % length)
 
 
 def _most_runs(blocks: np.ndarray) -> int:

@@ -4,12 +4,28 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import Tokens
 from pallas_kernels.mask import Bounds, Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
-from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
+from pallas_kernels.mask_patterns import (
+    BlockWindow,
+    Chunked,
+    GlobalQueries,
+    Neighborhood,
+    PowersOfTwo,
+    Predicate,
+    Strided,
+    StridedKeys,
+    StridedNeighborhood,
+    Summary,
+    Table,
+)
+from pallas_kernels.mask_segments import Contexts, Hierarchy
+from pallas_kernels.mosaic_gpu import elementwise
 
 
 def matrix(mask: Mask, q_len: int, kv_len: int, tokens: Tokens | None = None) -> list[str]:
@@ -72,6 +88,60 @@ def test_neighborhood():
     tiled = Neighborhood(grid=(5,), radius=(0,), tile_shape=(2,))
     assert matrix(tiled, 5, 5) == ["11...", "11...", "..11.", "..11.", "....1"]
     assert matrix(Neighborhood(grid=(2, 2, 2), radius=(0, 1, 0)), 2, 8) == ["1.1.....", ".1.1...."]
+
+
+def test_strided_keys():
+    assert matrix(StridedKeys(2, offset=1), 2, 5) == [".1.1.", ".1.1."]
+    assert matrix(StridedKeys(3, block=2), 2, 8) == ["11....11", "11....11"]
+    assert matrix(StridedKeys(3, offset=2), 3, 7) == matrix(Summary(3), 3, 7)
+
+
+def test_powers_of_two():
+    assert matrix(PowersOfTwo(), 7, 7) == [
+        "1......", "11.....", "111....", ".111...", "1.111..", ".1.111.", "..1.111",
+    ]  # fmt: skip
+    assert matrix(PowersOfTwo(block=2), 8, 8)[6:] == [".." + "111111"] * 2
+
+
+def test_block_window():
+    assert matrix(BlockWindow(1, block=2), 5, 6) == ["11....", "11....", "1111..", "1111..", "..1111"]
+    assert matrix(BlockWindow(0, 1), 3, 3) == ["11.", ".11", "..1"]
+
+
+def test_strided_neighborhood():
+    assert matrix(StridedNeighborhood((6,), (2,), (2,)), 6, 7) == ["11....."] * 2 + ["..11..."] * 2 + ["....11."] * 2
+    assert matrix(StridedNeighborhood((5,), (3,), (2,)), 5, 5) == ["111.."] * 2 + ["..111"] * 3
+    by_tiles = StridedNeighborhood((2, 4), (2, 2), (2, 2), tile_shape=(2, 2))
+    assert matrix(by_tiles, 8, 8) == ["1111...."] * 4 + ["....1111"] * 4
+
+
+def test_contexts():
+    segments = np.array([[4, 5, 5, 7, 8, 11, -1]], np.int32)  # two prompts, of contexts 0, 1 and last, and 0 and last
+    tokens = Tokens.self_attention(None, segments)
+    assert matrix(Contexts(bits=2), 7, 7, tokens) == [
+        "1......", ".11....", ".11....", "1111...", "....1..", "....11.", ".......",
+    ]  # fmt: skip
+
+
+def test_hierarchy():
+    # A document of two sections of two and one sentences; anchors, then tokens; another document's anchor; padding.
+    ids = [0b0_00_00_0, 0b0_01_00_0, 0b0_01_01_0, 0b0_01_01_1, 0b0_01_10_0, 0b0_01_10_1, 0b0_01_10_1,
+           0b0_10_00_0, 0b0_10_01_0, 0b0_10_01_1, 0b1_00_00_0, -1]  # fmt: skip
+    tokens = Tokens.self_attention(None, np.array([ids], np.int32))
+    assert matrix(Hierarchy(section_bits=2, sentence_bits=2), 12, 12, tokens) == [
+        "11.....1....",  # the document: itself and its sections
+        "111.1..1....",  # a section: the document, sections, its sentences
+        ".1111.......",  # a sentence: its section, sentences, its token
+        "..11........",  # a token: its sentence
+        ".11.111.....",
+        "....111.....",
+        "....111.....",
+        "11.....11...",
+        ".......111..",
+        "........11..",
+        "..........1.",
+        "............",
+    ]
 
 
 def test_table():
@@ -160,6 +230,25 @@ def test_wrong_masks_are_refused():
         ValueError, match=r"Table: blocks is int64\[1, 1\], wanted bool\[rows, columns\], none of them 0"
     ):
         Table(np.array([[1]]))
+    with pytest.raises(ValueError, match="StridedKeys: offset=2, wanted a number >= 0 and < stride=2"):
+        StridedKeys(2, offset=2)
+    with pytest.raises(ValueError, match="PowersOfTwo: block=0, wanted a number >= 1"):
+        PowersOfTwo(0)
+    with pytest.raises(ValueError, match="BlockWindow: left=-1, wanted a number >= 0"):
+        BlockWindow(-1)
+    for options in ({"window": (5, 1)}, {"stride": (3, 1)}, {"window": (2,)}):
+        with pytest.raises(
+            ValueError, match=r"StridedNeighborhood: .* with grid=\(4, 4\), wanted a number >= 1 for each"
+        ):
+            StridedNeighborhood(**{"grid": (4, 4), "window": (2, 2), "stride": (1, 1)} | options)
+    with pytest.raises(ValueError, match=r"tile_shape=\(3, 2\) with grid=\(4, 4\), wanted a divisor"):
+        StridedNeighborhood((4, 4), (2, 2), (1, 1), (3, 2))
+    with pytest.raises(ValueError, match=r"Contexts: fields of \(31,\) bits, wanted >= 1 each and together < 31"):
+        Contexts(31)
+    with pytest.raises(ValueError, match=r"Hierarchy: fields of \(8, 0, 1\) bits"):
+        Hierarchy(8, 0)
+    with pytest.raises(ValueError, match="Hierarchy: sections=0, wanted a number >= 1"):
+        Hierarchy(sections=0)
     with pytest.raises(ValueError, match="PerHead: masks=\\(\\), wanted at least one Mask"):
         PerHead(())
 
@@ -178,7 +267,25 @@ patterns = st.one_of(
     st.builds(Strided, stride=st.integers(1, 5), block=st.integers(1, 3)),
     st.integers(1, 5).flatmap(lambda period: st.builds(Summary, st.just(period), st.integers(1, period))),
     st.builds(Chunked, size=st.integers(1, 6)),
+    st.integers(1, 4).flatmap(
+        lambda stride: st.builds(StridedKeys, st.just(stride), st.integers(1, 3), st.integers(0, stride - 1))
+    ),
+    st.builds(PowersOfTwo, block=st.integers(1, 3)),
+    st.builds(BlockWindow, left=st.integers(0, 3), right=st.integers(0, 3), block=st.integers(1, 3)),
     tables(6),
+)
+segment_masks = st.one_of(
+    st.builds(Contexts, bits=st.integers(1, 2)),
+    st.builds(Hierarchy, section_bits=st.integers(1, 2), sentence_bits=st.integers(1, 2)),
+)
+strided_neighborhoods = st.sampled_from(
+    [
+        StridedNeighborhood(grid, window, stride, tile_shape)
+        for grid, tile in (((8,), (2,)), ((4, 3), (2, 3)), ((2, 6), (1, 3)), ((2, 2, 4), (2, 1, 2)))
+        for window in itertools.product(*(range(1, min(length, 4) + 1) for length in grid))
+        for stride in itertools.product(*({1, size - size // 2, size} for size in window))
+        for tile_shape in (None, tile)
+    ]
 )
 # Built here and not drawn: the tests' check of a tuple's type takes a random item, which hypothesis forbids.
 neighborhoods = st.sampled_from(
@@ -193,6 +300,8 @@ neighborhoods = st.sampled_from(
 leaves = st.one_of(
     patterns,
     neighborhoods,
+    strided_neighborhoods,
+    segment_masks,
     st.sampled_from(
         [Predicate(near), Predicate(near, near_tile), Predicate(same_parity_of_segments, uses_segments=True)]
     ),
@@ -264,6 +373,90 @@ def test_verdict_on_a_tile_of_neighbouring_positions_is_exact(mask, q, kv):
     allowed = np.asarray(mask.allowed(q[:, None], kv[None], np.int32(0), np.int32(0)))
     verdict = mask.tile(*(Bounds(x.min(), x.max(), 0, 0) for x in (q, kv)))
     assert (bool(verdict.some), bool(verdict.all)) == (allowed.any(), allowed.all())
+
+
+@hypothesis.given(strided_neighborhoods, st.data())
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_verdict_on_whole_tiles_of_the_grid_is_exact(mask, data):
+    """Where positions count tile by tile, the bounds of a tile's coordinates are exact."""
+    size = int(np.prod(mask.tile_shape or 1))
+    num_tiles = int(np.prod(mask.grid)) // size
+    q, kv = (data.draw(st.integers(0, num_tiles - 1)) * size + np.arange(size) for _ in range(2))
+    allowed = np.asarray(mask.allowed(q[:, None], kv[None], np.int32(0), np.int32(0)))
+    verdict = mask.tile(*(Bounds(x.min(), x.max(), 0, 0) for x in (q, kv)))
+    assert (bool(verdict.some), bool(verdict.all)) == (allowed.any(), allowed.all())
+
+
+segment_ids = st.lists(st.integers(-1, 70), min_size=1, max_size=5).map(lambda ids: np.array(ids, np.int32))
+
+
+@hypothesis.given(segment_masks, segment_ids, segment_ids)
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_verdict_on_segment_ids_in_any_order_is_safe(mask, q, kv):
+    allowed = np.asarray(mask.allowed(0, 0, q[:, None], kv[None]))
+    verdict = mask.tile(*(Bounds(0, 0, x.min(), x.max()) for x in (q, kv)))
+    assert bool(verdict.some) or not allowed.any()
+    assert not bool(verdict.all) or allowed.all()
+
+
+@hypothesis.given(st.lists(st.integers(1, 7), min_size=2, max_size=6), st.integers(1, 6), st.integers(0, 9))
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_verdict_on_contexts_in_order_is_exact(lengths, block, padding):
+    """Prompts of at most three contexts and a question, whose tokens are in order."""
+    ids = np.repeat([i // 4 * 4 + (3 if i % 4 == 3 or i + 1 == len(lengths) else i % 4) for i in range(len(lengths))],
+                    lengths)  # fmt: skip
+    ids = np.concatenate([ids, np.full(padding, -1)]).astype(np.int32)
+    mask = Contexts(bits=2)
+    blocks = [x for x in np.split(ids, range(block, len(ids), block)) if x.min() >= 0]
+    for q, kv in itertools.product(blocks, blocks):
+        allowed = np.asarray(mask.allowed(0, 0, q[:, None], kv[None]))
+        verdict = mask.tile(*(Bounds(0, 0, x.min(), x.max()) for x in (q, kv)))
+        assert bool(verdict.some) == allowed.any()
+        assert bool(verdict.all) <= allowed.all()
+        if len(set(q)) == len(set(kv)) == 1:
+            assert bool(verdict.all) == allowed.all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        StridedKeys(3, 128, 1),
+        PowersOfTwo(128),
+        BlockWindow(3, 1, 128),
+        StridedNeighborhood((8, 16, 16), (4, 8, 8), (2, 4, 4)),
+        StridedNeighborhood((8, 16, 16), (4, 8, 8), (2, 4, 4), (2, 8, 8)),
+        Contexts(),
+        Hierarchy(),
+    ],
+)
+def test_kernels_on_gpus_can_evaluate_the_pair_test(mask):
+    tile = jax.ShapeDtypeStruct((64, 128), jnp.int32)
+    elementwise(mask.allowed, tile, tile, tile, tile)
+
+
+def most_runs(allowed, gap):
+    """The greatest number of runs of True in a row, where those less than `gap` apart count as one."""
+    return max(1 + int((np.diff(np.flatnonzero(row)) - 1 >= gap).sum()) for row in allowed if row.any())
+
+
+@pytest.mark.parametrize(
+    ("mask", "apart", "runs"),
+    [
+        (StridedKeys(2, 8), 8, 8),
+        (StridedKeys(2, 4), 15, 1),
+        (Strided(2, block=8), 8, 8),
+        (PowersOfTwo(8), 8, 3),
+        (PowersOfTwo(1), 15, 3),
+        (BlockWindow(3, block=8), 8, 1),
+        (StridedNeighborhood((8, 16), (4, 8), (4, 8), (2, 4)), 8, 2),
+        (StridedNeighborhood((4, 32), (3, 4), (1, 1)), 15, 3),
+    ],
+)
+def test_runs_of_whole_blocks(mask, apart, runs):
+    """With blocks of 8 a gap of 15 holds one wherever it is, and one of 8 does between whole blocks of the pattern."""
+    allowed = np.asarray(mask.dense(None, 128, 128))[0]
+    assert most_runs(allowed, apart) == runs
+    assert mask.num_runs(128, 15) >= runs
 
 
 @hypothesis.given(neighborhoods, st.data())
