@@ -25,15 +25,14 @@ from pallas_kernels.sparse.moba_route import (
     Route,
     chunk_sums,
     fold_keys,
-    fold_lse,
-    fold_queries,
     number_chunks,
     route_queries,
     unfold_keys,
-    unfold_lse,
-    unfold_queries,
 )
 from pallas_kernels.tokens import Leaf, Tokens, validate_tokens
+
+LOCAL_MASK = Causal() & SameDocument()
+"""The mask of the call within chunks: a token's place in its chunk is its position, the chunk's number its segment."""
 
 ROUTED_MASK = SameDocument()
 """The mask of the routed call: rows of the lists and keys have the numbers of their chunks for segment ids."""
@@ -160,8 +159,9 @@ class _Call:
         """The attention of queries to their own chunks."""
         if self.in_order:  # nothing of it depends on data: left to the implementation, which may know it as constants
             return _Part(mask=Causal() & Chunked(self.chunk_size), tokens=Tokens(), schedule=None)
-        mask, tokens, length = Causal() & SameDocument(), Tokens.self_attention(None, chunks.own), chunks.own.shape[1]
-        return _Part(mask=mask, tokens=tokens, schedule=make_schedule(mask, tokens, q_len=length, kv_len=length))
+        tokens, length = Tokens.self_attention(chunks.offset, chunks.own), chunks.own.shape[1]
+        schedule = make_schedule(LOCAL_MASK, tokens, q_len=length, kv_len=length)
+        return _Part(mask=LOCAL_MASK, tokens=tokens, schedule=schedule)
 
 
 @jax.tree_util.register_dataclass
@@ -184,23 +184,19 @@ def _attention(call: _Call, q, k, v, tokens: Tokens):
 
 
 def _forward(call: _Call, q, k, v, tokens: Tokens):
-    (_, T, N, _), K = q.shape, k.shape[2]
+    T = q.shape[1]
     chunks = number_chunks(tokens.queries(T), call.chunk_size)
-    local = call.local_part(chunks)
+    local, route, routed = call.local_part(chunks), None, None
     out, lse = blockwise_attention_forward(q, k, v, **local.options, **call.options)
-    route = routed = None
     if choices := num_choices(T, call.chunk_size, call.top_k):
-        q_folded = fold_queries(q, K)
         means = chunk_sums(k, chunks.whole, T // call.chunk_size) / call.chunk_size
-        route = route_queries(q_folded, fold_keys(means)[:, :, 0], chunks, choices)
-        routed_to = routed_tokens(route, chunks.whole)
-        routed = _Part(mask=ROUTED_MASK, tokens=routed_to, schedule=routed_schedule(routed_to))
-        of_lists = blockwise_attention_forward(
-            route.to_lists(q_folded)[:, :, None], fold_keys(k), fold_keys(v), **routed.options, **call.options
+        route = route_queries(q, means, chunks, choices)
+        of_lists = routed_tokens(route, chunks.whole)
+        routed = _Part(mask=ROUTED_MASK, tokens=of_lists, schedule=routed_schedule(of_lists))
+        results = blockwise_attention_forward(
+            route.of_queries(q), fold_keys(k), fold_keys(v), **routed.options, **call.options
         )
-        of_queries = fold_queries(out, K), fold_lse(lse, K)
-        out, lse = route.merge(of_queries, (of_lists[0][:, :, 0], of_lists[1][:, 0]))
-        out, lse = unfold_queries(out, K, N), unfold_lse(lse, K, N)
+        out, lse = route.merge((out, lse), results)
     return (out, lse) if call.return_lse else out, (q, k, v, out, lse, local, route, routed)
 
 
@@ -214,22 +210,20 @@ def _backward(call: _Call, saved, cotangents):
         q, k, v, out, lse, dout, dlse, accumulate=zeros, **local.options, **options
     )
     if route is not None:
-
-        def to_lists(x):
-            return route.to_lists(fold_queries(x, K))[:, :, None]
-
-        def to_lists_of_lse(x, fill):
-            return route.to_lists(fold_lse(x, K), fill)[:, None]
-
-        q_lists = to_lists(q)
-        dq_lists, dk, dv = blockwise_attention_backward(
-            q_lists, fold_keys(k), fold_keys(v), to_lists(out),
-            to_lists_of_lse(lse, -jnp.inf),  # where lists are filled up nothing attends
-            to_lists(dout), None if dlse is None else to_lists_of_lse(dlse, 0.0),
-            accumulate=(jnp.zeros(q_lists.shape, jnp.float32), fold_keys(dk), fold_keys(dv)),
-            **routed.options, **options,
-        )  # fmt: skip
-        dq += unfold_queries(route.sum_from_lists(dq_lists[:, :, 0]), K, N)
+        q_of_lists = route.of_queries(q)
+        dq_of_lists, dk, dv = blockwise_attention_backward(
+            q_of_lists,
+            fold_keys(k),
+            fold_keys(v),
+            route.of_queries(out),
+            route.of_lse(lse, fill=-jnp.inf),  # where lists are filled up nothing attends
+            route.of_queries(dout),
+            None if dlse is None else route.of_lse(dlse, fill=0.0),
+            accumulate=(jnp.zeros(q_of_lists.shape, jnp.float32), fold_keys(dk), fold_keys(dv)),
+            **routed.options,
+            **options,
+        )
+        dq += route.sum_of_choices(dq_of_lists, num_kv_heads=K, num_heads=N)
         dk, dv = unfold_keys(dk, K), unfold_keys(dv, K)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 

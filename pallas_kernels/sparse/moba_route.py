@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.online_softmax import finite_max
@@ -199,27 +198,26 @@ class Route:
 
         return jax.vmap(of_kv_head)(keys, entries)
 
-    def to_lists(self, x: jax.Array, fill: ArrayLike = 0) -> jax.Array:
-        """`[F, Q, ...]` of the queries to `[F, L, ...]`, `fill` where a list is filled up."""
-        return _taken(x, self.query, fill)
+    def of_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "F L 1 H"]:
+        """What the queries in the rows of the lists have, 0 where a list is filled up."""
+        return _taken(fold_queries(x, len(self.query) // len(x)), self.query, 0.0)[:, :, None]
 
-    def from_lists(self, x: jax.Array, choice: int, fill: ArrayLike = 0) -> jax.Array:
-        """`[F, L, ...]` of the lists to `[F, Q, ...]`, of one of each query's choices; `fill` where there is none."""
-        return _taken(x, self.row[..., choice], fill)
+    def of_lse(self, lse: Float32[Array, "B N T"], fill: float) -> Float32[Array, "F 1 L"]:
+        """The same of one number a query, `fill` where a list is filled up."""
+        return _taken(fold_lse(lse, len(self.query) // len(lse)), self.query, fill)[:, None]
 
-    @property
-    def num_choices(self) -> int:
-        return self.row.shape[-1]
-
-    def sum_from_lists(self, x: Float32[Array, "F L H"]) -> Float32[Array, "F Q H"]:
-        """The sum over each query's choices: the transpose of `to_lists`, without a scatter."""
-        return sum(self.from_lists(x, choice) for choice in range(self.num_choices))
+    def sum_of_choices(
+        self, x: Float32[Array, "F L 1 H"], *, num_kv_heads: int, num_heads: int
+    ) -> Float32[Array, "B T N H"]:
+        """The sum over each query's choices: the transpose of `of_queries`, without a scatter."""
+        rows = x[:, :, 0]
+        return unfold_queries(sum(_taken(rows, row, 0.0) for row in self._row_of_each_choice), num_kv_heads, num_heads)
 
     def merge(
         self,
-        local: tuple[Float[Array, "F Q V"], Float32[Array, "F Q"]],
-        routed: tuple[Float[Array, "F L V"], Float32[Array, "F L"]],
-    ) -> tuple[Float[Array, "F Q V"], Float32[Array, "F Q"]]:
+        local: tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]],
+        routed: tuple[Float[Array, "F L 1 V"], Float32[Array, "F 1 L"]],
+    ) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
         """Merges each query's attention to its own chunk with that to each chunk that it chose.
 
         lse = log(sum_i exp(lse_i));  out = sum_i exp(lse_i - lse) out_i
@@ -228,34 +226,51 @@ class Route:
           local, routed: `(out, lse)` of the queries, and of the rows of the lists.
         Returns: `(out, lse)`, the sums in float32 and out in the dtype of the parts.
         """
-        of_choices = [self.from_lists(routed[1], choice, fill=-jnp.inf) for choice in range(self.num_choices)]
-        parts = jnp.stack([local[1], *of_choices])
+        (out_BTNV, lse_BNT), (rows, lse_of_rows) = local, (routed[0][:, :, 0], routed[1][:, 0])
+        N, K = out_BTNV.shape[2], len(rows) // len(out_BTNV)
+        of_choices = [_taken(lse_of_rows, row, -jnp.inf) for row in self._row_of_each_choice]
+        parts = jnp.stack([fold_lse(lse_BNT, K), *of_choices])
         lse = jax.nn.logsumexp(parts, axis=0)
         weights = jnp.exp(parts - finite_max(lse))[..., None]
-        out = weights[0] * local[0].astype(jnp.float32)
-        for choice in range(self.num_choices):
-            out += weights[choice + 1] * self.from_lists(routed[0], choice).astype(jnp.float32)
-        return out.astype(local[0].dtype), lse
+        out = weights[0] * fold_queries(out_BTNV, K).astype(jnp.float32)
+        for weight, row in zip(weights[1:], self._row_of_each_choice, strict=True):
+            out += weight * _taken(rows, row, 0.0).astype(jnp.float32)
+        return unfold_queries(out.astype(out_BTNV.dtype), K, N), unfold_lse(lse, K, N)
+
+    @property
+    def _row_of_each_choice(self) -> list[jax.Array]:
+        """int32 `[F, Q]` each."""
+        return [self.row[..., choice] for choice in range(self.row.shape[-1])]
 
 
-def _taken(x: jax.Array, index: jax.Array, fill: ArrayLike) -> jax.Array:
+def _taken(x: jax.Array, index: jax.Array, fill: float) -> jax.Array:
+    """Entries along dim 1, `fill` for an index behind the last."""
     index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=fill)
 
 
-def route_queries(q: Float[Array, "F Q H"], means: Float32[Array, "F M H"], chunks: Chunks, num_choices: int) -> Route:
-    """The route of the queries of folded rows to the chunks whose means they score highest.
+def route_queries(
+    q: Float[Array, "B T N H"], means: Float32[Array, "B M K H"], chunks: Chunks, num_choices: int
+) -> Route:
+    """The route of queries to the chunks whose mean keys they score highest.
 
     Args:
       means: Mean keys of the whole chunks.
-      chunks: Of the queries' tokens, a row each or one for all.
+      chunks: Of the queries' tokens.
     """
-    (F, Q, _), T = q.shape, chunks.first.shape[1]
+    B, _, N, _ = q.shape
+    K = means.shape[2]
 
-    def of_queries(x):
-        return jnp.repeat(jnp.repeat(x, F // x.shape[0], axis=0), Q // T, axis=1)
+    def of_folded(x):
+        return jnp.repeat(jnp.repeat(x, B * K // len(x), axis=0), N // K, axis=1)
 
-    choices = choose_chunks(q, means, of_queries(chunks.first), of_queries(chunks.stop), num_choices)
+    choices = choose_chunks(
+        fold_queries(q, K),
+        fold_keys(means)[:, :, 0],
+        of_folded(chunks.first),
+        of_folded(chunks.stop),
+        num_choices,
+    )
     return Route.of_choices(choices, means.shape[1])
 
 
