@@ -18,6 +18,7 @@ from longctx.context_parallel.linear_inference import (
     sharded_linear_decode,
     sharded_linear_prefill,
 )
+from longctx.context_parallel.moba import sharded_moba
 from longctx.context_parallel.state_passing import sharded_linear_attention
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "sharded_linear_attention",
     "sharded_linear_decode",
     "sharded_linear_prefill",
+    "sharded_moba",
     "sharded_prefill",
     "sharded_schedule",
 ]
