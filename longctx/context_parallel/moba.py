@@ -282,8 +282,8 @@ class _Call:
             *(split.heads_spec,) * 4,
             split.lse_spec,
             local=part(split.batch_of(num_rows)),
-            route=PartitionSpec(folded, split.sequence),
-            routed=part(folded),
+            route=PartitionSpec(folded, split.sequence) if self.num_choices else None,
+            routed=part(folded) if self.num_choices else None,
         )
 
     def chunks(self, tokens: Tokens) -> Chunks:
