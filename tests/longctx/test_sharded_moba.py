@@ -1,6 +1,8 @@
 """MoBA on a mesh equals MoBA on one device, forward and every gradient, and refuses what it does not serve."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from longctx import AttentionSharding, MeshConfig, make_mesh
-from longctx.context_parallel import Layout, sharded_moba
+from longctx.context_parallel import Layout, moba, sharded_moba
+from longctx.context_parallel import ring as ring_module
 from longctx.context_parallel.layout import permute, unpermute
 from pallas_kernels import Tokens
 from pallas_kernels.sparse import moba_attention
@@ -114,3 +117,40 @@ def test_refusals():
         refused(AttentionSharding(layout=LAYOUTS["zigzag"]), context_inner=8)
     with pytest.raises(ValueError, match=r"sharded_moba: 2 kv heads do not split over the 8 devices"):
         refused(AttentionSharding(), tensor=8)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout"), [("ring", "zigzag"), pytest.param("all_gather", "striped", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("top_k", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_program_sends_what_is_stated(strategy, layout, top_k, monkeypatch):
+    """Of the program before it is compiled, with every hop written out."""
+    monkeypatch.setattr(ring_module, "MAX_UNROLLED_HOPS", 9)
+    sharding, degree = AttentionSharding(strategy=strategy, layout=LAYOUTS[layout]), 4
+    q, k, v, dout = inputs("bfloat16")
+    ids = jnp.zeros((2, LENGTH), jnp.int32)
+
+    def step(q, k, v, dout, ids):
+        tokens = Tokens.self_attention(ids, ids)
+        attend = functools.partial(sharded_moba, chunk_size=8, top_k=top_k, tokens=tokens, sharding=sharding)
+        return jax.vjp(attend, q, k, v)[1](dout)
+
+    with jax.set_mesh(make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])):
+        program = jax.jit(step).lower(q, k, v, dout, ids).as_text()
+    found = collections.Counter()
+    kinds = "collective_permute|all_gather|reduce_scatter|all_reduce"
+    for kind, dims, element in re.findall(
+        rf"stablehlo\.({kinds})\"?\(.*?-> tensor<([\dx]+)x(\w+)>", program, re.DOTALL
+    ):
+        num_bytes = int(np.prod([int(n) for n in dims.split("x")])) * {"bf16": 2, "f32": 4, "i32": 4}[element]
+        share = {"collective_permute": 1, "all_gather": 3 / 4, "reduce_scatter": 3, "all_reduce": 2 * 3 / 4}[kind]
+        found[kind.replace("_", "-"), round(num_bytes * share)] += 1
+    stated = collections.Counter()
+    for transfer in moba.transfers(
+        sharding, rows=2, seq_len=LENGTH, num_heads=4, num_kv_heads=2, head_dim=8, chunk_size=8, top_k=top_k,
+        degree=degree, dtype="bfloat16",
+    ):  # fmt: skip
+        stated[transfer.kind, transfer.num_bytes] += transfer.count
+    # Beside it what the hops that are left out rest on: two tokens of each run.
+    beside = found - stated
+    assert not stated - found and all(num_bytes <= 64 * degree * 2 for _, num_bytes in beside), (found, stated)
