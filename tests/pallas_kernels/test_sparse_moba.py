@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Tokens, dispatch
+from pallas_kernels.blockwise import api as blockwise_api
+from pallas_kernels.blockwise import pallas_mosaic_gpu
+from pallas_kernels.mosaic_gpu import interpreter
 from pallas_kernels.sparse import moba_attention
 from pallas_kernels.sparse import moba_route as route_module
 from pallas_kernels.sparse.moba import check_moba_call
@@ -211,6 +214,29 @@ def test_lowers_for_cuda(packed):
     assert [used for _, used in taken] == ["mosaic_gpu"] * 4
     assert text.count("mosaic_gpu_v2") == 4
     assert [x.shape for x in traced.out_info] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.slow
+def test_equals_the_formula_by_the_hopper_kernels_in_the_interpreter(monkeypatch):
+    """With lists that are filled up, blocks of rows behind all lists, padding, and a document of less than a chunk."""
+    for ops, op in (
+        (blockwise_api.FORWARD, pallas_mosaic_gpu.forward),
+        (blockwise_api.BACKWARD, pallas_mosaic_gpu.backward),
+    ):
+        monkeypatch.setitem(ops, "mosaic_gpu", functools.partial(op, interpret=interpreter()))
+    shapes = (1, 300, 2, 64), (1, 300, 1, 64), (1, 300, 1, 64), (1, 300, 2, 64), (1, 2, 300)
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v, dout, dlse = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    q, k, v, dout = (jnp.round(4 * x).astype("bfloat16") / 4 for x in (q, k, v, dout))
+    tokens = jax.tree.map(jnp.asarray, packed_tokens(((230, 60),), 300))
+    arguments = dict(chunk_size=50, top_k=3, tokens=tokens)
+    want = with_gradients(functools.partial(moba_reference, **arguments))(
+        *(x.astype("float32") for x in (q, k, v, dout)), dlse
+    )
+    attend = functools.partial(moba_attention, return_lse=True, implementation="mosaic_gpu", **arguments)
+    got = with_gradients(attend)(q, k, v, dout, dlse)
+    for what, x, y in zip(NAMES, got, want, strict=True):
+        assert_close(what, x, y, "bfloat16")
 
 
 @pytest.mark.parametrize(
