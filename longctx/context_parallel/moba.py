@@ -101,7 +101,7 @@ def sharded_moba(
         setting = split.setting(LOCAL_MASK, tokens, q_len=T, kv_len=T, num_heads=N, num_kv_heads=K, op=_OP)
         strategy = split.strategy(LOCAL_MASK)
     else:
-        setting, strategy = Setting(mask=LOCAL_MASK, degree=1, q_len=T, kv_len=T), _Whole()
+        setting, strategy = Setting(mask=LOCAL_MASK, degree=1, q_len=T, kv_len=T), _WHOLE
     call = _Call(
         split=split,
         setting=setting,
@@ -228,6 +228,9 @@ class _Whole(OneCallStrategy):
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         return ()
+
+
+_WHOLE = _Whole()
 
 
 class _Part(NamedTuple):

@@ -96,6 +96,19 @@ def test_chunks_that_cross_shards_and_choices_that_are_none(chunk_size, top_k):
         assert_close(name, got[name], want, "float32")
 
 
+def test_tokens_default_to_one_document_over_the_whole_row():
+    """One row of positions for two of the batch; without a layout the shards are in order."""
+    arguments = dict(chunk_size=20, top_k=2)
+    arrays = inputs()
+    attend = functools.partial(moba_attention, implementation="reference", **arguments)
+    want = with_gradients(attend)(*arrays)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context_inner=2), jax.devices()[:4])):
+        got = with_gradients(functools.partial(sharded_moba, tokens=Tokens(), **arguments))(*arrays)
+        jax.block_until_ready(got)
+    for name, x, y in zip(NAMES, got, want, strict=True):
+        assert_close(name, x, y, "float32")
+
+
 def refused(sharding, tokens=None, **shapes):
     q, k, v, _ = inputs()
     with jax.set_mesh(make_mesh(MeshConfig(**shapes))):
