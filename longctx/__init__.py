@@ -4,7 +4,7 @@ from longctx import masks
 from longctx._version import __version__
 from longctx.attention import Attention
 from longctx.block import Block
-from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache
+from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache, MobaCache
 from longctx.linear_attention import LinearAttention
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
@@ -12,8 +12,10 @@ from longctx.mixers.attention import AttentionConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.mamba2 import Mamba2, Mamba2Config
+from longctx.mixers.moba import MobaConfig
 from longctx.mixers.retention import RetentionConfig
 from longctx.mlp import SwiGLU
+from longctx.moba import MobaAttention
 from longctx.model import DecodeCache, ModelConfig, TransformerLM, forward_flops
 from longctx.norms import RMSNorm, SimpleRMSNorm
 from longctx.rotary import RotaryConfig, apply_rotary
@@ -36,6 +38,9 @@ __all__ = [
     "Mamba2Config",
     "MeshConfig",
     "MixerConfig",
+    "MobaAttention",
+    "MobaCache",
+    "MobaConfig",
     "ModelConfig",
     "RMSNorm",
     "RetentionConfig",

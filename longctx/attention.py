@@ -74,7 +74,76 @@ class AttentionDropout(nnx.Module):
         return Dropout.of_key(self.rate, key_of(rngs), batch_size=batch_size, num_heads=num_heads)
 
 
-class Attention(nnx.Module):
+class GroupedQueryLayer(nnx.Module):
+    """What layers of grouped-query attention have in common: the projections, their norms and rotary positions.
+
+    q, k, v = x W_q, x W_k, x W_v   (then normalised if qk_norm, then rotated if rotary)
+
+    Args:
+      As of `Attention`.
+
+    Raises: ValueError where the numbers of heads and dims do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        rotary: RotaryConfig | None,
+        qk_norm: bool,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        norm_eps: float,
+        out_init_scale: float,
+        implementation: Implementation | None,
+        deterministic: bool,
+        sharding: AttentionSharding | None,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads(num_heads, num_kv_heads, head_dim, dim=dim, rotary=rotary is not None)
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        self.dim, self.num_kv_heads, self.head_dim, self.rotary = dim, num_kv_heads, head_dim, rotary
+        self.dtype, self.implementation, self.sharding = jnp.dtype(dtype), implementation, sharding
+        # Not called `deterministic`, which Flax's train() and eval() would overwrite.
+        self.deterministic_gradients = deterministic
+
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.q = projection(dim, (num_heads, head_dim), logical_axes=q_axes, **kwargs)
+        self.k = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
+        self.v = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
+        self.out = projection(
+            (num_heads, head_dim),
+            dim,
+            logical_axes=("heads", "head_dim", "embed"),
+            init_scale=out_init_scale,
+            **kwargs,
+        )
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
+
+    def _project(self, x_BTD, positions):
+        """q, k and v of tokens at these positions; None is 0, 1, 2, ..."""
+        if x_BTD.shape[-1] != self.dim:
+            raise ValueError(f"x: got {x_BTD.shape[-1]} dims in shape {x_BTD.shape}, wanted the layer's dim={self.dim}")
+        if positions is None:
+            positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if self.rotary is not None:
+            q_BTNH, k_BTKH = (apply_rotary(x, positions, self.rotary) for x in (q_BTNH, k_BTKH))
+        q_BTNH = constrain(q_BTNH, "batch", "sequence", "heads", None)
+        k_BTKH = constrain(k_BTKH, "batch", "sequence", "kv_heads", None)
+        v_BTKH = constrain(v_BTKH, "batch", "sequence", "kv_heads", None)
+        return q_BTNH, k_BTKH, v_BTKH
+
+
+class Attention(GroupedQueryLayer):
     """Multi-head softmax attention with grouped queries.
 
     q, k, v = x W_q, x W_k, x W_v   (then normalised if qk_norm, then rotated if rotary)
@@ -134,29 +203,23 @@ class Attention(nnx.Module):
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_heads(num_heads, num_kv_heads, head_dim, dim=dim, rotary=rotary is not None)
-        head_dim = dim // num_heads if head_dim is None else head_dim
-        self.dim, self.num_kv_heads, self.head_dim = dim, num_kv_heads, head_dim
-        self.mask, self.rotary, self.logits_soft_cap = mask, rotary, logits_soft_cap
-        self.dtype, self.implementation, self.block_sizes = jnp.dtype(dtype), implementation, block_sizes
-        # Not called `deterministic`, which Flax's train() and eval() would overwrite.
-        self.deterministic_gradients, self.sharding = deterministic, sharding
-
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        self.q = projection(dim, (num_heads, head_dim), logical_axes=q_axes, **kwargs)
-        self.k = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
-        self.v = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
-        self.out = projection(
-            (num_heads, head_dim),
+        super().__init__(
             dim,
-            logical_axes=("heads", "head_dim", "embed"),
-            init_scale=out_init_scale,
-            **kwargs,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rotary=rotary,
+            qk_norm=qk_norm,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            norm_eps=norm_eps,
+            out_init_scale=out_init_scale,
+            implementation=implementation,
+            deterministic=deterministic,
+            sharding=sharding,
+            rngs=rngs,
         )
-        self.q_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) if qk_norm else None
+        self.mask, self.logits_soft_cap, self.block_sizes = mask, logits_soft_cap, block_sizes
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), logical_axes=("heads",)) if sinks else None
         self.dropout = AttentionDropout(dropout_rate) if dropout_rate else None
 
@@ -187,10 +250,7 @@ class Attention(nnx.Module):
                 f"segment_ids: passed to an Attention whose mask {self.mask} does not read them; "
                 "build it with mask & documents()"
             )
-        rotary_positions = positions
-        if positions is None:
-            rotary_positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotary_positions)
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
         dropout = None
         if self.dropout is not None:
             dropout = self.dropout(rngs, batch_size=q_BTNH.shape[0], num_heads=q_BTNH.shape[2])
@@ -300,19 +360,6 @@ class Attention(nnx.Module):
 
     def _sinks(self) -> jax.Array | None:
         return None if self.sinks is None else self.sinks[...]
-
-    def _project(self, x_BTD, positions):
-        if x_BTD.shape[-1] != self.dim:
-            raise ValueError(f"x: got {x_BTD.shape[-1]} dims in shape {x_BTD.shape}, wanted the layer's dim={self.dim}")
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
-        if self.q_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if self.rotary is not None:
-            q_BTNH, k_BTKH = (apply_rotary(x, positions, self.rotary) for x in (q_BTNH, k_BTKH))
-        q_BTNH = constrain(q_BTNH, "batch", "sequence", "heads", None)
-        k_BTKH = constrain(k_BTKH, "batch", "sequence", "kv_heads", None)
-        v_BTKH = constrain(v_BTKH, "batch", "sequence", "kv_heads", None)
-        return q_BTNH, k_BTKH, v_BTKH
 
 
 def causal_pairs(lengths: Float[np.ndarray, " documents"], chunk: int) -> float:

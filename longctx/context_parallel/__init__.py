@@ -18,6 +18,8 @@ from longctx.context_parallel.linear_inference import (
     sharded_linear_decode,
     sharded_linear_prefill,
 )
+from longctx.context_parallel.moba import sharded_moba
+from longctx.context_parallel.moba_inference import MobaCache, empty_moba_cache, sharded_moba_decode
 from longctx.context_parallel.state_passing import sharded_linear_attention
 
 __all__ = [
@@ -27,16 +29,20 @@ __all__ = [
     "KVCache",
     "Layout",
     "LinearCache",
+    "MobaCache",
     "PrefillPlan",
     "cache_degree",
     "empty_cache",
     "empty_linear_cache",
+    "empty_moba_cache",
     "prefill_schedule",
     "sharded_attention",
     "sharded_decode",
     "sharded_linear_attention",
     "sharded_linear_decode",
     "sharded_linear_prefill",
+    "sharded_moba",
+    "sharded_moba_decode",
     "sharded_prefill",
     "sharded_schedule",
 ]

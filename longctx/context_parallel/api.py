@@ -56,7 +56,7 @@ def sharded_schedule(
     Raises: ValueError where an axis is not of the mesh, or the sequence axes do not divide the lengths, or the layout
         is another than that of the tokens; NotImplementedError where the strategy does not serve the mask or lengths.
     """
-    split = _Split.of(sharding, batch_size)
+    split = AttentionSplit.of(sharding, batch_size)
     if split is None or not split.sequence:
         return make_schedule(mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
     setting = split.setting(mask, tokens, q_len=q_len, kv_len=kv_len)
@@ -108,7 +108,7 @@ def sharded_attention(
       gradient of the sinks, N float32 that are summed over the devices that split rows and tokens. A batch that the
       batch axes do not divide is computed by each of their devices in full.
     """
-    split = _Split.of(sharding, q.shape[0])
+    split = AttentionSplit.of(sharding, q.shape[0])
     if split is None:
         return blockwise_attention(
             q, k, v, mask=mask, tokens=tokens, schedule=schedule, sinks=sinks, dropout=dropout,
@@ -169,8 +169,8 @@ class MeshSplit:
         return self.batch if num_rows == self.batch_size else ()
 
 
-class _Split(MeshSplit):
-    """The same, of softmax attention."""
+class AttentionSplit(MeshSplit):
+    """The same, of softmax attention. `op` names the call in errors."""
 
     def strategy(self, mask: Mask) -> Strategy:
         return self.sharding.strategy_for(mask)
@@ -184,20 +184,21 @@ class _Split(MeshSplit):
         kv_len: int,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
+        op: str = "sharded_attention",
     ) -> Setting:
         """The setting of a call, whose strategy must serve it; numbers of heads are global."""
         layout = self.sharding.layout
         given = [x is not None for x in (tokens.q_positions, tokens.kv_positions)]
         if layout is not None and layout.name != "contiguous" and not all(given):
             raise ValueError(
-                f"sharded_attention: got positions=None with layout={layout.name}, wanted those of the permuted "
+                f"{op}: got positions=None with layout={layout.name}, wanted those of the permuted "
                 "tokens; pass permute(positions, layout.order(length, degree)), or leave the layout out"
             )
         multiple = self.degree if layout is None else layout.multiple(self.degree)
         for name, length in (("T", q_len), ("S", kv_len)):
             if length % multiple:
                 raise ValueError(
-                    f"sharded_attention: {name}={length} does not split over the {self.degree} devices of mesh axes "
+                    f"{op}: {name}={length} does not split over the {self.degree} devices of mesh axes "
                     f"{self.sequence}, which takes a multiple of {multiple}; pad it to a multiple"
                 )
         setting = self.sharding.setting(
@@ -213,21 +214,21 @@ class _Split(MeshSplit):
         )
         reason = self.strategy(mask).refusal(setting)
         if reason is not None:
-            raise NotImplementedError(f"sharded_attention: {reason}")
+            raise NotImplementedError(f"{op}: {reason}")
         return setting
 
-    def check_heads(self, mask: Mask, num_kv_heads: int) -> None:
+    def check_heads(self, mask: Mask, num_kv_heads: int, *, op: str = "sharded_attention") -> None:
         if self.heads_size > 1 and mask.head_groups > 1:
             # Every device runs one program, and which of the masks are its heads' would have to be known when that is
             # compiled.
             raise NotImplementedError(
-                f"sharded_attention: the mask {mask} differs between heads, and the heads are split over the "
+                f"{op}: the mask {mask} differs between heads, and the heads are split over the "
                 f"{self.heads_size} devices of mesh axes {self.heads}; keep the heads whole (tensor=1), or use one "
                 "mask for all heads"
             )
         if num_kv_heads % self.heads_size:
             raise ValueError(
-                f"sharded_attention: {num_kv_heads} kv heads do not split over the {self.heads_size} devices of mesh "
+                f"{op}: {num_kv_heads} kv heads do not split over the {self.heads_size} devices of mesh "
                 f"axes {self.heads}; make those axes smaller or num_kv_heads a multiple"
             )
 
@@ -280,7 +281,7 @@ class _Call:
     `setting` is None where the sequence is whole.
     """
 
-    split: _Split
+    split: AttentionSplit
     setting: Setting | None
     deterministic: bool
     options: tuple[tuple[str, Any], ...]

@@ -8,61 +8,44 @@ from flax import nnx
 from jaxtyping import DTypeLike, Int
 
 from longctx import masks
-from longctx.attention import Attention, causal_pairs, check_heads
+from longctx.attention import Attention, causal_pairs
 from longctx.context_parallel import AttentionSharding
 from longctx.context_parallel.strategy import Setting
 from longctx.context_parallel.traffic import Transfer
-from longctx.mixers.registry import MixerConfig, register
-from longctx.rotary import RotaryConfig
-from pallas_kernels import BlockSizes, Implementation, Mask
+from longctx.mixers.grouped_query import GroupedQueryConfig
+from longctx.mixers.registry import register
+from pallas_kernels import BlockSizes, Mask
 
 
 @register("attention")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig(MixerConfig):
+class AttentionConfig(GroupedQueryConfig):
     """Causal grouped-query softmax attention within documents, with rotary positions."""
 
-    num_heads: int
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Key and value heads, a divisor of num_heads; null means as many as num_heads."""
-    head_dim: int | None = None
-    """Dims of a head; null means dim / num_heads."""
     window: int | None = None
     """Tokens that a token sees, itself included; null means all before it."""
     chunk: int | None = None
     """Tokens of the blocks that each document is cut into, by position: a token sees those before it in its own block
     alone (the diagonal attention of TransNormer, the chunked of Llama 4); null cuts nothing. Not with window."""
-    rope_theta: float | None = 10_000.0
-    """Base of the rotary frequencies; null leaves out rotary positions."""
-    qk_norm: bool = False
-    """Whether to normalise each head of the queries and keys (RMSNorm with a learned gain)."""
     logits_soft_cap: float | None = None
     """Attention logits become cap * tanh(logits / cap); null leaves them."""
     sinks: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value."""
     dropout: float = 0.0
     """The share of attention probabilities that is dropped in training; 0 drops nothing."""
-    implementation: Implementation | None = None
-    """Implementation of the attention op; null takes the first that serves the call on the platform at hand."""
     block_q: int | None = None
     """Queries in a tile of the attention op; null, with block_kv null too, takes the platform's table."""
     block_kv: int | None = None
     """Keys in a tile of the attention op; null, with block_q null too, takes the platform's table."""
-    deterministic: bool = True
-    """Whether the attention op's gradients must come out the same, bit by bit, each time; false may be faster."""
 
     def __post_init__(self):
-        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        check_heads(self.num_heads, num_kv_heads, self.head_dim, rotary=self.rope_theta is not None)
+        super().__post_init__()
         if self.window is not None and self.window < 1:
             raise ValueError(f"window: got {self.window}, wanted null or a number of tokens >= 1")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk: got {self.chunk}, wanted null or a number of tokens >= 1")
         if self.chunk is not None and self.window is not None:
             raise ValueError(f"chunk: got {self.chunk} with window={self.window}, wanted one of them; leave one out")
-        if self.rope_theta is not None and not self.rope_theta > 1:
-            raise ValueError(f"rope_theta: got {self.rope_theta}, wanted null or a number > 1; 10000 is customary")
         if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
             raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
         if not 0 <= self.dropout < 1:
@@ -92,14 +75,6 @@ class AttentionConfig(MixerConfig):
             return None
         return BlockSizes(block_q=self.block_q, block_kv=self.block_kv)
 
-    def resolved(self, dim: int) -> "AttentionConfig":
-        """The same with num_kv_heads and head_dim as they are for this model dim, neither None."""
-        return dataclasses.replace(
-            self,
-            num_kv_heads=self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
-            head_dim=dim // self.num_heads if self.head_dim is None else self.head_dim,
-        )
-
     def build(
         self,
         dim: int,
@@ -113,12 +88,8 @@ class AttentionConfig(MixerConfig):
     ) -> Attention:
         return Attention(
             dim,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
+            **self.layer_options,
             mask=self.mask,
-            rotary=None if self.rope_theta is None else RotaryConfig(theta=self.rope_theta),
-            qk_norm=self.qk_norm,
             logits_soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
             dropout_rate=self.dropout,
@@ -126,9 +97,7 @@ class AttentionConfig(MixerConfig):
             param_dtype=param_dtype,
             norm_eps=norm_eps,
             out_init_scale=out_init_scale,
-            implementation=self.implementation,
             block_sizes=self.block_sizes,
-            deterministic=self.deterministic,
             sharding=sharding,
             rngs=rngs,
         )
@@ -136,15 +105,14 @@ class AttentionConfig(MixerConfig):
     def flops_by_part(self, dim: int, document_lengths: Int[np.ndarray, " documents"]) -> dict[str, float]:
         """Projections 2 tokens dim H (2 N + 2 K), attention 4 H N for each (query, key) pair that the mask allows."""
         lengths = document_lengths.astype(np.float64)
-        resolved = self.resolved(dim)
-        head_dim, num_kv_heads = resolved.head_dim, resolved.num_kv_heads
-        projections = 2 * lengths.sum() * dim * head_dim * (2 * self.num_heads + 2 * num_kv_heads)
+        head_dim = self.resolved(dim).head_dim
         if self.chunk is None:
             window = lengths if self.window is None else np.minimum(lengths, self.window)
             pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
         else:
             pairs = causal_pairs(lengths, self.chunk)
-        return {"projections": float(projections), "attention": float(4 * pairs * self.num_heads * head_dim)}
+        attention = float(4 * pairs * self.num_heads * head_dim)
+        return {"projections": self.projection_flops(dim, lengths.sum()), "attention": attention}
 
     def refusal(
         self, dim: int, *, seq_len: int, heads_split: int, ring_size: int, sharding: AttentionSharding

@@ -15,6 +15,7 @@ from longctx import (
     LinearConfig,
     Mamba2Config,
     MixerConfig,
+    MobaConfig,
     ModelConfig,
     RetentionConfig,
     TransformerLM,
@@ -106,6 +107,7 @@ def test_registered_kinds():
         "lightning": LightningConfig,
         "linear": LinearConfig,
         "mamba2": Mamba2Config,
+        "moba": MobaConfig,
         "retention": RetentionConfig,
     }
     assert AttentionConfig.kind == "attention"

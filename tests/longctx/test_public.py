@@ -34,6 +34,9 @@ def test_public_names_are_pinned():
         "Mamba2Config",
         "MeshConfig",
         "MixerConfig",
+        "MobaAttention",
+        "MobaCache",
+        "MobaConfig",
         "ModelConfig",
         "RMSNorm",
         "RetentionConfig",
@@ -68,14 +71,14 @@ def test_the_library_imports_nothing_that_only_the_trainer_needs():
 
 @pytest.mark.parametrize(
     "config_class",
-    [longctx.ModelConfig, longctx.AttentionConfig, longctx.MeshConfig, longctx.RotaryConfig],
+    [longctx.ModelConfig, longctx.AttentionConfig, longctx.MobaConfig, longctx.MeshConfig, longctx.RotaryConfig],
     ids=lambda c: c.__name__,
 )
 def test_every_config_field_is_documented(config_class):
-    module = ast.parse(inspect.getsource(inspect.getmodule(config_class)))
-    (body,) = (n.body for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == config_class.__name__)
     documented = {
         field.target.id
+        for owner in config_class.__mro__[:-1]
+        for body in [ast.parse(inspect.getsource(owner)).body[0].body]
         for field, following in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)
         and isinstance(following, ast.Expr)
