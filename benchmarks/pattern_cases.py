@@ -41,7 +41,7 @@ class PatternCase(AttentionCase):
     def tokens(self) -> Tokens | None:
         if self.segment_ids_of is None:
             return None
-        # With positions, as packed batches have them: mosaic_gpu does not compile a mask that reads no positions without.
+        # With positions, as packed batches have them: a kernel does not compile a mask that reads none without them.
         positions = jnp.arange(self.length, dtype=jnp.int32)[None]
         return Tokens.self_attention(positions, jnp.asarray(self.segment_ids_of(self.length)[None], jnp.int32))
 

@@ -98,8 +98,8 @@ class Hierarchy(Mask):
         return self.sections
 
     def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
-        # Relatives are an anchor and what it is the anchor of: ids that differ in no field of a level and above, and have
-        # zeros in those that are two levels lower.
+        # Relatives are an anchor and what it is the anchor of: ids that differ in no field of a level and above, and
+        # have zeros in those that are two levels lower.
         differs, either = q_segment_ids ^ kv_segment_ids, q_segment_ids | kv_segment_ids
         related = differs & -(1 << self._levels[0]) == 0
         for below, level in itertools.pairwise(self._levels):
