@@ -75,6 +75,21 @@ class SoftmaxCarry:
         return out.astype(dtype), lse
 
 
+def delta_of(
+    out: Float[Array, "B T N V"] | None, dout: Float[Array, "B T N V"], dlse: Float32[Array, "B N T"] | None
+) -> Float32[Array, "B N T"]:
+    """rowsum(dout out) - dlse: what a backward pass subtracts from the gradient of each probability of a row.
+
+    Args:
+      out: None where dlse has that term already.
+      dlse: None for zero.
+    """
+    if out is None:
+        return -dlse
+    delta = jnp.einsum("btnv,btnv->bnt", out, dout.astype(out.dtype), preferred_element_type=jnp.float32)
+    return delta if dlse is None else delta - dlse
+
+
 def merge_partials(
     first: tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]],
     second: tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]],

@@ -341,8 +341,10 @@ def _forward(call: _Call, q, k, v, tokens):
         if call.num_choices:
             route = route_queries(q, call.means(k, chunks), chunks, call.num_choices)
             routed = call.part(call.routed(route), routed_tokens(route, chunks.whole))
-            results = call.forward(call.routed(route), route.of_queries(q), fold_keys(k), fold_keys(v), routed)
-            out, lse = route.merge((out, lse), results)
+            folded = (fold_keys(x) for x in (route.of_queries(q), k, v))
+            rows, lse_of_rows = call.forward(call.routed(route), *folded, routed)
+            B, K = k.shape[0], k.shape[2]
+            out, lse = route.merge((out, lse), (unfold_keys(rows, K), lse_of_rows.reshape(B, K, -1)))
         return out, _Saved(q, k, v, out, lse, local, route, routed)
 
     split = call.split
@@ -363,17 +365,15 @@ def _backward(call: _Call, saved: _Saved, dout):
         if route is None:
             return dq, dk, dv
         residuals = Residuals(
-            route.of_queries(q),
-            fold_keys(k),
-            fold_keys(v),
-            route.of_queries(out),
-            route.of_lse(lse, fill=-jnp.inf),  # where lists are filled up nothing attends
+            *(fold_keys(x) for x in (route.of_queries(q), k, v, route.of_queries(out))),
+            # Where lists are filled up nothing attends.
+            route.of_lse(lse, fill=-jnp.inf).reshape(-1, 1, route.query.shape[1]),
         )
-        of_lists = call.backward(call.routed(route), residuals, route.of_queries(dout), routed)
+        of_lists = call.backward(call.routed(route), residuals, fold_keys(route.of_queries(dout)), routed)
         dq_of_lists, dk_routed, dv_routed = (x.astype(jnp.float32) for x in of_lists)
         N, K = q.shape[2], k.shape[2]
         routed_gradients = (
-            route.sum_of_choices(dq_of_lists, num_kv_heads=K, num_heads=N),
+            route.sum_of_choices(unfold_keys(dq_of_lists, K), N),
             unfold_keys(dk_routed, K),
             unfold_keys(dv_routed, K),
         )

@@ -157,7 +157,7 @@ def blockwise_attention_backward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
-    out: Float[Array, "B T N V"],
+    out: Float[Array, "B T N V"] | None,
     lse: Float32[Array, "B N T"],
     dout: Float[Array, "B T N V"],
     dlse: Float32[Array, "B N T"] | None,
@@ -172,7 +172,10 @@ def blockwise_attention_backward(
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     deterministic: bool = True,
-    accumulate: tuple[Float32[Array, "B T N H"], Float32[Array, "B S K H"], Float32[Array, "B S K V"]] | None = None,
+    accumulate: tuple[
+        Float32[Array, "B T N H"] | None, Float32[Array, "B S K H"] | None, Float32[Array, "B S K V"] | None
+    ]
+    | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """One backward pass over one set of keys, given the results over all of them: a hop of a ring's backward.
 
@@ -181,13 +184,13 @@ def blockwise_attention_backward(
     Sinks are in lse, and change nothing else here; `sinks_gradient` has their own gradient.
 
     Args:
-      out: The attention's result over all keys.
+      out: The attention's result over all keys; None where dlse holds its term too, dlse - rowsum(dout out).
       lse: Its log-sum-exp over all keys, and the sinks if there are any.
       dout: Cotangent of out.
       dlse: Cotangent of lse; None where nothing depends on lse, which some implementations require.
-      accumulate: Running (dq, dk, dv) to add into; None starts from zero.
+      accumulate: Running (dq, dk, dv) to add into; None, of all or of one, starts from zero. dk and dv go together.
       Others: as `blockwise_attention`.
-    Returns: (dq, dk, dv): float32 where `accumulate` is given, else in the dtypes of q, k and v.
+    Returns: (dq, dk, dv): float32 where something was running, else in the dtypes of q, k and v.
     Raises: as `blockwise_attention`.
     Memory: O(B T N (H + V)) plus one tile of logits.
     """
@@ -195,9 +198,14 @@ def blockwise_attention_backward(
     _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic)
     dropout = _checked_dropout(op, dropout, q)
-    if accumulate is not None:
-        expected = {"dq": q.shape, "dk": k.shape, "dv": v.shape}
-        _check_float32(op, "accumulate's {}", dict(zip(expected, accumulate, strict=True)), expected)
+    if out is None and dlse is None:
+        raise ValueError(f"{op}: got neither out nor dlse, wanted one of them; pass out, or dlse - rowsum(dout out)")
+    running = (None,) * 3 if accumulate is None else accumulate
+    if (running[1] is None) != (running[2] is None):
+        raise ValueError(f"{op}: accumulate has one of dk and dv, wanted both or neither; pass zeros for the other")
+    given = {name: (x, like.shape) for name, x, like in zip(("dq", "dk", "dv"), running, (q, k, v), strict=True)}
+    given = {name: pair for name, pair in given.items() if pair[0] is not None}
+    _check_float32(op, "accumulate's {}", *({name: pair[i] for name, pair in given.items()} for i in range(2)))
     return dispatch.run(
         op,
         BACKWARD,
@@ -211,7 +219,7 @@ def blockwise_attention_backward(
         dlse,
         tokens=tokens,
         schedule=schedule,
-        accumulate=accumulate,
+        accumulate=running,
         options=options,
         dropout=dropout,
     )
@@ -283,7 +291,7 @@ def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
         dlse,
         tokens=tokens,
         schedule=schedule,
-        accumulate=None,
+        accumulate=(None, None, None),
         options=options,
         dropout=dropout,
     )

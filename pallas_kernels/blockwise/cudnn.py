@@ -47,7 +47,9 @@ def backward(
     _check_schedule(schedule)
     if dlse is not None:
         _refuse("its gradient leaves out the cotangent of lse (dlse); it serves dlse=None, which means zero")
-    if accumulate is not None:
+    if out is None:
+        _refuse("its gradient wants the result (out)")
+    if any(x is not None for x in accumulate):
         _refuse("it adds into no running gradients (accumulate)")
     settings = _settings(q, k, v, tokens, dropout, options)
     if options.deterministic:

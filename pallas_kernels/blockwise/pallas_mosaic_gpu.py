@@ -26,7 +26,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Full, Mask
 from pallas_kernels.mosaic_gpu import elementwise, num_hopper_cores
-from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
 from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
 from pallas_kernels.tokens import Tokens
 from pallas_kernels.wgmma import ROWS, TILE_ROWS
@@ -120,18 +120,13 @@ def backward(
         most_heads_together=_most_heads_together(options.mask, head_dim, max(q_len, kv_len)),
     )
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
-    delta = jnp.einsum("btnh,btnh->bnt", out, dout, preferred_element_type=jnp.float32)
-    if dlse is not None:
-        delta -= dlse
+    delta = delta_of(out, dout, dlse)
     rows = (0, 0), (0, 0), (0, padding_q)
     # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
     lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
-    running = None
-    if accumulate is not None:
-        dq, *running = accumulate
-        running = tuple(_padded_length(x, padding_kv) for x in running)
-    else:
-        dq = jnp.zeros(q.shape, jnp.float32)
+    running_dq, *running = accumulate
+    running = None if running[0] is None else tuple(_padded_length(x, padding_kv) for x in running)
+    dq = jnp.zeros(q.shape, jnp.float32) if running_dq is None else running_dq
     inputs = backward_kernel.Inputs(
         q=_whole_tiles(q),
         k=_whole_tiles(k),
@@ -162,12 +157,12 @@ def backward(
             ),
             scale=options.scale,
             kv_len=kv_len,
-            scales_dq=accumulate is not None,
+            scales_dq=running_dq is not None,
             interpret=interpret,
         ),
     )
     dq, dk, dv = dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len]
-    if accumulate is None:
+    if running_dq is None:
         dq = (dq * options.scale).astype(q.dtype)
     return dq, dk, dv
 

@@ -47,7 +47,7 @@ class Turns(NamedTuple):
       line: `(rank, gone)`, int32 `[B or 1, lists, blocks of keys]` and `[B or 1, lists, blocks of queries]`: how many
         items that visit anything come before an item, and how many of those have ended before a block. The turn is the
         difference, where items visit one range whose ends never fall.
-      listed: `(first, turn)` of the schedule's lists.
+      listed: `(first, turn)` of the schedule, which tells them itself.
       table: int32 `[B or 1, lists, blocks of keys, blocks of queries]`.
     """
 
@@ -68,7 +68,9 @@ class Turns(NamedTuple):
             return self.table[row_of_batch(self.table, batch), which, row, block]
         if self.listed is not None:
             first, turn = self.listed
-            batch = row_of_batch(first, batch)
+            batch = row_of_batch(turn, batch)
+            if first is None:
+                return turn[batch, row, which, number]
             return turn[batch, which, first[batch, which, row] + number]
         rank, gone = self.line
         batch = row_of_batch(rank, batch)

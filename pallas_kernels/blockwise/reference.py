@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
+from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, delta_of, finite_max
 from pallas_kernels.schedule import Schedule
 
 # GPUs and TPUs would otherwise multiply float32 in TF32 and bfloat16.
@@ -61,18 +61,15 @@ def backward(
     """The reference of `blockwise_attention_backward`; the schedule as in `forward`."""
     s, cap_slope = _logits(q, k, tokens, options, schedule)
     dout = dout.astype(jnp.float32)
-    delta = einsum("BTNV,BTNV->BNT", dout, out.astype(jnp.float32))
-    if dlse is not None:
-        delta -= dlse
+    delta = delta_of(None if out is None else out.astype(jnp.float32), dout, dlse)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
     dp = _dropped(einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q)), tokens, dropout)
     ds = options.scale * cap_slope * p * (dp - delta[..., None])
     dq = einsum("BNTS,BSNH->BTNH", ds, _per_query_head(k, q))
     dk = _per_kv_head(einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
     dv = _per_kv_head(einsum("BNTS,BTNV->BSNV", _dropped(p, tokens, dropout), dout), v)
-    if accumulate is not None:
-        return tuple(a + g for a, g in zip(accumulate, (dq, dk, dv), strict=True))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    gradients = zip(accumulate, (dq, dk, dv), (q, k, v), strict=True)
+    return tuple(g.astype(x.dtype) if running is None else running + g for running, g, x in gradients)
 
 
 def _logits(q, k, tokens, options: Options, schedule: Schedule | None) -> tuple[jax.Array, jax.Array]:

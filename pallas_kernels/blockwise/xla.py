@@ -22,7 +22,7 @@ from pallas_kernels.block_sizes import XLA_TILES
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.blockwise.xla_lists import Lists, OneList
 from pallas_kernels.dropout import Dropout, key_words
-from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, finite_max
+from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, delta_of, finite_max
 from pallas_kernels.schedule import Schedule, make_schedule, merged_walk
 from pallas_kernels.tokens import TokenAxis, Tokens
 
@@ -69,15 +69,9 @@ def backward(
     schedule = _schedule(q, k, tokens, schedule, options)
     tiles = _Tiles(q, k, tokens, schedule, options, dropout)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
-    if dlse is not None:
-        delta -= dlse
-    dtypes = q.dtype, k.dtype, v.dtype
-    if accumulate is None:
-        accumulate = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    else:
-        dtypes = (jnp.float32,) * 3
-    dq, dk, dv = accumulate
+    delta = delta_of(None if out is None else out.astype(jnp.float32), dout, dlse)
+    running = zip(accumulate, (q, k, v), strict=True)
+    dtypes, (dq, dk, dv) = zip(*(_started(x, like) for x, like in running), strict=True)
 
     def one_q_block(dk_dv, xs):
         i, q_i, dout_i, lse_i, delta_i, dq_i = xs
@@ -116,6 +110,13 @@ def backward(
     return tuple(g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
 
 
+def _started(running: jax.Array | None, like: jax.Array) -> tuple[jnp.dtype, jax.Array]:
+    """The dtype of a gradient, and what it is added to, float32."""
+    if running is None:
+        return like.dtype, jnp.zeros(like.shape, jnp.float32)
+    return running.dtype, running
+
+
 def _forward_by_lists(q, k, v, tokens, lists: Lists, carry, return_carry, options: Options, dropout):
     """`forward`, one list of chosen blocks after the other."""
 
@@ -139,7 +140,8 @@ def _backward_by_lists(arrays, tokens, lists: Lists, accumulate, options: Option
     q, k, v, out, lse, dout, dlse = arrays
 
     def differentiate(one: OneList):
-        q_i, k_i, v_i, out_i, dout_i = (one.heads(x, 2) for x in (q, k, v, out, dout))
+        q_i, k_i, v_i, dout_i = (one.heads(x, 2) for x in (q, k, v, dout))
+        out_i = None if out is None else one.heads(out, 2)
         lse_i, dlse_i = (None if x is None else one.heads(x, 1) for x in (lse, dlse))
         return backward(
             q_i, k_i, v_i, out_i, lse_i, dout_i, dlse_i, tokens=one.tokens(tokens), schedule=one.schedule(),
@@ -148,10 +150,8 @@ def _backward_by_lists(arrays, tokens, lists: Lists, accumulate, options: Option
         )  # fmt: skip
 
     dq, dk, dv = lists.map(differentiate)
-    gradients = lists.joined(dq, 2), lists.summed(dk), lists.summed(dv)
-    if accumulate is not None:
-        return tuple(x + y for x, y in zip(accumulate, gradients, strict=True))
-    return tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True))
+    gradients = zip(accumulate, (lists.joined(dq, 2), lists.summed(dk), lists.summed(dv)), (q, k, v), strict=True)
+    return tuple(g.astype(x.dtype) if running is None else running + g for running, g, x in gradients)
 
 
 def _schedule(q, k, tokens, schedule, options: Options) -> Schedule:

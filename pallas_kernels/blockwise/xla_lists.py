@@ -77,14 +77,14 @@ class OneList:
         return SoftmaxCarry(max=self.heads(carry.max, 1), sum=self.heads(carry.sum, 1), acc=self.heads(carry.acc, 2))
 
     def schedule(self) -> Schedule:
-        """Its blocks, as of a mask that allows no others; the transpose is not there."""
+        """Its blocks, as of a mask that allows no others; the transpose, which XLA does not read, stays all lists'."""
 
         def of_list(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(self.of_row(x), self.number, 1, 2) if x.shape[2] > 1 else self.of_row(x)
 
         schedule = self.lists.schedule
         blocks: BlockRanges = jax.tree.map(of_list, schedule.kv_blocks)
-        return dataclasses.replace(schedule, kv_blocks=blocks, q_blocks=None, is_selection=False)
+        return dataclasses.replace(schedule, kv_blocks=blocks, is_selection=False)
 
     def options(self, options: Options) -> Options:
         """Those of the call, and that no blocks are made one."""

@@ -2,8 +2,8 @@
 
 Two calls of blockwise attention make it, so it runs wherever that does: the queries against their own chunks, causal,
 and the queries gathered by the chunks that they chose (moba_route.py) against those, in full. A query's results are
-merged by their lse. In the backward pass both calls are given the merged out and lse, so their gradients add up, and
-the routed call adds to the running dk and dv of the first.
+merged by their lse. In the backward pass both calls are given the merged lse, and the same part of the gradient that
+follows from the merged out, so their gradients add up.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from pallas_kernels.blockwise.api import blockwise_attention_backward, blockwise
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.mask import Causal, Mask, SameDocument
 from pallas_kernels.mask_patterns import Chunked
-from pallas_kernels.schedule import Schedule, make_schedule
+from pallas_kernels.online_softmax import delta_of
+from pallas_kernels.schedule import make_schedule
+from pallas_kernels.sparse.moba_keys import ChunkKeys
 from pallas_kernels.sparse.moba_route import (
     Chunks,
     Route,
     chunk_sums,
-    fold_keys,
     number_chunks,
     route_queries,
-    unfold_keys,
 )
 from pallas_kernels.tokens import Leaf, Tokens, validate_tokens
 
@@ -133,12 +133,6 @@ def routed_tokens(route: Route, whole: jax.Array) -> Tokens:
     )
 
 
-def routed_schedule(tokens: Tokens) -> Schedule:
-    """The schedule of the routed call: each block of rows visits the blocks of its chunk's keys."""
-    q_len, kv_len = tokens.q_segment_ids.shape[1], tokens.kv_segment_ids.shape[1]
-    return make_schedule(ROUTED_MASK, tokens, q_len=q_len, kv_len=kv_len)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
     """What is static of a call; hashable. `in_order` says that tokens are arange and one document."""
@@ -184,48 +178,53 @@ def _attention(call: _Call, q, k, v, tokens: Tokens):
 
 
 def _forward(call: _Call, q, k, v, tokens: Tokens):
-    T = q.shape[1]
+    B, T = q.shape[:2]
     chunks = number_chunks(tokens.queries(T), call.chunk_size)
-    local, route, routed = call.local_part(chunks), None, None
+    local, route, keys, routed = call.local_part(chunks), None, None, None
     out, lse = blockwise_attention_forward(q, k, v, **local.options, **call.options)
     if choices := num_choices(T, call.chunk_size, call.top_k):
         means = chunk_sums(k, chunks.whole, T // call.chunk_size) / call.chunk_size
         route = route_queries(q, means, chunks, choices)
-        of_lists = routed_tokens(route, chunks.whole)
-        routed = _Part(mask=ROUTED_MASK, tokens=of_lists, schedule=routed_schedule(of_lists))
+        keys = ChunkKeys.of(chunks, call.chunk_size, in_order=call.in_order)
+        of_lists = keys.tokens(route.query.shape[1])
+        routed = _Part(mask=keys.mask, tokens=of_lists, schedule=keys.schedule(route, B))
         results = blockwise_attention_forward(
-            route.of_queries(q), fold_keys(k), fold_keys(v), **routed.options, **call.options
+            route.of_queries(q), keys.of_tokens(k), keys.of_tokens(v), **routed.options, **call.options
         )
         out, lse = route.merge((out, lse), results)
-    return (out, lse) if call.return_lse else out, (q, k, v, out, lse, local, route, routed)
+    return (out, lse) if call.return_lse else out, (q, k, v, out, lse, local, route, keys, routed)
 
 
 def _backward(call: _Call, saved, cotangents):
-    q, k, v, out, lse, local, route, routed = saved
+    q, k, v, out, lse, local, route, keys, routed = saved
     dout, dlse = cotangents if call.return_lse else (cotangents, None)
-    N, K = q.shape[2], k.shape[2]
     options = call.options | {"deterministic": call.deterministic}
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = blockwise_attention_backward(
-        q, k, v, out, lse, dout, dlse, accumulate=zeros, **local.options, **options
+    if route is None:
+        return *blockwise_attention_backward(q, k, v, out, lse, dout, dlse, **local.options, **options), None
+    # Gathered, a number a query rather than its result.
+    dlse = -delta_of(out, dout, dlse)
+    q_of_lists = route.of_queries(q)
+    dq_of_lists, *dkv_of_chosen = blockwise_attention_backward(
+        q_of_lists,
+        keys.of_tokens(k),
+        keys.of_tokens(v),
+        None,
+        route.of_lse(lse, fill=-jnp.inf),  # where lists are filled up nothing attends
+        route.of_queries(dout),
+        route.of_lse(dlse, fill=0.0),
+        accumulate=(jnp.zeros(q_of_lists.shape, jnp.float32), None, None),
+        **routed.options,
+        **options,
     )
-    if route is not None:
-        q_of_lists = route.of_queries(q)
-        dq_of_lists, dk, dv = blockwise_attention_backward(
-            q_of_lists,
-            fold_keys(k),
-            fold_keys(v),
-            route.of_queries(out),
-            route.of_lse(lse, fill=-jnp.inf),  # where lists are filled up nothing attends
-            route.of_queries(dout),
-            None if dlse is None else route.of_lse(dlse, fill=0.0),
-            accumulate=(jnp.zeros(q_of_lists.shape, jnp.float32), fold_keys(dk), fold_keys(dv)),
-            **routed.options,
-            **options,
-        )
-        dq += route.sum_of_choices(dq_of_lists, num_kv_heads=K, num_heads=N)
-        dk, dv = unfold_keys(dk, K), unfold_keys(dv, K)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dq = route.sum_of_choices(dq_of_lists, q.shape[2])
+    dq, *dkv = blockwise_attention_backward(
+        q, k, v, None, lse, dout, dlse, accumulate=(dq, None, None), **local.options, **options
+    )
+    dkv = (
+        (own.astype(jnp.float32) + keys.to_tokens(x, q.shape[1]).astype(jnp.float32)).astype(own.dtype)
+        for own, x in zip(dkv, dkv_of_chosen, strict=True)
+    )
+    return dq.astype(q.dtype), *dkv, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -10,20 +10,22 @@ whole chunks, L rows of the lists.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.dispatch import current_platform
 from pallas_kernels.online_softmax import finite_max
 from pallas_kernels.tokens import Leaf, TokenAxis
 
 LIST_BLOCK = 128
 """Rows of a list come in blocks of so many, which have one chunk: the queries of a tile of the attention ops."""
 
-_MOST_SCORES_AT_ONCE = 1 << 24
-"""float32 scores of queries and chunks that are held at a time: 64 MB, and a few times that in temporaries."""
+_MOST_SCORES_AT_ONCE = 1 << 25
+"""float32 scores of queries and chunks that are held at a time: 128 MB, and as much in temporaries."""
 
 
 class Chunks(NamedTuple):
@@ -113,15 +115,18 @@ def choose_chunks(
     """The chunks whose mean key has the highest products with each query, the highest first; of equal ones the earlier.
 
     Args:
-      q: Queries; their products with the means are float32, of half precision by the device's default for float32.
+      q: Queries; their products with the means are float32.
       first, stop: The chunks that a query may choose: first <= chunk < stop.
     Returns: Numbers of chunks, then -1 where there are fewer.
-    Cost: 2 F Q M H FLOPs and num_choices passes over the scores; in groups of queries.
+    Cost: 2 F Q M H FLOPs in float32 and num_choices passes over the scores; in groups of queries.
     Reference: Lu et al. 2025, MoBA, arXiv:2502.13189, equations 5 and 6.
     """
     (F, Q, _), M = q.shape, means.shape[1]
     group = max(1, min(Q, _MOST_SCORES_AT_ONCE // (F * M)))
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST
+    if q.dtype == jnp.bfloat16 and current_platform() == "gpu":
+        # As precise, in three parts of each number, by the tensor cores.
+        precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 
     def of_group(queries):
         q, first, stop = queries
@@ -129,9 +134,9 @@ def choose_chunks(
         column = jnp.arange(M, dtype=jnp.int32)
         scores = jnp.where((first[..., None] <= column) & (column < stop[..., None]), scores, -jnp.inf)
         chosen = []
-        for _ in range(num_choices):
+        for number in range(num_choices):
             best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-            chosen.append(jnp.where(jnp.max(scores, axis=-1) > -jnp.inf, best, -1))
+            chosen.append(jnp.where(number < stop - first, best, -1))
             scores = jnp.where(column == best[..., None], -jnp.inf, scores)
         return jnp.stack(chosen, axis=-1)
 
@@ -175,17 +180,19 @@ class Route:
         num_rows = (num_entries + num_chunks * (LIST_BLOCK - 1)) // LIST_BLOCK * LIST_BLOCK
         none = jnp.int32(num_chunks)
         keys = jnp.where(choices >= 0, choices, none).reshape(F, num_entries)
-        entries = jnp.broadcast_to(jnp.arange(num_entries, dtype=jnp.int32), keys.shape)
-        keys, entries = jax.lax.sort((keys, entries), dimension=1, num_keys=1, is_stable=True)
+        keys, entries = _sorted(keys, num_chunks + 1)
+        # An iteration of a loop costs a GPU more than what a step of a search does.
+        method = "scan_unrolled" if current_platform() == "gpu" else "scan"
+        search = functools.partial(jnp.searchsorted, method=method)
 
         def of_kv_head(keys, entries):
-            bounds = jnp.searchsorted(keys, jnp.arange(num_chunks + 1, dtype=jnp.int32)).astype(jnp.int32)
+            bounds = search(keys, jnp.arange(num_chunks + 1, dtype=jnp.int32)).astype(jnp.int32)
             first, count = bounds[:-1], jnp.diff(bounds)
             padded = -(-count // LIST_BLOCK) * LIST_BLOCK
             stop_row = jnp.cumsum(padded, dtype=jnp.int32)
             shift = stop_row - padded - first  # from an entry's place in the sorted order to its row
             block = jnp.arange(0, num_rows, LIST_BLOCK, dtype=jnp.int32)
-            chunk = jnp.searchsorted(stop_row, block, side="right").astype(jnp.int32)
+            chunk = search(stop_row, block, side="right").astype(jnp.int32)
             chunk = jnp.repeat(chunk, LIST_BLOCK, total_repeat_length=num_rows)
             there = jnp.minimum(chunk, num_chunks - 1)
             place = jnp.arange(num_rows, dtype=jnp.int32) - shift[there]
@@ -198,25 +205,34 @@ class Route:
 
         return jax.vmap(of_kv_head)(keys, entries)
 
-    def of_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "F L 1 H"]:
-        """What the queries in the rows of the lists have, 0 where a list is filled up."""
-        return _taken(fold_queries(x, len(self.query) // len(x)), self.query, 0.0)[:, :, None]
+    def of_queries(self, x: Float[Array, "B T N H"]) -> Float[Array, "B L K H"]:
+        """What the queries in the rows of the lists have, and where a list is filled up, some query."""
+        B, _, N, _ = x.shape
+        K = len(self.query) // B
+        query = jnp.minimum(self.query, self.row.shape[1] - 1).reshape(B, K, -1)
+        head = jnp.arange(K, dtype=jnp.int32)[:, None] * (N // K) + query % (N // K)
+        rows = query // (N // K) * N + head
+        return _rows(x, rows.swapaxes(1, 2))
 
-    def of_lse(self, lse: Float32[Array, "B N T"], fill: float) -> Float32[Array, "F 1 L"]:
+    def of_lse(self, lse: Float32[Array, "B N T"], fill: float) -> Float32[Array, "B K L"]:
         """The same of one number a query, `fill` where a list is filled up."""
-        return _taken(fold_lse(lse, len(self.query) // len(lse)), self.query, fill)[:, None]
+        B = len(lse)
+        folded = fold_lse(lse, len(self.query) // B)
+        taken = jnp.take_along_axis(folded, self.query, axis=1, mode="fill", fill_value=fill)
+        return taken.reshape(B, -1, self.query.shape[1])
 
-    def sum_of_choices(
-        self, x: Float32[Array, "F L 1 H"], *, num_kv_heads: int, num_heads: int
-    ) -> Float32[Array, "B T N H"]:
-        """The sum over each query's choices: the transpose of `of_queries`, without a scatter."""
-        rows = x[:, :, 0]
-        return unfold_queries(sum(_taken(rows, row, 0.0) for row in self._row_of_each_choice), num_kv_heads, num_heads)
+    def sum_of_choices(self, x: Float[Array, "B L K H"], num_heads: int) -> Float32[Array, "B T N H"]:
+        """The sum over each query's choices, in float32: the transpose of `of_queries`, without a scatter."""
+
+        def of_choice(row, is_there):
+            return jnp.where(is_there[..., None], _rows(x, row).astype(jnp.float32), 0.0)
+
+        return sum(map(of_choice, *self._rows_of_choices(x.shape, num_heads)))
 
     def merge(
         self,
         local: tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]],
-        routed: tuple[Float[Array, "F L 1 V"], Float32[Array, "F 1 L"]],
+        routed: tuple[Float[Array, "B L K V"], Float32[Array, "B K L"]],
     ) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
         """Merges each query's attention to its own chunk with that to each chunk that it chose.
 
@@ -226,27 +242,48 @@ class Route:
           local, routed: `(out, lse)` of the queries, and of the rows of the lists.
         Returns: `(out, lse)`, the sums in float32 and out in the dtype of the parts.
         """
-        (out_BTNV, lse_BNT), (rows, lse_of_rows) = local, (routed[0][:, :, 0], routed[1][:, 0])
-        N, K = out_BTNV.shape[2], len(rows) // len(out_BTNV)
-        of_choices = [_taken(lse_of_rows, row, -jnp.inf) for row in self._row_of_each_choice]
-        parts = jnp.stack([fold_lse(lse_BNT, K), *of_choices])
+        (out_BTNV, lse_BNT), (rows, lse_of_rows) = local, routed
+        index, is_there = self._rows_of_choices(rows.shape, out_BTNV.shape[2])
+        lse_BLK = lse_of_rows.swapaxes(1, 2)[..., None]
+        of_choices = jnp.where(is_there, jnp.stack([_rows(lse_BLK, row)[..., 0] for row in index]), -jnp.inf)
+        parts = jnp.concatenate([lse_BNT.swapaxes(1, 2)[None], of_choices])
         lse = jax.nn.logsumexp(parts, axis=0)
         weights = jnp.exp(parts - finite_max(lse))[..., None]
-        out = weights[0] * fold_queries(out_BTNV, K).astype(jnp.float32)
-        for weight, row in zip(weights[1:], self._row_of_each_choice, strict=True):
-            out += weight * _taken(rows, row, 0.0).astype(jnp.float32)
-        return unfold_queries(out.astype(out_BTNV.dtype), K, N), unfold_lse(lse, K, N)
+        out = weights[0] * out_BTNV.astype(jnp.float32)
+        for weight, row in zip(weights[1:], index, strict=True):
+            # Where there is no choice a row of another query is read, which may hold anything but nan.
+            out += weight * _rows(rows, row).astype(jnp.float32)
+        return out.astype(out_BTNV.dtype), lse.swapaxes(1, 2)
 
-    @property
-    def _row_of_each_choice(self) -> list[jax.Array]:
-        """int32 `[F, Q]` each."""
-        return [self.row[..., choice] for choice in range(self.row.shape[-1])]
+    def _rows_of_choices(self, shape: tuple[int, ...], num_heads: int) -> tuple[jax.Array, jax.Array]:
+        """Where each choice of a query is in `[B, L, K, ...]`, its rows and heads one dim, and whether there is one.
+
+        Both are `[choices, B, T, N]`.
+        """
+        B, L, K = shape[:3]
+        row = self.row.reshape(B, K, -1, num_heads // K, self.row.shape[2])
+        row = jnp.moveaxis(row, (4, 2), (0, 2))  # [choices, B, T, K, G]
+        index = jnp.minimum(row, L - 1) * K + jnp.arange(K, dtype=jnp.int32)[:, None]
+        return tuple(x.reshape(*x.shape[:3], num_heads) for x in (index, row < L))
 
 
-def _taken(x: jax.Array, index: jax.Array, fill: float) -> jax.Array:
-    """Entries along dim 1, `fill` for an index behind the last."""
-    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=fill)
+def _sorted(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
+    """Keys below the bound in order, `[F, entries]`, and where each was, of equal ones the first first."""
+    num_entries = keys.shape[1]
+    entries = jnp.broadcast_to(jnp.arange(num_entries, dtype=jnp.int32), keys.shape)
+    if bound * num_entries > jnp.iinfo(jnp.uint32).max:
+        return tuple(jax.lax.sort((keys, entries), dimension=1, num_keys=1, is_stable=True))
+    # One number for both, which is fewer passes over memory.
+    keys, entries = keys.astype(jnp.uint32), entries.astype(jnp.uint32)
+    both = jax.lax.sort(keys * num_entries + entries, dimension=1, is_stable=False)
+    return tuple(x.astype(jnp.int32) for x in (both // num_entries, both % num_entries))
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Vectors `[B, ..., H]` out of `[B, T, N, H]`, by their numbers among the T N of a batch row."""
+    x = x.reshape(x.shape[0], -1, x.shape[3])
+    taken = jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds"))(x, index.reshape(len(index), -1))
+    return taken.reshape(*index.shape, x.shape[2])
 
 
 def route_queries(

@@ -136,7 +136,7 @@ def in_interpreter(case, inputs, *, detect_races=False, **options):
     return jax.jit(run)(*(inputs[name] for name in "qkv"))
 
 
-def backward_in_interpreter(case, inputs, out, lse, *, detect_races=False, accumulate=None):
+def backward_in_interpreter(case, inputs, out, lse, *, detect_races=False, accumulate=(None,) * 3):
     """Its gradients in the same way; by one block of threads, which adds to dq in one order without turns."""
     run = functools.partial(pallas_mosaic_gpu.backward, **fixed(case, detect_races))
     q, k, v, dout, dlse = inputs.values()
@@ -180,7 +180,7 @@ def test_gradients_equal_the_reference_in_the_interpreter(name):
     accumulates = INTERPRETED_BACKWARD[name]
     case, want = CASES_BY_NAME[name], truth(name)
     inputs = case.inputs("bfloat16")
-    running = tuple(jnp.full(inputs[name].shape, 0.125, jnp.float32) for name in "qkv") if accumulates else None
+    running = tuple(jnp.full(inputs[name].shape, 0.125, jnp.float32) for name in "qkv") if accumulates else (None,) * 3
     gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"], accumulate=running)
     for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
         assert_close(name, gradient - 0.125 if accumulates else gradient, want[name], "bfloat16")
