@@ -26,6 +26,7 @@ from pallas_kernels.sparse.moba_route import (
     Chunks,
     Route,
     chunk_sums,
+    chunks_in_order,
     number_chunks,
     route_queries,
 )
@@ -179,7 +180,10 @@ def _attention(call: _Call, q, k, v, tokens: Tokens):
 
 def _forward(call: _Call, q, k, v, tokens: Tokens):
     B, T = q.shape[:2]
-    chunks = number_chunks(tokens.queries(T), call.chunk_size)
+    if call.in_order:
+        chunks = chunks_in_order(T, call.chunk_size)
+    else:
+        chunks = number_chunks(tokens.queries(T), call.chunk_size)
     local, route, keys, routed = call.local_part(chunks), None, None, None
     out, lse = blockwise_attention_forward(q, k, v, **local.options, **call.options)
     if choices := num_choices(T, call.chunk_size, call.top_k):
