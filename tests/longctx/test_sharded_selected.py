@@ -29,6 +29,7 @@ SELECTORS = {
     "means_of_groups": dict(selector=BlockMean(heads="kv", sink_blocks=1), budget=3),
     "antidiagonals": dict(selector=XAttention(stride=4), threshold=0.6),
     "antidiagonals_of_groups": dict(selector=XAttention(stride=4, heads="kv"), threshold=0.6, budget=6),
+    "lines": dict(selector=VerticalSlash(last_queries=16, vertical=6, slash=6), budget=5),
     "nearest": dict(selector=AShape(sink_blocks=1, local_blocks=2)),
     "by_head": dict(selector=PerHead(selectors=(BlockMean(), XAttention(stride=2)) * 2), budget=4),
 }
@@ -44,6 +45,7 @@ CASES = [
     ("ring", "zigzag", {"data": 2, "context_outer": 2, "tensor": 2}, "antidiagonals", CAUSAL),
     ("ring", "contiguous", {"data": 4, "context_inner": 2}, "by_head", CAUSAL),
     ("ring", None, {"context_inner": 4}, "nearest", masks.documents()),
+    ("ring", "contiguous", {"data": 2, "tensor": 2}, "lines", CAUSAL),  # where a device has all of a row
     ("all_gather", "contiguous", {"context_inner": 8}, "antidiagonals", CAUSAL),
     ("all_gather", "zigzag", {"context_inner": 8}, "means", CAUSAL),
     ("all_gather", "zigzag", {"context_inner": 4}, "by_head", WINDOW),
