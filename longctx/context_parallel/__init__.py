@@ -20,6 +20,7 @@ from longctx.context_parallel.linear_inference import (
 )
 from longctx.context_parallel.moba import sharded_moba
 from longctx.context_parallel.moba_inference import MobaCache, empty_moba_cache, sharded_moba_decode
+from longctx.context_parallel.selected import sharded_selected_attention
 from longctx.context_parallel.state_passing import sharded_linear_attention
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "sharded_moba_decode",
     "sharded_prefill",
     "sharded_schedule",
+    "sharded_selected_attention",
 ]

@@ -31,10 +31,10 @@ from jaxtyping import DTypeLike
 
 from longctx.context_parallel.api import HOP_SCOPE, AttentionSplit
 from longctx.context_parallel.config import AttentionSharding
-from longctx.context_parallel.one_call import OneCallStrategy
-from longctx.context_parallel.strategy import CallSchedule, Residuals, Setting, ShardedSchedule, Strategy, num_bytes
+from longctx.context_parallel.one_call import Whole
+from longctx.context_parallel.strategy import Residuals, Setting, ShardedSchedule, Strategy, num_bytes
 from longctx.context_parallel.traffic import Transfer
-from pallas_kernels import Implementation, Tokens, make_schedule
+from pallas_kernels import Implementation, Tokens
 from pallas_kernels.sparse.moba import (
     LOCAL_MASK,
     ROUTED_MASK,
@@ -101,7 +101,7 @@ def sharded_moba(
         setting = split.setting(LOCAL_MASK, tokens, q_len=T, kv_len=T, num_heads=N, num_kv_heads=K, op=_OP)
         strategy = split.strategy(LOCAL_MASK)
     else:
-        setting, strategy = Setting(mask=LOCAL_MASK, degree=1, q_len=T, kv_len=T), _WHOLE
+        setting, strategy = Setting(mask=LOCAL_MASK, degree=1, q_len=T, kv_len=T), Whole()
     call = _Call(
         split=split,
         setting=setting,
@@ -207,30 +207,6 @@ def _routed_setting(setting: Setting, num_rows: int) -> Setting:
         has_positions=True,
         has_segments=True,
     )
-
-
-class _Whole(OneCallStrategy):
-    """What a strategy is where a device has all of a row."""
-
-    def refusal(self, setting):
-        return None
-
-    def schedule(self, setting, tokens, *, block_sizes):
-        lengths = dict(q_len=setting.q_len, kv_len=setting.kv_len)
-        blocks = make_schedule(setting.mask, tokens, **lengths, block_sizes=block_sizes)
-        return CallSchedule(blocks=blocks, tokens=tokens)
-
-    def bring(self, setting, x):
-        return x
-
-    def send_home(self, setting, x):
-        return x
-
-    def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
-        return ()
-
-
-_WHOLE = _Whole()
 
 
 class _Part(NamedTuple):

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from longctx.context_parallel.reach import where_it_holds
-from longctx.context_parallel.strategy import Residuals, Setting, Strategy, float32_zeros
-from pallas_kernels import Mask, blockwise_attention_backward, blockwise_attention_forward
+from longctx.context_parallel.strategy import CallSchedule, Residuals, Setting, Strategy, float32_zeros
+from pallas_kernels import Mask, blockwise_attention_backward, blockwise_attention_forward, make_schedule
 
 
 class OneCallStrategy(Strategy):
@@ -52,3 +52,26 @@ class OneCallStrategy(Strategy):
 
     def tiles_of_calls(self, setting, tiles):
         return tiles.sum(axis=1, keepdims=True)
+
+
+class Whole(OneCallStrategy):
+    """What a strategy is where a device has all of a row: nothing is sent."""
+
+    name = "whole"
+
+    def refusal(self, setting):
+        return None
+
+    def schedule(self, setting, tokens, *, block_sizes):
+        lengths = dict(q_len=setting.q_len, kv_len=setting.kv_len)
+        blocks = make_schedule(setting.mask, tokens, **lengths, block_sizes=block_sizes)
+        return CallSchedule(blocks=blocks, tokens=tokens)
+
+    def bring(self, setting, x):
+        return x
+
+    def send_home(self, setting, x):
+        return x
+
+    def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
+        return ()

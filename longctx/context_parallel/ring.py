@@ -26,7 +26,7 @@ are in layout.py.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ from pallas_kernels import (
     blockwise_attention_forward,
     make_schedule,
 )
-from pallas_kernels.tokens import Leaf
+from pallas_kernels.tokens import Leaf, TokenAxis
 
 MAX_UNROLLED_HOPS = 4  # up to here the compiler may overlap across hops; beyond, compile time would grow with P
 
@@ -89,21 +89,37 @@ class Ring(Strategy):
         return None
 
     def schedule(self, setting, tokens, *, block_sizes):
-        rank = jax.lax.axis_index(setting.axes)
-        sources = (rank - jnp.array(hops_needed(setting))) % setting.degree
-
-        def of_each_hop(x):
-            return jnp.take(jax.lax.all_gather(x, setting.axes), sources, axis=0)
-
-        kv_positions, kv_segment_ids = of_each_hop(tokens.kv_positions), of_each_hop(tokens.kv_segment_ids)
         q_len, kv_len = setting.q_len // setting.degree, setting.kv_len // setting.degree
 
-        def schedule_of_hop(kv_tokens):
-            positions, segment_ids = kv_tokens
-            hop_tokens = dataclasses.replace(tokens, kv_positions=positions, kv_segment_ids=segment_ids)
+        def blocks_of(_source, hop_tokens):
             return make_schedule(setting.mask, hop_tokens, q_len=q_len, kv_len=kv_len, block_sizes=block_sizes)
 
-        hops = jax.lax.map(schedule_of_hop, (kv_positions, kv_segment_ids))
+        return self.schedule_of_hops(setting, tokens, keys_of_all(setting, tokens), blocks_of)
+
+    def schedule_of_hops(
+        self,
+        setting: Setting,
+        tokens: Tokens,
+        keys: TokenAxis,
+        blocks_of: Callable[[jax.Array, Tokens], Schedule],
+    ) -> RingSchedule:
+        """The schedule of a ring whose hops visit what they are told to; per shard.
+
+        Args:
+          setting, tokens: As `schedule`.
+          keys: From `keys_of_all`.
+          blocks_of: Of the device whose keys are here at a hop, and of the tokens of that hop: what is visited.
+        """
+        rank = jax.lax.axis_index(setting.axes)
+        sources = (rank - jnp.array(hops_needed(setting))) % setting.degree
+        kv_positions, kv_segment_ids = (jnp.take(x, sources, axis=0) for x in keys)
+
+        def schedule_of_hop(hop):
+            source, positions, segment_ids = hop
+            hop_tokens = dataclasses.replace(tokens, kv_positions=positions, kv_segment_ids=segment_ids)
+            return blocks_of(source, hop_tokens)
+
+        hops = jax.lax.map(schedule_of_hop, (sources, kv_positions, kv_segment_ids))
         found = holds(setting, tokens) if len(sources) < setting.degree else None
         return RingSchedule(
             hops=hops,
@@ -237,6 +253,11 @@ class _Route:
 
     def send(self, x: jax.Array, stride: int) -> jax.Array:
         return jax.lax.ppermute(x, self.axes, [(rank, (rank + stride) % self.size) for rank in range(self.size)])
+
+
+def keys_of_all(setting: Setting, tokens: Tokens) -> TokenAxis:
+    """Positions and segment ids of the keys of every device, `[P, B or 1, S / P]`; per shard."""
+    return TokenAxis(*(jax.lax.all_gather(x, setting.axes) for x in (tokens.kv_positions, tokens.kv_segment_ids)))
 
 
 def _alike(items: Sequence, *, first: int = 0) -> list[tuple[list[int], object]]:

@@ -3,6 +3,9 @@
 Each scores pairs of blocks, and takes the best of those that the mask allows: so many of each block of queries
 (`budget`), or as few as have a share of what it scores (`threshold`). No `[T, S]` array is made: rows of blocks are
 scored in groups.
+
+Choosing is two steps, which a device that holds a part of the keys can do apart: `summary`, what the scores need of the
+keys, block by block, and `select_from`, the choice of some queries from the summary of all keys.
 """
 
 import abc
@@ -31,10 +34,13 @@ _SECTIONS = 8
 
 
 class _Call(NamedTuple):
-    """What is to be scored: q and k in their own dtype, lengths cut into blocks, and which pairs may attend."""
+    """What is to be scored: q in its own dtype, what there is of the keys, lengths cut into blocks, and which pairs may
+    attend."""
 
     q: jax.Array
-    k: jax.Array
+    summary: jax.Array
+    num_kv_heads: int
+    kv_len: int
     sizes: BlockSizes
     scale: float
     mask: Mask
@@ -47,7 +53,7 @@ class _Call(NamedTuple):
 
     def grouped(self, x: jax.Array, axis: int) -> jax.Array:
         """The query heads of an axis as kv heads, and the heads of a group."""
-        K = self.k.shape[2]
+        K = self.num_kv_heads
         return x.reshape(*x.shape[:axis], K, x.shape[axis] // K, *x.shape[axis + 1 :])
 
 
@@ -116,10 +122,74 @@ class Selector(abc.ABC):
         """
         B, T, N, H = q.shape
         S, K = k.shape[1:3]
-        self._check(q, k, mask, tokens, budget, threshold)
+        if k.shape[0] != B or k.shape[3] != H or N % K:
+            self._wrong(
+                "select", f"q and k have shapes {q.shape} and {k.shape}, wanted one B and H, and a multiple of k's "
+                "heads in q",
+            )  # fmt: skip
         sizes = block_sizes.fit(T, S)
+        self._check("select", q, S, sizes, mask, tokens, budget, threshold)
+        summary = self._summary(jax.lax.stop_gradient(k), sizes.block_kv)
+        return self._select(q, summary, S, K, sizes, mask, tokens, budget, threshold, scale)
+
+    def summary(self, k: Float[Array, "B S K H"], block_kv: int) -> jax.Array:
+        """What the choice needs of keys, block by block: `[B, blocks of keys, ..., K, any]`.
+
+        Of parts of a sequence that are whole blocks the summaries, one after the other, are that of the whole.
+
+        Args:
+          block_kv: Tokens a block holds.
+        Raises: NotImplementedError where the choice needs more (`split_refusal`).
+        """
+        self._refuse_to_split("summary")
+        block_kv = min(block_kv, k.shape[1])
+        self._check_sizes("summary", block_kv=block_kv)
+        return self._summary(jax.lax.stop_gradient(k), block_kv)
+
+    def select_from(
+        self,
+        q: Float[Array, "B T N H"],
+        summary: jax.Array,
+        *,
+        kv_len: int,
+        mask: Mask,
+        block_sizes: BlockSizes,
+        tokens: Tokens | None = None,
+        budget: int | None = None,
+        threshold: float | None = None,
+        scale: float | None = None,
+    ) -> BlockSelection:
+        """`select` of some of the queries, from the summary of all keys.
+
+        Args:
+          q: Queries; each block of them is one of the whole sequence's.
+          summary: Of all keys, in the order of the sequence.
+          kv_len: How many keys there are, S.
+          tokens: Of these queries and all keys.
+          mask, block_sizes, budget, threshold, scale: As `select`.
+        Raises: as `select`; NotImplementedError where the choice needs more than a summary (`split_refusal`).
+        """
+        self._refuse_to_split("select_from")
+        sizes = block_sizes.fit(q.shape[1], kv_len)
+        num_columns = -(-kv_len // sizes.block_kv)
+        if summary.shape[:2] != (q.shape[0], num_columns) or q.shape[2] % summary.shape[-2]:
+            self._wrong(
+                "select_from", f"q and summary have shapes {q.shape} and {summary.shape}, wanted a summary of "
+                f"{q.shape[0]} rows and {num_columns} blocks, and a multiple of its heads in q",
+            )  # fmt: skip
+        self._check("select_from", q, kv_len, sizes, mask, tokens, budget, threshold)
+        summary = jax.lax.stop_gradient(summary)
+        return self._select(q, summary, kv_len, summary.shape[-2], sizes, mask, tokens, budget, threshold, scale)
+
+    @property
+    def split_refusal(self) -> str | None:
+        """Why it cannot choose from a summary of keys, in one sentence with a remedy; None if it can."""
+        return None
+
+    def _select(self, q, summary, S, K, sizes, mask, tokens, budget, threshold, scale) -> BlockSelection:
+        B, T, N, H = q.shape
         call = _Call(
-            *(jax.lax.stop_gradient(x) for x in (q, k)), sizes, H**-0.5 if scale is None else scale, mask,
+            jax.lax.stop_gradient(q), summary, K, S, sizes, H**-0.5 if scale is None else scale, mask,
             tokens or Tokens(),
         )  # fmt: skip
         num_rows, num_columns = -(-T // sizes.block_q), -(-S // sizes.block_kv)
@@ -158,6 +228,10 @@ class Selector(abc.ABC):
         return BlockSelection(blocks=blocks, q_len=T, kv_len=S, block_sizes=sizes)
 
     @abc.abstractmethod
+    def _summary(self, k: jax.Array, block_kv: int) -> jax.Array:
+        """What `_scores` needs of the keys; as `summary`, unless `split_refusal` says that it is not."""
+
+    @abc.abstractmethod
     def _scores(self, call: _Call):
         """A function of some _Rows and of which of their blocks are possible, bool `[B, 1, rows, columns]`.
 
@@ -184,13 +258,8 @@ class Selector(abc.ABC):
         is_sink = jnp.arange(possible.shape[-1]) < self.sink_blocks
         return possible & (is_sink | (after <= self.local_blocks))
 
-    def _check(self, q, k, mask: Mask, tokens, budget, threshold) -> None:
-        def wrong(message: str):
-            raise ValueError(f"{type(self).__name__}.select: {message}")
-
-        B, T, N, H = q.shape
-        if k.shape[0] != B or k.shape[3] != H or N % k.shape[2]:
-            wrong(f"q and k have shapes {q.shape} and {k.shape}, wanted one B and H, and a multiple of k's heads in q")
+    def _check(self, op: str, q, kv_len: int, sizes: BlockSizes, mask: Mask, tokens, budget, threshold) -> None:
+        wrong = functools.partial(self._wrong, op)
         if mask.head_groups > 1:
             wrong(f"mask {mask} differs between heads, wanted one for all")
         if budget is None and threshold is None and self.needs_a_limit:
@@ -201,7 +270,19 @@ class Selector(abc.ABC):
         if threshold is not None and not 0 < threshold <= 1:
             wrong(f"threshold: got {threshold}, wanted a share in (0, 1]")
         if tokens is not None:
-            validate_tokens(f"{type(self).__name__}.select", tokens, B, T, k.shape[1])
+            validate_tokens(f"{type(self).__name__}.{op}", tokens, *q.shape[:2], kv_len)
+        self._check_sizes(op, block_q=sizes.block_q, block_kv=sizes.block_kv)
+
+    def _check_sizes(self, op: str, **sizes: int) -> None:
+        """Raises ValueError where blocks of such sizes cannot be scored."""
+        del op, sizes
+
+    def _wrong(self, op: str, message: str):
+        raise ValueError(f"{type(self).__name__}.{op}: {message}")
+
+    def _refuse_to_split(self, op: str) -> None:
+        if self.split_refusal is not None:
+            raise NotImplementedError(f"{type(self).__name__}.{op}: {self.split_refusal}")
 
     @property
     def needs_a_limit(self) -> bool:
@@ -219,12 +300,14 @@ class BlockMean(Selector):
       Algorithm 3.
     """
 
+    def _summary(self, k, block_kv):
+        return _means(k, block_kv)
+
     def _scores(self, call):
         mean_q = call.grouped(_means(call.q, call.sizes.block_q), 2)
-        mean_k = _means(call.k, call.sizes.block_kv)
 
         def scores_of(rows, _possible):
-            scores = call.multiply("brkgh,bckh->bkgrc", rows.of(mean_q, 1), mean_k[:, : rows.columns])
+            scores = call.multiply("brkgh,bckh->bkgrc", rows.of(mean_q, 1), call.summary[:, : rows.columns])
             return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
 
         return scores_of
@@ -238,6 +321,8 @@ class XAttention(Selector):
     Attributes:
       stride: S of the paper. Divides block_q and block_kv.
 
+    Its summary of keys is all of them: nothing of an antidiagonal is left out.
+
     Cost: 2 B N T S H / stride FLOPs.
     Reference: Xu et al. 2025, XAttention, arXiv:2503.16428, section 2.1 and Algorithm 1.
     """
@@ -249,18 +334,23 @@ class XAttention(Selector):
         if self.stride < 1:
             raise ValueError(f"stride: got {self.stride}, wanted 1 or more")
 
+    def _check_sizes(self, op, **sizes):
+        for name, size in sizes.items():
+            if size % self.stride:
+                self._wrong(op, f"{name} is {size}, wanted a multiple of stride={self.stride}")
+
+    def _summary(self, k, block_kv):
+        return _squares(k, block_kv, self.stride)
+
     def _scores(self, call):
         stride, sizes = self.stride, call.sizes
-        for name, size in (("block_q", sizes.block_q), ("block_kv", sizes.block_kv)):
-            if size % stride:
-                raise ValueError(f"XAttention.select: {name} is {size}, wanted a multiple of stride={stride}")
         # Queries against the order of keys: the products of these long vectors are sums along antidiagonals. By head
         # and then by square, so that neither they nor the products are moved again.
         q = jnp.moveaxis(_squares(call.grouped(call.q, 2), sizes.block_q, stride)[:, :, :, ::-1], (4, 5), (1, 2))
-        k = jnp.moveaxis(_squares(call.k, sizes.block_kv, stride), 4, 1)
+        k = jnp.moveaxis(call.summary, 4, 1)
         q, k = q.reshape(*q.shape[:5], -1), k.reshape(*k.shape[:4], -1)
         q_ends = self._ends(*call.tokens.queries(call.q.shape[1]), sizes.block_q)
-        kv_ends = self._ends(*call.tokens.keys(call.k.shape[1]), sizes.block_kv)
+        kv_ends = self._ends(*call.tokens.keys(call.kv_len), sizes.block_kv)
 
         def scores_of(rows, possible):
             sums = call.multiply("bkgrix,bkcjx->bkgricj", rows.of(q, 3), k[:, :, : rows.columns]) / stride
@@ -343,11 +433,22 @@ class VerticalSlash(Selector):
     def needs_a_limit(self) -> bool:
         return False
 
+    @property
+    def split_refusal(self):
+        return (
+            "VerticalSlash scores keys by the last queries of the sequence, which only the device that holds these "
+            "has; choose BlockMean, XAttention or AShape, or keep the sequence whole"
+        )
+
+    def _summary(self, k, block_kv):
+        del block_kv
+        return k
+
     def _scores(self, call):
-        (B, T, N, _), S, sizes = call.q.shape, call.k.shape[1], call.sizes
+        (B, T, N, _), S, k, sizes = call.q.shape, call.kv_len, call.summary, call.sizes
         num = min(self.last_queries, T)
         first = T - num
-        logits = call.multiply("btkgh,bskh->bkgts", call.grouped(call.q[:, first:], 2), call.k).reshape(B, N, num, S)
+        logits = call.multiply("btkgh,bskh->bkgts", call.grouped(call.q[:, first:], 2), k).reshape(B, N, num, S)
         (q_positions, q_segments), kv = call.tokens.queries(T), call.tokens.keys(S)
         allowed = call.mask.allowed(
             q_positions[:, first:, None], kv.positions[:, None], q_segments[:, first:, None], kv.segment_ids[:, None]
@@ -392,6 +493,10 @@ class AShape(Selector):
     def needs_a_limit(self) -> bool:
         return False
 
+    def _summary(self, k, block_kv):
+        B, S, K, _ = k.shape
+        return jnp.zeros((B, -(-S // block_kv), K, 0))
+
     def _scores(self, call):
         def scores_of(_rows, possible):
             return jnp.zeros((*call.q.shape[::2], *possible.shape[2:]))
@@ -420,16 +525,42 @@ class PerHead:
 
     def select(self, q, k, **options) -> BlockSelection:
         """As `Selector.select`."""
-        N, group = q.shape[2], q.shape[2] // k.shape[2]
+        return self._select("select", q, k.shape[2], [k] * len(self._distinct), 2, **options)
+
+    def summary(self, k: Float[Array, "B S K H"], block_kv: int) -> tuple[jax.Array, ...]:
+        """As `Selector.summary`, one for each distinct selector."""
+        self._refuse_to_split("summary")
+        return tuple(selector.summary(k, block_kv) for selector in self._distinct)
+
+    def select_from(self, q, summary: tuple[jax.Array, ...], **options) -> BlockSelection:
+        """As `Selector.select_from`."""
+        self._refuse_to_split("select_from")
+        return self._select("select_from", q, summary[0].shape[-2], summary, -2, **options)
+
+    @property
+    def split_refusal(self) -> str | None:
+        """As `Selector.split_refusal`."""
+        return next((x.split_refusal for x in self._distinct if x.split_refusal is not None), None)
+
+    @property
+    def _distinct(self) -> tuple[Selector, ...]:
+        return tuple(dict.fromkeys(self.selectors))
+
+    def _refuse_to_split(self, op: str) -> None:
+        if self.split_refusal is not None:
+            raise NotImplementedError(f"PerHead.{op}: {self.split_refusal}")
+
+    def _select(self, op: str, q, num_kv_heads: int, of_keys, axis: int, **options) -> BlockSelection:
+        """By the method `op` of each selector, from what it takes of keys, whose kv heads are on this axis."""
+        N, group = q.shape[2], q.shape[2] // num_kv_heads
         if len(self.selectors) != N:
-            raise ValueError(f"PerHead.select: q has {N} heads, wanted {len(self.selectors)}, one for each selector")
+            raise ValueError(f"PerHead.{op}: q has {N} heads, wanted {len(self.selectors)}, one for each selector")
         found = {}
-        for selector in dict.fromkeys(self.selectors):
+        for selector, keys in zip(self._distinct, of_keys, strict=True):
             heads = [head for head in range(N) if self.selectors[head] == selector]
             # Each with the keys of its own kv head.
-            part = selector.select(
-                q[:, :, jnp.array(heads)], k[:, :, jnp.array([x // group for x in heads])], **options
-            )
+            keys = jnp.take(keys, jnp.array([x // group for x in heads]), axis=axis, mode="clip")
+            part = getattr(selector, op)(q[:, :, jnp.array(heads)], keys, **options)
             found |= {head: part.blocks[:, i] for i, head in enumerate(heads)}
         return dataclasses.replace(part, blocks=jnp.stack([found[head] for head in range(N)], axis=1))
 

@@ -239,6 +239,58 @@ def test_all_of_the_score_is_all_blocks_and_all_blocks_miss_nothing(selector):
     assert (some.num_chosen() < selection.num_chosen()).any()
 
 
+SPLIT = (*(x for x in SELECTORS if x.split_refusal is None), PerHead(selectors=(SELECTORS[0], SELECTORS[2]) * 2))
+
+
+@pytest.mark.parametrize("selector", SPLIT, ids=str)
+def test_shards_choose_from_summaries_as_one_device_does(selector):
+    """Two runs of whole blocks of keys, the last one ragged, and three of queries."""
+    T, mask = 46, Causal() & SameDocument()
+    q, k = normal(2, T, 4, 8), normal(2, T, 2, 8, seed=1)
+    tokens = jax.tree.map(jnp.asarray, packed_tokens(((20, 1, 25), (7, 30)), T))
+    options = dict(mask=mask, block_sizes=FOURS, budget=4, threshold=0.8)
+    want = select(selector, q, k, tokens=tokens, **options)
+
+    @jax.jit
+    def split(q, k):
+        whole = selector.summary(k, 4)
+        parts = selector.summary(k[:, :20], 4), selector.summary(k[:, 20:], 4)
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+        chosen = []
+        for start, stop in ((0, 16), (16, 32), (32, T)):
+            own = dataclasses.replace(
+                tokens,
+                q_positions=tokens.q_positions[:, start:stop],
+                q_segment_ids=tokens.q_segment_ids[:, start:stop],
+            )
+            chosen.append(selector.select_from(q[:, start:stop], joined, kv_len=T, tokens=own, **options).blocks)
+        return whole, joined, jnp.concatenate(chosen, axis=2)
+
+    whole, joined, blocks = split(q, k)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(joined), strict=True):
+        assert one.shape[:2] == (2, 12) and one.shape[-2] == 2
+        np.testing.assert_array_equal(one, other)
+    assert (blocks == want.blocks).all()
+
+
+def test_what_cannot_choose_from_a_summary_says_so():
+    q, k = normal(1, 16, 2, 8), normal(1, 16, 2, 8, seed=1)
+    options = dict(mask=Causal(), block_sizes=FOURS)
+    lines = VerticalSlash()
+    for selector, summary in ((lines, k), (PerHead(selectors=(AShape(), lines)), (k, k))):
+        name = type(selector).__name__
+        with pytest.raises(NotImplementedError, match=f"{name}.summary: VerticalSlash scores keys by the last queries"):
+            selector.summary(k, 4)
+        with pytest.raises(NotImplementedError, match=f"{name}.select_from: VerticalSlash scores keys"):
+            selector.select_from(q, summary, kv_len=16, **options)
+    with pytest.raises(ValueError, match="XAttention.summary: block_kv is 4, wanted a multiple of stride=3"):
+        XAttention(stride=3).summary(k, 4)
+    with pytest.raises(ValueError, match="wanted a summary of 1 rows and 4 blocks"):
+        BlockMean().select_from(q, BlockMean().summary(k, 8), kv_len=16, budget=1, **options)
+    with pytest.raises(ValueError, match="BlockMean.select_from: got neither budget nor threshold"):
+        BlockMean().select_from(q, BlockMean().summary(k, 4), kv_len=16, **options)
+
+
 @pytest.mark.parametrize("heads", [2, 4])
 def test_recall_is_the_attention_on_chosen_keys(heads):
     T, S, N, K = 19, 26, 4, 2
