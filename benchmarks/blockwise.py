@@ -82,12 +82,12 @@ def measure_blockwise(
     """
     if candidates_of is None:
         candidates_of = functools.partial(all_candidates, implementations=implementations, peers=peers)
-    family = _Blockwise(candidates=candidates_of, ceiling=ceiling, dtype=dtype)
+    family = Blockwise(candidates=candidates_of, ceiling=ceiling, dtype=dtype)
     return measure_side_by_side(family, cases, passes=passes, repetitions=repetitions, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Blockwise:
+class Blockwise:
     """The `Family` of side_by_side."""
 
     candidates: Callable[[AttentionCase], Iterable[AnyCandidate | Row]]

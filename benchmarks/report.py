@@ -102,8 +102,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 row.implementation,
                 *(["same each time" if row.deterministic else "any order"] if tells_order else []),
                 f"{median} ({row.low_ms:.3g} - {row.high_ms:.3g})",
-                f"{row.tflops:.3g}",
-                f"{row.ceiling_share:.0%}",
+                "" if row.tflops is None else f"{row.tflops:.3g}",
+                "" if row.ceiling_share is None else f"{row.ceiling_share:.0%}",
                 f"{row.memory_bytes / 2**20:,.1f} MiB",
                 "" if row.peer_ratio is None else f"{row.peer_ratio:.2f}",
                 *(f"{row.details[name]:,.4g}" if name in row.details else "" for name in details),
@@ -129,7 +129,7 @@ def draw(results: Results, path: Path) -> None:
 
     by_bytes = results.copy_gb_per_second is not None
     unit = "GB/s" if by_bytes else "TFLOP/s"
-    timed = [row for row in results.rows if row.problem is None]
+    timed = [row for row in results.rows if row.problem is None and (by_bytes or row.tflops is not None)]
     passes = list(dict.fromkeys(row.which for row in timed)) or ["nothing timed"]
     implementations = list(dict.fromkeys(row.implementation for row in timed))
     cases = list(dict.fromkeys(row.case for row in timed))

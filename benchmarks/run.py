@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import linear, linear_cases, linear_report
+from benchmarks import linear, linear_cases, linear_report, sparse, sparse_cases
 from benchmarks.blockwise import OURS, measure_blockwise
 from benchmarks.cases import CASES, PASSES, SMOKE, Batch, Case, Pass
 from benchmarks.linear import measure_linear
@@ -21,7 +21,7 @@ from benchmarks.report import write_report
 from benchmarks.results import Results, Row, with_peer_ratios
 from pallas_kernels.machine import describe
 
-FAMILIES = ("blockwise", "patterns", "linear", "context_parallel", "train")
+FAMILIES = ("blockwise", "patterns", "sparse", "linear", "context_parallel", "train")
 BLOCKWISE_FLOPS = (
     "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward, 2.5 times for "
     "the backward pass alone. What is timed agrees with the float32 formula on a sample of query rows, out and every "
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _linear(options)
         if options.family == "patterns":
             return _patterns(options)
+        if options.family == "sparse":
+            return _sparse(options)
         return _blockwise(options)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -238,6 +240,41 @@ def _patterns(options: argparse.Namespace) -> int:
         progress=_say,
     )
     notes = [*patterns.NOTES, *_interrupted(cases, rows)]
+    settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
+    return _finish(options, rows, ceiling, settings, notes)
+
+
+def _sparse(options: argparse.Namespace) -> int:
+    cases = chosen_cases(options.cases, sparse_cases.CASES, sparse_cases.SMOKE)
+    if options.list:
+        for case in cases:
+            print(f"{case.name}  ({100 * case.density:.3g} % of dense)")
+        return 0
+    if options.config is not None:
+        raise ValueError("--config: goes with --family train, got --family sparse; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    implementations = sparse.default_implementations()
+    if options.implementations is not None:
+        implementations = chosen_implementations(options.implementations)
+    passes = sparse.PASSES if options.passes is None else chosen_passes(options.passes)
+    if "backward" in passes:
+        raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
+    notes = list(sparse.NOTES)
+    peers = chosen_peers("cudnn" if options.peers is None else options.peers, note=notes.append)
+    ceiling = matmul_ceiling(repetitions=options.repetitions)
+    _say(f"{jax.devices()[0].device_kind}: {ceiling}")
+    rows = sparse.measure_sparse(
+        cases,
+        peers=peers,
+        ceiling=ceiling,
+        implementations=implementations,
+        passes=passes,
+        dtype=options.dtype,
+        repetitions=options.repetitions,
+        progress=_say,
+    )
+    notes += _interrupted(cases, rows)
     settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
     return _finish(options, rows, ceiling, settings, notes)
 

@@ -151,5 +151,6 @@ def _line(row: Row) -> str:
         outcome = row.problem
     else:
         details = (f", {value:.4g} {name}" for name, value in row.details.items())
-        outcome = f"{row.median_ms:.3f} ms, {row.tflops:.3g} TFLOP/s{''.join(details)}"
+        speed = "" if row.tflops is None else f", {row.tflops:.3g} TFLOP/s"
+        outcome = f"{row.median_ms:.3f} ms{speed}{''.join(details)}"
     return f"{row.case}, {row.which}, {row.implementation}: {outcome}"

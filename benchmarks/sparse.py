@@ -1,0 +1,199 @@
+"""Measures attention to chosen blocks, the choice itself, and MoBA, against dense attention by the same kernels."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.blockwise import Blockwise, our_candidates
+from benchmarks.cases import Pass
+from benchmarks.measure import Ceiling
+from benchmarks.peers import Candidate, Peer
+from benchmarks.results import Row
+from benchmarks.side_by_side import measure_side_by_side, peer_candidates
+from benchmarks.sparse_cases import SELECTORS, SIZES, SparseCase, choose
+from pallas_kernels import blockwise_attention
+from pallas_kernels.mask import Causal
+from pallas_kernels.sparse import moba_attention
+from pallas_kernels.testing import TOLERANCE
+
+PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+NOTES = (
+    "Causal attention in order. Blocks by head: for each query head a list of its own, of blocks of 128 x 128 drawn at "
+    "random; the schedule is built outside the timing. **density**: blocks visited over dense attention's, of MoBA "
+    "pairs. **x density**: the time over density times that of dense attention by the same implementation and order of "
+    "gradients, **speed-up** the reverse without density. **% of dense**: of a choice, its time with the schedule over "
+    "that of the dense forward pass.",
+    "TFLOP/s count the pairs that attend: forward 4 pairs D N B, 3.5 times that with backward. Attention to chosen "
+    "blocks agrees with the float32 formula on a sample of query rows, out and every gradient; MoBA agrees with XLA's "
+    "over a quarter of the length.",
+)
+_CHECKED = 4  # the part of its length on which MoBA is held to XLA
+
+
+def default_implementations() -> tuple[str, ...]:
+    """The one for this platform: the kernels for Hopper on a GPU, elsewhere XLA."""
+    return ("mosaic_gpu",) if jax.default_backend() == "gpu" else ("xla",)
+
+
+def measure_sparse(
+    cases: Sequence[SparseCase],
+    *,
+    peers: Mapping[str, Peer],
+    ceiling: Ceiling,
+    implementations: Sequence[str],
+    passes: Sequence[Pass] = PASSES,
+    dtype: str = "bfloat16",
+    repetitions: int = 20,
+    progress: Callable[[str], None] = print,
+) -> list[Row]:
+    """Measures the cases and the dense ones that they are compared with, which come first.
+
+    Args:
+      peers: Of dense attention.
+      ceiling: What a large matmul reaches here.
+      implementations: Of this project.
+    Returns: as `measure_blockwise`, with what sparsity saves as details of the rows.
+    """
+    cases = tuple(dict.fromkeys((*(case.dense_case for case in cases), *cases)))
+    family = _Sparse(implementations=tuple(implementations), peers=peers, ceiling=ceiling, dtype=dtype)
+    rows = measure_side_by_side(family, cases, passes=passes, repetitions=repetitions, progress=progress)
+    return _with_savings(rows, cases)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sparse:
+    """The `Family` of side_by_side: dense attention and chosen blocks are the blockwise one's."""
+
+    implementations: tuple[str, ...]
+    peers: Mapping[str, Peer]
+    ceiling: Ceiling
+    dtype: str
+
+    @property
+    def _blockwise(self) -> Blockwise:
+        return Blockwise(candidates=self.candidates, ceiling=self.ceiling, dtype=self.dtype)
+
+    def candidates(self, case: SparseCase) -> Iterator[Candidate | Row]:
+        if case.kind == "select":
+            for name in SELECTORS:
+                yield Candidate(
+                    name=name,
+                    ours=True,
+                    deterministic=True,
+                    attend=functools.partial(_choose, name),
+                    extra=lambda: None,
+                    passes=("forward",),
+                )
+            return
+        for implementation in self.implementations:
+            for candidate in our_candidates(case, implementation):
+                yield _changed(case, implementation, candidate)
+        if case.kind == "dense":
+            yield from peer_candidates(case, self.peers)
+
+    def lower(self, candidate: Candidate, case: SparseCase, which: Pass) -> jax.stages.Lowered:
+        if case.kind == "select":
+            q, k, *_ = case.shapes(self.dtype)
+            return jax.jit(candidate.attend).lower(q, k)
+        return self._blockwise.lower(candidate, case, which)
+
+    def checks(self, case: SparseCase) -> Mapping[Pass, Callable]:
+        return {}
+
+    def start(self, case: SparseCase, checks: Mapping) -> Callable:
+        if case.kind not in ("select", "moba"):
+            return self._blockwise.start(case, checks)
+        q, k, v, dout = case.inputs(self.dtype)
+
+        def run(candidate: Candidate, which: Pass, program: jax.stages.Compiled) -> tuple[str | None, Callable]:
+            if case.kind == "select":
+                return None, functools.partial(program, q, k)
+            return _problem_of_moba(candidate, case, self.dtype), functools.partial(program, q, k, v, dout, None)
+
+        return run
+
+    def figures(self, case: SparseCase, which: Pass, seconds: float) -> dict:
+        return {} if case.kind == "select" else self._blockwise.figures(case, which, seconds)
+
+
+def _choose(name: str, q: jax.Array, k: jax.Array):
+    return choose(name, q, k)
+
+
+def _changed(case: SparseCase, implementation: str, candidate: Candidate) -> Candidate:
+    """A candidate of dense attention as one of the case."""
+    options = dict(implementation=implementation, deterministic=candidate.deterministic)
+    if case.kind == "moba":
+        return dataclasses.replace(
+            candidate, attend=functools.partial(_moba, case, options), extra=lambda: None
+        )  # fmt: skip
+    if case.kind == "chosen":
+
+        def attend(q, k, v, schedule):
+            return blockwise_attention(q, k, v, mask=Causal(), schedule=schedule, **options)
+
+        def schedule():
+            make = functools.partial(type(case.selection()).schedule, mask=Causal(), block_sizes=SIZES)
+            return jax.jit(make)(case.selection())
+
+        return dataclasses.replace(candidate, attend=attend, extra=schedule)
+    return candidate
+
+
+def _moba(case: SparseCase, options: dict, q, k, v, extra):
+    del extra
+    return moba_attention(q, k, v, chunk_size=case.chunk_size, top_k=case.top_k, **options)
+
+
+def _problem_of_moba(candidate: Candidate, case: SparseCase, dtype: str) -> str | None:
+    """What differs from XLA's results, at a part of the length."""
+    short = dataclasses.replace(case, length=max(case.length // _CHECKED, 2 * case.chunk_size))
+
+    def results(attend):
+        @jax.jit
+        def run(q, k, v, dout):
+            out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, None), q, k, v)
+            return out, *vjp(dout)
+
+        return run(*short.inputs(dtype))
+
+    by_xla = functools.partial(_moba, short, dict(implementation="xla"))
+    pairs = zip(("out", "dq", "dk", "dv"), results(candidate.attend), results(by_xla), strict=True)
+    for name, got, want in pairs:
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        rms = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+        tolerance = 2 * TOLERANCE[dtype][0]  # both are rounded
+        if not rms <= tolerance:
+            return f"rms difference {rms:.2g} of {name} from XLA's, wanted <= {tolerance:g}"
+    return None
+
+
+def _with_savings(rows: Sequence[Row], cases: Sequence[SparseCase]) -> list[Row]:
+    """The rows, those that were timed with what they take of dense attention's time."""
+    by_name = {case.name: case for case in cases}
+    times = {(row.case, row.which, row.implementation): row.median_ms for row in rows if row.median_ms is not None}
+
+    def of_dense(row: Row) -> float | None:
+        dense = by_name[row.case].dense_case.name
+        if by_name[row.case].kind == "select":
+            of_all = [ms for (case, which, _), ms in times.items() if (case, which) == (dense, "forward")]
+            return min(of_all, default=None)
+        return times.get((dense, row.which, row.implementation))
+
+    def saved(row: Row) -> Row:
+        case, dense_ms = by_name[row.case], of_dense(row)
+        if case.kind == "dense" or row.median_ms is None or dense_ms is None:
+            return row
+        if case.kind == "select":
+            return dataclasses.replace(row, details={"% of dense": 100 * row.median_ms / dense_ms})
+        details = {
+            "density": case.density,
+            "x density": row.median_ms / (case.density * dense_ms),
+            "speed-up": dense_ms / row.median_ms,
+        }
+        return dataclasses.replace(row, details=row.details | details)
+
+    return [saved(row) for row in rows]
