@@ -33,27 +33,27 @@ class SparseCase(AttentionCase):
 
     Attributes:
       kind: Dense attention, attention to chosen blocks, the choice alone, or MoBA.
-      one_block_in: Of chosen blocks, one in so many of those that the mask allows, drawn at random for each query head,
+      one_in: Of chosen blocks, one in so many of those that the mask allows, drawn at random for each query head,
         the block's own among them.
       chunk_size, top_k: Of MoBA.
     """
 
     kind: Kind
-    one_block_in: int = 1
+    one_in: int = 1
     chunk_size: int = 512
     top_k: int = 4
 
     @property
     def name(self) -> str:
         kinds = {
-            "chosen": f"blocks by head 1/{self.one_block_in}",
+            "chosen": f"blocks by head 1/{self.one_in}",
             "moba": f"MoBA, chunks of {self.chunk_size}, top {self.top_k}",
         }
         return f"{kinds.get(self.kind, self.kind)} {self.shape_name}"
 
     @property
     def dense_case(self) -> "SparseCase":
-        return dataclasses.replace(self, kind="dense", one_block_in=1, chunk_size=512, top_k=4)
+        return dataclasses.replace(self, kind="dense", one_in=1, chunk_size=512, top_k=4)
 
     @property
     def tokens(self) -> None:
@@ -85,7 +85,7 @@ class SparseCase(AttentionCase):
         if self.kind == "moba":
             return self.pairs / self.dense_case.pairs
         num = self.length // BLOCK
-        return float(_counts(num, self.one_block_in).sum() / (num * (num + 1) / 2))
+        return float(_counts(num, self.one_in).sum() / (num * (num + 1) / 2))
 
     @property
     def pairs(self) -> int:
@@ -95,7 +95,7 @@ class SparseCase(AttentionCase):
             whole = np.minimum(np.arange(num), self.top_k - 1).sum()
             return int(whole * chunk**2 + num * chunk * (chunk + 1) // 2)
         num = self.length // BLOCK
-        off_diagonal = _counts(num, self.one_block_in).sum() - num
+        off_diagonal = _counts(num, self.one_in).sum() - num
         return int(off_diagonal * BLOCK**2 + num * BLOCK * (BLOCK + 1) // 2)
 
 
@@ -108,7 +108,7 @@ def _counts(num: int, one_in: int) -> np.ndarray:
 def _chosen(case: SparseCase) -> np.ndarray:
     """Bool `[N, blocks of queries, blocks of keys]`."""
     generator, num = np.random.default_rng(0), case.length // BLOCK
-    counts = _counts(num, case.one_block_in)
+    counts = _counts(num, case.one_in)
     chosen = np.zeros((case.num_heads, num, num), bool)
     for head, row in np.ndindex(case.num_heads, num):
         chosen[head, row, row] = True
@@ -130,8 +130,8 @@ def _case(kind: Kind, length: int, heads: str, head_dim: int = 128, **options) -
 
 
 CASES = (
-    *(_case("chosen", 32768, heads, one_block_in=one_in) for heads in ("16/16", "16/4") for one_in in (4, 8, 16)),
-    *(_case("chosen", 131072, "16/16", one_block_in=one_in) for one_in in (4, 8, 16)),
+    *(_case("chosen", 32768, heads, one_in=one_in) for heads in ("16/16", "16/4") for one_in in (4, 8, 16)),
+    *(_case("chosen", 131072, "16/16", one_in=one_in) for one_in in (4, 8, 16)),
     _case("select", 32768, "16/16"),
     _case("select", 32768, "16/4"),
     _case("moba", 32768, "16/16"),
@@ -139,7 +139,7 @@ CASES = (
 )
 
 SMOKE = (
-    _case("chosen", 512, "4/2", 16, one_block_in=2),
+    _case("chosen", 512, "4/2", 16, one_in=2),
     _case("select", 512, "4/2", 16),
     _case("moba", 512, "4/2", 16, chunk_size=128, top_k=2),
 )

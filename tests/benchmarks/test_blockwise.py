@@ -192,7 +192,7 @@ ACCUMULATES_WRONGLY = {
 @pytest.mark.parametrize("name", ACCUMULATES_WRONGLY)
 def test_running_gradients_that_are_added_wrongly_are_not_timed(name, monkeypatch):
     def wrong(*args, accumulate, **kwargs):
-        running = None if accumulate is None else ACCUMULATES_WRONGLY[name](accumulate)
+        running = accumulate if accumulate[0] is None else ACCUMULATES_WRONGLY[name](accumulate)
         return xla.backward(*args, accumulate=running, **kwargs)
 
     monkeypatch.setitem(api.BACKWARD, "xla", wrong)

@@ -59,6 +59,7 @@ def test_every_option_reaches_the_layer():
     assert config.mask is None and (MobaConfig(num_heads=1).chunk_size, MobaConfig(num_heads=1).top_k) == (512, 4)
 
 
+@pytest.mark.slow
 def test_all_chunks_are_causal_attention():
     """With the parameters of Attention, by path."""
     layer = build(dataclasses.replace(CONFIG, top_k=9))
@@ -90,6 +91,7 @@ def test_decoding_equals_a_call():
         layer.decode(jnp.zeros((2, 25, DIM)), cache)
 
 
+@pytest.mark.slow
 def test_a_model_decodes_in_half_precision():
     config = ModelConfig(vocab_size=13, dim=DIM, num_layers=2, mlp_dim=8, mixers={"moba": CONFIG}, pattern=("moba",))
     model = jax.jit(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))()
@@ -100,6 +102,7 @@ def test_a_model_decodes_in_half_precision():
         model.prefill(ids, 12)
 
 
+@pytest.mark.slow
 def test_over_a_mesh():
     """A call and its gradient over a ring and two heads a device, and decoding with the cache whole on both."""
     x, where, layer = tokens(), documents(), build()

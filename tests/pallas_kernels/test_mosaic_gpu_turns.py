@@ -55,7 +55,7 @@ def planned(
     most_heads_together: int = 4,
 ) -> tuple[Plan, BlockRanges]:
     if chosen is not None:
-        ranges = chosen.schedule(mask=mask, block_sizes=SIZES).q_blocks
+        ranges = jax.jit(lambda chosen: chosen.schedule(mask=mask, block_sizes=SIZES).q_blocks)(chosen)
     elif documents is None:
         ranges = static_schedule(mask, length, length, SIZES).q_blocks
     else:

@@ -219,7 +219,11 @@ def test_only_blocks_that_the_mask_allows_and_no_more_than_the_budget(selector, 
     assert (taken | ~has_any[:, None]).all()
 
 
-@ALL
+@pytest.mark.parametrize(
+    "selector",
+    [pytest.param(x, marks=pytest.mark.slow if isinstance(x, VerticalSlash) else ()) for x in SELECTORS],
+    ids=str,
+)
 def test_groups_of_rows_equal_all_at_once(selector, monkeypatch):
     q, k = normal(1, 61, 4, 8), normal(1, 61, 2, 8, seed=1)
     options = dict(mask=Causal(), block_sizes=FOURS, budget=4)
@@ -228,6 +232,7 @@ def test_groups_of_rows_equal_all_at_once(selector, monkeypatch):
     assert (select(selector, q, k, **options).blocks == want).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selector", [BlockMean(), XAttention(stride=2)], ids=str)
 def test_all_of_the_score_is_all_blocks_and_all_blocks_miss_nothing(selector):
     q, k = normal(2, 30, 4, 8), normal(2, 30, 2, 8, seed=1)
@@ -242,7 +247,9 @@ def test_all_of_the_score_is_all_blocks_and_all_blocks_miss_nothing(selector):
 SPLIT = (*(x for x in SELECTORS if x.split_refusal is None), PerHead(selectors=(SELECTORS[0], SELECTORS[2]) * 2))
 
 
-@pytest.mark.parametrize("selector", SPLIT, ids=str)
+@pytest.mark.parametrize(
+    "selector", [pytest.param(x, marks=pytest.mark.slow if isinstance(x, PerHead) else ()) for x in SPLIT], ids=str
+)
 def test_shards_choose_from_summaries_as_one_device_does(selector):
     """Two runs of whole blocks of keys, the last one ragged, and three of queries."""
     T, mask = 46, Causal() & SameDocument()
@@ -315,6 +322,7 @@ def test_a_query_that_sees_nothing_misses_nothing():
     assert recall_of(q, q, selection, mask=mask, tokens=tokens).tolist() == [[[1.0] * 8]]
 
 
+@pytest.mark.slow
 def test_each_head_gets_the_selector_that_serves_it_best():
     """Head 0 attends to the first block and near by, head 1 to keys that cancel in their block's mean."""
     T = 64
