@@ -209,8 +209,8 @@ CASES = (
     Case(name="chosen", mask=Causal(), q_len=70, num_heads=4, chosen=_CHOSEN),
     Case(name="chosen_by_head_documents", mask=Causal() & SameDocument(), q_len=70, num_heads=4, documents=_PACKED,
          chosen=dataclasses.replace(_CHOSEN, num_lists=4)),
-    Case(name="chosen_by_kv_head_cross_sinks_dropout", mask=Full(), q_len=40, kv_len=97, num_heads=4, sinks=True,
-         dropout_rate=0.2, chosen=dataclasses.replace(_CHOSEN, num_lists=2)),
+    Case(name="chosen_by_kv_head_cross_dropout", mask=Full(), q_len=40, kv_len=97, num_heads=4, dropout_rate=0.2,
+         chosen=dataclasses.replace(_CHOSEN, num_lists=2)),
 )  # fmt: skip
 
 
@@ -286,7 +286,7 @@ KERNEL_CASES = (
                  dropout_rate=0.1, all_ways=True),
     _kernel_case("dropout", Causal(), 384, head_dim=128, dropout_rate=0.5),
     _kernel_case("per_head_blocks", PerHead((Chunked(128), Causal() & Chunked(256), Full(), Window(left=0, right=0))),
-                 512, head_dim=128, num_heads=4),
+                 512, num_heads=4),
     _kernel_case("chosen_by_head", Full(), 640, num_heads=4, chosen=Chosen(num_lists=4, block_sizes=_LARGE)),
     _kernel_case("chosen_by_head", Causal(), 640, head_dim=128, num_heads=4,
                  chosen=Chosen(num_lists=4, block_sizes=_LARGE)),

@@ -104,7 +104,7 @@ def shapes(head_dim: int, dtype: str, q_len: int = 300):
 
 INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64", "documents_D128", "empty_rows_D64",
                "all_empty_D128", "sinks_window_D64", "striped_documents_window_D64", "one_token_D64", "table_D128",
-               "cross_one_key_D64", "documents_padding_row_D64", "per_head_blocks_D128", "chosen_by_head_D64",
+               "cross_one_key_D64", "documents_padding_row_D64", "per_head_blocks_D64", "chosen_by_head_D64",
                "chosen_by_head_D128", "chosen_large_blocks_D64")  # fmt: skip
 INTERPRETED_QUICK = ("cross_fewer_keys_D128", "documents_D128", "empty_rows_D64", "chosen_by_head_D64")
 
@@ -119,7 +119,7 @@ INTERPRETED_BACKWARD = {
     "documents_padding_row_D64": True,
     "documents_window_gqa_D128": False,
     "table_D128": True,
-    "per_head_blocks_D128": False,
+    "per_head_blocks_D64": False,
     "chosen_by_head_D128": True,
     "chosen_by_kv_head_documents_D128": False,
     "chosen_large_blocks_D64": False,
