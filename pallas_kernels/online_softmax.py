@@ -86,7 +86,7 @@ def delta_of(
     """
     if out is None:
         return -dlse
-    delta = jnp.einsum("btnv,btnv->bnt", out, dout.astype(out.dtype), preferred_element_type=jnp.float32)
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     return delta if dlse is None else delta - dlse
 
 
