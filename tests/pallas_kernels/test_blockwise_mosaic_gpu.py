@@ -26,7 +26,7 @@ from pallas_kernels import (
 from pallas_kernels.blockwise import pallas_mosaic_gpu, reference, suite
 from pallas_kernels.blockwise.cases import KERNEL_CASES
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.mask import Causal, Full, SameDocument, Window
+from pallas_kernels.mask import Causal, SameDocument, Window
 from pallas_kernels.mask_patterns import Predicate, Table
 from pallas_kernels.mosaic_gpu import interpreter
 from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_for
