@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.cases import DOCUMENTS, Case, Pass
+from benchmarks.cases import DOCUMENTS, WHOLE_PASSES, Case, Pass
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling, memory_bytes, time_calls
 from benchmarks.results import Row, problem_of
@@ -26,7 +26,6 @@ from pallas_kernels import Tokens, dispatch
 from pallas_kernels.compiling import compile_all
 from pallas_kernels.testing import packed_tokens
 
-PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 ONE_DEVICE = "one device"
 NOTES = (
     "Timed is what a training step does for each layer: attention, or it and its gradients, over inputs that lie on "
@@ -220,7 +219,7 @@ def measure_context_parallel(
     *,
     degrees: Sequence[int],
     ceiling: Ceiling,
-    passes: Sequence[Pass] = PASSES,
+    passes: Sequence[Pass] = WHOLE_PASSES,
     dtype: str = "bfloat16",
     repetitions: int = 20,
     progress: Callable[[str], None] = print,
@@ -230,7 +229,7 @@ def measure_context_parallel(
     Args:
       degrees: Numbers of devices to split a sequence over; one device alone is measured first in any case.
       ceiling: What a large matmul reaches on one device.
-      passes: Of PASSES.
+      passes: Of WHOLE_PASSES.
     Returns: a row for each case, number of devices, way and pass; what does not fit the float32 formula is not timed.
       After Ctrl-C, the rows until then.
     """

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 
-from benchmarks.cases import Pass
-from benchmarks.linear_cases import PASSES, LinearCase
+from benchmarks.cases import WHOLE_PASSES, Pass
+from benchmarks.linear_cases import LinearCase
 from benchmarks.linear_check import LinearCheck
 from benchmarks.measure import Bandwidth, Ceiling
 from benchmarks.peers import Candidate, Peer
@@ -28,7 +28,7 @@ def measure_linear(
     ceiling: Ceiling,
     bandwidth: Bandwidth,
     implementations: Sequence[str] | None = None,
-    passes: Sequence[Pass] = PASSES,
+    passes: Sequence[Pass] = WHOLE_PASSES,
     dtype: str = "bfloat16",
     repetitions: int = 20,
     progress: Callable[[str], None] = print,
@@ -104,7 +104,7 @@ class _Linear:
         return jax.jit(program).lower(*case.shapes(self.dtype), jax.eval_shape(candidate.extra))
 
     def checks(self, case: LinearCase) -> Mapping[Pass, Callable[[], jax.stages.Lowered]]:
-        return {which: self._check(case, which).lower for which in PASSES}
+        return {which: self._check(case, which).lower for which in WHOLE_PASSES}
 
     def start(self, case: LinearCase, checks: Mapping[Pass, jax.stages.Compiled | Exception]) -> Callable:
         inputs = case.inputs(self.dtype)

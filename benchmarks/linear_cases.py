@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from benchmarks.cases import DOCUMENTS, Batch, Pass
 from pallas_kernels.linear.options import DecayKind
 
-PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 # A state takes H V multiplications a token to write and as many to read. Its backward pass reads the state for dq, and
 # writes and twice reads the cotangent of the state, for dk and dv.
 MATMULS: dict[Pass, int] = {"forward": 2, "forward+backward": 6}

@@ -3,18 +3,15 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
-
 from benchmarks.blockwise import measure_blockwise, our_candidates
-from benchmarks.cases import BLOCK, Pass
+from benchmarks.cases import BLOCK, WHOLE_PASSES, Pass
 from benchmarks.measure import Ceiling
 from benchmarks.pattern_cases import CASES, SMOKE, PatternCase
 from benchmarks.peers import Candidate
 from benchmarks.results import Row
 
-__all__ = ["CASES", "NOTES", "PASSES", "SMOKE", "default_implementations", "measure_patterns"]
+__all__ = ["CASES", "NOTES", "SMOKE", "measure_patterns"]
 
-PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 NOTES = (
     "Each pattern beside dense attention of the same shape by the same implementation: `dense causal`, or `dense full` "
     "where the pattern looks ahead. **speed-up**: the time of the dense one over this one's. **% of pairs** and **% of "
@@ -27,17 +24,12 @@ NOTES = (
 )
 
 
-def default_implementations() -> tuple[str, ...]:
-    """The one for this platform: the kernels for Hopper on a GPU, elsewhere XLA."""
-    return ("mosaic_gpu",) if jax.default_backend() == "gpu" else ("xla",)
-
-
 def measure_patterns(
     cases: Sequence[PatternCase],
     *,
     ceiling: Ceiling,
     implementations: Sequence[str],
-    passes: Sequence[Pass] = PASSES,
+    passes: Sequence[Pass] = WHOLE_PASSES,
     dtype: str = "bfloat16",
     repetitions: int = 20,
     progress: Callable[[str], None] = print,

@@ -2,18 +2,19 @@
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
 from benchmarks import linear, linear_cases, linear_report, sparse, sparse_cases
 from benchmarks.blockwise import OURS, measure_blockwise
-from benchmarks.cases import CASES, PASSES, SMOKE, Batch, Case, Pass
+from benchmarks.cases import CASES, PASSES, SMOKE, WHOLE_PASSES, AttentionCase, Batch, Case, Pass
 from benchmarks.linear import measure_linear
 from benchmarks.measure import Bandwidth, Ceiling, copy_bandwidth, matmul_ceiling
 from benchmarks.peers import LINEAR_PEERS, PEERS, chosen_peers
@@ -175,7 +176,7 @@ def _linear(options: argparse.Namespace) -> int:
     implementations = options.implementations
     if implementations is not None:
         implementations = chosen_implementations(implementations, linear.OURS)
-    passes = linear_cases.PASSES if options.passes is None else chosen_passes(options.passes)
+    passes = WHOLE_PASSES if options.passes is None else chosen_passes(options.passes)
     if "backward" in passes:
         raise ValueError("--passes: 'backward' alone is measured of --family blockwise only; take forward+backward")
     notes = list(linear_report.NOTES)
@@ -212,61 +213,57 @@ def _linear(options: argparse.Namespace) -> int:
 def _patterns(options: argparse.Namespace) -> int:
     from benchmarks import patterns  # kernels are measured without the layers' extras
 
-    cases = chosen_cases(options.cases, patterns.CASES, patterns.SMOKE)
-    if options.list:
-        for case in cases:
-            print(f"{case.name}  (against {case.dense})")
-        return 0
-    for name in ("peers", "config"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name}: goes with another family, got --family patterns; leave it out")
-    if options.overrides:
-        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
-    implementations = patterns.default_implementations()
-    if options.implementations is not None:
-        implementations = chosen_implementations(options.implementations)
-    passes = patterns.PASSES if options.passes is None else chosen_passes(options.passes)
-    if "backward" in passes:
-        raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
-    ceiling = matmul_ceiling(repetitions=options.repetitions)
-    _say(f"{jax.devices()[0].device_kind}: {ceiling}")
-    rows = patterns.measure_patterns(
-        cases,
-        ceiling=ceiling,
-        implementations=implementations,
-        passes=passes,
-        dtype=options.dtype,
-        repetitions=options.repetitions,
-        progress=_say,
+    if options.peers is not None:
+        raise ValueError("--peers: goes with another family, got --family patterns; leave it out")
+    return _beside_dense(
+        options,
+        chosen_cases(options.cases, patterns.CASES, patterns.SMOKE),
+        describe=lambda case: f"against {case.dense}",
+        measure=patterns.measure_patterns,
+        notes=list(patterns.NOTES),
     )
-    notes = [*patterns.NOTES, *_interrupted(cases, rows)]
-    settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
-    return _finish(options, rows, ceiling, settings, notes)
 
 
 def _sparse(options: argparse.Namespace) -> int:
-    cases = chosen_cases(options.cases, sparse_cases.CASES, sparse_cases.SMOKE)
-    if options.list:
-        for case in cases:
-            print(f"{case.name}  ({100 * case.density:.3g} % of dense)")
-        return 0
-    if options.config is not None:
-        raise ValueError("--config: goes with --family train, got --family sparse; leave it out")
-    if options.overrides:
-        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
-    implementations = sparse.default_implementations()
-    if options.implementations is not None:
-        implementations = chosen_implementations(options.implementations)
-    passes = sparse.PASSES if options.passes is None else chosen_passes(options.passes)
-    if "backward" in passes:
-        raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
     notes = list(sparse.NOTES)
     peers = chosen_peers("cudnn" if options.peers is None else options.peers, note=notes.append)
+    return _beside_dense(
+        options,
+        chosen_cases(options.cases, sparse_cases.CASES, sparse_cases.SMOKE),
+        describe=lambda case: f"{100 * case.density:.3g} % of dense",
+        measure=functools.partial(sparse.measure_sparse, peers=peers),
+        notes=notes,
+    )
+
+
+def _beside_dense[C: AttentionCase](
+    options: argparse.Namespace,
+    cases: Sequence[C],
+    *,
+    describe: Callable[[C], str],
+    measure: Callable[..., list[Row]],
+    notes: list[str],
+) -> int:
+    """Of a family whose cases are compared with dense attention by the same implementation."""
+    if options.list:
+        for case in cases:
+            print(f"{case.name}  ({describe(case)})")
+        return 0
+    if options.config is not None:
+        raise ValueError(f"--config: goes with --family train, got --family {options.family}; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    passes = WHOLE_PASSES if options.passes is None else chosen_passes(options.passes)
+    if "backward" in passes:
+        raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
+    if options.implementations is None:  # the kernels for Hopper on a GPU, elsewhere XLA
+        implementations = ("mosaic_gpu",) if jax.default_backend() == "gpu" else ("xla",)
+    else:
+        implementations = chosen_implementations(options.implementations)
     ceiling = matmul_ceiling(repetitions=options.repetitions)
     _say(f"{jax.devices()[0].device_kind}: {ceiling}")
-    rows = sparse.measure_sparse(
+    rows = measure(
         cases,
-        peers=peers,
         ceiling=ceiling,
         implementations=implementations,
         passes=passes,
@@ -299,7 +296,7 @@ def _context_parallel(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name}: goes with another family, got --family context_parallel; leave it out")
     if options.overrides:
         raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
-    passes = context_parallel.PASSES if options.passes is None else chosen_passes(options.passes)
+    passes = WHOLE_PASSES if options.passes is None else chosen_passes(options.passes)
     if "backward" in passes:
         raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
     num_devices = devices_at_hand(options.devices)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.blockwise import Blockwise, our_candidates
-from benchmarks.cases import Case, Pass
+from benchmarks.cases import WHOLE_PASSES, Case, Pass
 from benchmarks.measure import Ceiling
 from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
@@ -19,7 +19,6 @@ from pallas_kernels.mask import Causal
 from pallas_kernels.sparse import moba_attention
 from pallas_kernels.testing import TOLERANCE
 
-PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 NOTES = (
     "Causal attention in order. Blocks by head: for each query head a list of its own, of blocks of 128 x 128 drawn at "
     "random; the schedule is built outside the timing. **density**: blocks visited over dense attention's, of MoBA "
@@ -33,18 +32,13 @@ NOTES = (
 _CHECKED = 4  # chunks of a row on which MoBA is held to the reference
 
 
-def default_implementations() -> tuple[str, ...]:
-    """The one for this platform: the kernels for Hopper on a GPU, elsewhere XLA."""
-    return ("mosaic_gpu",) if jax.default_backend() == "gpu" else ("xla",)
-
-
 def measure_sparse(
     cases: Sequence[SparseCase],
     *,
     peers: Mapping[str, Peer],
     ceiling: Ceiling,
     implementations: Sequence[str],
-    passes: Sequence[Pass] = PASSES,
+    passes: Sequence[Pass] = WHOLE_PASSES,
     dtype: str = "bfloat16",
     repetitions: int = 20,
     progress: Callable[[str], None] = print,
@@ -83,7 +77,7 @@ class _Sparse:
                     name=name,
                     ours=True,
                     deterministic=True,
-                    attend=functools.partial(_choose, name),
+                    attend=functools.partial(choose, name),
                     extra=lambda: None,
                     passes=("forward",),
                 )
@@ -120,10 +114,6 @@ class _Sparse:
 
     def figures(self, case: SparseCase, which: Pass, seconds: float) -> dict:
         return {} if case.kind == "select" else self._blockwise.figures(case, which, seconds)
-
-
-def _choose(name: str, q: jax.Array, k: jax.Array):
-    return choose(name, q, k)
 
 
 def _changed(case: SparseCase, implementation: str, candidate: Candidate) -> Candidate:

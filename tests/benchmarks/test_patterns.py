@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import measure, patterns, run
+from benchmarks.cases import WHOLE_PASSES
 from benchmarks.check import Check
 from benchmarks.pattern_cases import (
     CASES,
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 # One case against its dense one with gradients, and all of them both ways.
 @pytest.mark.parametrize(
     ("smoke", "passes"),
-    [(SMOKE[:1], ("forward+backward",)), pytest.param(SMOKE, patterns.PASSES, marks=pytest.mark.slow)],
+    [(SMOKE[:1], ("forward+backward",)), pytest.param(SMOKE, WHOLE_PASSES, marks=pytest.mark.slow)],
     ids=["one", "all"],
 )
 def test_smoke_cases_end_to_end(smoke, passes, tmp_path, monkeypatch, capsys):
