@@ -81,8 +81,7 @@ class Schedule:
 
     Attributes:
       kv_blocks: For each block of queries, the blocks of keys: forward and dq.
-      q_blocks: For each block of keys, the blocks of queries: dk and dv; None where an implementation has cut one list
-        out for itself and does not ask for the transpose.
+      q_blocks: For each block of keys, the blocks of queries: dk and dv.
       mask: The mask it was built from.
       q_len, kv_len: Lengths of the sequences; the last block of a side may be ragged.
       block_sizes: Tokens a block holds.
@@ -91,7 +90,7 @@ class Schedule:
     """
 
     kv_blocks: BlockRanges
-    q_blocks: BlockRanges | None
+    q_blocks: BlockRanges
     mask: Mask = dataclasses.field(metadata={"static": True})
     q_len: int = dataclasses.field(metadata={"static": True})
     kv_len: int = dataclasses.field(metadata={"static": True})

@@ -35,13 +35,12 @@ from longctx.context_parallel.one_call import Whole
 from longctx.context_parallel.strategy import Residuals, Setting, ShardedSchedule, Strategy, num_bytes
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import Implementation, Tokens
+from pallas_kernels.mask import SameDocument
 from pallas_kernels.sparse.moba import (
     LOCAL_MASK,
-    ROUTED_MASK,
     check_moba_call,
     moba_attention,
     num_choices,
-    routed_tokens,
 )
 from pallas_kernels.sparse.moba_route import (
     Chunks,
@@ -56,6 +55,8 @@ from pallas_kernels.tokens import TokenAxis
 
 _STRATEGIES = ("ring", "all_gather")
 _OP = "sharded_moba"
+_ROUTED_MASK = SameDocument()
+"""The mask of the routed attention: rows of the lists and keys have the numbers of their chunks for segment ids."""
 
 
 def sharded_moba(
@@ -199,13 +200,29 @@ def _routed_setting(setting: Setting, num_rows: int) -> Setting:
     """Of the attention of lists, `num_rows` of a device; kv heads are rows of the batch."""
     return dataclasses.replace(
         setting,
-        mask=ROUTED_MASK,
+        mask=_ROUTED_MASK,
         q_len=setting.degree * num_rows,
         num_heads=1,
         num_kv_heads=1,
         max_document_length=None,
         has_positions=True,
         has_segments=True,
+    )
+
+
+def _routed_tokens(route: Route, whole: jax.Array) -> Tokens:
+    """The tokens of the routed attention.
+
+    Args:
+      whole: The number of the whole chunk of each key, -1 for none, int32 `[B or 1, S]`.
+    """
+    whole = jnp.repeat(whole, route.chunk.shape[0] // whole.shape[0], axis=0)
+    # The mask does not ask for positions, but a Hopper kernel that has to count them for nobody does not lower.
+    return Tokens(
+        q_positions=jnp.zeros_like(route.chunk),
+        q_segment_ids=route.chunk,
+        kv_positions=jnp.zeros_like(whole),
+        kv_segment_ids=whole,
     )
 
 
@@ -316,7 +333,7 @@ def _forward(call: _Call, q, k, v, tokens):
         out, lse = call.forward(call.local, q, k, v, local)
         if call.num_choices:
             route = route_queries(q, call.means(k, chunks), chunks, call.num_choices)
-            routed = call.part(call.routed(route), routed_tokens(route, chunks.whole))
+            routed = call.part(call.routed(route), _routed_tokens(route, chunks.whole))
             folded = (fold_keys(x) for x in (route.of_queries(q), k, v))
             rows, lse_of_rows = call.forward(call.routed(route), *folded, routed)
             B, K = k.shape[0], k.shape[2]

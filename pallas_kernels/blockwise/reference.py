@@ -61,7 +61,7 @@ def backward(
     """The reference of `blockwise_attention_backward`; the schedule as in `forward`."""
     s, cap_slope = _logits(q, k, tokens, options, schedule)
     dout = dout.astype(jnp.float32)
-    delta = delta_of(None if out is None else out.astype(jnp.float32), dout, dlse)
+    delta = delta_of(out, dout, dlse)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
     dp = _dropped(einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q)), tokens, dropout)
     ds = options.scale * cap_slope * p * (dp - delta[..., None])

@@ -69,7 +69,7 @@ def backward(
     schedule = _schedule(q, k, tokens, schedule, options)
     tiles = _Tiles(q, k, tokens, schedule, options, dropout)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
-    delta = delta_of(None if out is None else out.astype(jnp.float32), dout, dlse)
+    delta = delta_of(out, dout, dlse)
     running = zip(accumulate, (q, k, v), strict=True)
     dtypes, (dq, dk, dv) = zip(*(_started(x, like) for x, like in running), strict=True)
 

@@ -24,7 +24,6 @@ from pallas_kernels.schedule import make_schedule
 from pallas_kernels.sparse.moba_keys import ChunkKeys
 from pallas_kernels.sparse.moba_route import (
     Chunks,
-    Route,
     chunk_sums,
     chunks_in_order,
     number_chunks,
@@ -34,9 +33,6 @@ from pallas_kernels.tokens import Leaf, Tokens, validate_tokens
 
 LOCAL_MASK = Causal() & SameDocument()
 """The mask of the call within chunks: a token's place in its chunk is its position, the chunk's number its segment."""
-
-ROUTED_MASK = SameDocument()
-"""The mask of the routed call: rows of the lists and keys have the numbers of their chunks for segment ids."""
 
 
 def moba_attention(
@@ -116,22 +112,6 @@ def check_moba_call(op: str, q, k, v, *, chunk_size: int, top_k: int, tokens: To
 def num_choices(length: int, chunk_size: int, top_k: int) -> int:
     """Chunks beside its own that a query of a sequence of this length chooses at most."""
     return min(top_k - 1, length // chunk_size)
-
-
-def routed_tokens(route: Route, whole: jax.Array) -> Tokens:
-    """The tokens of the routed call.
-
-    Args:
-      whole: The number of the whole chunk of each key, -1 for none, int32 `[B or 1, S]`.
-    """
-    whole = jnp.repeat(whole, route.chunk.shape[0] // whole.shape[0], axis=0)
-    # The mask does not ask for positions, but a Hopper kernel that has to count them for nobody does not lower.
-    return Tokens(
-        q_positions=jnp.zeros_like(route.chunk),
-        q_segment_ids=route.chunk,
-        kv_positions=jnp.zeros_like(whole),
-        kv_segment_ids=whole,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
