@@ -10,7 +10,6 @@ Reference: see pallas_mosaic_gpu_forward.py.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -26,7 +25,6 @@ from pallas_kernels.blockwise.options import Options
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Full, Mask
-from pallas_kernels.mask_patterns import Neighborhood, StridedNeighborhood
 from pallas_kernels.mosaic_gpu import elementwise, num_hopper_cores
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
 from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
@@ -257,8 +255,6 @@ def _pair_test(
     mask = options.mask
     if isinstance(mask, Full):
         return None
-    if _has_untiled_grid(mask):
-        _refuse(f"mask {mask}: neighborhoods on a grid of rows came out wrong on an H100, it takes them by tiles")
     if _in_order(tokens) and not _is_selection(schedule) and _all_full(mask, q_len, kv_len, sizes):
         return None
     tile = jax.ShapeDtypeStruct((ROWS, columns), jnp.int32)
@@ -278,19 +274,6 @@ def _pair_test(
         return jax.lax.switch(number, tests, *pair)
 
     return pair_test
-
-
-def _has_untiled_grid(mask: Mask) -> bool:
-    """Whether a part of the mask is a neighborhood on a grid of several axes, whose positions count it row by row.
-
-    `neighborhood((128, 256), 6)` gave wrong results on an H100, for a reason that is not known yet: its schedule and
-    its pair test are right where they were looked at, and so is the kernel in JAX's interpreter.
-    """
-    if isinstance(mask, Neighborhood | StridedNeighborhood):
-        return len(mask.grid) > 1 and mask.tile_shape is None
-    fields = (getattr(mask, field.name) for field in dataclasses.fields(mask))
-    parts = itertools.chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in fields)
-    return any(_has_untiled_grid(part) for part in parts if isinstance(part, Mask))
 
 
 def _always(q_positions, *others) -> jax.Array:

@@ -26,8 +26,8 @@ from pallas_kernels import (
 from pallas_kernels.blockwise import pallas_mosaic_gpu, reference, suite
 from pallas_kernels.blockwise.cases import KERNEL_CASES
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.mask import Causal, Full, PerHead, SameDocument, Window
-from pallas_kernels.mask_patterns import Neighborhood, Predicate, Table
+from pallas_kernels.mask import Causal, SameDocument, Window
+from pallas_kernels.mask_patterns import Predicate, Table
 from pallas_kernels.mosaic_gpu import interpreter
 from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_for
 
@@ -272,10 +272,6 @@ ALONE = pytest.mark.parametrize("op", [forward_alone, backward_alone])
         refusal("it has no soft cap of logits", logits_soft_cap=20.0),
         refusal("it has no dropout", dropout=Dropout(rate=0.1, seeds=np.zeros((2, 4), np.uint32))),
         refusal("scale=-1.0, it takes positive ones", scale=-1.0),
-        refusal(
-            "it takes them by tiles",
-            mask=Causal() & PerHead((Full(), Neighborhood((6, 50), (1, 2)))),
-        ),
         refusal("it uses concatenate", mask=Table(np.eye(5, dtype=bool), block_q=64, block_kv=64)),
         refusal(
             "it is the same for all arguments, its pair test must",
