@@ -41,7 +41,8 @@ class Check:
         """
         drawn = np.random.default_rng(seed).choice(case.length, min(num_rows, case.length), replace=False)
         rows = jnp.asarray(np.unique([0, case.length - 1, *drawn]), jnp.int32)
-        want = _formula(case.mask, rows, q[:, rows], k, v, dout[:, rows], case.tokens or Tokens())
+        allowed = _allowed(case.mask, rows, case.tokens or Tokens(), k.shape[1], q.shape[2])
+        want = _formula(allowed, q[:, rows], k, v, dout[:, rows])
         sampled = jnp.zeros((1, case.length, 1, 1), dout.dtype).at[:, rows].set(1)
         return cls(rows=rows, dout=dout * sampled, want=want)
 
@@ -71,19 +72,27 @@ def _errors(got, want) -> tuple[jax.Array, jax.Array]:
     return rms, jnp.max(jnp.abs(error)) / jnp.max(jnp.abs(want))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _formula(mask: Mask, rows, q, k, v, dout, tokens: Tokens) -> tuple[jax.Array, ...]:
-    """softmax(q k^T / sqrt(H)) v over the keys that the mask allows the rows, and its derivative by JAX, in float32."""
-    B, R, N, H = q.shape
-    K = k.shape[2]
-    query_axis, key_axis = tokens.queries(k.shape[1]), tokens.keys(k.shape[1])
-    allowed = mask.allowed_by_head(
-        N,
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _allowed(mask: Mask, rows, tokens: Tokens, length: int, num_heads: int) -> jax.Array:
+    """Which keys the rows may attend to, `[N or 1, R, S]`.
+
+    A program of its own: XLA for GPUs, given it together with the softmax, answers wrongly for neighborhoods on a grid.
+    """
+    query_axis, key_axis = tokens.queries(length), tokens.keys(length)
+    return mask.allowed_by_head(
+        num_heads,
         query_axis.positions[0, rows][:, None],
         key_axis.positions[0][None],
         query_axis.segment_ids[0, rows][:, None],
         key_axis.segment_ids[0][None],
     )
+
+
+@jax.jit
+def _formula(allowed, q, k, v, dout) -> tuple[jax.Array, ...]:
+    """softmax(q k^T / sqrt(H)) v over the keys that the rows may attend to, and its derivative by JAX, in float32."""
+    B, R, N, H = q.shape
+    K = k.shape[2]
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     # Of each kv head and its query heads, or of all alike.

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.interpreters import partial_eval
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
@@ -319,8 +320,10 @@ _ARITHMETIC = frozenset(
 )
 
 
-def elementwise(function: Callable[..., jax.Array], *arguments: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
-    """`function` as a kernel can compute it, for arguments of these shapes.
+def elementwise(
+    function: Callable[..., jax.Array], *arguments: jax.ShapeDtypeStruct
+) -> tuple[Callable[..., jax.Array], frozenset[int]]:
+    """`function` as a kernel can compute it, for arguments of these shapes, and the numbers of those that it reads.
 
     Raises: NotImplementedError with the reason where it does anything but elementwise arithmetic and comparisons.
     """
@@ -333,10 +336,13 @@ def elementwise(function: Callable[..., jax.Array], *arguments: jax.ShapeDtypeSt
     if not set(closed.jaxpr.outvars) & _dependent(closed.jaxpr):
         raise NotImplementedError("it is the same for all arguments")
 
-    def evaluate(*values):
-        return _evaluate(closed.jaxpr, closed.consts, values)[0]
+    jaxpr, is_read = partial_eval.dce_jaxpr(closed.jaxpr, [True])
+    reads = frozenset(np.flatnonzero(is_read).tolist())
 
-    return evaluate
+    def evaluate(*values):
+        return _evaluate(jaxpr, closed.consts, [values[i] for i in sorted(reads)])[0]
+
+    return evaluate, reads
 
 
 def _primitives(jaxpr) -> set[str]:

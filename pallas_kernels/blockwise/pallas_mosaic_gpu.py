@@ -11,7 +11,6 @@ Reference: see pallas_mosaic_gpu_forward.py.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -22,6 +21,7 @@ from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Full, Mask
@@ -246,7 +246,7 @@ def _pair_test(
     *,
     num_heads: int,
     columns: int,
-) -> Callable | None:
+) -> PairTest | None:
     """Whether pairs of a query head may attend, as a kernel computes it of a tile; None where all may, of those that
     are visited.
 
@@ -265,15 +265,17 @@ def _pair_test(
     except NotImplementedError as reason:
         _refuse(f"mask {mask}: {reason}, its pair test must be arithmetic and comparisons")
 
+    functions = [function for function, _ in tests]
+
     def pair_test(head, *pair):
-        if len(tests) == 1:
-            return tests[0](*pair)
+        if len(functions) == 1:
+            return functions[0](*pair)
         group, number = jax.lax.div(head * len(masks), num_heads), jnp.int32(0)
         for i, one in enumerate(masks):
             number = jnp.where(group == i, distinct.index(one), number)
-        return jax.lax.switch(number, tests, *pair)
+        return jax.lax.switch(number, functions, *pair)
 
-    return pair_test
+    return PairTest(pair_test, frozenset().union(*(reads for _, reads in tests)))
 
 
 def _always(q_positions, *others) -> jax.Array:

@@ -38,12 +38,12 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
     ROW,
+    PairTest,
     columns,
     indices,
     rows,
     store_parts_of_sectors,
-    vector,
-    zeros,
+    token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
@@ -86,7 +86,7 @@ class Config:
 
     scale: float
     kv_len: int
-    pair_test: Callable[..., jax.Array] | None
+    pair_test: PairTest | None
     scales_dq: bool
     interpret: Any = None
 
@@ -495,15 +495,15 @@ class _Block:
         inputs, test = self.inputs, self.config.pair_test
         kv_start = item.row * BLOCK + self.warpgroup * ROWS
         if test is not None:
-            kv_positions = vector(inputs.kv_positions, item.batch, kv_start, ROWS, ROW, indices)
-            kv_segments = vector(inputs.kv_segment_ids, item.batch, kv_start, ROWS, ROW, zeros)
+            of_kv = kv_start, ROWS, ROW
+            _, kv_positions, _, kv_segments = token_vectors(inputs, test, batch=item.batch, q=None, kv=of_kv)
 
         def allowed(tile: _Tile) -> jax.Array:
             start, bits = tile.index * self.tile_len, None
             if test is not None:
-                q_positions = vector(inputs.q_positions, item.batch, start, self.tile_len, COLUMN, indices)
-                q_segments = vector(inputs.q_segment_ids, item.batch, start, self.tile_len, COLUMN, zeros)
-                bits = test(
+                of_q = start, self.tile_len, COLUMN
+                q_positions, _, q_segments, _ = token_vectors(inputs, test, batch=item.batch, q=of_q, kv=None)
+                bits = test.allowed(
                     tile.head,
                     columns(q_positions, self.tile),
                     rows(kv_positions, self.tile),

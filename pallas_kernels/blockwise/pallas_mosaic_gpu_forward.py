@@ -39,7 +39,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows, vector, zeros
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
+    COLUMN,
+    MATRIX,
+    ROW,
+    PairTest,
+    columns,
+    indices,
+    rows,
+    token_vectors,
+)
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
@@ -76,7 +85,7 @@ class Config:
     block_q: int
     block_kv: int
     kv_len: int
-    pair_test: Callable[..., jax.Array] | None
+    pair_test: PairTest | None
     num_cores: int
     return_carry: bool = False
     interpret: Any = None
@@ -466,22 +475,23 @@ class _Block:
 
     def pair_test(self, item: Item) -> Callable:
         """allowed(j): which pairs of the item's queries and the keys of block j may attend; None for all of them."""
-        inputs, block_kv = self.inputs, self.config.block_kv
+        inputs, block_kv, test = self.inputs, self.config.block_kv, self.config.pair_test
 
-        if self.config.pair_test is not None:
-            q_start = self.q_start(item.row)
-            q_positions = vector(inputs.q_positions, item.batch, q_start, ROWS, ROW, indices)
-            q_segments = vector(inputs.q_segment_ids, item.batch, q_start, ROWS, ROW, zeros)
+        if test is not None:
+            of_q = self.q_start(item.row), ROWS, ROW
+            q_positions, _, q_segments, _ = token_vectors(inputs, test, batch=item.batch, q=of_q, kv=None)
 
         def allowed(j) -> jax.Array | None:
             start, bits = j * block_kv, None
-            if self.config.pair_test is not None:
-                bits = self.config.pair_test(
+            if test is not None:
+                of_kv = start, block_kv, COLUMN
+                _, kv_positions, _, kv_segments = token_vectors(inputs, test, batch=item.batch, q=None, kv=of_kv)
+                bits = test.allowed(
                     item.head,
                     rows(q_positions, self.tile),
-                    columns(vector(inputs.kv_positions, item.batch, start, block_kv, COLUMN, indices), self.tile),
+                    columns(kv_positions, self.tile),
                     rows(q_segments, self.tile),
-                    columns(vector(inputs.kv_segment_ids, item.batch, start, block_kv, COLUMN, zeros), self.tile),
+                    columns(kv_segments, self.tile),
                 )
             if self.config.has_ragged_keys:
                 are_keys = columns(indices(start, block_kv, COLUMN), self.tile) < self.config.kv_len

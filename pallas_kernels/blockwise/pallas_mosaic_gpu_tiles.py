@@ -1,6 +1,7 @@
 """What the Hopper kernels do with a tile in registers: vectors along its rows and columns."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,46 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
 MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
-def rows(x, shape: tuple[int, ...]) -> jax.Array:
-    """`[rows]` as `[rows, columns]`."""
-    return lax.broadcast_in_dim(x, shape, [0])
+class PairTest(NamedTuple):
+    """Whether pairs of a tile may attend.
+
+    Attributes:
+      allowed: Of a query head, and of positions and segment ids (q, kv, q, kv) as tiles; None for those not read.
+      reads: The numbers of those that are. The compiler would search minutes for a layout of vectors nobody reads.
+    """
+
+    allowed: Callable[..., jax.Array]
+    reads: frozenset[int]
 
 
-def columns(x, shape: tuple[int, ...]) -> jax.Array:
-    """`[columns]` as `[rows, columns]`."""
-    return lax.broadcast_in_dim(x, shape, [1])
+def rows(x, shape: tuple[int, ...]) -> jax.Array | None:
+    """`[rows]` as `[rows, columns]`; None of None."""
+    return None if x is None else lax.broadcast_in_dim(x, shape, [0])
 
 
-def vector(ref, batch, start, length: int, layout, default: Callable) -> jax.Array:
-    """`ref[batch, start : start + length]`; without a ref `default(start, length, layout)`: `indices` or `zeros`."""
-    if ref is None:
-        return default(start, length, layout)
-    return plgpu.load(ref.at[row_of_batch(ref, batch), pl.ds(start, length)], layout=layout, optimized=False)
+def columns(x, shape: tuple[int, ...]) -> jax.Array | None:
+    """`[columns]` as `[rows, columns]`; None of None."""
+    return None if x is None else lax.broadcast_in_dim(x, shape, [1])
+
+
+def token_vectors(inputs, test: PairTest, *, batch, q: tuple | None, kv: tuple | None) -> list:
+    """Positions and segment ids of some queries and keys (q, kv, q, kv), None for those that the test does not read.
+
+    Args:
+      inputs: Has the arrays, each `[B or 1, length]`, or None for those of tokens in order of one document.
+      q, kv: Where the vector begins, its length and layout; None for none.
+    """
+    arrays = inputs.q_positions, inputs.kv_positions, inputs.q_segment_ids, inputs.kv_segment_ids
+
+    def vector(i: int, ref, at):
+        if at is None or i not in test.reads:
+            return None
+        start, length, layout = at
+        if ref is None:
+            return (indices if i < 2 else zeros)(start, length, layout)
+        return plgpu.load(ref.at[row_of_batch(ref, batch), pl.ds(start, length)], layout=layout, optimized=False)
+
+    return [vector(i, ref, at) for i, (ref, at) in enumerate(zip(arrays, (q, kv, q, kv), strict=True))]
 
 
 def indices(start, length: int, layout) -> jax.Array:

@@ -67,6 +67,20 @@ def test_lowers_for_cuda(case):
     assert [like(x) for x in gradients] == [like(inputs[name]) for name in "qkv"]
 
 
+def test_a_mask_of_segment_ids_alone_lowers_without_positions():
+    """What the pair test does not read is no part of the kernel: the compiler would look for its layout for minutes."""
+    ids = jnp.zeros((1, 300), jnp.int32)
+    tokens = Tokens(q_segment_ids=ids, kv_segment_ids=ids)
+    q, k, _ = shapes(64, "bfloat16")
+    attend = functools.partial(
+        blockwise_attention, mask=SameDocument(), tokens=tokens, return_lse=True, implementation="mosaic_gpu"
+    )
+    with tracing_for(H100):
+        cotangents = jax.eval_shape(attend, q, k, k)
+        _, text = lowered(lambda q, k, v, cotangents: jax.vjp(attend, q, k, v)[1](cotangents), q, k, k, cotangents)
+    assert text.count("mosaic_gpu_v2") == 2
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("in_order", [True, False], ids=["in_order", "positions"])

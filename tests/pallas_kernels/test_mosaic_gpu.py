@@ -89,7 +89,15 @@ def test_elementwise_functions_are_evaluated_as_they_are():
         return ~(jnp.clip(x, 2, 5) // 2 == y % 3) & (abs(x - y) > 1)
 
     x, y = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32)[::-1].copy()
-    np.testing.assert_array_equal(elementwise(function, VECTOR, VECTOR)(x, y), function(jnp.asarray(x), jnp.asarray(y)))
+    evaluate, reads = elementwise(function, VECTOR, VECTOR)
+    np.testing.assert_array_equal(evaluate(x, y), function(jnp.asarray(x), jnp.asarray(y)))
+    assert reads == {0, 1}
+
+
+def test_arguments_that_an_elementwise_function_does_not_read_may_be_none():
+    evaluate, reads = elementwise(lambda x, y, z: jnp.where(z > 3, z, 0) > 0, *(VECTOR,) * 3)
+    assert reads == {2}
+    np.testing.assert_array_equal(evaluate(None, None, np.arange(8, dtype=np.int32)), np.arange(8) > 3)
 
 
 @pytest.mark.parametrize(
