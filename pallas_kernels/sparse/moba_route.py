@@ -10,7 +10,6 @@ whole chunks, L rows of the lists.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -177,33 +176,31 @@ class Route:
     row: Leaf
 
     @classmethod
-    def of_choices(cls, choices: Int32[Array, "F Q choices"], num_chunks: int) -> "Route":
+    def of_choices(cls, choices: Int32[Array, "F Q choices"], num_chunks: int, list_block: int = LIST_BLOCK) -> "Route":
         """The route of these choices, each chunk's list in the order of the queries.
 
         Args:
           choices: Numbers of chunks below num_chunks, or -1.
+          list_block: Rows that a list is filled up to a multiple of.
         Cost: a sort of the Q choices of each kv head.
         """
         F, Q, num_choices = choices.shape
         num_entries = Q * num_choices
         # Every list may have a block that is all but one row filled up.
-        num_rows = (num_entries + num_chunks * (LIST_BLOCK - 1)) // LIST_BLOCK * LIST_BLOCK
+        num_rows = (num_entries + num_chunks * (list_block - 1)) // list_block * list_block
         none = jnp.int32(num_chunks)
         keys = jnp.where(choices >= 0, choices, none).reshape(F, num_entries)
         keys, entries = _sorted(keys, num_chunks + 1)
-        # An iteration of a loop costs a GPU more than what a step of a search does.
-        method = "scan_unrolled" if current_platform() == "gpu" else "scan"
-        search = functools.partial(jnp.searchsorted, method=method)
 
         def of_kv_head(keys, entries):
-            bounds = search(keys, jnp.arange(num_chunks + 1, dtype=jnp.int32)).astype(jnp.int32)
+            bounds = search(keys, jnp.arange(num_chunks + 1, dtype=jnp.int32))
             first, count = bounds[:-1], jnp.diff(bounds)
-            padded = -(-count // LIST_BLOCK) * LIST_BLOCK
+            padded = -(-count // list_block) * list_block
             stop_row = jnp.cumsum(padded, dtype=jnp.int32)
             shift = stop_row - padded - first  # from an entry's place in the sorted order to its row
-            block = jnp.arange(0, num_rows, LIST_BLOCK, dtype=jnp.int32)
-            chunk = search(stop_row, block, side="right").astype(jnp.int32)
-            chunk = jnp.repeat(chunk, LIST_BLOCK, total_repeat_length=num_rows)
+            block = jnp.arange(0, num_rows, list_block, dtype=jnp.int32)
+            chunk = search(stop_row, block, side="right")
+            chunk = jnp.repeat(chunk, list_block, total_repeat_length=num_rows)
             there = jnp.minimum(chunk, num_chunks - 1)
             place = jnp.arange(num_rows, dtype=jnp.int32) - shift[there]
             is_entry = (chunk < none) & (place < bounds[there + 1])
@@ -275,6 +272,13 @@ class Route:
         row = jnp.moveaxis(row, (4, 2), (0, 2))  # [choices, B, T, K, G]
         index = jnp.minimum(row, L - 1) * K + jnp.arange(K, dtype=jnp.int32)[:, None]
         return tuple(x.reshape(*x.shape[:3], num_heads) for x in (index, row < L))
+
+
+def search(sorted_numbers: Int32[Array, "length"], x: Int32[Array, "n"], side: str = "left") -> Int32[Array, "n"]:
+    """`jnp.searchsorted`: how many of the numbers are less than each x, or at most that where side is right."""
+    # An iteration of a loop costs a GPU more than what a step of a search does.
+    method = "scan_unrolled" if current_platform() == "gpu" else "scan"
+    return jnp.searchsorted(sorted_numbers, x, side=side, method=method).astype(jnp.int32)
 
 
 def _sorted(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:

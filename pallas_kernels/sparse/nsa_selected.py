@@ -14,10 +14,18 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_qkv
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.sparse import nsa_selected_reference, nsa_selected_xla
+from pallas_kernels.sparse import nsa_selected_reference, nsa_selected_xla, pallas_mosaic_gpu_nsa
 
-FORWARD: Mapping = {"xla": nsa_selected_xla.forward, "reference": nsa_selected_reference.forward}
-BACKWARD: Mapping = {"xla": nsa_selected_xla.backward, "reference": nsa_selected_reference.backward}
+FORWARD: Mapping = {
+    "mosaic_gpu": pallas_mosaic_gpu_nsa.forward,
+    "xla": nsa_selected_xla.forward,
+    "reference": nsa_selected_reference.forward,
+}
+BACKWARD: Mapping = {
+    "mosaic_gpu": pallas_mosaic_gpu_nsa.backward,
+    "xla": nsa_selected_xla.backward,
+    "reference": nsa_selected_reference.backward,
+}
 
 
 def selected_attention(

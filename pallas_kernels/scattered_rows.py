@@ -1,0 +1,378 @@
+"""Rows of a matrix in device memory that do not stand together: into shared memory, and added from there (PTX).
+
+TMA moves boxes that begin at whole tiles. What the queries of one block of keys have stands wherever they stand in the
+sequence, and a block of keys may begin anywhere. So 128 threads copy rows 16 bytes at a time (cp.async) to where TMA
+would put them, swizzled for the tensor cores; and results are added row by row, by bulk reductions.
+
+Reference: PTX ISA 9.0, Asynchronous copy: cp.async, cp.reduce.async.bulk.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.mosaic_gpu import WARPGROUP
+from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROW, ROWS, SCALAR, TILE_BYTES, TRANSFORMS, braces, int32s
+
+STAGE_PADDING = 8
+"""Columns behind each row of a stage, 32 bits each: with them no two of a warp's writes meet in a bank."""
+
+_SWIZZLED = plgpu.RefType(TRANSFORMS)
+_PLAIN = plgpu.RefType()
+
+
+class Listed(NamedTuple):
+    """64 rows whose numbers are in a list in device memory, negative for none: `numbers[at]` of int32 `[lists, 64]`."""
+
+    numbers: Any
+    at: ArrayLike
+
+
+class Spaced(NamedTuple):
+    """Rows first, first + step, first + 2 step, ...; `count` of them, and none beyond."""
+
+    first: ArrayLike
+    step: int
+    count: ArrayLike
+
+
+class Numbers(NamedTuple):
+    """One number of 32 bits for each row.
+
+    Attributes:
+      source: In device memory, one for each row of the matrix.
+      target: In shared memory, `[slots, 64]`.
+      absent: The bits that rows that are none get.
+    """
+
+    source: Any
+    target: Any
+    absent: int
+
+
+class _Asm:
+    """Inline PTX under construction: lines, and operands that they read."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+        self._operands: list[ir.Value] = []
+        self._constraints: list[str] = []
+
+    def operand(self, constraint: str, value: ir.Value) -> str:
+        """The name of a register: r, l or f for 32 bits, 64 bits or float32."""
+        self._operands.append(value)
+        self._constraints.append(constraint)
+        return f"${len(self._operands) - 1}"
+
+    def address(self, ref: ir.Value) -> str:
+        i64 = ir.IntegerType.get_signless(64)
+        return self.operand("l", llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)))
+
+    def shared_address(self, ref: ir.Value) -> str:
+        """What instructions for shared memory take: 32 bits."""
+        pointer, shared = mgpu.utils.memref_ptr(ref), ir.Type.parse("!llvm.ptr<3>")
+        if pointer.type != shared:
+            pointer = llvm.addrspacecast(shared, pointer)
+        return self.operand("r", llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer))
+
+    def scalar(self, array) -> str:
+        return self.operand("r", array.registers.item())
+
+    def emit(self) -> None:
+        text = "{\n" + "\n".join(self.lines) + "\n}"
+        constraints = ",".join([*self._constraints, "~{memory}"])
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, self._operands, text, constraints, has_side_effects=True)
+
+
+def _row_operands(rows: Listed | Spaced) -> tuple[list, list]:
+    """What `_RowNames` reads of rows: arrays and their types."""
+    if isinstance(rows, Listed):
+        return [rows.numbers, *int32s((rows.at,))], [_PLAIN, SCALAR]
+    return list(int32s((rows.first, rows.count))), [SCALAR, SCALAR]
+
+
+class _RowNumbers:
+    """Puts the numbers of rows into registers."""
+
+    def __init__(self, asm: _Asm, rows: Listed | Spaced, operands: Sequence):
+        self.asm, self.step = asm, None if isinstance(rows, Listed) else rows.step
+        if self.step is None:
+            numbers, at = asm.address(operands[0]), asm.scalar(operands[1])
+            asm.lines += [".reg .b64 list, in_list;", f"mad.wide.s32 list, {at}, {ROWS * 4}, {numbers};"]
+        else:
+            self.first, self.count = (asm.scalar(x) for x in operands)
+            asm.lines += [".reg .b32 of_64;", ".reg .pred is_row;"]
+
+    def read(self, registers: Sequence[str], index: str, spacing: int = 1) -> None:
+        """The numbers of rows index, index + spacing, ... of the 64; -1 or less for none."""
+        lines = self.asm.lines
+        if self.step is not None:
+            for i, register in enumerate(registers):
+                lines += [
+                    f"add.s32 of_64, {index}, {i * spacing};",
+                    f"setp.lt.s32 is_row, of_64, {self.count};",
+                    f"mad.lo.s32 {register}, of_64, {self.step}, {self.first};",
+                    f"selp.b32 {register}, {register}, -1, is_row;",
+                ]
+            return
+        lines.append(f"mad.wide.u32 in_list, {index}, 4, list;")
+        if spacing == 1 and len(registers) % 4 == 0:
+            lines += [
+                f"ld.global.nc.v4.b32 {braces(registers[i : i + 4])}, [in_list + {4 * i}];"
+                for i in range(0, len(registers), 4)
+            ]
+        else:
+            lines += [f"ld.global.nc.b32 {x}, [in_list + {4 * spacing * i}];" for i, x in enumerate(registers)]
+
+
+def gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows: Listed | Spaced, slot: ArrayLike) -> None:
+    """Starts to copy 64 rows of each matrix, and copies their numbers; one group of copies, for `wait`.
+
+    By a whole warpgroup, of which each thread waits for its own copies.
+
+    Args:
+      matrices: Pairs of a matrix `[R, H]` in device memory, of 16 bits, and a target `[slots, 64, H]` in shared memory
+        with TRANSFORMS. Rows that are none become zeros.
+      slot: Of the targets.
+    """
+    head_dim = matrices[0][0].shape[1]
+    refs = [ref for pair in matrices for ref in pair] + [ref for x in numbers for ref in (x.source, x.target)]
+    types = [_PLAIN, _SWIZZLED] * len(matrices) + [_PLAIN, _PLAIN] * len(numbers)
+    row_operands, row_types = _row_operands(rows)
+
+    @plgpu.inline_mgpu(arg_types=(*types, *row_types, SCALAR))
+    def emit(_, *operands):
+        *operands, slot = operands
+        asm = _Asm()
+        asm.lines.append(".reg .b32 thread, to, offset, row, found; .reg .b64 from, wide; .reg .pred there;")
+        asm.lines += ["mov.u32 thread, %tid.x;", f"and.b32 thread, thread, {WARPGROUP - 1};"]
+        row_numbers = _RowNumbers(asm, rows, operands[len(types) :])
+        slot = asm.scalar(slot)
+        sources = [asm.address(x) for x in operands[: len(types) : 2]]
+        targets = [asm.shared_address(x) for x in operands[1 : len(types) : 2]]
+        pairs = list(zip(sources, targets, strict=True))
+        _copy_matrices(asm, pairs[: len(matrices)], row_numbers, slot, head_dim)
+        if numbers:
+            absent = [x.absent for x in numbers]
+            _copy_numbers(asm, pairs[len(matrices) :], row_numbers, slot, absent)
+        asm.lines.append("cp.async.commit_group;")
+        asm.emit()
+
+    emit(*refs, *row_operands, *int32s((slot,)))
+
+
+def _copy_matrices(asm: _Asm, pairs: Sequence[tuple[str, str]], row_numbers: _RowNumbers, slot: str, head_dim: int):
+    lanes = head_dim // 8  # threads that copy a row, 16 bytes each
+    per_thread = ROWS * lanes // WARPGROUP  # rows, which follow each other
+    names = [f"row{i}" for i in range(per_thread)]
+    asm.lines += [
+        f".reg .b32 first, lane, place, swizzle, size, {', '.join(names)};",
+        f"and.b32 lane, thread, {lanes - 1};",
+        f"div.u32 first, thread, {lanes};",
+        f"mul.lo.u32 first, first, {per_thread};",
+    ]
+    row_numbers.read(names, "first")
+    asm.lines += [
+        # Where the first of these rows has its 16 bytes: tiles of 8 rows of 128 bytes, in row i of which the pieces of
+        # 16 bytes are exchanged by an exclusive or with i.
+        "shr.u32 place, first, 3;",
+        f"mul.lo.u32 place, place, {head_dim // 64 * TILE_BYTES};",
+        "shr.u32 offset, lane, 3;",
+        f"mad.lo.u32 place, offset, {TILE_BYTES}, place;",
+        "and.b32 offset, first, 7;",
+        "mad.lo.u32 place, offset, 128, place;",
+        "and.b32 swizzle, lane, 7;",
+        "xor.b32 swizzle, swizzle, offset;",
+        f"mad.lo.u32 place, {slot}, {ROWS * head_dim * 2}, place;",
+    ]
+    for source, target in pairs:
+        asm.lines += [f"mad.wide.u32 wide, lane, 16, {source};", f"add.u32 to, {target}, place;"]
+        for i, name in enumerate(names):
+            asm.lines += [
+                f"setp.ge.s32 there, {name}, 0;",
+                "selp.b32 size, 16, 0, there;",
+                f"max.s32 row, {name}, 0;",
+                f"mad.wide.s32 from, row, {head_dim * 2}, wide;",
+                f"xor.b32 offset, swizzle, {i};",
+                f"mad.lo.u32 offset, offset, 16, {128 * i};",
+                "add.u32 offset, offset, to;",
+                "cp.async.cg.shared.global [offset], [from], 16, size;",
+            ]
+
+
+def _copy_numbers(asm: _Asm, pairs: Sequence[tuple[str, str]], row_numbers: _RowNumbers, slot: str, absent: list[int]):
+    asm.lines += [
+        ".reg .pred copies;",
+        f"setp.lt.u32 copies, thread, {ROWS};",
+        # The other threads read along.
+        f"and.b32 first, thread, {ROWS - 1};",
+    ]
+    row_numbers.read(["row"], "first")
+    asm.lines += [
+        "setp.ge.and.s32 there, row, 0, copies;",
+        f"mul.lo.u32 offset, {slot}, {ROWS * 4};",
+        "mad.lo.u32 offset, first, 4, offset;",
+    ]
+    for (source, target), bits in zip(pairs, absent, strict=True):
+        asm.lines += [
+            f"mov.b32 found, {bits};",
+            f"mad.wide.s32 from, row, 4, {source};",
+            "@there ld.global.nc.b32 found, [from];",
+            f"add.u32 to, {target}, offset;",
+            "@copies st.shared.b32 [to], found;",
+        ]
+
+
+def wait(in_flight: int) -> None:
+    """Waits until no more than the last `in_flight` gathers of this thread are, and shows the others to matmuls, whose
+    start must be behind a barrier."""
+    _emit(f"cp.async.wait_group {in_flight};\nfence.proxy.async.shared::cta;")
+
+
+def add(
+    x: jax.Array,
+    factors: jax.Array | None,
+    stage,
+    target,
+    rows: Listed | Spaced,
+    *,
+    part: ArrayLike,
+    column: int,
+    barrier: ArrayLike,
+) -> None:
+    """target[rows, column:] += factors x, row by row; the reductions may still be under way.
+
+    By a whole warpgroup.
+
+    Args:
+      x: float32 `[64, W]`.
+      factors: float32 `[64]`; None for 1.
+      stage: `[parts, 64, W + STAGE_PADDING]` of 32 bits in shared memory.
+      target: `[R, H]` in device memory: int32, for which products are rounded, or float32.
+      part: Of the stage.
+      column: Where the columns of x begin in those of the target.
+      barrier: A named barrier, of this warpgroup alone.
+    """
+    width, head_dim = x.shape[1], target.shape[1]
+    dtype, convert = ("s32", "cvt.rni.s32.f32") if target.dtype == jnp.int32 else ("f32", "mov.b32")
+    arrays = (x,) if factors is None else (x, factors)
+    row_operands, row_types = _row_operands(rows)
+
+    @plgpu.inline_mgpu(
+        arg_types=(*(MATRIX, ROW)[: len(arrays)], _PLAIN, _PLAIN, *row_types, SCALAR, SCALAR),
+    )
+    def emit(_, *operands):
+        x, *factors = operands[: len(arrays)]
+        stage, target, *row_operands, part, barrier = operands[len(arrays) :]
+        asm = _Asm()
+        x = [asm.operand("f", value) for value in x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat]
+        factors = [asm.operand("f", value) for value in factors[0].registers.flat] if factors else []
+        barrier, part = asm.scalar(barrier), asm.scalar(part)
+        stage, target = asm.shared_address(stage), asm.address(target)
+        asm.lines.append(".reg .b32 thread, lane, row, to, offset; .reg .b64 wide; .reg .pred there;")
+        asm.lines += ["mov.u32 thread, %tid.x;", f"and.b32 thread, thread, {WARPGROUP - 1};"]
+        asm.lines.append("and.b32 lane, thread, 31;")
+        row_numbers = _RowNumbers(asm, rows, row_operands)
+        pitch = (width + STAGE_PADDING) * 4
+        asm.lines.append(f"mad.lo.u32 to, {part}, {ROWS * pitch}, {stage};")
+        # The reductions before may still read the stage.
+        asm.lines += ["cp.async.bulk.wait_group.read 0;", f"bar.sync {barrier}, {WARPGROUP};"]
+        _write_stage(asm, x, factors, pitch, convert)
+        asm.lines += ["fence.proxy.async.shared::cta;", f"bar.sync {barrier}, {WARPGROUP};"]
+        # By one warp, whose threads wait for what they have started.
+        asm.lines += [
+            ".reg .pred adds;",
+            ".reg .b32 row0, row1;",
+            "setp.lt.u32 adds, thread, 32;",
+            f"mad.lo.u32 to, lane, {pitch}, to;",
+        ]
+        row_numbers.read(["row0", "row1"], "lane", 32)
+        for half in range(ROWS // 32):
+            asm.lines += [
+                f"setp.ge.and.s32 there, row{half}, 0, adds;",
+                f"mad.wide.s32 wide, row{half}, {head_dim * 4}, {target};",
+                f"add.s64 wide, wide, {4 * column};",
+                f"add.u32 offset, to, {half * 32 * pitch};",
+                f"@there cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{dtype} [wide], [offset], {width * 4};",
+            ]
+        asm.lines.append("cp.async.bulk.commit_group;")
+        asm.emit()
+
+    emit(*arrays, stage, target, *row_operands, *int32s((part, barrier)))
+
+
+def _write_stage(asm: _Asm, x: Sequence[str], factors: Sequence[str], pitch: int, convert: str) -> None:
+    asm.lines += [
+        ".reg .b32 bits0, bits1; .reg .f32 product;",
+        # A thread holds pairs of columns of two rows, 8 apart; a warp those of 16 rows.
+        "shr.u32 row, thread, 5;",
+        "shl.b32 row, row, 4;",
+        "shr.u32 offset, lane, 2;",
+        "add.u32 row, row, offset;",
+        "and.b32 offset, lane, 3;",
+        "shl.b32 offset, offset, 3;",
+        f"mad.lo.u32 offset, row, {pitch}, offset;",
+        "add.u32 offset, offset, to;",
+    ]
+    for i in range(0, len(x), 2):
+        for bits, value in zip(("bits0", "bits1"), x[i : i + 2], strict=True):
+            if factors:
+                asm.lines.append(f"mul.f32 product, {value}, {factors[i // 2 % 2]};")
+            asm.lines.append(f"{convert} {bits}, {'product' if factors else value};")
+        asm.lines.append(f"st.shared.v2.b32 [offset + {i // 4 * 32 + i // 2 % 2 * 8 * pitch}], {{bits0, bits1}};")
+
+
+def finish() -> None:
+    """Waits until all that this thread has started to `add` is there."""
+    _emit("cp.async.bulk.wait_group 0;")
+
+
+def _emit(text: str) -> None:
+    @plgpu.inline_mgpu()
+    def emit(_):
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", has_side_effects=True)
+
+    emit()
+
+
+# What JAX's interpreter, which knows no PTX, does instead.
+
+
+def interpret_gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows: Listed | Spaced, slot) -> None:
+    for i in range(ROWS):
+        row = _row_number(rows, i)
+        there = jnp.maximum(row, 0)
+        for source, target in matrices:
+            x = source[there]
+            target.at[slot, i][...] = jnp.where(row >= 0, x, jnp.zeros_like(x))
+        for source, target, absent in numbers:
+            absent = jax.lax.bitcast_convert_type(jnp.int32(absent), source.dtype)
+            target[slot, i] = jnp.where(row >= 0, source[there], absent)
+
+
+def interpret_add(x: jax.Array, factors: jax.Array | None, target, rows: Listed | Spaced, column: int) -> None:
+    if factors is not None:
+        x = x * factors[:, None]
+    x = jnp.round(x).astype(jnp.int32) if target.dtype == jnp.int32 else x
+    for i in range(ROWS):
+        row = _row_number(rows, i)
+
+        @pl.when(row >= 0)
+        def _(row=row, i=i):
+            at = target.at[row, pl.ds(column, x.shape[1])]
+            at[...] = at[...] + x[i]
+
+
+def _row_number(rows: Listed | Spaced, i: int):
+    if isinstance(rows, Listed):
+        return rows.numbers[rows.at, i]
+    return jnp.where(i < rows.count, rows.first + i * rows.step, -1)
