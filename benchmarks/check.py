@@ -72,11 +72,10 @@ def _errors(got, want) -> tuple[jax.Array, jax.Array]:
     return rms, jnp.max(jnp.abs(error)) / jnp.max(jnp.abs(want))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _allowed(mask: Mask, rows, tokens: Tokens, length: int, num_heads: int) -> jax.Array:
     """Which keys the rows may attend to, `[N or 1, R, S]`.
 
-    A program of its own: XLA for GPUs, given it together with the softmax, answers wrongly for neighborhoods on a grid.
+    Operation by operation: as one program, XLA for GPUs (of JAX 0.11.2) answers wrongly for neighborhoods on a grid.
     """
     query_axis, key_axis = tokens.queries(length), tokens.keys(length)
     return mask.allowed_by_head(

@@ -200,7 +200,7 @@ class Route:
             shift = stop_row - padded - first  # from an entry's place in the sorted order to its row
             block = jnp.arange(0, num_rows, list_block, dtype=jnp.int32)
             chunk = search(stop_row, block, side="right")
-            chunk = jnp.repeat(chunk, list_block, total_repeat_length=num_rows)
+            chunk = jnp.broadcast_to(chunk[:, None], (len(block), list_block)).reshape(num_rows)
             there = jnp.minimum(chunk, num_chunks - 1)
             place = jnp.arange(num_rows, dtype=jnp.int32) - shift[there]
             is_entry = (chunk < none) & (place < bounds[there + 1])
