@@ -2,9 +2,9 @@
 
 TMA moves boxes that begin at whole tiles. What the queries of one block of keys have stands wherever they stand in the
 sequence, and a block of keys may begin anywhere. So 128 threads copy rows 16 bytes at a time (cp.async) to where TMA
-would put them, swizzled for the tensor cores; and results are added row by row, by bulk reductions.
+would put them, swizzled for the tensor cores; and results are added row by row.
 
-Reference: PTX ISA 9.0, Asynchronous copy: cp.async, cp.reduce.async.bulk.
+Reference: PTX ISA 9.0, Asynchronous copy: cp.async.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.mosaic_gpu import WARPGROUP
-from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROW, ROWS, SCALAR, TILE_BYTES, TRANSFORMS, braces, int32s
+from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TILE_BYTES, TRANSFORMS, braces, int32s
 
-STAGE_PADDING = 8
-"""Columns behind each row of a stage, 32 bits each: with them no two of a warp's writes meet in a bank."""
+# Columns behind each row of a stage, 32 bits each: with them no two of a warp's writes meet in a bank.
+_PADDING = 8
 
 _SWIZZLED = plgpu.RefType(TRANSFORMS)
 _PLAIN = plgpu.RefType()
@@ -238,102 +238,66 @@ def wait(in_flight: int) -> None:
     _emit(f"cp.async.wait_group {in_flight};\nfence.proxy.async.shared::cta;")
 
 
-def add(
-    x: jax.Array,
-    factors: jax.Array | None,
-    stage,
-    target,
-    rows: Listed | Spaced,
-    *,
-    part: ArrayLike,
-    column: int,
-    barrier: ArrayLike,
-) -> None:
-    """target[rows, column:] += factors x, row by row; the reductions may still be under way.
-
-    By a whole warpgroup.
+def add(x: jax.Array, stage, target, rows: Listed | Spaced, *, part: ArrayLike, part_bytes: int, column: int) -> None:
+    """target[rows, column:] += x, float32, by a whole warpgroup; each thread's additions may still be under way.
 
     Args:
-      x: float32 `[64, W]`.
-      factors: float32 `[64]`; None for 1.
-      stage: `[parts, 64, W + STAGE_PADDING]` of 32 bits in shared memory.
-      target: `[R, H]` in device memory: int32, for which products are rounded, or float32.
-      part: Of the stage.
+      x: `[64, W]`, W a multiple of 32.
+      stage: Shared memory with TRANSFORMS, of whose contents nothing is left.
+      target: `[R, H]` in device memory.
+      part: Which `part_bytes` of the stage may be written to: 256 (W + 8) at least.
       column: Where the columns of x begin in those of the target.
-      barrier: A named barrier, of this warpgroup alone.
     """
     width, head_dim = x.shape[1], target.shape[1]
-    dtype, convert = ("s32", "cvt.rni.s32.f32") if target.dtype == jnp.int32 else ("f32", "mov.b32")
-    arrays = (x,) if factors is None else (x, factors)
     row_operands, row_types = _row_operands(rows)
 
-    @plgpu.inline_mgpu(
-        arg_types=(*(MATRIX, ROW)[: len(arrays)], _PLAIN, _PLAIN, *row_types, SCALAR, SCALAR),
-    )
-    def emit(_, *operands):
-        x, *factors = operands[: len(arrays)]
-        stage, target, *row_operands, part, barrier = operands[len(arrays) :]
+    @plgpu.inline_mgpu(arg_types=(MATRIX, _SWIZZLED, _PLAIN, *row_types, SCALAR))
+    def emit(_, x, stage, target, *operands):
+        *row_operands, part = operands
         asm = _Asm()
         x = [asm.operand("f", value) for value in x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat]
-        factors = [asm.operand("f", value) for value in factors[0].registers.flat] if factors else []
-        barrier, part = asm.scalar(barrier), asm.scalar(part)
-        stage, target = asm.shared_address(stage), asm.address(target)
-        asm.lines.append(".reg .b32 thread, lane, row, to, offset; .reg .b64 wide; .reg .pred there;")
-        asm.lines += ["mov.u32 thread, %tid.x;", f"and.b32 thread, thread, {WARPGROUP - 1};"]
-        asm.lines.append("and.b32 lane, thread, 31;")
-        row_numbers = _RowNumbers(asm, rows, row_operands)
-        pitch = (width + STAGE_PADDING) * 4
-        asm.lines.append(f"mad.lo.u32 to, {part}, {ROWS * pitch}, {stage};")
-        # The reductions before may still read the stage.
-        asm.lines += ["cp.async.bulk.wait_group.read 0;", f"bar.sync {barrier}, {WARPGROUP};"]
-        _write_stage(asm, x, factors, pitch, convert)
-        asm.lines += ["fence.proxy.async.shared::cta;", f"bar.sync {barrier}, {WARPGROUP};"]
-        # By one warp, whose threads wait for what they have started.
+        part, stage, target = asm.scalar(part), asm.shared_address(stage), asm.address(target)
+        pitch, rows_of_warp = (width + _PADDING) * 4, ROWS // 4
         asm.lines += [
-            ".reg .pred adds;",
-            ".reg .b32 row0, row1;",
-            "setp.lt.u32 adds, thread, 32;",
-            f"mad.lo.u32 to, lane, {pitch}, to;",
+            ".reg .b32 thread, lane, row, to, offset, first, value; .reg .b64 at; .reg .pred there;",
+            "mov.u32 thread, %tid.x;",
+            f"and.b32 thread, thread, {WARPGROUP - 1};",
+            "and.b32 lane, thread, 31;",
+            "shr.u32 first, thread, 5;",
+            f"mul.lo.u32 first, first, {rows_of_warp};",
+            f"mad.lo.u32 to, {part}, {part_bytes}, {stage};",
+            f"mad.lo.u32 to, first, {pitch}, to;",
         ]
-        row_numbers.read(["row0", "row1"], "lane", 32)
-        for half in range(ROWS // 32):
+        row_numbers = _RowNumbers(asm, rows, row_operands)
+        # A warp holds 16 rows, and needs no others: a thread pairs of columns of two of them, 8 apart.
+        asm.lines += [
+            "shr.u32 row, lane, 2;",
+            "and.b32 offset, lane, 3;",
+            "shl.b32 offset, offset, 3;",
+            f"mad.lo.u32 offset, row, {pitch}, offset;",
+            "add.u32 offset, offset, to;",
+        ]
+        for i in range(0, len(x), 2):
+            place = i // 4 * 32 + i // 2 % 2 * 8 * pitch
+            asm.lines.append(f"st.shared.v2.f32 [offset + {place}], {{{x[i]}, {x[i + 1]}}};")
+        asm.lines += ["bar.warp.sync 0xffffffff;", "mad.lo.u32 to, lane, 4, to;"]
+        for i in range(rows_of_warp):
+            row_numbers.read(["row"], "first")
             asm.lines += [
-                f"setp.ge.and.s32 there, row{half}, 0, adds;",
-                f"mad.wide.s32 wide, row{half}, {head_dim * 4}, {target};",
-                f"add.s64 wide, wide, {4 * column};",
-                f"add.u32 offset, to, {half * 32 * pitch};",
-                f"@there cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{dtype} [wide], [offset], {width * 4};",
+                "add.u32 first, first, 1;",
+                "setp.ge.s32 there, row, 0;",
+                f"mad.wide.s32 at, row, {head_dim * 4}, {target};",
+                "mad.wide.u32 at, lane, 4, at;",
             ]
-        asm.lines.append("cp.async.bulk.commit_group;")
+            for j in range(width // 32):
+                asm.lines += [
+                    f"ld.shared.b32 value, [to + {i * pitch + 128 * j}];",
+                    f"@there red.relaxed.gpu.global.add.f32 [at + {4 * column + 128 * j}], value;",
+                ]
+        asm.lines.append("bar.warp.sync 0xffffffff;")
         asm.emit()
 
-    emit(*arrays, stage, target, *row_operands, *int32s((part, barrier)))
-
-
-def _write_stage(asm: _Asm, x: Sequence[str], factors: Sequence[str], pitch: int, convert: str) -> None:
-    asm.lines += [
-        ".reg .b32 bits0, bits1; .reg .f32 product;",
-        # A thread holds pairs of columns of two rows, 8 apart; a warp those of 16 rows.
-        "shr.u32 row, thread, 5;",
-        "shl.b32 row, row, 4;",
-        "shr.u32 offset, lane, 2;",
-        "add.u32 row, row, offset;",
-        "and.b32 offset, lane, 3;",
-        "shl.b32 offset, offset, 3;",
-        f"mad.lo.u32 offset, row, {pitch}, offset;",
-        "add.u32 offset, offset, to;",
-    ]
-    for i in range(0, len(x), 2):
-        for bits, value in zip(("bits0", "bits1"), x[i : i + 2], strict=True):
-            if factors:
-                asm.lines.append(f"mul.f32 product, {value}, {factors[i // 2 % 2]};")
-            asm.lines.append(f"{convert} {bits}, {'product' if factors else value};")
-        asm.lines.append(f"st.shared.v2.b32 [offset + {i // 4 * 32 + i // 2 % 2 * 8 * pitch}], {{bits0, bits1}};")
-
-
-def finish() -> None:
-    """Waits until all that this thread has started to `add` is there."""
-    _emit("cp.async.bulk.wait_group 0;")
+    emit(x, stage, target, *row_operands, *int32s((part,)))
 
 
 def _emit(text: str) -> None:
@@ -359,10 +323,7 @@ def interpret_gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows
             target[slot, i] = jnp.where(row >= 0, source[there], absent)
 
 
-def interpret_add(x: jax.Array, factors: jax.Array | None, target, rows: Listed | Spaced, column: int) -> None:
-    if factors is not None:
-        x = x * factors[:, None]
-    x = jnp.round(x).astype(jnp.int32) if target.dtype == jnp.int32 else x
+def interpret_add(x: jax.Array, target, rows: Listed | Spaced, column: int) -> None:
     for i in range(ROWS):
         row = _row_number(rows, i)
 

@@ -79,6 +79,28 @@ def weighted(p: jax.Array, v_smem) -> jax.Array:
     return emit(p, v_smem)
 
 
+def accumulate(acc: jax.Array, weights: jax.Array, of_queries_smem, *, slot: jax.typing.ArrayLike) -> jax.Array:
+    """acc + weights of_queries[slot]; see `accumulate_and_dq`."""
+    head_dim = of_queries_smem.shape[-1]
+    dtype = PTX_DTYPES[of_queries_smem.dtype.name]
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, MATRIX, _SMEM, SCALAR), return_type=array_type((ROWS, head_dim), MATRIX))
+    def emit(_, acc, weights, of_queries_smem, slot):
+        row_of_tiles = head_dim // 64 * TILE_BYTES
+        ptx = Ptx()
+        acc = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
+        weights = ptx.read("r", map(as_int32, weights.registers.flat))
+        queries = slot, ROWS * head_dim * 2
+        (of_queries,) = ptx.read("l", (descriptor(of_queries_smem, queries, leading=TILE_BYTES, stride=row_of_tiles),))
+        ptx.begin()
+        ptx.matmul(acc, weights, of_queries, contracted=ROWS, dtype=dtype, b_rows=row_of_tiles)
+        ptx.commit()
+        ptx.wait(0)
+        return fragmented(ptx.emit(), (ROWS, head_dim)).to_layout(MATRIX.to_mgpu())
+
+    return emit(acc, weights, of_queries_smem, *int32s((slot,)))
+
+
 def accumulate_and_dq(
     acc: jax.Array,
     weights: jax.Array,

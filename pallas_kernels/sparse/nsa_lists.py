@@ -21,13 +21,16 @@ ITEM_TILES = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryLists:
-    """The lists of all blocks of all rows and kv heads. Every array is int32.
+    """The lists of all blocks of all rows and kv heads, of some of the queries after the other: C chunks of queries.
+
+    Every array is int32.
 
     Attributes:
-      rows: The rows of each tile among the B T N of the queries, `[tiles, 64]`, -1 for none.
-      items: `[items, len(ITEM_FIELDS)]`; what has no tiles is none. Those of a block follow each other.
-      place: Where in `rows`, counted through, the first head of each choice's query is, `[B K, T, n]`; negative for
-        none.
+      rows: The rows of each tile among the B T N of the queries, `[C, tiles, 64]`, -1 for none.
+      items: `[C, items, len(ITEM_FIELDS)]`, in the order in which they are worked on; what has no tiles is none. Those
+        of a block come in the order of its list.
+      place: Where in the tiles of its chunk, row by row, the first head of each choice's query is, `[C, B, t, K, n]`,
+        of t queries a chunk; -1 for none.
     """
 
     rows: Leaf
@@ -35,26 +38,39 @@ class QueryLists:
     place: Leaf
 
     @classmethod
-    def of(cls, choices: Int32[Array, "B T K n"], block_start: Int32[Array, "#B M"], num_heads: int) -> "QueryLists":
+    def of(
+        cls,
+        choices: Int32[Array, "B T K n"],
+        block_start: Int32[Array, "#B M"],
+        num_heads: int,
+        num_chunks: int = 1,
+    ) -> "QueryLists":
         """The lists of these choices, each in the order of the queries.
 
         Cost: a sort of the T n choices of each kv head, and a few passes over all rows of the lists.
         """
-        B, T, K, n = choices.shape
-        group, M = num_heads // K, block_start.shape[1]
+        (B, T, K, n), M, C = choices.shape, block_start.shape[1], num_chunks
+        group, length = num_heads // K, -(-T // C)
         queries_of_tile = TILE_ROWS // group
-        route = Route.of_choices(choices.swapaxes(1, 2).reshape(B * K, T, n), M, queries_of_tile)
-        rows = _rows_of(route.query, T, K, num_heads)
-        tiles_of_head = rows.shape[1]
-        first_tile = jnp.arange(B * K, dtype=jnp.int32) * tiles_of_head
-        chunk = route.chunk[:, ::queries_of_tile]
-        items = _items_of(chunk, jnp.broadcast_to(block_start, (B, M)), first_tile, K)
-        place = route.row // queries_of_tile * TILE_ROWS + route.row % queries_of_tile * group
-        place += first_tile[:, None, None] * TILE_ROWS
+        choices = jnp.pad(choices, ((0, 0), (0, C * length - T), (0, 0), (0, 0)), constant_values=-1)
+        choices = choices.reshape(B, C, length, K, n).transpose(1, 0, 3, 2, 4)
+        route = Route.of_choices(choices.reshape(C * B * K, length, n), M, queries_of_tile)
+        query = route.query.reshape(C, B, K, -1)
+        first_query = jnp.arange(C, dtype=jnp.int32)[:, None] * length + jnp.arange(B, dtype=jnp.int32) * T
+        rows = jnp.where(query < length, first_query[..., None, None] + query, -1)
+        rows = _with_heads(rows, num_heads)
+        tiles = rows.shape[3]
+        first_tile = jnp.arange(B * K, dtype=jnp.int32).reshape(B, K) * tiles
+        block = route.chunk[:, ::queries_of_tile].reshape(C, B * K, tiles)
+        starts = jnp.broadcast_to(block_start, (B, M))
+        row = route.row.reshape(C, B, K, length, n)
+        place = row // queries_of_tile * TILE_ROWS + row % queries_of_tile * group
+        place += first_tile[:, :, None, None] * TILE_ROWS
+        place = jnp.where(row < query.shape[3], place, -1)
         return cls(
-            rows=rows.reshape(-1, TILE_ROWS),
-            items=items,
-            place=jnp.where(route.row < route.query.shape[1], place, -1),
+            rows=rows.reshape(C, -1, TILE_ROWS),
+            items=jax.vmap(lambda block: _items_of(block, starts, first_tile.reshape(-1), K))(block),
+            place=place.swapaxes(2, 3),
         )
 
 
@@ -63,16 +79,16 @@ ITEM_FIELDS = ("batch", "head", "start", "first_tile", "num_tiles", "block", "tu
 rows and kv heads, and its own number among the items of that block."""
 
 
-def _rows_of(query: jax.Array, T: int, K: int, num_heads: int) -> jax.Array:
-    """Row numbers `[F, tiles, 64]` of lists of queries `[F, L]`, of which T is none."""
-    F, group = len(query), num_heads // K
+def _with_heads(query: jax.Array, num_heads: int) -> jax.Array:
+    """Row numbers `[C, B, K, tiles, 64]` of lists of queries `[C, B, K, L]`, of which -1 is none."""
+    K, L = query.shape[2:]
+    group = num_heads // K
     queries_of_tile = TILE_ROWS // group
-    batch, head = jnp.divmod(jnp.arange(F, dtype=jnp.int32), K)
-    first = (batch[:, None] * T + query) * num_heads + head[:, None] * group
-    rows = first[..., None] + jnp.arange(group, dtype=jnp.int32)
-    rows = jnp.where(query[..., None] < T, rows, -1).reshape(F, -1, queries_of_tile * group)
+    heads = jnp.arange(num_heads, dtype=jnp.int32).reshape(K, 1, group)
+    rows = jnp.where(query[..., None] >= 0, query[..., None] * num_heads + heads, -1)
+    rows = rows.reshape(*query.shape[:3], L // queries_of_tile, queries_of_tile * group)
     idle = TILE_ROWS - queries_of_tile * group
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, idle)), constant_values=-1)
+    return jnp.pad(rows, ((0, 0),) * 4 + ((0, idle),), constant_values=-1)
 
 
 def _items_of(chunk: jax.Array, block_start: jax.Array, first_tile: jax.Array, K: int) -> jax.Array:
@@ -102,4 +118,7 @@ def _items_of(chunk: jax.Array, block_start: jax.Array, first_tile: jax.Array, K
         "block": f * M + block,
         "turn": turn,
     }
-    return jnp.stack([fields[name].reshape(-1) for name in ITEM_FIELDS], axis=-1)
+    items = jnp.stack([fields[name].reshape(-1) for name in ITEM_FIELDS], axis=-1)
+    # Those of one block, which take turns, are spread evenly over the line, in order.
+    place = jnp.where(is_item, (turn + 0.5) / of_block(items_of_block), jnp.inf).reshape(-1)
+    return items[jnp.argsort(place, stable=True)]

@@ -1,7 +1,7 @@
 """Attention to blocks chosen query by query on Hopper GPUs: `selected_attention` by pallas_mosaic_gpu_nsa_kernels.py.
 
-Two passes forward, one backward. Peak memory beyond arguments and results: one integer of 32 bits for each number of
-out or of dq, which is twice the size of out, and one float32 for each choice of a query head.
+Queries are taken in chunks, so that their parts, one a block that they chose, in 16 bits, are never more than twice the
+size of out. Gradients of keys and values are added to chunk by chunk, in float32.
 """
 
 import math
@@ -11,53 +11,49 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import num_hopper_cores
-from pallas_kernels.online_softmax import delta_of, finite_max
 from pallas_kernels.sparse import pallas_mosaic_gpu_nsa_kernels as kernels
+from pallas_kernels.sparse import pallas_mosaic_gpu_nsa_parts as parts
 from pallas_kernels.sparse.nsa_lists import TILE_ROWS, QueryLists
 
 HEAD_DIMS = (64, 128)
 _LOG2_E = math.log2(math.e)
-_ONE = 2.0**30
-"""Units of what no sum exceeds: half of what an int32 has room for."""
+_LEAST_CHUNK = 256  # queries, where there are as many: fewer leave multiprocessors without work
 
 
 def forward(q, k, v, choices, block_start, q_place, *, block_size, scale, interpret=None):
     """`selected_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    (B, T, N, H), K = q.shape, k.shape[2]
     call = _Call(q, k, v, choices, block_start, q_place, block_size, scale, interpret)
-    partial = kernels.partial_lse(call.inputs, call.config)
-    lse = call.merge(partial)  # base 2
-    # No weighted mean of values exceeds the greatest of them.
-    greatest = jnp.max(jnp.abs(v), axis=(1, 3)).astype(jnp.float32)
-    unit = jnp.where(greatest > 0, _ONE / greatest, 0.0).reshape(-1)
-    inputs = call.inputs._replace(lse=_nothing_is_infinite(lse).reshape(-1), unit=unit)
-    total = kernels.weighted_sum(inputs, call.config).reshape(B, T, K, -1, H)
-    out = total.astype(jnp.float32) * (greatest * (1 / _ONE))[:, None, :, None, None]
-    lse = lse.reshape(B, T, N).swapaxes(1, 2) * (1 / _LOG2_E)
-    return out.reshape(B, T, N, H).astype(q.dtype), lse
+
+    def of_chunk(lists: QueryLists):
+        out, lse = kernels.attend(call.inputs_of(lists), call.config)
+        out, lse = parts.merge(call.by_row(out), lse.reshape(-1), *call.how(lists))
+        return out, lse[:, None]
+
+    out, lse = (call.whole(x) for x in jax.lax.map(of_chunk, call.lists))
+    return out, lse[..., 0].swapaxes(1, 2) * (1 / _LOG2_E)
 
 
 def backward(
     q, k, v, choices, block_start, q_place, out, lse, dout, dlse, *, block_size, scale, interpret=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`selected_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    B, T, N, H = q.shape
     call = _Call(q, k, v, choices, block_start, q_place, block_size, scale, interpret)
-    delta = _by_row(delta_of(out, dout, dlse))
-    # |dq| = scale |sum_s P (dP - delta) k| <= scale (|dout| |v| + |delta|) max |k|, since the P of a row are at most 1
-    # together. Loose by thousands, and still finer by thousands than 16 bits.
-    longest = jnp.sqrt(jnp.max(jnp.sum(v.astype(jnp.float32) ** 2, axis=3)))
-    lengths = jnp.sqrt(jnp.sum(dout.astype(jnp.float32) ** 2, axis=3)).reshape(-1)
-    bound = (lengths * longest + jnp.abs(delta)) * jnp.max(jnp.abs(k)).astype(jnp.float32)
-    inputs = call.inputs._replace(
-        dout=dout.astype(q.dtype).reshape(-1, H),
-        lse=_nothing_is_infinite(_by_row(lse) * _LOG2_E),
-        delta=delta,
-        unit=jnp.where(bound > 0, _ONE / bound, 0.0),
-    )
-    dq, dk, dv = kernels.gradients(inputs, B * k.shape[2] * block_start.shape[1], call.config)
-    dq = dq.astype(jnp.float32) * (bound * (scale / _ONE))[:, None]
-    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+    of_queries = {
+        "dout": dout.astype(q.dtype).reshape(-1, q.shape[3]),
+        # Of queries that see nothing, inf: 2^(logit - inf) = 0.
+        "lse": _by_row(jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2_E)),
+        "delta": _delta_by_row(out, dout, dlse),
+    }
+    gradients = kernels.KeyGradients(*(jax.new_ref(jnp.zeros(call.inputs.k.shape, jnp.float32)) for _ in range(2)))
+
+    def of_chunk(lists: QueryLists):
+        inputs = call.inputs_of(lists)._replace(**of_queries)
+        dq = kernels.differentiate(inputs, gradients, call.num_blocks, call.config)
+        return parts.add(call.by_row(dq), *call.how(lists))
+
+    dq = call.whole(jax.lax.map(of_chunk, call.lists))
+    dk, dv = (jax.freeze(x).reshape(k.shape) for x in gradients)
+    return dq, dk, dv
 
 
 class _Call:
@@ -67,11 +63,15 @@ class _Call:
         num_cores = num_hopper_cores() if interpret is None else 1
         if num_cores is None:
             _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
-        (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-        _check(q, v, block_size, scale, N // K)
+        (B, T, N, H), (_, S, K, _), n = q.shape, k.shape, choices.shape[3]
+        _check(q, v, block_size, scale, N // K, n)
         if q_place is None:
             q_place = jnp.arange(T, dtype=jnp.int32)[None]
-        self.lists = QueryLists.of(choices, block_start, N)
+        self.shape = B, T, K, N // K
+        # A chunk's parts are n times the size of its out.
+        num_chunks = max(1, min(-(-n // 2), T // _LEAST_CHUNK))
+        self.lists = QueryLists.of(choices, block_start, N, num_chunks)
+        self.num_blocks = B * K * block_start.shape[1]
         self.config = kernels.Config(scale=scale, kv_shape=(B, S, K), num_cores=num_cores, interpret=interpret)
         self.inputs = kernels.Inputs(
             q=q.reshape(-1, H),
@@ -81,21 +81,27 @@ class _Call:
             place=jnp.broadcast_to(q_place[..., None], (B, T, N)).reshape(-1),
             lse=None,
             delta=None,
-            unit=None,
-            rows=self.lists.rows,
-            items=self.lists.items,
+            rows=None,
+            items=None,
         )
-        self.shape = B, T, K, N // K
 
-    def merge(self, partial: jax.Array) -> jax.Array:
-        """The lse of each row over all of its choices, `[B, T, K, G]`, base 2, of the lse of the rows of the lists."""
+    def inputs_of(self, lists: QueryLists) -> kernels.Inputs:
+        """Of a chunk of queries."""
+        return self.inputs._replace(rows=lists.rows, items=lists.items)
+
+    def how(self, lists: QueryLists) -> tuple:
+        """How to put the parts of a chunk's queries together."""
+        place = lists.place.reshape(-1, lists.place.shape[-1])
+        return place, self.shape[3], self.config.num_cores, self.config.interpret
+
+    def by_row(self, x: jax.Array) -> jax.Array:
+        return x.reshape(-1, x.shape[-1])
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """`[B, T, N, H]` of the rows of chunks `[C, B t N, H]`, the last of which has more queries than there are."""
         B, T, K, group = self.shape
-        place = self.lists.place.reshape(B, K, T, -1).swapaxes(1, 2)
-        heads = jnp.arange(group, dtype=jnp.int32)
-        parts = partial.reshape(-1).at[jnp.maximum(place, 0)[..., None] + heads].get(mode="promise_in_bounds")
-        parts = jnp.where(place[..., None] >= 0, parts, -jnp.inf)  # [B, T, K, n, G]
-        greatest = finite_max(jnp.max(parts, axis=3))
-        return greatest + jnp.log2(jnp.sum(jnp.exp2(parts - greatest[..., None, :]), axis=3))
+        x = x.reshape(len(x), B, -1, K * group, x.shape[-1])
+        return x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
 
 
 def _by_row(x: jax.Array) -> jax.Array:
@@ -103,12 +109,13 @@ def _by_row(x: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2).reshape(-1)
 
 
-def _nothing_is_infinite(lse: jax.Array) -> jax.Array:
-    """Of queries that see nothing, inf: 2^(logit - inf) = 0."""
-    return jnp.where(lse == -jnp.inf, jnp.inf, lse)
+def _delta_by_row(out, dout, dlse) -> jax.Array:
+    """`delta_of`, `[B T N]`, without a transposition of what is as long as out."""
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).reshape(-1)
+    return delta if dlse is None else delta - _by_row(dlse)
 
 
-def _check(q, v, block_size: int, scale: float, group: int) -> None:
+def _check(q, v, block_size: int, scale: float, group: int, num_choices: int) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     H = q.shape[3]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -119,6 +126,8 @@ def _check(q, v, block_size: int, scale: float, group: int) -> None:
         _refuse(f"block_size={block_size}, it takes {kernels.BLOCK}")
     if group > TILE_ROWS:
         _refuse(f"{group} query heads share a kv head, it takes at most {TILE_ROWS}")
+    if num_choices > parts.MOST_PARTS:
+        _refuse(f"{num_choices} choices a query, it takes at most {parts.MOST_PARTS}")
     if not scale > 0:
         _refuse(f"scale={scale}, it takes positive ones")
 

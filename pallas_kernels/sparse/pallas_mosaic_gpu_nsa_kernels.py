@@ -1,21 +1,15 @@
 """The kernels of attention to blocks chosen query by query, on Hopper GPUs (Mosaic GPU).
 
 A block of 64 keys stands still in shared memory, and the queries that chose it come by, in tiles of 64 rows that a
-producer warpgroup gathers from wherever they are (scattered_rows.py). Two consumer warpgroups take the tiles in turns.
-Nothing is kept for a pair of query and block but one number of the first pass:
-
-    lse        the lse of each row over the keys of the block, written in the order of the lists
-    out        given the lse over all blocks chosen, P v, added to out
-    gradients  P and dS = P (dP - delta), of which dv and dk stay in registers over an item and dq is added to
-
-A query's results come from several blocks, in no fixed order. So out and dq are added up as integers, of which each row
-has a unit that no sum can overflow: integer sums do not depend on the order. Items of one block take turns to add to dk
-and dv, in float32.
+producer warpgroup gathers from wherever they are (scattered_rows.py). Two consumer warpgroups take the tiles in turns,
+and write what comes of each as a tile of parts, in the order of the lists: out and lse over the keys of the block, or
+this block's part of dq. What the parts of a query are together is for pallas_mosaic_gpu_nsa_parts.py. dk and dv stay in
+registers over an item, and are added to in device memory; the items of a block take turns at that.
 
 Grid: one block of threads a multiprocessor, which takes every so-manieth item of the lists (nsa_lists.py).
 
-Reference: Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, section 3.3.2; Yan et al. 2025, FSA, arXiv:
-2508.18224, section 3.2, for keys outside and queries inside.
+Reference: Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, section 3.3.2; Yan et al. 2025, Flash Sparse
+Attention, arXiv:2508.18224, section 3.2, for keys outside and queries inside.
 """
 
 import dataclasses
@@ -40,6 +34,8 @@ _SLOTS = 4
 _LAG = 2  # gathers that a producer leaves in flight
 _LOG2_E = math.log2(math.e)
 _INFINITY = 0x7F800000
+_ADDED = 32  # columns of dk and dv that are added at a time
+_STAGE_BYTES = ROWS * 128 * 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +71,7 @@ class Inputs(NamedTuple):
       place: The row of k at which the query of each row stands, int32 `[R]`.
       lse: Base 2, infinite for queries that see nothing, float32 `[R]`.
       delta: rowsum(dout out) - dlse, float32 `[R]`.
-      unit: What out, or a row of dq, is multiplied with as it becomes an integer: float32 `[B K]`, or `[R]`.
-      rows, items: Of the lists.
+      rows, items: Of the lists, of one chunk of queries.
     """
 
     q: Any
@@ -86,9 +81,15 @@ class Inputs(NamedTuple):
     place: Any
     lse: Any
     delta: Any
-    unit: Any
     rows: Any
     items: Any
+
+
+class KeyGradients(NamedTuple):
+    """References to what is added to: dk and dv, float32 `[B S K, H]`."""
+
+    dk: Any
+    dv: Any
 
 
 class _Shared(NamedTuple):
@@ -101,7 +102,6 @@ class _Shared(NamedTuple):
     place: Any
     lse: Any
     delta: Any
-    unit: Any
     ds: Any
     stage: Any
     kv_full: Any
@@ -122,45 +122,31 @@ class _Item(NamedTuple):
 assert _Item._fields == ITEM_FIELDS
 
 
-def partial_lse(inputs: Inputs, config: Config) -> jax.Array:
-    """The lse, base 2, of every row of the lists over the keys of its block: float32 `[tiles, 64]`, -inf for none."""
-    return _call(_PartialLse, inputs, config, [jax.ShapeDtypeStruct(inputs.rows.shape, jnp.float32)], {})["result"][0]
+def attend(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Of every row of the lists, over the keys of its block: out `[tiles, 64, H]`, and lse, base 2, float32
+    `[tiles, 64]`; 0 and -inf where it sees none."""
+    tiles = inputs.rows.shape
+    out_type = [jax.ShapeDtypeStruct((*tiles, inputs.q.shape[1]), inputs.q.dtype)]
+    out_type.append(jax.ShapeDtypeStruct(tiles, jnp.float32))
+    return tuple(_call(_Forward, inputs, config, out_type, None))
 
 
-def weighted_sum(inputs: Inputs, config: Config) -> jax.Array:
-    """out in units: int32 `[R, H]`."""
-    zeros = {"out": jnp.zeros(inputs.q.shape, jnp.int32)}
-    return _call(_WeightedSum, inputs, config, [], zeros)["out"]
-
-
-def gradients(inputs: Inputs, num_blocks: int, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq in units, int32 `[R, H]`; dk and dv, float32 `[B S K, H]`.
+def differentiate(inputs: Inputs, gradients: KeyGradients, num_blocks: int, config: Config) -> jax.Array:
+    """The part of dq of every row of the lists that is from the keys of its block `[tiles, 64, H]`; adds to gradients.
 
     Args:
       num_blocks: Of all rows and kv heads.
     """
-    state = {
-        "dq": jnp.zeros(inputs.q.shape, jnp.int32),
-        "dk": jnp.zeros(inputs.k.shape, jnp.float32),
-        "dv": jnp.zeros(inputs.k.shape, jnp.float32),
-        "counters": jnp.zeros((num_blocks,), jnp.int32),
-    }
-    state = _call(_Gradients, inputs, config, [], state)
-    return state["dq"], state["dk"], state["dv"]
+    out_type = [jax.ShapeDtypeStruct((*inputs.rows.shape, inputs.q.shape[1]), inputs.q.dtype)]
+    counters = jax.new_ref(jnp.zeros((num_blocks,), jnp.int32))
+    return _call(_Backward, inputs, config, out_type, (gradients, counters))[0]
 
 
-def _call(role: type, inputs: Inputs, config: Config, out_type: list, state: dict[str, jax.Array]) -> dict[str, Any]:
-    """Runs a kernel; `state` is what it adds to, as it is after, with "result", a list of what it writes."""
+def _call(role: type, inputs: Inputs, config: Config, out_type: list, state: Any) -> list[jax.Array]:
+    """Runs a kernel; `state` are references that it reads and writes."""
     H = inputs.q.shape[1]
     num_blocks = min(config.num_cores, len(inputs.items))
-    refs = {name: jax.new_ref(x) for name, x in state.items()}
-    leaves, tree = jax.tree.flatten((inputs, refs))
-
-    def body(*refs):
-        refs = iter(refs)
-        inputs, state = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        results = list(itertools.islice(refs, len(out_type)))
-        role(config, num_blocks, inputs, state, results, jax.tree.unflatten(shared_tree, refs)).run()
+    leaves, tree = jax.tree.flatten((inputs, state))
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
@@ -168,24 +154,30 @@ def _call(role: type, inputs: Inputs, config: Config, out_type: list, state: dic
     def numbers(dtype):
         return plgpu.SMEM((_SLOTS, ROWS), dtype)
 
-    stage_width = role.stage_width(H)
-    stage_shape = config.num_consumers, ROWS, stage_width + scattered_rows.STAGE_PADDING
+    differentiates = inputs.dout is not None
     scratch, shared_tree = jax.tree.flatten(
         _Shared(
             k=smem(1, BLOCK, H),
             v=smem(1, BLOCK, H),
             q=smem(_SLOTS, ROWS, H),
-            dout=smem(_SLOTS, ROWS, H) if inputs.dout is not None else None,
+            dout=smem(_SLOTS, ROWS, H) if differentiates else None,
             place=numbers(jnp.int32),
-            lse=numbers(jnp.float32),
-            delta=numbers(jnp.float32),
-            unit=numbers(jnp.float32),
-            ds=smem(config.num_consumers, BLOCK, ROWS) if inputs.dout is not None else None,
-            stage=plgpu.SMEM(stage_shape, jnp.int32) if stage_width else None,
+            lse=numbers(jnp.float32) if differentiates else None,
+            delta=numbers(jnp.float32) if differentiates else None,
+            ds=smem(config.num_consumers, BLOCK, ROWS) if differentiates else None,
+            # At head dim 64 twice as many as are written, for what is added to dk and dv.
+            stage=smem(config.num_consumers * (128 // H), ROWS, H),
             kv_full=plgpu.Barrier(num_arrivals=1),
         )
     )
-    result = plgpu.kernel(
+
+    def body(*refs):
+        refs = iter(refs)
+        inputs, state = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        results = list(itertools.islice(refs, len(out_type)))
+        role(config, num_blocks, inputs, state, results, jax.tree.unflatten(shared_tree, refs)).run()
+
+    return plgpu.kernel(
         body,
         out_type=out_type,
         grid=(num_blocks,),
@@ -196,37 +188,31 @@ def _call(role: type, inputs: Inputs, config: Config, out_type: list, state: dic
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
-    return {"result": result, **{name: jax.freeze(ref) for name, ref in refs.items()}}
 
 
 class _Block:
-    """What one block of threads does in each of the kernels."""
+    """What one block of threads does in either kernel."""
 
-    def __init__(self, config: Config, num_blocks: int, inputs: Inputs, state: dict, results: list, shared: _Shared):
+    def __init__(self, config: Config, num_blocks: int, inputs: Inputs, state: Any, results: list, shared: _Shared):
         self.config, self.inputs, self.state, self.results, self.shared = config, inputs, state, results, shared
         self.num_blocks = num_blocks
-        self.head_dim = inputs.q.shape[1]
-        self.dtype = inputs.q.dtype
-        self.warpgroup = lax.axis_index("warpgroup")
+        self.head_dim, self.dtype = inputs.q.shape[1], inputs.q.dtype
         self.interpret, self.num_consumers = config.interpret, config.num_consumers
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.stage = self.warpgroup * (128 // self.head_dim)
         # Named barriers.
         self.full, self.free = NAMED_BARRIERS[0], NAMED_BARRIERS[_SLOTS]
         self.kv_free, own = NAMED_BARRIERS[2 * _SLOTS : 2 * _SLOTS + 2]
         self.own = own + self.warpgroup
         self.two, self.everyone = 2 * WARPGROUP, (self.num_consumers + 1) * WARPGROUP
 
-    @staticmethod
-    def stage_width(head_dim: int) -> int:
-        """Columns that are added at a time; 0 where nothing is."""
-        raise NotImplementedError
+    def begin_item(self):
+        """What is kept over an item, before its first tile."""
+        return ()
 
     def consume_tile(self, item: _Item, tile, slot, state):
-        """One tile of queries, `tile` counted over all lists; returns the state of the item after it."""
+        """One tile of queries, `tile` counted over all lists; returns what is kept over the item after it."""
         raise NotImplementedError
-
-    def begin_item(self):
-        """The state of an item before its first tile."""
-        return ()
 
     def end_item(self, item: _Item, state) -> None:
         del item, state
@@ -242,21 +228,21 @@ class _Block:
                 plgpu.set_max_registers(registers, action=action)
                 role()
 
-    def for_each_item(self, body):
-        """count = body(item, count) for each item of this block that has tiles; count is of tiles before it."""
+    def for_each_item(self, body) -> None:
+        """body(item, count) for each item of this block that has tiles; count is of the tiles before it."""
         block = lax.axis_index("block")
         num_items = len(self.inputs.items)
 
         def one_round(i, count):
-            number = jnp.minimum(i * self.num_blocks + block, num_items - 1)
-            item = _Item(*(self.inputs.items[number, field] for field in range(len(ITEM_FIELDS))))
-            there = (i * self.num_blocks + block < num_items) & (item.num_tiles > 0)
+            number = i * self.num_blocks + block
+            there = jnp.minimum(number, num_items - 1)
+            item = _Item(*(self.inputs.items[there, field] for field in range(len(ITEM_FIELDS))))
 
-            def run_item(count):
+            def one_item(count):
                 body(item, count)
                 return count + item.num_tiles
 
-            return lax.cond(there, run_item, lambda count: count, count)
+            return lax.cond((number < num_items) & (item.num_tiles > 0), one_item, lambda count: count, count)
 
         lax.fori_loop(0, -(-num_items // self.num_blocks), one_round, jnp.int32(0))
 
@@ -295,14 +281,10 @@ class _Block:
         inputs, shared = self.inputs, self.shared
         matrices = [(inputs.q, shared.q)]
         numbers = [scattered_rows.Numbers(inputs.place, shared.place, -1)]
-        if inputs.lse is not None:
-            numbers.append(scattered_rows.Numbers(inputs.lse, shared.lse, _INFINITY))
         if inputs.dout is not None:
             matrices.append((inputs.dout, shared.dout))
-            numbers += [
-                scattered_rows.Numbers(inputs.delta, shared.delta, 0),
-                scattered_rows.Numbers(inputs.unit, shared.unit, 0),
-            ]
+            numbers.append(scattered_rows.Numbers(inputs.lse, shared.lse, _INFINITY))
+            numbers.append(scattered_rows.Numbers(inputs.delta, shared.delta, 0))
         self.gather(matrices, numbers, scattered_rows.Listed(inputs.rows, tile), slot)
 
     def announce_keys(self) -> None:
@@ -327,8 +309,7 @@ class _Block:
         for slot in range(0, _SLOTS, self.num_consumers):
             arrive(self.free + self.warpgroup + slot, self.two)
         self.for_each_item(self.consume_item)
-        if not self.interpret:
-            scattered_rows.finish()
+        plgpu.wait_smem_to_gmem(0)
 
     def consume_item(self, item: _Item, count) -> None:
         plgpu.barrier_wait(self.shared.kv_full)
@@ -348,62 +329,60 @@ class _Block:
     def give_back(self, slot) -> None:
         arrive(self.free + slot, self.two)
 
-    def logits(self, slot) -> jax.Array:
-        """S of 64 queries and keys, times scale log2(e)."""
+    def wait_for_stage(self) -> None:
+        """Until this warpgroup may write to its stage."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.meet()
+
+    def write_stage(self, tile) -> None:
+        """Starts to copy this warpgroup's stage to a tile of parts."""
+        self.fence()
+        self.meet()
+        plgpu.copy_smem_to_gmem(self.shared.stage.at[self.stage], self.results[0].at[tile])
+
+    def meet(self) -> None:
+        """A barrier of this warpgroup."""
+        if not self.interpret:
+            sync(self.own, WARPGROUP)
+
+    def fence(self) -> None:
+        """Before what this warpgroup has written to shared memory is read by a copy or a matmul."""
+        if self.interpret:
+            plgpu.commit_smem()
+        else:
+            fence_smem()
+
+
+class _Forward(_Block):
+    def consume_tile(self, item, tile, slot, state):
         shared = self.shared
         if not self.interpret:
             s = wgmma_chosen.logits(shared.q, shared.k, slot=slot)
         else:
             s = wgmma_chosen.product(shared.q[slot], shared.k[0].T)
-        return s * (self.config.scale * _LOG2_E)
-
-    def add(self, x, factors, target, rows, column: int) -> None:
-        """target[rows, column:] += factors x."""
-        if not self.interpret:
-            where = {"part": self.warpgroup, "column": column, "barrier": self.own}
-            scattered_rows.add(x, factors, self.shared.stage, target, rows, **where)
-        else:
-            scattered_rows.interpret_add(x, factors, target, rows, column)
-
-
-class _PartialLse(_Block):
-    stage_width = staticmethod(lambda head_dim: 0)
-
-    def consume_tile(self, item, tile, slot, state):
-        s = self.logits(slot)
-        place = plgpu.load(self.shared.place.at[slot], layout=ROW, optimized=False)
+        place = plgpu.load(shared.place.at[slot], layout=ROW, optimized=False)
         self.give_back(slot)
         keys = indices(item.start, BLOCK, COLUMN)
-        s = jnp.where(columns(keys, s.shape) <= rows(place, s.shape), s, -jnp.inf)
+        is_seen = columns(keys, s.shape) <= rows(place, s.shape)
+        s = jnp.where(is_seen, s * (self.config.scale * _LOG2_E), -jnp.inf)
         greatest = jnp.max(s, axis=1)
         shift = jnp.where(greatest == -jnp.inf, 0.0, greatest)
-        total = jnp.sum(jnp.exp2(s - rows(shift, s.shape)), axis=1)
-        lse = jnp.where(total == 0, -jnp.inf, shift + jnp.log2(total))
-        self.results[0].at[tile][...] = lse
-        return state
-
-
-class _WeightedSum(_Block):
-    stage_width = staticmethod(lambda head_dim: head_dim)
-
-    def consume_tile(self, item, tile, slot, state):
-        shared = self.shared
-        s = self.logits(slot)
-        place, lse = (plgpu.load(x.at[slot], layout=ROW, optimized=False) for x in (shared.place, shared.lse))
-        self.give_back(slot)
-        keys = indices(item.start, BLOCK, COLUMN)
-        p = jnp.exp2(s - rows(lse, s.shape))
-        p = jnp.where(columns(keys, s.shape) <= rows(place, s.shape), p, 0.0).astype(self.dtype)
+        p = jnp.exp2(s - rows(shift, s.shape))
+        total = jnp.sum(p, axis=1)
+        p = p.astype(self.dtype)
         out = wgmma_chosen.product(p, shared.v[0]) if self.interpret else wgmma_chosen.weighted(p, shared.v)
-        unit = self.inputs.unit[item.batch * self.config.kv_shape[2] + item.head]
-        self.add(out * unit, None, self.state["out"], scattered_rows.Listed(self.inputs.rows, tile), 0)
+        is_empty = total == 0
+        out = out * rows(jnp.where(is_empty, 0.0, 1.0 / jnp.where(is_empty, 1.0, total)), out.shape)
+        self.wait_for_stage()
+        shared.stage.at[self.stage][...] = out.astype(self.dtype)
+        self.write_stage(tile)
+        self.results[1].at[tile][...] = jnp.where(is_empty, -jnp.inf, shift + jnp.log2(total))
         return state
 
 
-class _Gradients(_Block):
-    stage_width = staticmethod(lambda head_dim: ROWS)
-
+class _Backward(_Block):
     def begin_item(self):
+        """dk and dv of the block."""
         nothing = plgpu.layout_cast(jnp.zeros((BLOCK, self.head_dim), jnp.float32), MATRIX)
         return nothing, nothing
 
@@ -414,25 +393,19 @@ class _Gradients(_Block):
         place, lse, delta = (
             plgpu.load(x.at[slot], layout=COLUMN, optimized=False) for x in (shared.place, shared.lse, shared.delta)
         )
-        unit = plgpu.load(shared.unit.at[slot], layout=ROW, optimized=False)
         p = jnp.exp2(s * (self.config.scale * _LOG2_E) - columns(lse, shape))
         dp, p = (dp, p) if self.interpret else wgmma_backward.settle(dp, p)
         p = jnp.where(rows(indices(item.start, BLOCK, ROW), shape) <= columns(place, shape), p, 0.0)
         ds = (p * (dp - columns(delta, shape))).astype(self.dtype)
         p = p.astype(self.dtype)
         shared.ds.at[self.warpgroup][...] = ds
-        self.share_ds()
-        updates = [(dv, p, shared.dout), (dk, ds, shared.q)]
-        for i, (acc, weights, of_queries) in enumerate(updates):
-            if self.head_dim > i * ROWS:
-                updates[i], dq = self.update(acc, weights, of_queries, slot, i * ROWS)
-                if i == 1:
-                    self.give_back(slot)
-                self.add(dq, unit, self.state["dq"], scattered_rows.Listed(self.inputs.rows, tile), i * ROWS)
-            else:
-                updates[i] = self.update(acc, weights, of_queries, slot, 0)[0]
-                self.give_back(slot)
-        return updates[1], updates[0]
+        self.fence()
+        self.wait_for_stage()
+        dv = self.update(dv, p, shared.dout, slot, 0)
+        dk = self.update(dk, ds, shared.q, slot, ROWS)
+        self.give_back(slot)
+        self.write_stage(tile)
+        return dk, dv
 
     def scores(self, slot):
         shared = self.shared
@@ -442,33 +415,39 @@ class _Gradients(_Block):
             )
         return wgmma_backward.scores(shared.k, shared.v, shared.q, shared.dout, warpgroup=0, slot=slot)
 
-    def share_ds(self) -> None:
-        """Before what this warpgroup has written is read by its matmuls."""
-        if self.interpret:
-            plgpu.commit_smem()
-        else:
-            fence_smem()
-            sync(self.own, WARPGROUP)
-
     def update(self, acc, weights, of_queries, slot, column: int):
-        """acc + weights of_queries[slot], and 64 columns of dq."""
+        """acc + weights of_queries[slot]; and puts 64 columns of dq on the stage, if it has those."""
         shared = self.shared
+        if column >= self.head_dim:
+            if not self.interpret:
+                return wgmma_chosen.accumulate(acc, weights, of_queries, slot=slot)
+            return acc + wgmma_chosen.product(weights, of_queries[slot])
         if not self.interpret:
             where = {"slot": slot, "warpgroup": self.warpgroup, "column": column}
-            return wgmma_chosen.accumulate_and_dq(acc, weights, of_queries, shared.ds, shared.k, **where)
-        ds = shared.ds[self.warpgroup]
-        dq = wgmma_chosen.product(ds.T, shared.k[0])[:, column : column + ROWS]
-        return acc + wgmma_chosen.product(weights, of_queries[slot]), dq
+            acc, dq = wgmma_chosen.accumulate_and_dq(acc, weights, of_queries, shared.ds, shared.k, **where)
+        else:
+            acc = acc + wgmma_chosen.product(weights, of_queries[slot])
+            dq = wgmma_chosen.product(shared.ds[self.warpgroup].T, shared.k[0])[:, column : column + ROWS]
+        dq = dq * self.config.scale
+        shared.stage.at[self.stage, :, pl.ds(column, ROWS)][...] = dq.astype(self.dtype)
+        return acc
 
     def end_item(self, item, state) -> None:
         """Adds to dk and dv, one after the other of those that add to the same block's."""
+        gradients, counters = self.state
         dk, dv = state
-        counters, turn = self.state["counters"], item.turn * self.num_consumers + self.warpgroup
+        self.wait_for_stage()
         if not self.interpret:
-            scattered_rows.finish()
-            take_turn(counters, item.block, turn, -1)
-        for x, target in ((dk * self.config.scale, self.state["dk"]), (dv, self.state["dv"])):
-            for column in range(0, self.head_dim, ROWS):
-                self.add(x[:, column : column + ROWS], None, target, self.keys_of(item), column)
+            take_turn(counters, item.block, item.turn * self.num_consumers + self.warpgroup, -1)
+        keys = self.keys_of(item)
+        for x, target in ((dk * self.config.scale, gradients.dk), (dv, gradients.dv)):
+            for column in range(0, self.head_dim, _ADDED):
+                piece = x[:, column : column + _ADDED]
+                if self.interpret:
+                    scattered_rows.interpret_add(piece, target, keys, column)
+                    continue
+                where = {"part": self.warpgroup, "part_bytes": _STAGE_BYTES, "column": column}
+                scattered_rows.add(piece, self.shared.stage, target, keys, **where)
         if not self.interpret:
+            self.meet()
             end_turn(counters, item.block)
