@@ -78,13 +78,13 @@ def nsa_attention(
     check_nsa_call("nsa_attention", q, compressed, selected, sliding, gates, sizes=sizes, segment_ids=segment_ids)
     tables, queries = blocks_of(segment_ids, q.shape[1], sizes)
     options = dict(scale=scale, implementation=implementation, deterministic=deterministic)
-    branches = (
-        *compressed_and_selected(q, compressed, selected, tables, queries, sizes=sizes, **options),
-        blockwise_attention(
-            q, *sliding, mask=sliding_mask(sizes, segment_ids), tokens=sliding_tokens(queries, segment_ids), **options
-        ),
+    of_compressed, of_selected = compressed_and_selected(
+        q, compressed, selected, tables, queries, sizes=sizes, **options
     )
-    return gated_sum(branches, gates)
+    # Left to the implementation where tokens are in order, which may know them as constants.
+    tokens = None if segment_ids is None else Tokens.self_attention(queries.place, queries.segment)
+    of_sliding = blockwise_attention(q, *sliding, mask=sliding_mask(sizes), tokens=tokens, **options)
+    return gated_sum((of_compressed, of_selected, of_sliding), gates)
 
 
 def compressed_starts(segment_ids: Int32[Array, "b T"] | None, length: int, sizes: NsaSizes) -> Int32[Array, "b M"]:
@@ -124,15 +124,9 @@ def compressed_and_selected(
     return of_compressed, of_selected
 
 
-def sliding_mask(sizes: NsaSizes, segment_ids: jax.Array | None) -> Mask:
+def sliding_mask(sizes: NsaSizes) -> Mask:
     """The mask of the sliding branch."""
-    window = Window(sizes.window - 1, 0)
-    return window if segment_ids is None else window & SameDocument()
-
-
-def sliding_tokens(queries: TokenBlocks, segment_ids: jax.Array | None) -> Tokens | None:
-    """The tokens of the sliding branch, which are queries and keys."""
-    return None if segment_ids is None else Tokens.self_attention(queries.place, queries.segment)
+    return Window(sizes.window - 1, 0) & SameDocument()
 
 
 def gated_sum(
