@@ -127,6 +127,38 @@ def test_scanned_layers_equal_the_layers_one_by_one():
     np.testing.assert_allclose(call(model, tokens), wanted, atol=1e-4)
 
 
+EDGES = dataclasses.replace(CONFIG, num_layers=5, edge_layers=1, edge_mixer="global")
+
+
+def test_layers_at_the_edges_equal_the_layers_one_by_one():
+    """global, (local, global), local, global: one before the pattern, a repetition, what is left, and one more."""
+    assert EDGES.layers == ("global", "local", "global", "local", "global")
+    assert (EDGES.leading, EDGES.num_periods, EDGES.remainder) == (("global",), 1, ("local", "global"))
+    assert dataclasses.replace(EDGES, num_layers=3).layers == ("global", "local", "global")
+    model, tokens = build(EDGES), random_tokens(2, 9)
+    layer = jax.jit(Block.__call__)
+    x = jnp.take(model.embedding[...], tokens, axis=0)
+    stacked = [jax.tree.map(lambda leaf: leaf[0], block) for block in model.periods]
+    for block in (*model.leading, *stacked, *model.remainder):
+        x = layer(block, x)
+    logits = call(model, tokens)
+    np.testing.assert_allclose(logits, model.final_norm(x) @ model.embedding[...].T, atol=1e-4)
+    cache, pieces = model.init_cache(2, 9), []
+    for start, stop in [(0, 8), (8, 9)]:
+        piece, cache = decode(model, tokens[:, start:stop], cache)
+        pieces.append(piece)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), logits, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_prefill_with_layers_at_the_edges():
+    model, tokens = build(EDGES), random_tokens(2, 9)
+    _, want = decode(model, tokens[:, :8], model.init_cache(2, 9))
+    cache = jax.jit(TransformerLM.prefill, static_argnums=2)(model, tokens[:, :8], 9)
+    got = decode(model, tokens[:, 8:], cache)[0]
+    np.testing.assert_allclose(got, decode(model, tokens[:, 8:], want)[0], atol=2e-5)
+
+
 def equations(jaxpr):
     """Every equation of a jaxpr, bodies of loops once."""
     for equation in jaxpr.eqns:
@@ -287,6 +319,14 @@ def test_configs_compare_and_hash_by_value():
         (
             dict(pattern=("local",)),
             r"mixers: 'global' is not in pattern \('local',\), so no layer would use it; remove",
+        ),
+        (dict(edge_layers=-1, edge_mixer="local"), r"edge_layers: got -1, wanted a number of layers >= 0"),
+        (dict(edge_layers=1), r"edge_mixer: got None with edge_layers=1, wanted a mixer and layers for it, or neither"),
+        (dict(edge_mixer="local"), r"edge_mixer: got 'local' with edge_layers=0, wanted a mixer and layers for it"),
+        (dict(edge_layers=1, edge_mixer="locl"), r"edge_mixer: got 'locl', wanted a name of a mixer \(local, global\)"),
+        (
+            dict(edge_layers=2, edge_mixer="local"),
+            r"edge_layers: got 2 at either end of num_layers=4, which leaves none for the pattern; take fewer",
         ),
         (dict(logits_soft_cap=-1.0), r"logits_soft_cap: got -1.0, wanted null or a number > 0"),
         (dict(norm_eps=0.0), r"norm_eps: got 0.0, wanted a number > 0; 1e-6 is customary"),
