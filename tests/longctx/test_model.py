@@ -127,14 +127,15 @@ def test_scanned_layers_equal_the_layers_one_by_one():
     np.testing.assert_allclose(call(model, tokens), wanted, atol=1e-4)
 
 
-EDGES = dataclasses.replace(CONFIG, num_layers=5, edge_layers=1, edge_mixer="global")
+EDGES = dataclasses.replace(CONFIG, num_layers=3, pattern=("local",), edge_layers=1, edge_mixer="global")
 
 
 def test_layers_at_the_edges_equal_the_layers_one_by_one():
-    """global, (local, global), local, global: one before the pattern, a repetition, what is left, and one more."""
-    assert EDGES.layers == ("global", "local", "global", "local", "global")
-    assert (EDGES.leading, EDGES.num_periods, EDGES.remainder) == (("global",), 1, ("local", "global"))
-    assert dataclasses.replace(EDGES, num_layers=3).layers == ("global", "local", "global")
+    """One before the pattern, and one behind it and what is left of it."""
+    longer = dataclasses.replace(EDGES, num_layers=5, pattern=CONFIG.pattern)
+    assert longer.layers == ("global", "local", "global", "local", "global")
+    assert (longer.leading, longer.num_periods, longer.remainder) == (("global",), 1, ("local", "global"))
+    assert EDGES.layers == ("global", "local", "global")
     model, tokens = build(EDGES), random_tokens(2, 9)
     layer = jax.jit(Block.__call__)
     x = jnp.take(model.embedding[...], tokens, axis=0)
@@ -143,20 +144,20 @@ def test_layers_at_the_edges_equal_the_layers_one_by_one():
         x = layer(block, x)
     logits = call(model, tokens)
     np.testing.assert_allclose(logits, model.final_norm(x) @ model.embedding[...].T, atol=1e-4)
-    cache, pieces = model.init_cache(2, 9), []
-    for start, stop in [(0, 8), (8, 9)]:
-        piece, cache = decode(model, tokens[:, start:stop], cache)
-        pieces.append(piece)
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), logits, atol=2e-5)
+    decoded, _ = decode(model, tokens, model.init_cache(2, 9))
+    np.testing.assert_allclose(decoded, logits, atol=2e-5)
 
 
 @pytest.mark.slow
-def test_a_prefill_with_layers_at_the_edges():
-    model, tokens = build(EDGES), random_tokens(2, 9)
-    _, want = decode(model, tokens[:, :8], model.init_cache(2, 9))
-    cache = jax.jit(TransformerLM.prefill, static_argnums=2)(model, tokens[:, :8], 9)
-    got = decode(model, tokens[:, 8:], cache)[0]
-    np.testing.assert_allclose(got, decode(model, tokens[:, 8:], want)[0], atol=2e-5)
+def test_a_model_with_layers_at_the_edges_goes_on():
+    """Behind what was decoded, and behind a prefill."""
+    config = dataclasses.replace(EDGES, num_layers=5, pattern=CONFIG.pattern)
+    model, tokens = build(config), random_tokens(2, 9)
+    _, decoded = decode(model, tokens[:, :8], model.init_cache(2, 9))
+    prefilled = jax.jit(TransformerLM.prefill, static_argnums=2)(model, tokens[:, :8], 9)
+    want = call(model, tokens)[:, 8:]
+    for cache in (decoded, prefilled):
+        np.testing.assert_allclose(decode(model, tokens[:, 8:], cache)[0], want, atol=2e-5)
 
 
 def equations(jaxpr):

@@ -24,6 +24,7 @@ def build(rngs):
     return TransformerLM(config, rngs=rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compile_quickly")
 def test_a_model_learns_in_packed_documents(make_batch):
     mesh, config = make_mesh(MeshConfig(), jax.devices()[:1]), TrainingConfig(steps=8, batch_size=4)
