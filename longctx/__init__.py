@@ -4,7 +4,7 @@ from longctx import masks
 from longctx._version import __version__
 from longctx.attention import Attention
 from longctx.block import Block
-from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache, MobaCache
+from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache, MobaCache, NsaCache
 from longctx.linear_attention import LinearAttention
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
@@ -13,11 +13,13 @@ from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.mamba2 import Mamba2, Mamba2Config
 from longctx.mixers.moba import MobaConfig
+from longctx.mixers.nsa import NsaConfig
 from longctx.mixers.retention import RetentionConfig
 from longctx.mlp import SwiGLU
 from longctx.moba import MobaAttention
 from longctx.model import DecodeCache, ModelConfig, TransformerLM, forward_flops
 from longctx.norms import RMSNorm, SimpleRMSNorm
+from longctx.nsa import NsaAttention
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, param_shardings
 
@@ -42,6 +44,9 @@ __all__ = [
     "MobaCache",
     "MobaConfig",
     "ModelConfig",
+    "NsaAttention",
+    "NsaCache",
+    "NsaConfig",
     "RMSNorm",
     "RetentionConfig",
     "RotaryConfig",

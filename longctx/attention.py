@@ -128,19 +128,26 @@ class GroupedQueryLayer(nnx.Module):
 
     def _project(self, x_BTD, positions):
         """q, k and v of tokens at these positions; None is 0, 1, 2, ..."""
+        q_BTNH, positions = self._queries(x_BTD, positions)
+        k_BTKH = self._placed_keys(self.k(x_BTD), positions, self.k_norm)
+        return q_BTNH, k_BTKH, constrain(self.v(x_BTD), "batch", "sequence", "kv_heads", None)
+
+    def _queries(self, x_BTD, positions):
+        """q of tokens at these positions, and the positions; None is 0, 1, 2, ..."""
         if x_BTD.shape[-1] != self.dim:
             raise ValueError(f"x: got {x_BTD.shape[-1]} dims in shape {x_BTD.shape}, wanted the layer's dim={self.dim}")
         if positions is None:
             positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
-        if self.q_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if self.rotary is not None:
-            q_BTNH, k_BTKH = (apply_rotary(x, positions, self.rotary) for x in (q_BTNH, k_BTKH))
-        q_BTNH = constrain(q_BTNH, "batch", "sequence", "heads", None)
-        k_BTKH = constrain(k_BTKH, "batch", "sequence", "kv_heads", None)
-        v_BTKH = constrain(v_BTKH, "batch", "sequence", "kv_heads", None)
-        return q_BTNH, k_BTKH, v_BTKH
+        q_BTNH = self._placed(self.q(x_BTD), positions, self.q_norm)
+        return constrain(q_BTNH, "batch", "sequence", "heads", None), positions
+
+    def _placed_keys(self, k_BTKH, positions, norm: RMSNorm | None):
+        return constrain(self._placed(k_BTKH, positions, norm), "batch", "sequence", "kv_heads", None)
+
+    def _placed(self, x_BTNH, positions, norm: RMSNorm | None):
+        """Queries or keys, normalised and rotated."""
+        x_BTNH = x_BTNH if norm is None else norm(x_BTNH)
+        return x_BTNH if self.rotary is None else apply_rotary(x_BTNH, positions, self.rotary)
 
 
 class Attention(GroupedQueryLayer):
@@ -366,6 +373,22 @@ def causal_pairs(lengths: Float[np.ndarray, " documents"], chunk: int) -> float:
     """Pairs of a token and one before it, or itself, in documents of these lengths that are cut into chunks."""
     whole, rest = np.divmod(lengths, chunk)
     return float((whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2).sum())
+
+
+def window_pairs(lengths: Float[np.ndarray, " documents"], window: int | None) -> float:
+    """Pairs of a token and one of the last `window`, itself among them; None means all before it."""
+    seen = lengths if window is None else np.minimum(lengths, window)
+    return float((seen * (seen + 1) / 2 + (lengths - seen) * seen).sum())
+
+
+def earlier_chunks(
+    lengths: Float[np.ndarray, " documents"], chunk: int, most: Float[np.ndarray, " documents"] | float
+) -> float:
+    """Chunks before its own, over all tokens, where a token sees so many of them, or all if they are fewer."""
+    num_whole, rest = np.divmod(lengths, chunk)
+    fewer = np.minimum(num_whole, most)
+    of_whole = fewer * (fewer - 1) / 2 + (num_whole - fewer) * most
+    return float((chunk * of_whole + rest * fewer).sum())
 
 
 def check_heads(

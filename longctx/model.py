@@ -46,6 +46,10 @@ class ModelConfig:
     """Sequence mixers by a name of your choice, for `pattern` to refer to."""
     pattern: tuple[str, ...]
     """Names of mixers, one a layer, repeated over the layers; the last repetition may be cut short."""
+    edge_layers: int = 0
+    """Layers at either end, the first and the last so many, that have edge_mixer; the pattern repeats between them."""
+    edge_mixer: str | None = None
+    """Name of the mixer of those layers: full attention in the place of sparse, say. Null if there are none."""
     tie_embeddings: bool = True
     """Whether the output projection is the embedding table."""
     logits_soft_cap: float | None = None
@@ -75,8 +79,9 @@ class ModelConfig:
         for name in self.pattern:
             if name not in self.mixers:
                 raise ValueError(f"pattern: got {name!r}, wanted names of mixers ({known}); define it under mixers")
+        self._check_edges()
         for name in self.mixers:
-            if name not in self.pattern:
+            if name not in (*self.pattern, self.edge_mixer):
                 raise ValueError(
                     f"mixers: {name!r} is not in pattern {self.pattern}, so no layer would use it; remove it"
                 )
@@ -84,6 +89,25 @@ class ModelConfig:
             raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps: got {self.norm_eps}, wanted a number > 0; 1e-6 is customary")
+
+    def _check_edges(self):
+        if self.edge_layers < 0:
+            raise ValueError(f"edge_layers: got {self.edge_layers}, wanted a number of layers >= 0")
+        if (self.edge_layers == 0) != (self.edge_mixer is None):
+            raise ValueError(
+                f"edge_mixer: got {self.edge_mixer!r} with edge_layers={self.edge_layers}, wanted a mixer and layers "
+                "for it, or neither; set both"
+            )
+        if self.edge_mixer is not None and self.edge_mixer not in self.mixers:
+            raise ValueError(
+                f"edge_mixer: got {self.edge_mixer!r}, wanted a name of a mixer ({', '.join(self.mixers)}); define it "
+                "under mixers"
+            )
+        if self.edge_layers and 2 * self.edge_layers >= self.num_layers:
+            raise ValueError(
+                f"edge_layers: got {self.edge_layers} at either end of num_layers={self.num_layers}, which leaves none "
+                "for the pattern; take fewer"
+            )
 
     def __hash__(self):
         fields = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "mixers")
@@ -95,14 +119,29 @@ class ModelConfig:
         return any(mixer.is_stochastic for mixer in self.mixers.values())
 
     @property
+    def leading(self) -> tuple[str, ...]:
+        """The names of the layers before the first repetition of the pattern."""
+        return (self.edge_mixer,) * self.edge_layers
+
+    @property
     def num_periods(self) -> int:
         """Whole repetitions of the pattern."""
-        return self.num_layers // len(self.pattern)
+        return (self.num_layers - 2 * self.edge_layers) // len(self.pattern)
 
     @property
     def remainder(self) -> tuple[str, ...]:
         """The names of the layers after the last whole repetition."""
-        return self.pattern[: self.num_layers % len(self.pattern)]
+        return self.pattern[: (self.num_layers - 2 * self.edge_layers) % len(self.pattern)] + self.leading
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The name of each layer's mixer."""
+        return self.leading + self.pattern * self.num_periods + self.remainder
+
+    @property
+    def first_of_remainder(self) -> int:
+        """The number of the layer after the last whole repetition."""
+        return self.num_layers - len(self.remainder)
 
 
 class _ScheduleKey(NamedTuple):
@@ -111,9 +150,10 @@ class _ScheduleKey(NamedTuple):
 
 
 class DecodeCache(NamedTuple):
-    """The mixers' caches, in the layout of the layers: one stacked over the periods for each position of the pattern,
-    and one for each remaining layer."""
+    """The mixers' caches, in the layout of the layers: one for each layer before the pattern, one stacked over the
+    periods for each position of it, and one for each remaining layer."""
 
+    leading: tuple[Any, ...]
     periods: tuple[Any, ...]
     remainder: tuple[Any, ...]
 
@@ -124,7 +164,8 @@ class TransformerLM(nnx.Module):
     x = E[tokens];  x = block_i(x) for every layer;  logits = soft_cap(norm(x) U^T),  U = E if tied
 
     The layers of one position in the pattern are one Block whose parameters have a leading dim over the periods; a scan
-    runs over whole periods, so compile time does not grow with depth, and the remaining layers follow one by one.
+    runs over whole periods, so compile time does not grow with depth; the remaining layers follow one by one, and those
+    before the pattern, where there are any, stand one by one in front.
 
     Matrices start truncated normal with standard deviation 1 / sqrt(fan_in), the two of each block that write into the
     residual another 1 / sqrt(2 num_layers) smaller, E and U with 0.64 / sqrt(dim): much more, and with tied embeddings
@@ -155,6 +196,7 @@ class TransformerLM(nnx.Module):
             return nnx.Param(values, logical_axes=("vocab", "embed"))
 
         self.embedding = table()
+        self.leading = nnx.List(_block(config, name, sharding, rngs) for name in config.leading)
         self.periods = nnx.List(
             _stacked_block(config, name, sharding, rngs) for name in (config.pattern if config.num_periods else ())
         )
@@ -202,15 +244,16 @@ class TransformerLM(nnx.Module):
             blocks, number = blocks_and_number
             for place, (block, name) in enumerate(zip(blocks, config.pattern, strict=True)):
                 # The scan already keeps XLA from merging the recomputation with the forward pass.
-                x_BTD = layer(block, name, x_BTD, number * len(config.pattern) + place, prevent_cse=False)
+                x_BTD = layer(block, name, x_BTD, self._number(number, place), prevent_cse=False)
             return x_BTD, None
 
         x_BTD = self._embed(tokens_BT)
+        for place, (block, name) in enumerate(zip(self.leading, config.leading, strict=True)):
+            x_BTD = layer(block, name, x_BTD, place, prevent_cse=True)
         if self.periods:
             x_BTD, _ = jax.lax.scan(period, x_BTD, (tuple(self.periods), jnp.arange(config.num_periods)))
-        first = config.num_periods * len(config.pattern)
         for place, (block, name) in enumerate(zip(self.remainder, config.remainder, strict=True)):
-            x_BTD = layer(block, name, x_BTD, first + place, prevent_cse=True)
+            x_BTD = layer(block, name, x_BTD, config.first_of_remainder + place, prevent_cse=True)
         return self._logits(x_BTD)
 
     def init_cache(self, batch_size: int, max_length: int) -> DecodeCache:
@@ -226,6 +269,7 @@ class TransformerLM(nnx.Module):
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_periods, *x.shape)), cache)
 
         return DecodeCache(
+            leading=tuple(block.init_cache(batch_size, max_length) for block in self.leading),
             periods=tuple(stacked(block.init_cache(batch_size, max_length)) for block in self.periods),
             remainder=tuple(block.init_cache(batch_size, max_length) for block in self.remainder),
         )
@@ -248,22 +292,27 @@ class TransformerLM(nnx.Module):
             blocks, caches, number = blocks_caches_and_number
             new_caches = []
             for place, (block, name, cache) in enumerate(zip(blocks, config.pattern, caches, strict=True)):
-                depth = self._depth(name, number * len(config.pattern) + place)
+                depth = self._depth(name, self._number(number, place))
                 x_BTD, cache = block.decode(x_BTD, cache, depth=depth)
                 new_caches.append(cache)
             return x_BTD, tuple(new_caches)
 
-        x_BTD = self._embed(tokens_BT)
-        period_caches, remainder_caches = (), []
+        def one_by_one(x_BTD, blocks, names, caches, first):
+            new_caches = []
+            for place, (block, name, cache) in enumerate(zip(blocks, names, caches, strict=True)):
+                x_BTD, cache = block.decode(x_BTD, cache, depth=self._depth(name, first + place))
+                new_caches.append(cache)
+            return x_BTD, tuple(new_caches)
+
+        x_BTD, leading_caches = one_by_one(self._embed(tokens_BT), self.leading, config.leading, cache.leading, 0)
+        period_caches = ()
         if self.periods:
             along = tuple(self.periods), cache.periods, jnp.arange(config.num_periods)
             x_BTD, period_caches = jax.lax.scan(period, x_BTD, along)
-        first = config.num_periods * len(config.pattern)
-        for place, (block, name) in enumerate(zip(self.remainder, config.remainder, strict=True)):
-            depth = self._depth(name, first + place)
-            x_BTD, block_cache = block.decode(x_BTD, cache.remainder[place], depth=depth)
-            remainder_caches.append(block_cache)
-        return self._logits(x_BTD), DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
+        x_BTD, remainder_caches = one_by_one(
+            x_BTD, self.remainder, config.remainder, cache.remainder, config.first_of_remainder
+        )
+        return self._logits(x_BTD), DecodeCache(leading_caches, period_caches, remainder_caches)
 
     def prefill(self, tokens_BT: Int32[Array, "B T"], max_length: int, *, star_block: int | None = None) -> DecodeCache:
         """Caches that hold a context, which is split over the devices of the mesh in scope, one document a row.
@@ -291,7 +340,9 @@ class TransformerLM(nnx.Module):
         Reference: Acharya, Jia and Ginsburg, Star Attention, arXiv:2411.17116, section 2.1.
         """
         plan = PrefillPlan(length=tokens_BT.shape[1], degree=cache_degree(self.sharding), star_block=star_block)
-        for name, block in zip(self.config.pattern, (*self.periods, *self.remainder), strict=False):
+        pattern = zip(self.config.pattern if self.periods else (), self.periods, strict=True)
+        ends = zip(self.config.leading + self.config.remainder, (*self.leading, *self.remainder), strict=True)
+        for name, block in (*pattern, *ends):
             if not hasattr(block.mixer, "prefill"):
                 raise NotImplementedError(
                     f"prefill: mixer {name!r} of kind {self.config.mixers[name].kind!r} has none; pass the context to "
@@ -318,20 +369,29 @@ class TransformerLM(nnx.Module):
             blocks, number = blocks_and_number
             caches = []
             for place, (block, name) in enumerate(zip(blocks, config.pattern, strict=True)):
-                x_BTD, cache = layer(block, name, x_BTD, number * len(config.pattern) + place)
+                x_BTD, cache = layer(block, name, x_BTD, self._number(number, place))
+                caches.append(cache)
+            return x_BTD, tuple(caches)
+
+        def one_by_one(x_BTD, blocks, names, first):
+            caches = []
+            for place, (block, name) in enumerate(zip(blocks, names, strict=True)):
+                x_BTD, cache = layer(block, name, x_BTD, first + place)
                 caches.append(cache)
             return x_BTD, tuple(caches)
 
         x_BTD = self._embed(jnp.take(tokens_BT, jnp.asarray(plan.places), axis=1, mode="clip"))
-        period_caches, remainder_caches = (), []
+        x_BTD, leading_caches = one_by_one(x_BTD, self.leading, config.leading, 0)
+        period_caches = ()
         if self.periods:
             along = tuple(self.periods), jnp.arange(config.num_periods)
             x_BTD, period_caches = jax.lax.scan(period, x_BTD, along)
-        first = config.num_periods * len(config.pattern)
-        for place, (block, name) in enumerate(zip(self.remainder, config.remainder, strict=True)):
-            x_BTD, block_cache = layer(block, name, x_BTD, first + place)
-            remainder_caches.append(block_cache)
-        return DecodeCache(periods=period_caches, remainder=tuple(remainder_caches))
+        _, remainder_caches = one_by_one(x_BTD, self.remainder, config.remainder, config.first_of_remainder)
+        return DecodeCache(leading_caches, period_caches, remainder_caches)
+
+    def _number(self, period: jax.Array, place: int) -> jax.Array:
+        """The number of the layer at a place of the pattern in one of its repetitions."""
+        return len(self.config.leading) + period * len(self.config.pattern) + place
 
     def _depth(self, name: str, index: jax.typing.ArrayLike) -> jax.Array | None:
         """Where a layer of this mixer and number stands, 0 the first and 1 the last; None where it does not matter."""
@@ -401,9 +461,8 @@ def flops_by_part(config: ModelConfig, document_lengths: Int[np.ndarray, " docum
     if config.vocab_size is None:
         raise ValueError("vocab_size: got None, wanted the number of token ids; set it with dataclasses.replace")
     num_tokens = float(np.sum(document_lengths, dtype=np.float64))
-    layers = config.pattern * config.num_periods + config.remainder
     flops = {
-        f"{name}.{part}": layers.count(name) * of_a_layer
+        f"{name}.{part}": config.layers.count(name) * of_a_layer
         for name, mixer in config.mixers.items()
         for part, of_a_layer in mixer.flops_by_part(config.dim, document_lengths).items()
     }

@@ -20,6 +20,14 @@ from longctx.context_parallel.linear_inference import (
 )
 from longctx.context_parallel.moba import sharded_moba
 from longctx.context_parallel.moba_inference import MobaCache, empty_moba_cache, sharded_moba_decode
+from longctx.context_parallel.nsa import sharded_nsa, sharded_nsa_blocks
+from longctx.context_parallel.nsa_inference import (
+    NewNsaBlocks,
+    NsaCache,
+    empty_nsa_cache,
+    new_nsa_blocks,
+    sharded_nsa_decode,
+)
 from longctx.context_parallel.selected import sharded_selected_attention
 from longctx.context_parallel.state_passing import sharded_linear_attention
 
@@ -31,19 +39,26 @@ __all__ = [
     "Layout",
     "LinearCache",
     "MobaCache",
+    "NewNsaBlocks",
+    "NsaCache",
     "PrefillPlan",
     "cache_degree",
     "empty_cache",
     "empty_linear_cache",
     "empty_moba_cache",
+    "empty_nsa_cache",
+    "new_nsa_blocks",
     "prefill_schedule",
     "sharded_attention",
+    "sharded_nsa_blocks",
     "sharded_decode",
     "sharded_linear_attention",
     "sharded_linear_decode",
     "sharded_linear_prefill",
     "sharded_moba",
     "sharded_moba_decode",
+    "sharded_nsa",
+    "sharded_nsa_decode",
     "sharded_prefill",
     "sharded_schedule",
     "sharded_selected_attention",

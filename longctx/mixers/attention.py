@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import DTypeLike, Int
 
 from longctx import masks
-from longctx.attention import Attention, causal_pairs
+from longctx.attention import Attention, causal_pairs, window_pairs
 from longctx.context_parallel import AttentionSharding
 from longctx.context_parallel.strategy import Setting
 from longctx.context_parallel.traffic import Transfer
@@ -107,8 +107,7 @@ class AttentionConfig(GroupedQueryConfig):
         lengths = document_lengths.astype(np.float64)
         head_dim = self.resolved(dim).head_dim
         if self.chunk is None:
-            window = lengths if self.window is None else np.minimum(lengths, self.window)
-            pairs = (window * (window + 1) / 2 + (lengths - window) * window).sum()
+            pairs = window_pairs(lengths, self.window)
         else:
             pairs = causal_pairs(lengths, self.chunk)
         attention = float(4 * pairs * self.num_heads * head_dim)

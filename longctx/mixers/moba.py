@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import DTypeLike, Int
 
-from longctx.attention import causal_pairs
+from longctx.attention import causal_pairs, earlier_chunks
 from longctx.context_parallel import AttentionSharding, moba
 from longctx.context_parallel.traffic import Transfer
 from longctx.mixers.grouped_query import GroupedQueryConfig
@@ -43,18 +43,12 @@ class MobaConfig(GroupedQueryConfig):
         4 H N for each (query, key) pair of its own chunk and the chosen ones."""
         lengths = document_lengths.astype(np.float64)
         of_a_pair = self.num_heads * self.resolved(dim).head_dim
-        num_whole, rest = np.divmod(lengths, self.chunk_size)
-
-        def chosen(most: np.ndarray | float) -> float:
-            """Chunks, over all queries, where one chooses so many of those before its own, or all if they are fewer."""
-            fewer = np.minimum(num_whole, most)
-            of_whole = fewer * (fewer - 1) / 2 + (num_whole - fewer) * most
-            return float((self.chunk_size * of_whole + rest * np.minimum(num_whole, most)).sum())
-
-        pairs = causal_pairs(lengths, self.chunk_size) + self.chunk_size * chosen(float(self.top_k - 1))
+        chosen = earlier_chunks(lengths, self.chunk_size, float(self.top_k - 1))
+        pairs = causal_pairs(lengths, self.chunk_size) + self.chunk_size * chosen
+        scored = earlier_chunks(lengths, self.chunk_size, lengths // self.chunk_size) if self.top_k > 1 else 0.0
         return {
             "projections": self.projection_flops(dim, lengths.sum()),
-            "scores": 2 * chosen(num_whole) * of_a_pair if self.top_k > 1 else 0.0,
+            "scores": 2 * scored * of_a_pair,
             "attention": 4 * pairs * of_a_pair,
         }
 

@@ -109,7 +109,7 @@ def chunk_sums(
         return sums + jnp.matmul(is_of, k, precision=precision, preferred_element_type=jnp.float32), None
 
     tokens = k.reshape(B, T, K * H), jnp.broadcast_to(chunk, (B, T))
-    groups = _groups(tokens[0], group), _groups(tokens[1], group, fill=-1)
+    groups = in_groups(tokens[0], group), in_groups(tokens[1], group, fill=-1)
     sums, _ = jax.lax.scan(add, jnp.zeros((B, num_chunks, K * H), jnp.float32), groups)
     return sums.reshape(B, num_chunks, K, H)
 
@@ -149,11 +149,11 @@ def choose_chunks(
             scores = jnp.where(column == best[..., None], -jnp.inf, scores)
         return jnp.stack(chosen, axis=-1)
 
-    chosen = jax.lax.map(of_group, tuple(_groups(x, group) for x in (q, first, stop)))
+    chosen = jax.lax.map(of_group, tuple(in_groups(x, group) for x in (q, first, stop)))
     return jnp.moveaxis(chosen, 0, 1).reshape(F, -1, num_choices)[:, :Q]
 
 
-def _groups(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
+def in_groups(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
     """`[B, T, ...]` in groups of `size` along T, the last filled up: `[groups, B, size, ...]`."""
     padding = [(0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)]
     x = jnp.pad(x, padding, constant_values=jnp.asarray(fill, x.dtype))

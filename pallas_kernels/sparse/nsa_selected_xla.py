@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.online_softmax import MASK_VALUE, delta_of, finite_max
+from pallas_kernels.sparse.moba_route import fold_keys, fold_queries, in_groups, unfold_keys, unfold_queries
 
 _MOST_GATHERED_AT_ONCE = 1 << 24
 """Numbers of keys and values that are gathered at a time: 32 MB in bfloat16."""
@@ -44,17 +45,16 @@ def forward(q, k, v, choices, block_start, q_place, *, block_size, scale):
         out = call.matmul("ftgs,ftsv->ftgv", p.astype(v.dtype), values) / total[..., None]
         return out.astype(q.dtype), jnp.where(empty, -jnp.inf, row_max + jnp.log(total))
 
-    results = jax.lax.map(attend, tuple(_groups(x, group) for x in (call.q, call.place, call.choices)))
+    results = jax.lax.map(attend, tuple(in_groups(x, group) for x in (call.q, call.place, call.choices)))
     out, lse = (jnp.moveaxis(x, 0, 1).reshape(F, -1, *x.shape[3:])[:, :T] for x in results)
-    return call.unfold_queries(out), call.unfold_queries(lse[..., None])[..., 0].swapaxes(1, 2)
+    return call.unfold_queries(out), call.unfold_rows(lse)
 
 
 def backward(q, k, v, choices, block_start, q_place, out, lse, dout, dlse, *, block_size, scale):
     """`selected_attention_backward` on any platform, float32."""
     call = _Call(q, k, v, choices, block_start, q_place, block_size)
     lists = _Lists.of(call.choices, block_start.shape[1])
-    dout_f = call.fold_queries(dout)
-    lse_f, delta_f = (call.fold_queries(x.swapaxes(1, 2)[..., None])[..., 0] for x in (lse, delta_of(out, dout, dlse)))
+    dout_f, lse_f, delta_f = call.fold_queries(dout), call.fold_rows(lse), call.fold_rows(delta_of(out, dout, dlse))
     T = q.shape[1]
     # Blocks at the end of k may reach beyond it.
     keys, values = (jnp.pad(x, ((0, 0), (0, block_size), (0, 0))) for x in (call.k, call.v))
@@ -91,7 +91,7 @@ class _Call:
     def __init__(self, q, k, v, choices, block_start, q_place, block_size: int):
         (self.B, T), self.K, self.block_size = q.shape[:2], k.shape[2], block_size
         place = jnp.arange(T, dtype=jnp.int32)[None] if q_place is None else q_place
-        self.q, self.k, self.v = self.fold_queries(q), self.fold_keys(k), self.fold_keys(v)
+        self.q, self.k, self.v = self.fold_queries(q), fold_keys(k)[:, :, 0], fold_keys(v)[:, :, 0]
         self.choices = choices.swapaxes(1, 2).reshape(self.B * self.K, T, -1)
         self.place, self.block_start = (self.per_kv_head(x) for x in (place, block_start))
         precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -110,21 +110,23 @@ class _Call:
 
     def fold_queries(self, x: jax.Array) -> jax.Array:
         """`[B, T, N, h]` to `[F, T, G, h]`."""
-        B, T, N, h = x.shape
-        return x.reshape(B, T, self.K, N // self.K, h).swapaxes(1, 2).reshape(B * self.K, T, N // self.K, h)
+        return fold_queries(x, self.K).reshape(-1, x.shape[1], x.shape[2] // self.K, x.shape[3])
 
     def unfold_queries(self, x: jax.Array) -> jax.Array:
         """The inverse of `fold_queries`."""
-        _, T, G, h = x.shape
-        return x.reshape(self.B, self.K, T, G, h).swapaxes(1, 2).reshape(self.B, T, self.K * G, h)
+        return unfold_queries(x.reshape(len(x), -1, x.shape[3]), self.K, self.K * x.shape[2])
 
-    def fold_keys(self, x: jax.Array) -> jax.Array:
-        """`[B, S, K, h]` to `[F, S, h]`."""
-        return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    def fold_rows(self, x: jax.Array) -> jax.Array:
+        """`[B, N, T]` to `[F, T, G]`."""
+        return self.fold_queries(x.swapaxes(1, 2)[..., None])[..., 0]
+
+    def unfold_rows(self, x: jax.Array) -> jax.Array:
+        """The inverse of `fold_rows`."""
+        return self.unfold_queries(x[..., None])[..., 0].swapaxes(1, 2)
 
     def unfold_keys(self, x: jax.Array) -> jax.Array:
-        """The inverse of `fold_keys`."""
-        return x.reshape(self.B, self.K, *x.shape[1:]).swapaxes(1, 2)
+        """`[F, S, h]` to `[B, S, K, h]`."""
+        return unfold_keys(x[:, :, None], self.K)
 
 
 class _Lists(NamedTuple):
@@ -178,9 +180,3 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 def _add_rows(x: jax.Array, first: jax.Array, rows: jax.Array) -> jax.Array:
     there = jax.lax.dynamic_slice_in_dim(x, first, len(rows))
     return jax.lax.dynamic_update_slice_in_dim(x, there + rows, first, 0)
-
-
-def _groups(x: jax.Array, size: int) -> jax.Array:
-    """`[F, T, ...]` in groups of `size` along T, the last filled up with zeros: `[groups, F, size, ...]`."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

@@ -17,6 +17,7 @@ from longctx import (
     MixerConfig,
     MobaConfig,
     ModelConfig,
+    NsaConfig,
     RetentionConfig,
     TransformerLM,
     forward_flops,
@@ -108,6 +109,7 @@ def test_registered_kinds():
         "linear": LinearConfig,
         "mamba2": Mamba2Config,
         "moba": MobaConfig,
+        "nsa": NsaConfig,
         "retention": RetentionConfig,
     }
     assert AttentionConfig.kind == "attention"

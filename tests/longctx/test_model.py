@@ -127,6 +127,39 @@ def test_scanned_layers_equal_the_layers_one_by_one():
     np.testing.assert_allclose(call(model, tokens), wanted, atol=1e-4)
 
 
+EDGES = dataclasses.replace(CONFIG, num_layers=3, pattern=("local",), edge_layers=1, edge_mixer="global")
+
+
+def test_layers_at_the_edges_equal_the_layers_one_by_one():
+    """One before the pattern, and one behind it and what is left of it."""
+    longer = dataclasses.replace(EDGES, num_layers=5, pattern=CONFIG.pattern)
+    assert longer.layers == ("global", "local", "global", "local", "global")
+    assert (longer.leading, longer.num_periods, longer.remainder) == (("global",), 1, ("local", "global"))
+    assert EDGES.layers == ("global", "local", "global")
+    model, tokens = build(EDGES), random_tokens(2, 9)
+    layer = jax.jit(Block.__call__)
+    x = jnp.take(model.embedding[...], tokens, axis=0)
+    stacked = [jax.tree.map(lambda leaf: leaf[0], block) for block in model.periods]
+    for block in (*model.leading, *stacked, *model.remainder):
+        x = layer(block, x)
+    logits = call(model, tokens)
+    np.testing.assert_allclose(logits, model.final_norm(x) @ model.embedding[...].T, atol=1e-4)
+    decoded, _ = decode(model, tokens, model.init_cache(2, 9))
+    np.testing.assert_allclose(decoded, logits, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_model_with_layers_at_the_edges_goes_on():
+    """Behind what was decoded, and behind a prefill."""
+    config = dataclasses.replace(EDGES, num_layers=5, pattern=CONFIG.pattern)
+    model, tokens = build(config), random_tokens(2, 9)
+    _, decoded = decode(model, tokens[:, :8], model.init_cache(2, 9))
+    prefilled = jax.jit(TransformerLM.prefill, static_argnums=2)(model, tokens[:, :8], 9)
+    want = call(model, tokens)[:, 8:]
+    for cache in (decoded, prefilled):
+        np.testing.assert_allclose(decode(model, tokens[:, 8:], cache)[0], want, atol=2e-5)
+
+
 def equations(jaxpr):
     """Every equation of a jaxpr, bodies of loops once."""
     for equation in jaxpr.eqns:
@@ -287,6 +320,14 @@ def test_configs_compare_and_hash_by_value():
         (
             dict(pattern=("local",)),
             r"mixers: 'global' is not in pattern \('local',\), so no layer would use it; remove",
+        ),
+        (dict(edge_layers=-1, edge_mixer="local"), r"edge_layers: got -1, wanted a number of layers >= 0"),
+        (dict(edge_layers=1), r"edge_mixer: got None with edge_layers=1, wanted a mixer and layers for it, or neither"),
+        (dict(edge_mixer="local"), r"edge_mixer: got 'local' with edge_layers=0, wanted a mixer and layers for it"),
+        (dict(edge_layers=1, edge_mixer="locl"), r"edge_mixer: got 'locl', wanted a name of a mixer \(local, global\)"),
+        (
+            dict(edge_layers=2, edge_mixer="local"),
+            r"edge_layers: got 2 at either end of num_layers=4, which leaves none for the pattern; take fewer",
         ),
         (dict(logits_soft_cap=-1.0), r"logits_soft_cap: got -1.0, wanted null or a number > 0"),
         (dict(norm_eps=0.0), r"norm_eps: got 0.0, wanted a number > 0; 1e-6 is customary"),

@@ -38,6 +38,9 @@ def test_public_names_are_pinned():
         "MobaCache",
         "MobaConfig",
         "ModelConfig",
+        "NsaAttention",
+        "NsaCache",
+        "NsaConfig",
         "RMSNorm",
         "RetentionConfig",
         "RotaryConfig",
@@ -71,7 +74,14 @@ def test_the_library_imports_nothing_that_only_the_trainer_needs():
 
 @pytest.mark.parametrize(
     "config_class",
-    [longctx.ModelConfig, longctx.AttentionConfig, longctx.MobaConfig, longctx.MeshConfig, longctx.RotaryConfig],
+    [
+        longctx.ModelConfig,
+        longctx.AttentionConfig,
+        longctx.MobaConfig,
+        longctx.NsaConfig,
+        longctx.MeshConfig,
+        longctx.RotaryConfig,
+    ],
     ids=lambda c: c.__name__,
 )
 def test_every_config_field_is_documented(config_class):

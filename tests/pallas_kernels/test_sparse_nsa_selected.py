@@ -74,7 +74,7 @@ CASES = {
     "packed": (RAGGED, dict(), {}),
     "some_queries": (EVERY_16, dict(length=29), dict(q_place=jnp.asarray(PLACES, jnp.int32)[None])),
 }
-QUICK = {("packed", "xla"), ("some_queries", "xla"), ("groups_of_4", "reference")}
+QUICK = {("packed", "xla"), ("groups_of_4", "reference")}
 
 
 def case(name):
@@ -167,8 +167,8 @@ def test_the_pairs_by_hand():
     pairs = nsa_selected_reference.allowed_pairs(choices, starts, place, kv_len=9, block_size=4)[0, 0]
     assert [np.nonzero(row)[0].tolist() for row in pairs] == [[4, 5], [0, 1, 2, 3, 6, 7], []]
     v = jnp.arange(9.0).reshape(1, 9, 1, 1)
-    out, lse = selected_attention(
-        jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 9, 1, 2)), v, choices, starts, place, block_size=4
+    out, lse = jax.jit(functools.partial(selected_attention, block_size=4))(
+        jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 9, 1, 2)), v, choices, starts, place
     )
     np.testing.assert_allclose(out.ravel(), [4.5, 19 / 6, 0], rtol=1e-6)
     np.testing.assert_allclose(lse.ravel(), [np.log(2), np.log(6), -np.inf], rtol=1e-6)

@@ -150,8 +150,7 @@ def _parameter_collectives(run: Run, spec: DeviceSpec, compute) -> list[Collecti
 
 
 def _layers(run: Run, name: str) -> int:
-    model = run.parts.model
-    return (model.pattern * model.num_periods + model.remainder).count(name)
+    return run.parts.model.layers.count(name)
 
 
 def _links(run: Run, spec: DeviceSpec) -> Links:

@@ -117,10 +117,10 @@ class _Layer(NamedTuple):
 
 
 def _layers(model: ModelConfig, params: Any) -> list[_Layer]:
-    """One for each place in the pattern, then one for each remaining layer."""
-    periods, remainder = (params.get(name, {}).values() for name in ("periods", "remainder"))
+    """One for each place in the pattern, then one for each layer before and after its repetitions."""
+    periods, leading, remainder = (params.get(name, {}).values() for name in ("periods", "leading", "remainder"))
     return [_layer(model, layer, count=model.num_periods, is_stacked=True) for layer in periods] + [
-        _layer(model, layer, count=1, is_stacked=False) for layer in remainder
+        _layer(model, layer, count=1, is_stacked=False) for layer in (*leading, *remainder)
     ]
 
 
@@ -169,9 +169,9 @@ def _layer_at_work(
     """
     cast = gathered = 0
     if model.dtype != model.param_dtype:
-        cast = _held_bytes([params.get("periods"), params.get("remainder")], model.dtype)
+        cast = _held_bytes([params.get(name) for name in ("leading", "periods", "remainder")], model.dtype)
     if math.prod(mesh_sizes[axis] for axis in PARAMETER_AXES["embed"]) > 1:
-        period = sum(layer.num_values for layer in layers[: len(layers) - len(model.remainder)])
+        period = sum(layer.num_values for layer in layers[: len(params.get("periods", ()))])
         gathered = _itemsize(model) * max(period, *(layer.num_values for layer in layers))
     return shard.tokens * max(_activations(model, layer, shard, num_norms=1) for layer in layers) + cast + gathered
 

@@ -1,0 +1,130 @@
+"""Which blocks each query of Native Sparse Attention selects: the scores of blocks, and the best of them.
+
+A query's probabilities over compressed keys are summed over its group of heads and folded onto the blocks to select.
+Queries are taken in groups, so that there is never a score for every query and compressed key. Nothing of it is
+differentiated.
+
+Shapes: F = B K, rows and kv heads folded; Q queries of a group, G heads of a kv head.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.sparse.moba_route import fold_keys, fold_lse, fold_queries, in_groups
+from pallas_kernels.sparse.nsa_blocks import ALWAYS_CHOSEN, BlockTables, NsaSizes, TokenBlocks
+
+_MOST_SCORES_AT_ONCE = 1 << 25
+"""float32 logits of queries and compressed keys that are held at a time: 128 MB, and as much in temporaries."""
+
+
+def scores_of_queries(
+    q: Float[Array, "F Q G H"],
+    k: Float[Array, "F M_c H"],
+    lse: Float32[Array, "F Q G"],
+    first: Int32[Array, "F Q"],
+    stop: Int32[Array, "F Q"],
+    whole_compressed: Int32[Array, "F W"],
+    *,
+    sizes: NsaSizes,
+    scale: float,
+) -> Float32[Array, "F Q W"]:
+    """The score of each whole block for some queries.
+
+    p[t, i] = sum over the group's heads of exp(scale q[t].k[i] - lse[t]),  first[t] <= i < stop[t]
+    score[t, w] = sum_{m < l' / d} sum_{n < l / d} p[t, c[w] + m - n],  c[w] the compressed block that begins with w
+
+    which is p of each compressed block times how many strides of it are in the block. (The paper counts from 1.)
+
+    Args:
+      q: Queries of a chunk.
+      k: Compressed keys.
+      lse: Of the attention to them.
+      first, stop: The compressed keys that a query sees.
+      whole_compressed: c.
+    Reference: Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, equations 8 to 10.
+    """
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    s = scale * jnp.einsum("fqgh,fmh->fqgm", q, k, precision=precision, preferred_element_type=jnp.float32)
+    number = jnp.arange(k.shape[1], dtype=jnp.int32)
+    is_seen = (first[..., None] <= number) & (number < stop[..., None])
+    # A query that sees none has lse = -inf.
+    logits = jnp.where(is_seen[:, :, None], s - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None], -jnp.inf)
+    p = jnp.sum(jnp.exp(logits), axis=2)
+    of_block, of_compressed = (x // sizes.compress_stride for x in (sizes.block_size, sizes.compress_block))
+    p = jnp.pad(p, ((0, 0), (0, 0), (of_compressed - 1, of_block)))
+    take = jax.vmap(lambda p, column: p[:, column])
+    score = jnp.zeros((), jnp.float32)
+    for shift in range(1 - of_compressed, of_block):  # m - n
+        times = sum(0 <= shift + n < of_block for n in range(of_compressed))
+        score += times * take(p, whole_compressed + shift + of_compressed - 1)
+    return score
+
+
+def choose_blocks(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B M_c K H"],
+    lse: Float32[Array, "B N T"],
+    tables: BlockTables,
+    queries: TokenBlocks,
+    *,
+    sizes: NsaSizes,
+    scale: float,
+) -> Int32[Array, "B T K n"]:
+    """The blocks of each query and kv head: the first, the one before its own, its own, and those of highest scores.
+
+    Args:
+      q: Queries.
+      k: Compressed keys.
+      lse: Of the attention to them.
+      tables: The blocks of the row.
+      queries: Where the queries stand.
+    Returns: Numbers of blocks, and -1 where a query has fewer; of equal scores the earlier block's.
+    Cost: 2 B N T M_c H FLOPs and a partial sort of K T W scores; in groups of queries.
+    Reference: as `scores_of_queries`, equation 11.
+    """
+    q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
+    (B, T, N, H), K = q.shape, k.shape[2]
+    F, W = B * K, tables.whole_number.shape[1]
+    num_scored = min(sizes.num_blocks - ALWAYS_CHOSEN, W)
+    group = max(1, min(T, _MOST_SCORES_AT_ONCE // (F * (N // K) * k.shape[1])))
+
+    def folded(x):
+        """`[b, ...]` for each row and kv head."""
+        return jnp.repeat(jnp.broadcast_to(x, (B, *x.shape[1:])), K, axis=0)
+
+    whole_number, whole_compressed = folded(tables.whole_number), folded(tables.whole_compressed)
+    column = jnp.arange(W, dtype=jnp.int32)
+
+    def of_group(args):
+        q, lse, first, stop, place, own, whole_first = args
+        scores = scores_of_queries(
+            q, fold_keys(k)[:, :, 0], lse, first, stop, whole_compressed, sizes=sizes, scale=scale
+        )
+        own_in_document = place // sizes.block_size
+        # Behind the first, and before the two that are always there.
+        after, end = whole_first, whole_first + own_in_document - 1
+        is_free = (after[..., None] < column) & (column < end[..., None]) & (own >= 0)[..., None]
+        best, chosen = jax.lax.top_k(jnp.where(is_free, scores, -jnp.inf), num_scored)
+        number = jax.vmap(lambda number, chosen: number[chosen])(whole_number, chosen)
+        always = [
+            jnp.where((own >= 0) & is_another, own - back, -1)
+            for back, is_another in (
+                (own_in_document, own_in_document > 1),
+                (1, own_in_document > 0),
+                (0, own_in_document >= 0),
+            )
+        ]
+        return jnp.concatenate([jnp.stack(always, axis=-1), jnp.where(best > -jnp.inf, number, -1)], axis=-1)
+
+    per_query = (
+        fold_queries(q, K).reshape(F, T, N // K, H),
+        fold_lse(lse, K).reshape(F, T, N // K),
+        *map(
+            folded,
+            (queries.compressed_first, queries.compressed_stop, queries.place, queries.own, queries.whole_first),
+        ),
+    )
+    chosen = jax.lax.map(of_group, tuple(in_groups(x, group) for x in per_query))
+    chosen = jnp.moveaxis(chosen, 0, 1).reshape(B, K, -1, ALWAYS_CHOSEN + num_scored)
+    return chosen[:, :, :T].swapaxes(1, 2)
