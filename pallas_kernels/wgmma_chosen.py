@@ -58,6 +58,33 @@ def logits(q_smem, k_smem, *, slot: jax.typing.ArrayLike) -> jax.Array:
     return emit(q_smem, k_smem, *int32s((slot,)))
 
 
+def logits_of_keys(k_smem, q_smem, *, slot: jax.typing.ArrayLike, warpgroup: jax.typing.ArrayLike) -> jax.Array:
+    """k[slot] q^T of this warpgroup's 64 keys, float32 `[64, 128]`, of `[slots, 128, H]` and `[1, 128, H]`."""
+    rows, head_dim = q_smem.shape[1:]
+    dtype = PTX_DTYPES[q_smem.dtype.name]
+
+    @plgpu.inline_mgpu(arg_types=(_SMEM, _SMEM, SCALAR, SCALAR), return_type=array_type((ROWS, rows), MATRIX))
+    def emit(_, k_smem, q_smem, slot, warpgroup):
+        row_of_tiles = head_dim // 64 * TILE_BYTES
+        ptx = Ptx()
+        s = ptx.write(_float_register(), rows // 2)
+        keys = (slot, rows * head_dim * 2), (warpgroup, ROWS * head_dim * 2)
+        k, q = ptx.read(
+            "l",
+            (
+                descriptor(k_smem, *keys, leading=0, stride=row_of_tiles),
+                descriptor(q_smem, leading=0, stride=row_of_tiles),
+            ),
+        )
+        ptx.begin()
+        ptx.matmul(s, k, q, contracted=head_dim, dtype=dtype, fresh=True)
+        ptx.commit()
+        ptx.wait(0)
+        return fragmented(ptx.emit(), (ROWS, rows)).to_layout(MATRIX.to_mgpu())
+
+    return emit(k_smem, q_smem, *int32s((slot, warpgroup)))
+
+
 def weighted(p: jax.Array, v_smem) -> jax.Array:
     """p v, float32 `[64, H]`, of p `[64, 64]` in registers, 16 bits, and v `[64, H]`."""
     head_dim = v_smem.shape[-1]

@@ -403,7 +403,7 @@ def _forward(call: _Call, q, compressed_k, compressed_v, k, v, segment_ids):
         of_compressed, lse_of_compressed = blockwise_attention_forward(
             q, keys, values, mask=COMPRESSED_MASK, tokens=compressed_tokens(tables, queries), **call.options
         )
-        choices = choose_blocks(q, keys, lse_of_compressed, tables, queries, sizes=row.sizes, scale=call.scale)
+        choices = choose_blocks(q, keys, lse_of_compressed, tables, queries, sizes=row.sizes, **call.options)
         of_selected, lse_of_selected = selected_attention_forward(
             q, *_parted(row.gathered(selected), H), choices, tables.block_start, queries.row,
             block_size=row.sizes.block_size, **call.options,

@@ -116,7 +116,9 @@ def compressed_and_selected(
         q, *compressed, mask=COMPRESSED_MASK, tokens=compressed_tokens(tables, queries), scale=scale,
         implementation=implementation, deterministic=deterministic, return_lse=True,
     )  # fmt: skip
-    choices = choose_blocks(q, compressed.k, lse, tables, queries, sizes=sizes, scale=scale)
+    choices = choose_blocks(
+        q, compressed.k, lse, tables, queries, sizes=sizes, scale=scale, implementation=implementation
+    )
     of_selected, _ = selected_attention(
         q, *selected, choices, tables.block_start, queries.row, block_size=sizes.block_size, scale=scale,
         implementation=implementation,

@@ -7,15 +7,21 @@ differentiated.
 Shapes: F = B K, rows and kv heads folded; Q queries of a group, G heads of a kv head.
 """
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.sparse import pallas_mosaic_gpu_nsa_choose
 from pallas_kernels.sparse.moba_route import fold_keys, fold_lse, fold_queries, in_groups
 from pallas_kernels.sparse.nsa_blocks import ALWAYS_CHOSEN, BlockTables, NsaSizes, TokenBlocks
 
 _MOST_SCORES_AT_ONCE = 1 << 25
-"""float32 logits of queries and compressed keys that are held at a time: 128 MB, and as much in temporaries."""
+"""float32 scores of queries and compressed keys that are held at a time: 128 MB, and as much in temporaries."""
 
 
 def scores_of_queries(
@@ -54,11 +60,7 @@ def scores_of_queries(
     of_block, of_compressed = (x // sizes.compress_stride for x in (sizes.block_size, sizes.compress_block))
     p = jnp.pad(p, ((0, 0), (0, 0), (of_compressed - 1, of_block)))
     take = jax.vmap(lambda p, column: p[:, column])
-    score = jnp.zeros((), jnp.float32)
-    for shift in range(1 - of_compressed, of_block):  # m - n
-        times = sum(0 <= shift + n < of_block for n in range(of_compressed))
-        score += times * take(p, whole_compressed + shift + of_compressed - 1)
-    return score
+    return sum(times * take(p, whole_compressed + i) for i, times in enumerate(_times(sizes)))
 
 
 def choose_blocks(
@@ -70,6 +72,7 @@ def choose_blocks(
     *,
     sizes: NsaSizes,
     scale: float,
+    implementation: Implementation | None = None,
 ) -> Int32[Array, "B T K n"]:
     """The blocks of each query and kv head: the first, the one before its own, its own, and those of highest scores.
 
@@ -79,34 +82,94 @@ def choose_blocks(
       lse: Of the attention to them.
       tables: The blocks of the row.
       queries: Where the queries stand.
+      implementation: As `selected_attention`.
     Returns: Numbers of blocks, and -1 where a query has fewer; of equal scores the earlier block's.
     Cost: 2 B N T M_c H FLOPs and a partial sort of K T W scores; in groups of queries.
     Reference: as `scores_of_queries`, equation 11.
     """
     q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
+    return dispatch.run("choose_blocks", _CHOOSE, implementation, q, k, lse, tables, queries, sizes=sizes, scale=scale)
+
+
+class Problem(NamedTuple):
+    """Some queries, and the whole blocks that they choose from besides those that they always have.
+
+    Attributes:
+      q, lse, first, stop, k, whole_compressed: As of `scores_of_queries`.
+      after, end: Blocks strictly between these numbers among whole ones may be chosen, `[F, Q]`.
+    """
+
+    q: jax.Array
+    lse: jax.Array
+    first: jax.Array
+    stop: jax.Array
+    after: jax.Array
+    end: jax.Array
+    k: jax.Array
+    whole_compressed: jax.Array
+
+
+def _by_xla(q, k, lse, tables, queries, *, sizes: NsaSizes, scale: float):
+    """`choose_blocks` on any platform."""
+
+    def best(problem: Problem, count: int) -> jax.Array:
+        arrays = problem.q, problem.k, problem.lse, problem.first, problem.stop, problem.whole_compressed
+        scores = scores_of_queries(*arrays, sizes=sizes, scale=scale)
+        column = jnp.arange(scores.shape[2], dtype=jnp.int32)
+        is_free = (problem.after[..., None] < column) & (column < problem.end[..., None])
+        score, chosen = jax.lax.top_k(jnp.where(is_free, scores, -jnp.inf), count)
+        return jnp.where(score > -jnp.inf, chosen, -1)
+
+    group = _MOST_SCORES_AT_ONCE // (q.shape[0] * q.shape[2] * k.shape[1])
+    return _choose(best, group, q, k, lse, tables, queries, sizes)
+
+
+def _by_mosaic_gpu(q, k, lse, tables, queries, *, sizes: NsaSizes, scale: float):
+    """`choose_blocks` on a Hopper GPU: scores are summed over the heads of a group before they are in memory."""
+    B, _, N, _ = q.shape
+    K, W = k.shape[2], tables.whole_number.shape[1]
+    pallas_mosaic_gpu_nsa_choose.check(q, N // K, W, sizes.num_blocks - ALWAYS_CHOSEN)
+    fold = pallas_mosaic_gpu_nsa_choose.Fold(1 - sizes.compress_block // sizes.compress_stride, _times(sizes))
+
+    def best(problem: Problem, count: int) -> jax.Array:
+        p = pallas_mosaic_gpu_nsa_choose.probabilities(*problem[:1], problem.k, *problem[1:4], scale=scale)
+        bounds = problem.whole_compressed, problem.after, problem.end
+        return pallas_mosaic_gpu_nsa_choose.choose(p, *bounds, count, fold)
+
+    group = _MOST_SCORES_AT_ONCE // (B * K * k.shape[1])
+    return _choose(best, group, q, k, lse, tables, queries, sizes)
+
+
+_CHOOSE: Mapping = {"mosaic_gpu": _by_mosaic_gpu, "xla": _by_xla, "reference": _by_xla}
+
+
+def _times(sizes: NsaSizes) -> tuple[int, ...]:
+    """How often a block's score counts each compressed block, from the first that reaches into it on."""
+    of_block, of_compressed = (x // sizes.compress_stride for x in (sizes.block_size, sizes.compress_block))
+    shifts = range(1 - of_compressed, of_block)  # m - n
+    return tuple(sum(0 <= shift + n < of_block for n in range(of_compressed)) for shift in shifts)
+
+
+def _choose(best: Callable, group: int, q, k, lse, tables: BlockTables, queries: TokenBlocks, sizes: NsaSizes):
+    """`choose_blocks`, at most `group` queries at a time, of which `best(problem, count)` are the best whole blocks."""
     (B, T, N, H), K = q.shape, k.shape[2]
     F, W = B * K, tables.whole_number.shape[1]
     num_scored = min(sizes.num_blocks - ALWAYS_CHOSEN, W)
-    group = max(1, min(T, _MOST_SCORES_AT_ONCE // (F * (N // K) * k.shape[1])))
 
     def folded(x):
         """`[b, ...]` for each row and kv head."""
         return jnp.repeat(jnp.broadcast_to(x, (B, *x.shape[1:])), K, axis=0)
 
     whole_number, whole_compressed = folded(tables.whole_number), folded(tables.whole_compressed)
-    column = jnp.arange(W, dtype=jnp.int32)
+    keys = fold_keys(k)[:, :, 0]
 
     def of_group(args):
         q, lse, first, stop, place, own, whole_first = args
-        scores = scores_of_queries(
-            q, fold_keys(k)[:, :, 0], lse, first, stop, whole_compressed, sizes=sizes, scale=scale
-        )
         own_in_document = place // sizes.block_size
         # Behind the first, and before the two that are always there.
-        after, end = whole_first, whole_first + own_in_document - 1
-        is_free = (after[..., None] < column) & (column < end[..., None]) & (own >= 0)[..., None]
-        best, chosen = jax.lax.top_k(jnp.where(is_free, scores, -jnp.inf), num_scored)
-        number = jax.vmap(lambda number, chosen: number[chosen])(whole_number, chosen)
+        end = jnp.where(own >= 0, whole_first + own_in_document - 1, 0)
+        chosen = best(Problem(q, lse, first, stop, whole_first, end, keys, whole_compressed), num_scored)
+        number = jax.vmap(lambda number, chosen: number[chosen])(whole_number, jnp.maximum(chosen, 0))
         always = [
             jnp.where((own >= 0) & is_another, own - back, -1)
             for back, is_another in (
@@ -115,7 +178,7 @@ def choose_blocks(
                 (0, own_in_document >= 0),
             )
         ]
-        return jnp.concatenate([jnp.stack(always, axis=-1), jnp.where(best > -jnp.inf, number, -1)], axis=-1)
+        return jnp.concatenate([jnp.stack(always, axis=-1), jnp.where(chosen >= 0, number, -1)], axis=-1)
 
     per_query = (
         fold_queries(q, K).reshape(F, T, N // K, H),
@@ -125,6 +188,7 @@ def choose_blocks(
             (queries.compressed_first, queries.compressed_stop, queries.place, queries.own, queries.whole_first),
         ),
     )
+    group = max(1, min(T, group))
     chosen = jax.lax.map(of_group, tuple(in_groups(x, group) for x in per_query))
     chosen = jnp.moveaxis(chosen, 0, 1).reshape(B, K, -1, ALWAYS_CHOSEN + num_scored)
     return chosen[:, :, :T].swapaxes(1, 2)
