@@ -312,7 +312,7 @@ def _emit(text: str) -> None:
 
 
 def interpret_gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows: Listed | Spaced, slot) -> None:
-    for i in range(ROWS):
+    def one_row(i, _):
         row = _row_number(rows, i)
         there = jnp.maximum(row, 0)
         for source, target in matrices:
@@ -321,19 +321,26 @@ def interpret_gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows
         for source, target, absent in numbers:
             absent = jax.lax.bitcast_convert_type(jnp.int32(absent), source.dtype)
             target[slot, i] = jnp.where(row >= 0, source[there], absent)
+        return 0
+
+    jax.lax.fori_loop(0, ROWS, one_row, 0)
 
 
 def interpret_add(x: jax.Array, target, rows: Listed | Spaced, column: int) -> None:
-    for i in range(ROWS):
+    def one_row(i, _):
         row = _row_number(rows, i)
 
         @pl.when(row >= 0)
-        def _(row=row, i=i):
+        def _():
             at = target.at[row, pl.ds(column, x.shape[1])]
-            at[...] = at[...] + x[i]
+            at[...] = at[...] + jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+        return 0
+
+    jax.lax.fori_loop(0, ROWS, one_row, 0)
 
 
-def _row_number(rows: Listed | Spaced, i: int):
+def _row_number(rows: Listed | Spaced, i):
     if isinstance(rows, Listed):
         return rows.numbers[rows.at, i]
     return jnp.where(i < rows.count, rows.first + i * rows.step, -1)

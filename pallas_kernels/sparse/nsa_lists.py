@@ -27,14 +27,16 @@ class QueryLists:
 
     Attributes:
       rows: The rows of each tile among the B T N of the queries, `[C, tiles, 64]`, -1 for none.
-      items: `[C, items, len(ITEM_FIELDS)]`, in the order in which they are worked on; what has no tiles is none. Those
-        of a block come in the order of its list.
+      items: `[C, items, len(ITEM_FIELDS)]`, in the order in which they are worked on. Those of a block come in
+        the order of its list.
+      num_items: How many there are, `[C]`; the others have no tiles.
       place: Where in the tiles of its chunk, row by row, the first head of each choice's query is, `[C, B, t, K, n]`,
         of t queries a chunk; -1 for none.
     """
 
     rows: Leaf
     items: Leaf
+    num_items: Leaf
     place: Leaf
 
     @classmethod
@@ -67,9 +69,11 @@ class QueryLists:
         place = row // queries_of_tile * TILE_ROWS + row % queries_of_tile * group
         place += first_tile[:, :, None, None] * TILE_ROWS
         place = jnp.where(row < query.shape[3], place, -1)
+        items = jax.vmap(lambda block: _items_of(block, starts, first_tile.reshape(-1), K))(block)
         return cls(
             rows=rows.reshape(C, -1, TILE_ROWS),
-            items=jax.vmap(lambda block: _items_of(block, starts, first_tile.reshape(-1), K))(block),
+            items=items,
+            num_items=jnp.sum(items[..., ITEM_FIELDS.index("num_tiles")] > 0, axis=1, dtype=jnp.int32),
             place=place.swapaxes(2, 3),
         )
 
@@ -120,5 +124,6 @@ def _items_of(chunk: jax.Array, block_start: jax.Array, first_tile: jax.Array, K
     }
     items = jnp.stack([fields[name].reshape(-1) for name in ITEM_FIELDS], axis=-1)
     # Those of one block, which take turns, are spread evenly over the line, in order.
-    place = jnp.where(is_item, (turn + 0.5) / of_block(items_of_block), jnp.inf).reshape(-1)
+    turn_of, num_turns = (x.astype(jnp.float32) for x in (turn, of_block(items_of_block)))
+    place = jnp.where(is_item, (turn_of + 0.5) / num_turns, jnp.inf).reshape(-1)
     return items[jnp.argsort(place, stable=True)]

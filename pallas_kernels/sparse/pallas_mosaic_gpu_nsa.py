@@ -83,11 +83,12 @@ class _Call:
             delta=None,
             rows=None,
             items=None,
+            num_items=None,
         )
 
     def inputs_of(self, lists: QueryLists) -> kernels.Inputs:
         """Of a chunk of queries."""
-        return self.inputs._replace(rows=lists.rows, items=lists.items)
+        return self.inputs._replace(rows=lists.rows, items=lists.items, num_items=lists.num_items[None])
 
     def how(self, lists: QueryLists) -> tuple:
         """How to put the parts of a chunk's queries together."""

@@ -332,7 +332,7 @@ def _choose_lines(F: int, Q: int, W: int, num_queries: int, num_keys: int, count
             lines += [
                 "mov.f32 x, 0f00000000;",
                 f"@free ld.global.nc.f32 x, [at + {4 * (fold.first + j)}];",
-                f"fma.rn.f32 score, x, 0f{_float_bits(times)}, score;",
+                f"fma.rn.f32 score, x, 0f{_float_bits(float(times))}, score;",
             ]
         lines += [f"mov.b32 {key}, score;", f"@free add.u32 {key}, {key}, 1;"]
     lines += ["SCORED:", "mov.b32 chosen, -1;"]

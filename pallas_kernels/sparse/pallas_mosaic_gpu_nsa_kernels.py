@@ -71,7 +71,7 @@ class Inputs(NamedTuple):
       place: The row of k at which the query of each row stands, int32 `[R]`.
       lse: Base 2, infinite for queries that see nothing, float32 `[R]`.
       delta: rowsum(dout out) - dlse, float32 `[R]`.
-      rows, items: Of the lists, of one chunk of queries.
+      rows, items, num_items: Of the lists, of one chunk of queries.
     """
 
     q: Any
@@ -83,6 +83,7 @@ class Inputs(NamedTuple):
     delta: Any
     rows: Any
     items: Any
+    num_items: Any
 
 
 class KeyGradients(NamedTuple):
@@ -229,22 +230,17 @@ class _Block:
                 role()
 
     def for_each_item(self, body) -> None:
-        """body(item, count) for each item of this block that has tiles; count is of the tiles before it."""
+        """body(item, count) for each item of this block; count is of the tiles before it."""
         block = lax.axis_index("block")
-        num_items = len(self.inputs.items)
 
-        def one_round(i, count):
+        def one_item(i, count):
             number = i * self.num_blocks + block
-            there = jnp.minimum(number, num_items - 1)
-            item = _Item(*(self.inputs.items[there, field] for field in range(len(ITEM_FIELDS))))
+            item = _Item(*(self.inputs.items[number, field] for field in range(len(ITEM_FIELDS))))
+            body(item, count)
+            return count + item.num_tiles
 
-            def one_item(count):
-                body(item, count)
-                return count + item.num_tiles
-
-            return lax.cond((number < num_items) & (item.num_tiles > 0), one_item, lambda count: count, count)
-
-        lax.fori_loop(0, -(-num_items // self.num_blocks), one_round, jnp.int32(0))
+        left = self.inputs.num_items[0] - block
+        lax.fori_loop(0, lax.div(left + self.num_blocks - 1, self.num_blocks), one_item, jnp.int32(0))
 
     # The producer.
 
