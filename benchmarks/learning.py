@@ -21,6 +21,7 @@ from benchmarks.learning_cases import BASELINE, TASKS, Task, mixer_overrides, ta
 from benchmarks.learning_report import Comparison, Learned, Point, write
 from benchmarks.measure import time_calls
 from benchmarks.report import free_stem
+from benchmarks.results import problem_of
 from pallas_kernels import dispatch
 from pallas_kernels.compiling import compile_all
 from pallas_kernels.machine import describe, slug
@@ -75,12 +76,38 @@ def compare(options: argparse.Namespace) -> Comparison:
     task = TASKS[options.task]
     of_mixers, overrides = mixer_overrides(options.overrides)
     base = task_config(task, config=options.config, seq_len=options.length, overrides=overrides)
-    specs = list(dict.fromkeys(options.mixers.split(",")))
+    specs = tuple(dict.fromkeys(options.mixers.split(",")))
+    unused = set(of_mixers) - {name for spec in specs for name in spec.split("+")}
+    if unused:
+        raise ValueError(
+            f"mixers.{min(unused)}: got a setting of a mixer that is not compared, wanted one of --mixers "
+            f"{options.mixers}; leave it out"
+        )
     configs = {spec: with_mixers(base, spec, of_mixers) for spec in specs}
-    seq_len = base.data.seq_len
-    lengths = [seq_len, *evaluated_lengths(options.lengths, seq_len, task)]
+    lengths = [base.data.seq_len, *evaluated_lengths(options.lengths, base.data.seq_len, task)]
     mesh = start_mesh(base)
-    comparison = Comparison(
+    comparison = _nothing_yet(options, base)
+    stem = f"{comparison.machine['date']}_{slug(comparison.machine['device'])}_learning_{options.task}"
+    stem = options.out / free_stem(stem, options.out)
+    with jax.set_mesh(mesh):
+        bench = Bench(base, mesh, lengths)
+        for spec, programs in bench.compile(configs).items():
+            if isinstance(programs, Exception):
+                learned = Learned(mixers=spec, problem=problem_of(programs))
+            else:
+                learned = bench.learn(spec, configs[spec], programs, seconds=options.seconds, stop_at=options.stop_at)
+            _say(f"{spec}: {learned.problem or _scores_text(learned)}")
+            comparison.models.append(learned)
+            paths = write(comparison, stem)
+    _say("valid" if comparison.void is None else f"VOID: {comparison.void}")
+    for path in paths:
+        _say(str(path))
+    return comparison
+
+
+def _nothing_yet(options: argparse.Namespace, base: TrainConfig) -> Comparison:
+    task = TASKS[options.task]
+    return Comparison(
         task=options.task,
         machine=describe(options.commit),
         settings={
@@ -92,27 +119,9 @@ def compare(options: argparse.Namespace) -> Comparison:
             "overrides": " ".join(options.overrides) or "none",
         },
         config=to_dict(base),
-        seq_len=seq_len,
+        seq_len=base.data.seq_len,
         bar=task.bar,
     )
-    stem = f"{comparison.machine['date']}_{slug(comparison.machine['device'])}_learning_{options.task}"
-    stem = options.out / free_stem(stem, options.out)
-    with jax.set_mesh(mesh):
-        bench = Bench(base, mesh, lengths)
-        programs = bench.compile(configs)
-        for spec, config in configs.items():
-            outcome = programs[spec]
-            if isinstance(outcome, Exception):
-                learned = Learned(mixers=spec, problem=f"failed: {type(outcome).__name__}: {outcome}")
-            else:
-                learned = bench.learn(spec, config, outcome, seconds=options.seconds, stop_at=options.stop_at)
-            _say(f"{spec}: {learned.problem or _scores_text(learned)}")
-            comparison.models.append(learned)
-            paths = write(comparison, stem)
-    _say("valid" if comparison.void is None else f"VOID: {comparison.void}")
-    for path in paths:
-        print(path)
-    return comparison
 
 
 def evaluated_lengths(text: str | None, seq_len: int, task: Task) -> list[int]:
@@ -211,7 +220,7 @@ class Bench:
             }
             self._time(learned, programs, state)
         except (NonFiniteError, jax.errors.JaxRuntimeError) as error:  # the others can go on
-            learned.problem = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            learned.problem = problem_of(error)
         return learned
 
     def _train(

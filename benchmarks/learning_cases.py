@@ -28,7 +28,7 @@ class Task:
 
 
 TASKS = {
-    "passkey": Task(config="configs/passkey.yaml", bar=0.90, others=(0.25, 0.5, 2)),
+    "passkey": Task(config="configs/passkey.yaml", bar=0.90, others=(0.25, 2)),
     "mqar": Task(config="configs/mqar.yaml", bar=0.95, others=(2,)),
 }
 

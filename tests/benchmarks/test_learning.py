@@ -99,6 +99,8 @@ def test_refusals_name_the_option(capsys, tmp_path):
     assert learning.evaluated_lengths("32,8,16", 16, TASKS["passkey"]) == [8, 32]
     arguments = ["--task", "passkey", "--out", str(tmp_path), *TINY]
     assert learning.main([*arguments, "--mixers", "nothing"]) == 2
+    assert learning.main([*arguments, "--mixers", "attention,window", "mixers.moba.top_k=2"]) == 2
+    assert "mixers.moba: got a setting of a mixer that is not compared" in capsys.readouterr().err
     assert learning.main([*arguments, "data.held_out_sources=[{kind: synthetic, min_length: 9, max_length: 9}]"]) == 2
     assert "data.held_out_sources: got none that is a task" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -125,6 +127,39 @@ def test_a_tiny_run_end_to_end(tmp_path, capsys, monkeypatch):
     again = tmp_path / "again"
     learning_report.write(comparison, again)
     assert (tmp_path / "again.json").read_text() == (tmp_path / f"{stem}.json").read_text()
+
+
+SMALL = (
+    *("model.dim=64", "model.num_layers=2", "model.mlp_dim=128", "model.dtype=float32"),
+    *("model.mixers.mixer.implementation=reference", "distributed.virtual_cpu_devices=1"),
+    *("optimizer.learning_rate=3e-3", "training.steps=4000", "evaluation.every=100"),
+)
+LEARNABLE = {
+    "passkey": (
+        *("data.seq_len=128", "data.tokenizer=ids:32", "training.batch_size=8"),
+        "data.sources=[{kind: passkey, min_length: 32, max_length: 48, filler: noise}, "
+        "{kind: passkey, min_length: 48, max_length: 127, filler: noise}]",
+        "data.held_out_sources=[{kind: passkey, min_length: 127, max_length: 127, filler: noise, seed: 1, "
+        "num_documents: 128}]",
+    ),
+    "mqar": (
+        *("data.seq_len=64", "data.tokenizer=ids:65", "training.batch_size=16"),
+        "data.sources=[{kind: mqar, min_pairs: 2, max_pairs: 4, min_length: 16, max_length: 32}, "
+        "{kind: mqar, min_pairs: 4, max_pairs: 8, min_length: 32, max_length: 63}]",
+        "data.held_out_sources=[{kind: mqar, min_pairs: 8, max_pairs: 8, min_length: 63, max_length: 63, seed: 1, "
+        "num_documents: 64}]",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_the_softmax_baseline_learns_each_task(name, tmp_path):
+    arguments = ["--task", name, "--lengths", "", "--seconds", "1200", "--stop-at", "0.97", "--out", str(tmp_path)]
+    assert learning.main([*arguments, *SMALL, *LEARNABLE[name]]) == 0
+    (path,) = tmp_path.glob("*.json")
+    comparison = learning_report.read_json(path)
+    assert comparison.void is None and comparison.models[0].curve[0].exact_match < 0.5
 
 
 def comparison_of(*models):
