@@ -132,7 +132,7 @@ def test_a_tiny_run_end_to_end(tmp_path, capsys, monkeypatch):
 SMALL = (
     *("model.dim=64", "model.num_layers=2", "model.mlp_dim=128", "model.dtype=float32"),
     *("model.mixers.mixer.implementation=reference", "distributed.virtual_cpu_devices=1"),
-    *("optimizer.learning_rate=3e-3", "training.steps=4000", "evaluation.every=100"),
+    *("optimizer.learning_rate=3e-3", "optimizer.decay_steps=1500", "training.steps=4000", "evaluation.every=100"),
 )
 LEARNABLE = {
     "passkey": (
