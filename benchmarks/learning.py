@@ -73,6 +73,8 @@ def compare(options: argparse.Namespace) -> Comparison:
 
     Raises: ValueError where the command line or the config is wrong.
     """
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds: got {options.seconds}, wanted more than 0")
     task = TASKS[options.task]
     of_mixers, overrides = mixer_overrides(options.overrides)
     base = task_config(task, config=options.config, seq_len=options.length, overrides=overrides)

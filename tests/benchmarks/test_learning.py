@@ -99,6 +99,7 @@ def test_refusals_name_the_option(capsys, tmp_path):
     assert learning.evaluated_lengths("32,8,16", 16, TASKS["passkey"]) == [8, 32]
     arguments = ["--task", "passkey", "--out", str(tmp_path), *TINY]
     assert learning.main([*arguments, "--mixers", "nothing"]) == 2
+    assert learning.main([*arguments, "--seconds", "0"]) == 2
     assert learning.main([*arguments, "--mixers", "attention,window", "mixers.moba.top_k=2"]) == 2
     assert "mixers.moba: got a setting of a mixer that is not compared" in capsys.readouterr().err
     assert learning.main([*arguments, "data.held_out_sources=[{kind: synthetic, min_length: 9, max_length: 9}]"]) == 2
