@@ -31,7 +31,7 @@ def write_report(
         numbered and the first stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{stem or _free_stem(results, folder)}.{ending}" for ending in ("json", "md", "png")]
+    paths = [folder / f"{stem or free_stem(results.stem, folder)}.{ending}" for ending in ("json", "md", "png")]
     results.write_json(paths[0])
     has_picture = importlib.util.find_spec("matplotlib") is not None
     paths[1].write_text(markdown(results, picture=paths[2].name if has_picture else None), encoding="utf-8")
@@ -43,8 +43,9 @@ def write_report(
     return paths[:2]
 
 
-def _free_stem(results: Results, folder: Path) -> str:
-    stems = itertools.chain([results.stem], (f"{results.stem}_{number}" for number in itertools.count(2)))
+def free_stem(stem: str, folder: Path) -> str:
+    """The name, with a number behind it where the folder has results of that name."""
+    stems = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
     return next(stem for stem in stems if not (folder / f"{stem}.json").exists())
 
 

@@ -17,7 +17,7 @@ from train.state import abstract_model, abstract_params
 
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:
-    """The step of the run's latest checkpoint, and its eval/loss, eval/bits_per_byte and eval/tokens."""
+    """The step of the run's latest checkpoint, and the figures of its evaluation."""
     directory, step = find_checkpoint(config.checkpoint.directory(config.run_dir))
     mesh = start_mesh(config)
     with jax.set_mesh(mesh):
@@ -32,7 +32,9 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
             rows=placement.rows,
             slots=placement.slots,
         )
-        return {"step": step} | evaluate(make_eval_step(abstract_model(build)[0]), params, batches, placement)
+        eval_step = make_eval_step(abstract_model(build)[0], num_answer_groups=len(data.answer_groups))
+        values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
+        return {"step": step} | values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

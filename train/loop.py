@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> None:
         _write_config(config)
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step)))
         in_flight = _StepsInFlight(config, parts.model, mesh, data, log, display)
-        eval_step = make_eval_step(parts.graphdef)
+        eval_step = make_eval_step(parts.graphdef, num_answer_groups=len(data.answer_groups))
         batch_size = config.training.batch_size
         eval_batch_size = batch_size // config.training.accumulate_steps
         placement = batch_placement(config, mesh, batch_size=batch_size)
@@ -99,6 +99,7 @@ def train(config: TrainConfig) -> None:
                         slots=eval_placement.slots,
                     ),
                     eval_placement,
+                    answer_groups=data.answer_groups,
                 )
             )
             log.write(step, held_out)
@@ -286,8 +287,14 @@ def _check_nonfinite(step: int, values: dict[str, Any], config: TrainingConfig, 
 
 
 def _held_out_text(values: Mapping[str, float]) -> str:
-    bits = values.get("eval/bits_per_byte")
-    return f"held-out loss {values['eval/loss']:.4f}" + ("" if bits is None else f", {bits:.4f} bits/byte")
+    texts = [f"held-out loss {values['eval/loss']:.4f}"]
+    if "eval/bits_per_byte" in values:
+        texts.append(f"{values['eval/bits_per_byte']:.4f} bits/byte")
+    if "eval/accuracy" in values:
+        texts.append(
+            f"{values['eval/accuracy']:.1%} of answer tokens and {values['eval/exact_match']:.1%} of answers right"
+        )
+    return ", ".join(texts)
 
 
 def _recorded(config: TrainConfig) -> TrainConfig:

@@ -134,6 +134,26 @@ def test_sources_of_bare_ids_have_no_bits_per_byte(run, tmp_path, capsys):
     assert all("bits_per_byte" not in name for record in read_records(tmp_path / "metrics.jsonl") for name in record)
 
 
+@pytest.mark.slow
+def test_runs_on_tasks_tell_how_many_answers_are_right(run, tmp_path, capsys):
+    source = "{kind: passkey, min_length: 30, max_length: 63, num_documents: 40, seed: SEED}"
+    overrides = (
+        f"data.sources=[{source.replace('SEED', '0')}]",
+        f"data.held_out_sources=[{source.replace('SEED', '1')}]",
+        "data.tokenizer=ids:64",
+    )
+    assert run(tmp_path, *overrides) == 0
+    assert re.search(
+        r"step 0: held-out loss [\d.]+, [\d.]+% of answer tokens and [\d.]+% of answers right", capsys.readouterr().out
+    )
+    last = [record for record in read_records(tmp_path / "metrics.jsonl") if "eval/loss" in record][-1]
+    groups = [name for name in last if name.startswith("eval/exact_match/passkey_depth_")]
+    assert 0 < last["eval/accuracy"] < 1 and 0 <= last["eval/exact_match"] <= 1 and len(groups) == 5
+    assert evaluate_main([str(tmp_path)]) == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown["eval/accuracy"] == last["eval/accuracy"] and groups[0] in shown
+
+
 def test_what_a_run_writes(finished):
     records = read_records(finished / "metrics.jsonl")
     second = next(r for r in records if r["step"] == 2)

@@ -1,8 +1,9 @@
 """Corpora: documents as token ids, read piece by piece, and what is known of each without reading it."""
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Integer
@@ -41,6 +42,45 @@ class Corpus(Protocol):
     def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
         """Tokens [start, stop) of a document; 0 <= start <= stop <= its length."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskDocument:
+    """A question and its context, or several, with the answers marked.
+
+    Attributes:
+      tokens: The ids.
+      answers: The number of the answer that each token belongs to, from 0 on; -1 elsewhere.
+      group: Which of the corpus's `answer_groups` the answers count in.
+    """
+
+    tokens: Integer[np.ndarray, "tokens"]
+    answers: Integer[np.ndarray, "tokens"]
+    group: int
+
+
+class TaskCorpus(abc.ABC):
+    """Generated documents whose answers can be right or wrong: a `Corpus` that knows which of its tokens are answers.
+
+    A document never stands in a row in pieces: its answer would lose its context.
+
+    Attributes:
+      documents: Their lengths; where loss is follows from `loss`, and source bytes from the tokens with loss.
+      answer_groups: Names of the parts that accuracy is told of apart.
+      loss: Whether loss is on the tokens of the answers alone, or on all.
+    """
+
+    documents: DocumentTable
+    notes: Sequence[str] = ()
+    answer_groups: tuple[str, ...]
+    loss: Literal["answers", "all"]
+
+    @abc.abstractmethod
+    def document(self, document: int) -> TaskDocument:
+        """A whole document; a pure function of the corpus's settings and the number."""
+
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
+        return self.document(document).tokens[start:stop]
 
 
 class StoredCorpus:

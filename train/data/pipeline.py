@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from train.data.config import DataConfig
-from train.data.corpus import Corpus
+from train.data.corpus import Corpus, TaskCorpus
 from train.data.errors import DataError
 from train.data.packing import PackedStream, cut_documents, pack
 from train.data.rows import Row, build_row, empty_row, stack_rows
@@ -91,6 +91,8 @@ class Data:
       tokenizer: Turns text into ids and back.
       train: The training rows, a random-access sequence without end; row i is `train[i]`.
       held_out: The held-out rows, a finite sequence; empty when nothing is held out.
+      answer_groups: Names of the groups of answers in the held-out rows; none where no source there is a task. Where
+        there are any, held-out rows have `answers` and `answer_groups` (`build_row`).
       notes: Lines that the user should see once: what was read, replaced and left out.
       fingerprint: Changes when documents of the training sources come, go or change in length.
     """
@@ -102,7 +104,7 @@ class Data:
         tokenizer: Tokenizer,
         train: grain.MapDataset,
         train_lengths: grain.MapDataset,
-        held_out: Sequence[Row],
+        held_out: "HeldOutRows",
         notes: Sequence[str],
         fingerprint: str,
     ):
@@ -110,6 +112,7 @@ class Data:
         self.train = train
         self._train_lengths = train_lengths
         self.held_out = held_out
+        self.answer_groups = held_out.answer_groups
         self.notes = tuple(notes)
         self.fingerprint = fingerprint
         self._config = config
@@ -183,7 +186,9 @@ class Data:
         return self._prefetched(range(num_batches), fetch)
 
     def _held_out_row(self, number: int) -> Row:
-        return self.held_out[number] if number < len(self.held_out) else empty_row(self._config.seq_len)
+        if number < len(self.held_out):
+            return self.held_out[number]
+        return empty_row(self._config.seq_len, with_answers=bool(self.answer_groups))
 
     def _prefetched(self, steps: range, fetch: Callable[[int], Row]) -> grain.IterDataset:
         threads = self._config.num_threads
@@ -214,11 +219,27 @@ class _PackedDocuments:
                 f"{name}: dropped {num_dropped} of {len(documents)} documents, which do not fit into "
                 f"{longest} slots (data.long_documents='drop')"
             )
+        if isinstance(corpus, TaskCorpus) and slots.max() > longest:
+            raise DataError(
+                f"{name}: a document fills {slots.max()} slots, wanted at most {longest}; in pieces it would lose its "
+                f"answers; lower the source's max_length to {longest - 1}, or raise data.seq_len or "
+                "data.max_document_length"
+            )
+        self.answer_groups = corpus.answer_groups if isinstance(corpus, TaskCorpus) else ()
         self._corpus = corpus
         self._end_id = tokenizer.end_id
+        self._bytes_per_token = tokenizer.bytes_per_token or 0
 
-    def row(self, indices: np.ndarray) -> Row:
-        return build_row(self._corpus, self.pieces, indices, seq_len=self.seq_len, end_id=self._end_id)
+    def row(self, indices: np.ndarray, *, groups: np.ndarray | None = None) -> Row:
+        return build_row(
+            self._corpus,
+            self.pieces,
+            indices,
+            seq_len=self.seq_len,
+            end_id=self._end_id,
+            bytes_per_token=self._bytes_per_token,
+            groups=groups,
+        )
 
 
 class _TrainRows:
@@ -259,6 +280,7 @@ class HeldOutRows(Sequence):
         self._packings = [pack(p.pieces.length, p.seq_len, seed=_HELD_OUT_SEED, epoch=0) for p in parts]
         self._part_starts = np.cumsum([0, *map(len, self._packings)])
         self._order = np.random.default_rng(_HELD_OUT_SEED).permutation(self._part_starts[-1])
+        self.answer_groups = tuple(dict.fromkeys(group for part in parts for group in part.answer_groups))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -266,7 +288,10 @@ class HeldOutRows(Sequence):
     def __getitem__(self, index: int) -> Row:
         place = int(self._order[index])
         part = int(np.searchsorted(self._part_starts, place, side="right")) - 1
-        return self._parts[part].row(self._packings[part].row(place - int(self._part_starts[part])))
+        groups = None
+        if self.answer_groups:
+            groups = np.array([self.answer_groups.index(group) for group in self._parts[part].answer_groups], np.int64)
+        return self._parts[part].row(self._packings[part].row(place - int(self._part_starts[part])), groups=groups)
 
 
 def _mixed(streams: Sequence[Sequence], weights: Sequence[float]) -> grain.MapDataset:

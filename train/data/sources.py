@@ -45,7 +45,13 @@ class SourceConfig:
     @classmethod
     def variants(cls) -> dict[str, type["SourceConfig"]]:
         """The config class of each kind."""
-        return {source.kind: source for source in SourceConfig.__subclasses__()}
+        found, kinds = list(SourceConfig.__subclasses__()), {}
+        while found:
+            source = found.pop(0)
+            found += source.__subclasses__()
+            if hasattr(source, "kind"):  # others are what several kinds share
+                kinds[source.kind] = source
+        return kinds
 
     def open(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:
         """Opens the documents, tokenising them first if the cache does not hold them.
@@ -216,10 +222,8 @@ class TokensSource(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticSource(SourceConfig):
-    """Generated documents, each a random pattern repeated: learnable, of any length, and free of files."""
-
-    kind: ClassVar[str] = "synthetic"
+class GeneratedSource(SourceConfig):
+    """What every kind of source has whose documents are computed when they are read."""
 
     min_length: int
     """Fewest tokens of a document. A document of n tokens fills n + 1 slots of a row."""
@@ -233,6 +237,40 @@ class SyntheticSource(SourceConfig):
     num_documents: int = 1024
     """Number of different documents."""
 
+    seed: int = 0
+    """Seed of the documents themselves, apart from the run's seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(min_length=1, num_documents=1, seed=0)
+        self._check_range("min_length", "max_length")
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        rng = np.random.default_rng(self.seed)
+        if self.length_distribution == "uniform":
+            return rng.integers(self.min_length, self.max_length, size=self.num_documents, endpoint=True)
+        logs = rng.uniform(np.log(self.min_length), np.log(self.max_length + 1), self.num_documents)
+        return np.clip(np.exp(logs).astype(np.int64), self.min_length, self.max_length)
+
+    def _check_least(self, **least: int) -> None:
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted >= {value}; raise it")
+
+    def _check_range(self, low: str, high: str) -> None:
+        if getattr(self, high) < getattr(self, low):
+            raise ValueError(
+                f"{high}: got {getattr(self, high)}, wanted >= {low}={getattr(self, low)}; raise it or lower {low}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSource(GeneratedSource):
+    """Generated documents, each a random pattern repeated: learnable, of any length, and free of files."""
+
+    kind: ClassVar[str] = "synthetic"
+
     num_symbols: int = 64
     """Number of different ids in use, at most the tokenizer's ids without its end id."""
 
@@ -242,20 +280,10 @@ class SyntheticSource(SourceConfig):
     max_period: int = 16
     """Most tokens of a pattern. Longer patterns ask for attention over a longer way."""
 
-    seed: int = 0
-    """Seed of the documents themselves, apart from the run's seed."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"min_length": 1, "num_documents": 1, "num_symbols": 1, "min_period": 1, "seed": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted >= {value}; raise it")
-        for low, high in (("min_length", "max_length"), ("min_period", "max_period")):
-            if getattr(self, high) < getattr(self, low):
-                raise ValueError(
-                    f"{high}: got {getattr(self, high)}, wanted >= {low}={getattr(self, low)}; raise it or lower {low}"
-                )
+        self._check_least(num_symbols=1, min_period=1)
+        self._check_range("min_period", "max_period")
 
     def open(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:
         if self.num_symbols > tokenizer.vocab_size - 1:
@@ -265,20 +293,13 @@ class SyntheticSource(SourceConfig):
             )
         symbols = np.delete(np.arange(self.num_symbols + 1), min(tokenizer.end_id, self.num_symbols))
         return RepeatCorpus(
-            lengths=self._lengths(),
+            lengths=self.lengths(),
             symbols=symbols,
             min_period=self.min_period,
             max_period=self.max_period,
             seed=self.seed,
             num_bytes=tokenizer.bytes_per_token or 0,
         )
-
-    def _lengths(self) -> np.ndarray:
-        rng = np.random.default_rng(self.seed)
-        if self.length_distribution == "uniform":
-            return rng.integers(self.min_length, self.max_length, size=self.num_documents, endpoint=True)
-        logs = rng.uniform(np.log(self.min_length), np.log(self.max_length + 1), self.num_documents)
-        return np.clip(np.exp(logs).astype(np.int64), self.min_length, self.max_length)
 
 
 def expand_globs(patterns: Iterable[str]) -> list[Path]:

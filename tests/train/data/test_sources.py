@@ -12,6 +12,8 @@ from rich.console import Console
 
 from train.data import (
     DataError,
+    MqarSource,
+    PasskeySource,
     SourceConfig,
     StdlibSource,
     SyntheticSource,
@@ -47,6 +49,8 @@ def test_every_kind_is_a_variant():
         "text": TextSource,
         "tokens": TokensSource,
         "synthetic": SyntheticSource,
+        "passkey": PasskeySource,
+        "mqar": MqarSource,
     }
 
 
