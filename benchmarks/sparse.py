@@ -1,4 +1,4 @@
-"""Measures attention to chosen blocks, the choice itself, and MoBA, against dense attention by the same kernels."""
+"""Measures attention to chosen blocks, the choice itself, MoBA and NSA, against dense attention by the same kernels."""
 
 import dataclasses
 import functools
@@ -13,23 +13,35 @@ from benchmarks.measure import Ceiling
 from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
 from benchmarks.side_by_side import measure_side_by_side, peer_candidates
-from benchmarks.sparse_cases import SELECTORS, SIZES, SparseCase, choose
+from benchmarks.sparse_cases import NSA, SELECTORS, SIZES, SparseCase, choose, draw_choices
 from pallas_kernels import blockwise_attention
 from pallas_kernels.mask import Causal
-from pallas_kernels.sparse import moba_attention
+from pallas_kernels.sparse import (
+    BranchKeys,
+    compressed_starts,
+    moba_attention,
+    nsa_attention,
+    selected_attention,
+    tokens_of_blocks,
+)
 from pallas_kernels.testing import TOLERANCE
 
 NOTES = (
     "Causal attention in order. Blocks by head: for each query head a list of its own, of blocks of 128 x 128 drawn at "
-    "random; the schedule is built outside the timing. **density**: blocks visited over dense attention's, of MoBA "
-    "pairs. **x density**: the time over density times that of dense attention by the same implementation and order of "
-    "gradients, **speed-up** the reverse without density. **% of dense**: of a choice, its time with the schedule over "
-    "that of the dense forward pass.",
+    "random; the schedule is built outside the timing. NSA's selected branch has blocks drawn for each query and kv "
+    "head, the first, its own and the one before among them; NSA chooses its own, with the means of blocks, which are "
+    "taken within the timing, as compressed keys and values, and gates of 1. **density**: blocks visited over dense "
+    "attention's, of MoBA and NSA pairs. **x density**: the time over density times that of dense attention by the "
+    "same implementation and order of gradients, **speed-up** the reverse without density. **% of dense**: of a "
+    "choice, its time with the schedule over that of the dense forward pass.",
     "TFLOP/s count the pairs that attend: forward 4 pairs D N B, 3.5 times that with backward. Attention to chosen "
-    "blocks agrees with the float32 formula on a sample of query rows, out and every gradient; MoBA over four chunks "
-    "agrees with the reference.",
+    "blocks agrees with the float32 formula on a sample of query rows, out and every gradient; MoBA and NSA "
+    "over a part of the length agree with the reference.",
 )
-_CHECKED = 4  # chunks of a row on which MoBA is held to the reference
+_BY_QUERY = "moba", "selected", "nsa"
+"""Kinds whose queries choose one by one; they are held to the reference on a part of the length."""
+_CHECKED_CHUNKS = 4
+_CHECKED_LENGTH = 2048
 
 
 def measure_sparse(
@@ -101,14 +113,15 @@ class _Sparse:
         return {}
 
     def start(self, case: SparseCase, checks: Mapping) -> Callable:
-        if case.kind not in ("select", "moba"):
+        if case.kind not in ("select", *_BY_QUERY):
             return self._blockwise.start(case, checks)
         q, k, v, dout = case.inputs(self.dtype)
 
         def run(candidate: Candidate, which: Pass, program: jax.stages.Compiled) -> tuple[str | None, Callable]:
             if case.kind == "select":
                 return None, functools.partial(program, q, k)
-            return _problem_of_moba(candidate, case, self.dtype), functools.partial(program, q, k, v, dout, None)
+            problem = _problem_by_query(candidate, case, self.dtype)
+            return problem, functools.partial(program, q, k, v, dout, candidate.extra())
 
         return run
 
@@ -119,10 +132,10 @@ class _Sparse:
 def _changed(case: SparseCase, implementation: str, candidate: Candidate) -> Candidate:
     """A candidate of dense attention as one of the case."""
     options = dict(implementation=implementation, deterministic=candidate.deterministic)
-    if case.kind == "moba":
+    if case.kind in _BY_QUERY:
         return dataclasses.replace(
-            candidate, attend=functools.partial(_moba, case, options), extra=lambda: None
-        )  # fmt: skip
+            candidate, attend=functools.partial(_by_query, case, options), extra=functools.partial(_choices, case)
+        )
     if case.kind == "chosen":
 
         def attend(q, k, v, schedule):
@@ -136,24 +149,39 @@ def _changed(case: SparseCase, implementation: str, candidate: Candidate) -> Can
     return candidate
 
 
-def _moba(case: SparseCase, options: dict, q, k, v, extra):
-    del extra
-    return moba_attention(q, k, v, chunk_size=case.chunk_size, top_k=case.top_k, **options)
+def _by_query(case: SparseCase, options: dict, q, k, v, choices):
+    if case.kind == "moba":
+        return moba_attention(q, k, v, chunk_size=case.chunk_size, top_k=case.top_k, **options)
+    if case.kind == "selected":
+        start = jnp.arange(0, k.shape[1], NSA.block_size, dtype=jnp.int32)[None]
+        implementation = options["implementation"]
+        return selected_attention(q, k, v, choices, start, block_size=NSA.block_size, implementation=implementation)[0]
+    starts = compressed_starts(None, k.shape[1], NSA)
+    means = (jnp.mean(tokens_of_blocks(x, starts, NSA), axis=2, dtype=jnp.float32).astype(x.dtype) for x in (k, v))
+    keys = BranchKeys(k, v)
+    gates = jnp.ones((*q.shape[:3], 3), q.dtype)
+    return nsa_attention(q, BranchKeys(*means), keys, keys, gates, sizes=NSA, **options)
 
 
-def _problem_of_moba(candidate: Candidate, case: SparseCase, dtype: str) -> str | None:
+def _choices(case: SparseCase) -> jax.Array | None:
+    return draw_choices(case.length, case.num_kv_heads) if case.kind == "selected" else None
+
+
+def _problem_by_query(candidate: Candidate, case: SparseCase, dtype: str) -> str | None:
     """What differs from the reference's results, at a part of the length."""
-    short = dataclasses.replace(case, length=_CHECKED * case.chunk_size)
+    length = _CHECKED_CHUNKS * case.chunk_size if case.kind == "moba" else min(case.length, _CHECKED_LENGTH)
+    short = dataclasses.replace(case, length=length)
+    choices = _choices(short)
 
     def results(attend):
         @jax.jit
         def run(q, k, v, dout):
-            out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, None), q, k, v)
+            out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, choices), q, k, v)
             return out, *vjp(dout)
 
         return run(*short.inputs(dtype))
 
-    plain = functools.partial(_moba, short, dict(implementation="reference"))
+    plain = functools.partial(_by_query, short, dict(implementation="reference", deterministic=True))
     pairs = zip(("out", "dq", "dk", "dv"), results(candidate.attend), results(plain), strict=True)
     for name, got, want in pairs:
         got, want = got.astype(jnp.float32), want.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The cases of sparse attention that are measured, as data: chosen blocks, selectors, MoBA, beside dense attention."""
+"""The cases of sparse attention that are measured, as data: chosen blocks, selectors, MoBA, NSA, beside dense ones."""
 
 import dataclasses
 import functools
@@ -12,10 +12,11 @@ from benchmarks.cases import BLOCK, AttentionCase
 from pallas_kernels import BlockSizes, Mask
 from pallas_kernels.mask import Causal, PerHead
 from pallas_kernels.mask_patterns import Table
-from pallas_kernels.sparse import BlockMean, BlockSelection, VerticalSlash, XAttention
+from pallas_kernels.sparse import BlockMean, BlockSelection, NsaSizes, VerticalSlash, XAttention
 
-type Kind = Literal["dense", "chosen", "select", "moba"]
+type Kind = Literal["dense", "chosen", "select", "moba", "selected", "nsa"]
 SIZES = BlockSizes(block_q=BLOCK, block_kv=BLOCK)
+NSA = NsaSizes()
 
 SELECTORS = {
     "BlockMean, 64 blocks": (BlockMean(), dict(budget=64)),
@@ -32,7 +33,8 @@ class SparseCase(AttentionCase):
     """Causal self-attention of one shape, or the choice of its blocks.
 
     Attributes:
-      kind: Dense attention, attention to chosen blocks, the choice alone, or MoBA.
+      kind: Dense attention, attention to chosen blocks, the choice alone, MoBA, NSA's selected branch over blocks that
+        are drawn for each query, or NSA.
       one_in: Of chosen blocks, one in so many of those that the mask allows, drawn at random for each query head,
         the block's own among them.
       chunk_size, top_k: Of MoBA.
@@ -48,6 +50,8 @@ class SparseCase(AttentionCase):
         kinds = {
             "chosen": f"blocks by head 1/{self.one_in}",
             "moba": f"MoBA, chunks of {self.chunk_size}, top {self.top_k}",
+            "selected": f"NSA's selected branch, {NSA.num_blocks} blocks of {NSA.block_size}",
+            "nsa": "NSA, published sizes",
         }
         return f"{kinds.get(self.kind, self.kind)} {self.shape_name}"
 
@@ -81,8 +85,8 @@ class SparseCase(AttentionCase):
 
     @property
     def density(self) -> float:
-        """Blocks that are visited over those of dense causal attention; of MoBA, which chooses by query, pairs."""
-        if self.kind == "moba":
+        """Blocks that are visited over those of dense causal attention; pairs where queries choose one by one."""
+        if self.kind in ("moba", "selected", "nsa"):
             return self.pairs / self.dense_case.pairs
         num = self.length // BLOCK
         return float(_counts(num, self.one_in).sum() / (num * (num + 1) / 2))
@@ -94,9 +98,21 @@ class SparseCase(AttentionCase):
             chunk, num = self.chunk_size, self.length // self.chunk_size
             whole = np.minimum(np.arange(num), self.top_k - 1).sum()
             return int(whole * chunk**2 + num * chunk * (chunk + 1) // 2)
+        if self.kind in ("selected", "nsa"):
+            return _pairs_of_nsa(self.length, with_all_branches=self.kind == "nsa")
         num = self.length // BLOCK
         off_diagonal = _counts(num, self.one_in).sum() - num
         return int(off_diagonal * BLOCK**2 + num * BLOCK * (BLOCK + 1) // 2)
+
+
+def _pairs_of_nsa(length: int, *, with_all_branches: bool) -> int:
+    place = np.arange(length)
+    blocks = np.minimum(place // NSA.block_size, NSA.num_blocks - 1)  # but the query's own
+    pairs = blocks * NSA.block_size + place % NSA.block_size + 1
+    if with_all_branches:
+        pairs += np.maximum(0, (place + 1 - NSA.compress_block) // NSA.compress_stride + 1)
+        pairs += np.minimum(place + 1, NSA.window)
+    return int(pairs.sum())
 
 
 def _counts(num: int, one_in: int) -> np.ndarray:
@@ -136,12 +152,18 @@ CASES = (
     _case("select", 32768, "16/4"),
     _case("moba", 32768, "16/16"),
     _case("moba", 32768, "16/4"),
+    _case("selected", 8192, "64/4"),
+    _case("selected", 32768, "16/4"),
+    _case("selected", 32768, "16/16"),
+    *(_case("nsa", length, heads) for length in (32768, 65536) for heads in ("64/4", "16/4")),
 )
 
 SMOKE = (
     _case("chosen", 512, "4/2", 16, one_in=2),
     _case("select", 512, "4/2", 16),
     _case("moba", 512, "4/2", 16, chunk_size=128, top_k=2),
+    _case("selected", 512, "4/2", 16),
+    _case("nsa", 512, "4/2", 16),
 )
 
 
@@ -150,3 +172,23 @@ def choose(name: str, q: jax.Array, k: jax.Array):
     selector, limits = SELECTORS[name]
     selection = selector.select(q, k, mask=Causal(), block_sizes=SIZES, **limits)
     return selection.schedule(mask=Causal(), block_sizes=SIZES)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def draw_choices(length: int, num_kv_heads: int) -> jax.Array:
+    """For each query and kv head NSA's three blocks that always are, and others before them drawn at random.
+
+    Returns: int32 `[1, T, K, NSA.num_blocks]`, -1 where there are fewer.
+    """
+    num_blocks = -(-length // NSA.block_size)
+    block = jnp.arange(num_blocks, dtype=jnp.int32)
+    always = 2.0
+
+    def of_block(own):
+        scores = jax.random.uniform(jax.random.key(own), (NSA.block_size, num_kv_heads, num_blocks))
+        scores = jnp.where((block == 0) | (block == own) | (block == own - 1), always, scores)
+        best, chosen = jax.lax.top_k(jnp.where(block <= own, scores, -1.0), min(NSA.num_blocks, num_blocks))
+        return jnp.where(best >= 0, chosen, -1).astype(jnp.int32)
+
+    choices = jax.lax.map(of_block, block)
+    return choices.reshape(1, -1, *choices.shape[2:])[:, :length]
