@@ -176,18 +176,26 @@ class Route:
     row: Leaf
 
     @classmethod
-    def of_choices(cls, choices: Int32[Array, "F Q choices"], num_chunks: int, list_block: int = LIST_BLOCK) -> "Route":
+    def of_choices(
+        cls,
+        choices: Int32[Array, "F Q choices"],
+        num_chunks: int,
+        list_block: int = LIST_BLOCK,
+        num_rows: int | None = None,
+    ) -> "Route":
         """The route of these choices, each chunk's list in the order of the queries.
 
         Args:
           choices: Numbers of chunks below num_chunks, or -1.
           list_block: Rows that a list is filled up to a multiple of.
+          num_rows: Rows that there are for all lists of a kv head, a multiple of list_block; None makes room for any
+            choices. What finds no room goes to a row beyond them.
         Cost: a sort of the Q choices of each kv head.
         """
         F, Q, num_choices = choices.shape
         num_entries = Q * num_choices
-        # Every list may have a block that is all but one row filled up.
-        num_rows = (num_entries + num_chunks * (list_block - 1)) // list_block * list_block
+        if num_rows is None:
+            num_rows = most_rows(num_entries, num_chunks, list_block)
         none = jnp.int32(num_chunks)
         keys = jnp.where(choices >= 0, choices, none).reshape(F, num_entries)
         keys, entries = _sorted(keys, num_chunks + 1)
@@ -272,6 +280,12 @@ class Route:
         row = jnp.moveaxis(row, (4, 2), (0, 2))  # [choices, B, T, K, G]
         index = jnp.minimum(row, L - 1) * K + jnp.arange(K, dtype=jnp.int32)[:, None]
         return tuple(x.reshape(*x.shape[:3], num_heads) for x in (index, row < L))
+
+
+def most_rows(num_entries: int, num_lists: int, list_block: int) -> int:
+    """Rows of so many lists with so many entries at most, each filled up to whole blocks."""
+    # Every list that has an entry may have a block that is all but one row filled up.
+    return (num_entries + min(num_entries, num_lists) * (list_block - 1)) // list_block * list_block
 
 
 def search(sorted_numbers: Int32[Array, "length"], x: Int32[Array, "n"], side: str = "left") -> Int32[Array, "n"]:

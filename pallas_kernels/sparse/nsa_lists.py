@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from pallas_kernels.sparse.moba_route import Route, search
+from pallas_kernels.sparse.moba_route import Route, most_rows, search
 from pallas_kernels.tokens import Leaf
 
 TILE_ROWS = 64
@@ -32,12 +32,14 @@ class QueryLists:
       num_items: How many there are, `[C]`; the others have no tiles.
       place: Where in the tiles of its chunk, row by row, the first head of each choice's query is, `[C, B, t, K, n]`,
         of t queries a chunk; -1 for none.
+      has_room: Whether all choices are there, bool `[C]`.
     """
 
     rows: Leaf
     items: Leaf
     num_items: Leaf
     place: Leaf
+    has_room: Leaf
 
     @classmethod
     def of(
@@ -45,10 +47,19 @@ class QueryLists:
         choices: Int32[Array, "B T K n"],
         block_start: Int32[Array, "#B M"],
         num_heads: int,
+        *,
+        kv_len: int,
+        block_size: int,
         num_chunks: int = 1,
     ) -> "QueryLists":
         """The lists of these choices, each in the order of the queries.
 
+        There is room for any choices among few blocks, and for those of packed documents, however many: where each
+        document is cut into blocks from its start, all but the last of block_size rows, and queries choose among those
+        of their own.
+
+        Args:
+          kv_len: Number of keys.
         Cost: a sort of the T n choices of each kv head, and a few passes over all rows of the lists.
         """
         (B, T, K, n), M, C = choices.shape, block_start.shape[1], num_chunks
@@ -56,7 +67,11 @@ class QueryLists:
         queries_of_tile = TILE_ROWS // group
         choices = jnp.pad(choices, ((0, 0), (0, C * length - T), (0, 0), (0, 0)), constant_values=-1)
         choices = choices.reshape(B, C, length, K, n).transpose(1, 0, 3, 2, 4)
-        route = Route.of_choices(choices.reshape(C * B * K, length, n), M, queries_of_tile)
+        num_rows = min(
+            most_rows(length * n, M, queries_of_tile),
+            _most_rows_of_documents(length, n, kv_len // block_size, queries_of_tile),
+        )
+        route = Route.of_choices(choices.reshape(C * B * K, length, n), M, queries_of_tile, num_rows)
         query = route.query.reshape(C, B, K, -1)
         first_query = jnp.arange(C, dtype=jnp.int32)[:, None] * length + jnp.arange(B, dtype=jnp.int32) * T
         rows = jnp.where(query < length, first_query[..., None, None] + query, -1)
@@ -69,12 +84,15 @@ class QueryLists:
         place = row // queries_of_tile * TILE_ROWS + row % queries_of_tile * group
         place += first_tile[:, :, None, None] * TILE_ROWS
         place = jnp.where(row < query.shape[3], place, -1)
-        items = jax.vmap(lambda block: _items_of(block, starts, first_tile.reshape(-1), K))(block)
+        num_lists = min(M, length * n, length + 2 * (kv_len // block_size))
+        items = jax.vmap(lambda block: _items_of(block, starts, first_tile.reshape(-1), K, num_lists))(block)
+        has_room = jnp.all((row < num_rows) | (choices < 0), axis=(1, 2, 3, 4))
         return cls(
             rows=rows.reshape(C, -1, TILE_ROWS),
             items=items,
             num_items=jnp.sum(items[..., ITEM_FIELDS.index("num_tiles")] > 0, axis=1, dtype=jnp.int32),
             place=place.swapaxes(2, 3),
+            has_room=has_room,
         )
 
 
@@ -95,14 +113,27 @@ def _with_heads(query: jax.Array, num_heads: int) -> jax.Array:
     return jnp.pad(rows, ((0, 0),) * 4 + ((0, idle),), constant_values=-1)
 
 
-def _items_of(chunk: jax.Array, block_start: jax.Array, first_tile: jax.Array, K: int) -> jax.Array:
-    """The items of tiles of these blocks, `[F, tiles]`, ascending, then -1; whose keys begin at `[B, M]`."""
+def _most_rows_of_documents(num_queries: int, n: int, num_whole: int, queries_of_tile: int) -> int:
+    """Rows of the lists of so many queries of packed documents at most, in which there are so many whole blocks.
+
+    A document of one block has one list, of its queries: queries_of_tile rows for each at most. Another's queries have
+    n choices each, and its blocks are at most twice the whole ones, each filled up by less than a tile.
+    """
+    rows = num_queries * max(n, queries_of_tile) + 2 * num_whole * (queries_of_tile - 1)
+    return -(-rows // queries_of_tile) * queries_of_tile
+
+
+def _items_of(chunk: jax.Array, block_start: jax.Array, first_tile: jax.Array, K: int, num_lists: int) -> jax.Array:
+    """The items of tiles of these blocks, `[F, tiles]`, ascending, then -1; whose keys begin at `[B, M]`.
+
+    `num_lists` is how many blocks have tiles at most.
+    """
     (F, num_tiles), (B, M) = chunk.shape, block_start.shape
     keys = jnp.where(chunk < 0, M, chunk)
     bounds = jax.vmap(lambda keys: search(keys, jnp.arange(M + 1, dtype=jnp.int32)))(keys)
     items_of_block = -(-jnp.diff(bounds, axis=1) // ITEM_TILES)
     stop = jnp.cumsum(items_of_block, axis=1, dtype=jnp.int32)
-    item = jnp.arange(num_tiles // ITEM_TILES + M, dtype=jnp.int32)
+    item = jnp.arange(num_tiles // ITEM_TILES + num_lists, dtype=jnp.int32)
     block = jax.vmap(lambda stop: search(stop, item, side="right"))(stop)
     is_item = block < M
     block = jnp.minimum(block, M - 1)

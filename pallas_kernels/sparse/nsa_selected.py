@@ -57,7 +57,7 @@ def selected_attention(
       implementation: Which implementation to use; None takes the first of the platform's that serves the call.
     Returns: `(out, lse)`: out in q's dtype, lse float32, natural log, with its cotangent. A query without a key is
       out = 0, lse = -inf, gradient 0. Differentiable in q, k and v; the gradients come out the same, bit by bit, each
-      time.
+      time. On Hopper NaN where more blocks are in use than packed documents can have, whose lists find no room.
     Raises: ValueError where the call is wrong; NotImplementedError where the named implementation refuses or is not
       there; ExceptionGroup with every reason where no implementation serves the call.
     Cost: 2 B T N n block_size (H + V) FLOPs.

@@ -30,7 +30,7 @@ def forward(q, k, v, choices, block_start, q_place, *, block_size, scale, interp
         return out, lse[:, None]
 
     out, lse = (call.whole(x) for x in jax.lax.map(of_chunk, call.lists))
-    return out, lse[..., 0].swapaxes(1, 2) * (1 / _LOG2_E)
+    return call.or_nan(out), call.or_nan(lse[..., 0].swapaxes(1, 2) * (1 / _LOG2_E))
 
 
 def backward(
@@ -53,7 +53,7 @@ def backward(
 
     dq = call.whole(jax.lax.map(of_chunk, call.lists))
     dk, dv = (jax.freeze(x).reshape(k.shape) for x in gradients)
-    return dq, dk, dv
+    return tuple(map(call.or_nan, (dq, dk, dv)))
 
 
 class _Call:
@@ -70,7 +70,7 @@ class _Call:
         self.shape = B, T, K, N // K
         # A chunk's parts are n times the size of its out.
         num_chunks = max(1, min(-(-n // 2), T // _LEAST_CHUNK))
-        self.lists = QueryLists.of(choices, block_start, N, num_chunks)
+        self.lists = QueryLists.of(choices, block_start, N, kv_len=S, block_size=block_size, num_chunks=num_chunks)
         self.num_blocks = B * K * block_start.shape[1]
         self.config = kernels.Config(scale=scale, kv_shape=(B, S, K), num_cores=num_cores, interpret=interpret)
         self.inputs = kernels.Inputs(
@@ -94,6 +94,10 @@ class _Call:
         """How to put the parts of a chunk's queries together."""
         place = lists.place.reshape(-1, lists.place.shape[-1])
         return place, self.shape[3], self.config.num_cores, self.config.interpret
+
+    def or_nan(self, x: jax.Array) -> jax.Array:
+        """NaN where the lists had no room for all choices."""
+        return jnp.where(jnp.all(self.lists.has_room), x, jnp.asarray(jnp.nan, x.dtype))
 
     def by_row(self, x: jax.Array) -> jax.Array:
         return x.reshape(-1, x.shape[-1])

@@ -52,7 +52,7 @@ def test_every_choice_is_in_the_list_of_its_block_once(group, num_chunks):
     choices = np.array(random_choices(rng, T, K, 2, batch_size=B))
     choices[:, 200:, :, 0] = np.where(choices[:, 200:, :, 1] == 0, -1, 0)  # one block that many chose
     starts = np.sort(rng.integers(0, T, (B, M)), axis=1).astype(np.int32)
-    of = jax.jit(functools.partial(QueryLists.of, num_heads=K * group, num_chunks=num_chunks))
+    of = jax.jit(functools.partial(QueryLists.of, num_heads=K * group, kv_len=T, block_size=64, num_chunks=num_chunks))
     lists = of(jnp.asarray(choices), jnp.asarray(starts))
     rows, items, place = (np.asarray(x) for x in (lists.rows, lists.items, lists.place))
     length = -(-T // num_chunks)
@@ -74,7 +74,35 @@ def test_every_choice_is_in_the_list_of_its_block_once(group, num_chunks):
             first = ((b * T + chunk * length + t) * K + head) * group
             there = place[chunk, b, t, head, i]
             assert rows[chunk].reshape(-1)[there : there + group].tolist() == list(range(first, first + group))
-    assert rows.shape[2] == TILE_ROWS
+    assert rows.shape[2] == TILE_ROWS and lists.has_room.all()
+
+
+@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize("lengths", [(1,) * 700, (63, 65, 2) * 5 + (50,), (700,), (1, 400) + (20,) * 14 + (19,)])
+def test_lists_have_room_for_packed_documents(group, lengths):
+    """However short they are, for a fraction of what any choices might need; others are told that there is none."""
+    T, n, num_chunks = sum(lengths), 5, 2
+    starts, choices = [], np.full((1, T, 1, n), -1, np.int32)
+    rng, begin = np.random.default_rng(0), 0
+    for length in lengths:
+        for t in range(length):
+            blocks = len(starts) + rng.permutation(t // 64 + 1)[:n]
+            choices[0, begin + t, 0, : len(blocks)] = blocks
+        starts += range(begin, begin + length, 64)
+        begin += length
+    starts = jnp.asarray([starts + [0] * (T - len(starts))], jnp.int32)
+    of = functools.partial(
+        QueryLists.of, block_start=starts, num_heads=group, kv_len=T, block_size=64, num_chunks=num_chunks
+    )
+    lists = jax.jit(of)(jnp.asarray(choices))
+    assert lists.has_room.all()
+    rows = np.asarray(lists.rows)
+    assert (rows >= 0).sum() == (choices >= 0).sum() * group
+    queries_of_tile = TILE_ROWS // group
+    assert rows.shape[1] <= (T // 2 * max(n, queries_of_tile) + 2 * (T // 64) * queries_of_tile) / queries_of_tile + 1
+    if group < 16:
+        scattered = np.argsort(rng.random((1, T, 1, T)), axis=3)[..., :n].astype(np.int32)
+        assert not jax.jit(of)(jnp.asarray(scattered)).has_room.any()
 
 
 # (length, heads, kv heads, head dim, choices)
