@@ -121,9 +121,9 @@ def _queries_kernel(inputs: Inputs, dq_out, scratch, *, config: Config):
             sources["kv_tokens"] = inputs.kv_tokens.at[row_of_batch(inputs.kv_tokens, b), :, keys]
         return copies_into(scratch, buffer, sources)
 
-    def one_tile(buffer, at, start: int, masked: bool):
+    def one_tile(buffer, at, start, masked: bool):
         """[block_q, chunk]"""
-        keys = slice(start, start + config.chunk)
+        keys = pl.ds(start, config.chunk)
         q, k, v = inputs.q[0, 0], scratch["k"][buffer, keys], scratch["v"][buffer, keys]
         s, slope = config.logits(q, k, functools.partial(dot, contracted=(1, 1)))
         if masked:
@@ -218,9 +218,9 @@ def _keys_kernel(inputs: Inputs, dk_out, dv_out, scratch, *, config: Config):
             sources["q_tokens"] = inputs.q_tokens.at[row_of_batch(inputs.q_tokens, b), :, queries]
         return copies_into(scratch, buffer, sources)
 
-    def one_tile(buffer, at, start: int, masked: bool):
+    def one_tile(buffer, at, start, masked: bool):
         """[block_kv, chunk]"""
-        queries = slice(start, start + config.chunk)
+        queries = pl.ds(start, config.chunk)
         k, v, q, dout = inputs.k[0, 0], inputs.v[0, 0], scratch["q"][buffer, queries], scratch["dout"][buffer, queries]
         s, slope = config.logits(q, k, lambda q, k: dot(k, q, (1, 1)))
         if masked:

@@ -143,9 +143,9 @@ def _kernel(inputs: Inputs, outputs, scratch, *, config: Config):
     outputs["lse"][0, 0] = _row(jnp.where(is_empty, -jnp.inf, finite_max(row_max) + jnp.log(row_sum)))
 
 
-def _one_tile(inputs: Inputs, scratch, config: Config, head, row, buffer, at, start: int, masked: bool) -> None:
+def _one_tile(inputs: Inputs, scratch, config: Config, head, row, buffer, at, start, masked: bool) -> None:
     """Adds what the queries of a row make of `chunk` keys of a block, those from `start` on, [block_q, chunk]."""
-    keys = slice(start, start + config.chunk)
+    keys = pl.ds(start, config.chunk)
     q, k, v = inputs.q[0, 0], scratch["k"][buffer, keys], scratch["v"][buffer, keys]
     s, _ = config.logits(q, k, functools.partial(dot, contracted=(1, 1)))
     if masked:

@@ -77,8 +77,14 @@ class Config:
 
         def visit(buffer, at, is_full):
             def chunks(masked: bool):
-                for start in range(0, block, self.chunk):
-                    one_tile(buffer, at, start, masked)
+                if block == self.chunk:
+                    one_tile(buffer, at, 0, masked)
+                    return
+
+                # Unrolled they would have memory each.
+                @pl.loop(0, block // self.chunk)
+                def _(i):
+                    one_tile(buffer, at, pl.multiple_of(i * self.chunk, self.chunk), masked)
 
             if not self.is_masked:
                 chunks(False)
