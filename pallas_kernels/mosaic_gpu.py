@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.interpreters import partial_eval
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
@@ -311,73 +309,3 @@ def num_hopper_cores() -> int | None:
 
 
 _HOPPERS = ("H100", "H200", "H800", "H20", "GH200")
-
-
-# What an elementwise function may compute inside a kernel. Memory is not read there, so there are no tables.
-_ARITHMETIC = frozenset(
-    "add sub mul div rem neg sign abs max min clamp and or not xor lt le gt ge eq ne select_n convert_element_type "
-    "broadcast_in_dim stop_gradient shift_left shift_right_logical shift_right_arithmetic integer_pow".split()
-)
-
-
-def elementwise(
-    function: Callable[..., jax.Array], *arguments: jax.ShapeDtypeStruct
-) -> tuple[Callable[..., jax.Array], frozenset[int]]:
-    """`function` as a kernel can compute it, for arguments of these shapes, and the numbers of those that it reads.
-
-    Raises: NotImplementedError with the reason where it does anything but elementwise arithmetic and comparisons.
-    """
-    closed = jax.make_jaxpr(function)(*arguments)
-    unknown = sorted(_primitives(closed.jaxpr) - _ARITHMETIC)
-    if unknown:
-        raise NotImplementedError(f"it uses {', '.join(unknown)}")
-    if any(np.ndim(constant) for constant in closed.consts):
-        raise NotImplementedError("it reads an array")
-    if not set(closed.jaxpr.outvars) & _dependent(closed.jaxpr):
-        raise NotImplementedError("it is the same for all arguments")
-
-    jaxpr, is_read = partial_eval.dce_jaxpr(closed.jaxpr, [True])
-    reads = frozenset(np.flatnonzero(is_read).tolist())
-
-    def evaluate(*values):
-        return _evaluate(jaxpr, closed.consts, [values[i] for i in sorted(reads)])[0]
-
-    return evaluate, reads
-
-
-def _primitives(jaxpr) -> set[str]:
-    names = set()
-    for equation in jaxpr.eqns:
-        inner = list(jax.extend.core.jaxprs_in_params(equation.params))
-        names |= set().union(*map(_primitives, inner)) if inner else {equation.primitive.name}
-    return names
-
-
-def _dependent(jaxpr) -> set:
-    """Variables that depend on the arguments."""
-    dependent = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
-        if any(atom in dependent for atom in equation.invars if not isinstance(atom, jax.extend.core.Literal)):
-            dependent |= set(equation.outvars)
-    return dependent
-
-
-def _evaluate(jaxpr, constants, values) -> list[jax.Array]:
-    """Evaluates a jaxpr, its calls inlined. Mosaic GPU has no `not` of booleans, but it has `xor`."""
-    environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *values), strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else environment[atom]
-
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        inner = equation.params.get("jaxpr")
-        if inner is not None:
-            results = _evaluate(inner.jaxpr, inner.consts, operands)
-        elif equation.primitive.name == "not" and equation.outvars[0].aval.dtype == jnp.bool:
-            results = [operands[0] ^ True]
-        else:
-            result = equation.primitive.bind(*operands, **equation.params)
-            results = result if equation.primitive.multiple_results else [result]
-        environment |= zip(equation.outvars, results, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]

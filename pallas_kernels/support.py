@@ -20,7 +20,7 @@ from pallas_kernels.linear import api as linear
 from pallas_kernels.mask import Causal, Full, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Chunked, Neighborhood, Strided
 from pallas_kernels.online_softmax import SoftmaxCarry
-from pallas_kernels.testing import H100, tracing_for
+from pallas_kernels.testing import H100, V5P, tracing_for
 from pallas_kernels.tokens import Tokens
 
 
@@ -47,7 +47,7 @@ def _call(
 
 
 # Where an implementation is asked, if not on the machine at hand.
-_DEVICES = {"mosaic_gpu": H100, "cudnn": H100}
+_DEVICES = {"mosaic_gpu": H100, "mosaic_tpu": V5P, "cudnn": H100}
 
 FEATURES = {
     "causal": _call(),

@@ -52,6 +52,7 @@ def assert_close(name: str, got, want, dtype: str) -> None:
 
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+V5P = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=2, platform="tpu")
 
 
 def tracing_for(device: jax.sharding.AbstractDevice) -> AbstractContextManager:

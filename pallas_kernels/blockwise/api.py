@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_qkv
 from pallas_kernels.block_sizes import BlockSizes
-from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, reference, xla
+from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.dropout import Dropout
@@ -22,12 +22,14 @@ from pallas_kernels.tokens import Tokens, validate_tokens
 
 FORWARD: Mapping = {
     "mosaic_gpu": pallas_mosaic_gpu.forward,
+    "mosaic_tpu": pallas_mosaic_tpu.forward,
     "cudnn": cudnn.forward,
     "xla": xla.forward,
     "reference": reference.forward,
 }
 BACKWARD: Mapping = {
     "mosaic_gpu": pallas_mosaic_gpu.backward,
+    "mosaic_tpu": pallas_mosaic_tpu.backward,
     "cudnn": cudnn.backward,
     "xla": xla.backward,
     "reference": reference.backward,

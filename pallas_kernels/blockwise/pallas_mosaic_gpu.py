@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
@@ -25,8 +24,9 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Full, Mask
-from pallas_kernels.mosaic_gpu import elementwise, num_hopper_cores
+from pallas_kernels.mosaic_gpu import num_hopper_cores
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
+from pallas_kernels.pair_tests import all_full, tests_of
 from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
 from pallas_kernels.tokens import Tokens
 from pallas_kernels.wgmma import ROWS, TILE_ROWS
@@ -255,45 +255,26 @@ def _pair_test(
     mask = options.mask
     if isinstance(mask, Full):
         return None
-    if _in_order(tokens) and not _is_selection(schedule) and _all_full(mask, q_len, kv_len, sizes):
+    if _in_order(tokens) and not _is_selection(schedule) and all_full(mask, q_len, kv_len, sizes):
         return None
-    tile = jax.ShapeDtypeStruct((ROWS, columns), jnp.int32)
-    masks = mask.by_head(mask.head_groups)
-    distinct = tuple(dict.fromkeys(masks))
     try:
-        tests = [elementwise(_always if one == Full() else one.allowed, *(tile,) * 4) for one in distinct]
+        tests, test_of_group, reads = tests_of(mask, (ROWS, columns))
     except NotImplementedError as reason:
-        _refuse(f"mask {mask}: {reason}, its pair test must be arithmetic and comparisons")
-
-    functions = [function for function, _ in tests]
+        _refuse(str(reason))
 
     def pair_test(head, *pair):
-        if len(functions) == 1:
-            return functions[0](*pair)
-        group, number = jax.lax.div(head * len(masks), num_heads), jnp.int32(0)
-        for i, one in enumerate(masks):
-            number = jnp.where(group == i, distinct.index(one), number)
-        return jax.lax.switch(number, functions, *pair)
+        if len(tests) == 1:
+            return tests[0](*pair)
+        group, number = jax.lax.div(head * len(test_of_group), num_heads), jnp.int32(0)
+        for i, test in enumerate(test_of_group):
+            number = jnp.where(group == i, test, number)
+        return jax.lax.switch(number, tests, *pair)
 
-    return PairTest(pair_test, frozenset().union(*(reads for _, reads in tests)))
-
-
-def _always(q_positions, *others) -> jax.Array:
-    """Whether a head that may attend to all may attend to a key, as an answer that depends on its arguments."""
-    del others
-    return q_positions >= jnp.iinfo(jnp.int32).min
+    return PairTest(pair_test, reads)
 
 
 def _without_full_blocks(ranges: BlockRanges) -> BlockRanges:
     return dataclasses.replace(ranges, full_start=ranges.start, full_stop=ranges.start)
-
-
-def _all_full(mask: Mask, q_len: int, kv_len: int, sizes: BlockSizes) -> bool:
-    """Whether of every block that tokens in order visit all pairs may attend, whole blocks of keys assumed."""
-    whole_len = -(-kv_len // sizes.block_kv) * sizes.block_kv
-    ranges = static_schedule(mask, q_len, whole_len, sizes).kv_blocks
-    full = (ranges.full_start == ranges.start) & (ranges.full_stop == ranges.stop)
-    return bool(np.all(full | (ranges.start >= ranges.stop)))
 
 
 def _whole_tiles(x_BLNH):

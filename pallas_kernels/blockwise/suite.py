@@ -196,11 +196,22 @@ _NOT_ON_HOPPER = {
     *(case.name for case in KERNEL_CASES if case.dropout_rate),
 }
 
+# Tables are memory, which a pair test does not read, and the default blocks are larger than theirs.
+_NOT_ON_TPU = {
+    *("table_D128", "table_of_64_D64"),
+    *(case.name for case in KERNEL_CASES if case.dropout_rate or case.chosen),
+}
+
 # An implementation that api.py has and this has not fails the suite.
 SERVES = {
     "mosaic_gpu": Serves(
         cases=frozenset(case.name for case in KERNEL_CASES if case.name not in _NOT_ON_HOPPER),
         dtypes=frozenset({"bfloat16", "float16"}),
+        ways=frozenset(WAYS),
+    ),
+    "mosaic_tpu": Serves(
+        cases=frozenset(case.name for case in KERNEL_CASES if case.name not in _NOT_ON_TPU),
+        dtypes=frozenset({"bfloat16", "float32"}),
         ways=frozenset(WAYS),
     ),
     "reference": _EVERYTHING,

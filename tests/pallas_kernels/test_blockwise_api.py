@@ -94,11 +94,6 @@ def test_an_accumulator_of_the_wrong_dtype_is_refused():
         unchecked(blockwise_attention_backward)(q, k, v, q, rows, q, rows, mask=Causal(), accumulate=(q, k, v))
 
 
-def test_an_implementation_that_is_not_there_is_refused():
-    with pytest.raises(NotImplementedError, match="there is no 'mosaic_tpu' implementation; there are"):
-        blockwise_attention(*qkv(), mask=Causal(), implementation="mosaic_tpu")
-
-
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"deterministic": False}])
 def test_both_gradients_are_told_whether_they_must_come_out_the_same(options, monkeypatch):
     told = []

@@ -23,9 +23,8 @@ from pallas_kernels.linear.api import (
 )
 from pallas_kernels.linear.pallas_mosaic_tpu import HEAD_DIMS
 from pallas_kernels.linear.pallas_mosaic_tpu_sweep import VMEM_BYTES, grid_of
-from pallas_kernels.testing import assert_close, tracing_for
+from pallas_kernels.testing import V5P, assert_close, tracing_for
 
-V5P = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=2, platform="tpu")
 BOTH = [("linear_attention_forward", "mosaic_tpu"), ("linear_attention_backward", "mosaic_tpu")]
 GRADIENTS = ("dq", "dk", "dv", "ddecay", "dinitial_state")
 

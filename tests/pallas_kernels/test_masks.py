@@ -25,7 +25,7 @@ from pallas_kernels.mask_patterns import (
     Table,
 )
 from pallas_kernels.mask_segments import Contexts, Hierarchy
-from pallas_kernels.mosaic_gpu import elementwise
+from pallas_kernels.pair_tests import elementwise
 
 
 def matrix(mask: Mask, q_len: int, kv_len: int, tokens: Tokens | None = None) -> list[str]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import Deal, elementwise, num_hopper_cores
+from pallas_kernels.mosaic_gpu import Deal, num_hopper_cores
+from pallas_kernels.pair_tests import elementwise
 from pallas_kernels.testing import tracing_for
 
 

@@ -29,6 +29,7 @@ from train.planning.work import Work, is_kernel
 HIDDEN_SHARE = 0.05  # a collective counts as hidden if at most this part of its time is waited for
 
 _OP = re.compile(rf"(\w+)_(forward|backward|states|state_cotangents)\.({'|'.join(IMPLEMENTATIONS)})\b")
+_KERNELS = ("mosaic_gpu", "mosaic_tpu", "cudnn")
 
 _LINEAR_ATTENTION = "linear_attention"
 # The backward pass is three sweeps (pallas_kernels.linear.sweeps). The maps of runs take a pass that writes states as
@@ -40,6 +41,9 @@ _SHARE_OF_KERNEL = {
     "state_cotangents": ("forward", 0.5),
 }
 """By phase of linear attention: which call's cost a kernel or loop of it takes a part of, and which part."""
+
+# On TPU the backward pass of softmax attention is two kernels, of three matmuls a tile and of four.
+_SHARE_OF_TPU_KERNEL = {"blockwise_attention_backward_dq": 3 / 7, "blockwise_attention_backward_dkdv": 4 / 7}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,16 +253,20 @@ class _Runner:
         return next((i for i in fused if i.opcode == "custom-call" and i.op_name), instruction)
 
     def _is_op_call(self, instruction: Instruction) -> bool:
-        if not _OP.search(instruction.op_name):
+        found = _OP.search(instruction.op_name)
+        if not found:
             return False
-        if instruction.opcode == "while":
+        # XLA also names a loop, such as a ring, after a kernel in its body; an op that is a kernel has no loops itself.
+        if instruction.opcode == "while" and found[3] not in _KERNELS:
             return self._work.has_matmul(instruction.called["body"][0])
         return is_kernel(instruction)
 
     def _op_call(self, instruction: Instruction, result: _Result) -> None:
         op, phase, _ = _OP.search(instruction.op_name).groups()
         layer = layer_of(instruction.op_name) or ""
-        phase, share = _SHARE_OF_KERNEL[phase] if op == _LINEAR_ATTENTION else (phase, 1.0)
+        share = next((share for name, share in _SHARE_OF_TPU_KERNEL.items() if name in instruction.op_name), 1.0)
+        if op == _LINEAR_ATTENTION:
+            phase, share = _SHARE_OF_KERNEL[phase]
         call = self._calls.get((layer, phase))
         if call is None:
             self.notes.append(f"an attention op of unknown cost counts nothing: {readable(instruction.op_name)}")

@@ -165,6 +165,18 @@ def test_an_attention_op_of_unknown_cost_is_noted():
     assert timeline.seconds == 0 and "unknown cost" in timeline.notes[0]
 
 
+@pytest.mark.parametrize(("kernel", "share"), [("forward", 1.0), ("backward_dq", 3 / 7), ("backward_dkdv", 4 / 7)])
+def test_a_loop_that_is_named_after_a_kernel_in_it_is_no_call(kernel, share):
+    """As XLA names a ring over hops; each kernel of the backward pass costs its part."""
+    phase = kernel.partition("_")[0]
+    scope = f"{SCOPE.partition('blockwise')[0]}blockwise_attention_{phase}.mosaic_tpu/blockwise_attention_{kernel}"
+    call = f'  %dot = f32[8]{{0}} custom-call(%v), custom_call_target="tpu_custom_call", metadata={{op_name="{scope}"}}'
+    calls = {("a", phase): OpCall(seconds=np.array([1.0]), flops=np.array([7.0]))}
+    timeline = on_paper(loop(op_name=scope), LOOP[0].replace(DOT, call), LOOP[1], calls=calls)
+    assert timeline.seconds == pytest.approx(6 * share)
+    assert sum(timeline.flops.values()) == pytest.approx(6 * 7 * share)
+
+
 def test_a_kernel_that_is_fused_with_slices_is_found():
     """As XLA does on GPUs with one that writes into the activations of all layers."""
     fused = f"""%fused (x: f32[1]) -> f32[1] {{
