@@ -110,7 +110,7 @@ class Checkpoints:
             try:
                 stored = _stored_shapes(self._manager, step, item)
             except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-                raise self._unreadable(step, _brief(error)) from error
+                raise self._unreadable(step, brief(error)) from error
             if stored is None:
                 raise self._unreadable(step, f"it holds no {item}")
             difference = _first_difference(stored, _shapes(wanted))
@@ -139,7 +139,7 @@ class Checkpoints:
             )
             position = Position(**items.position)
         except Exception as error:  # as in check
-            raise self._unreadable(step, _brief(error)) from error
+            raise self._unreadable(step, brief(error)) from error
         return TrainState(params=items.params, **items.training), position
 
     def wait(self) -> None:
@@ -188,7 +188,7 @@ def load_params(source: str | Path, abstract_params: Any) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # as in Checkpoints.check
-        raise CheckpointError(f"{directory / str(step)}: cannot be read ({_brief(error)})") from error
+        raise CheckpointError(f"{directory / str(step)}: cannot be read ({brief(error)})") from error
     finally:
         manager.close()
 
@@ -274,7 +274,8 @@ def _first_difference(stored: Mapping, wanted: Mapping, *, dtypes: bool = True) 
     return None
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The first line of what an error says, or its type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 

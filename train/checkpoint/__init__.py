@@ -1,0 +1,21 @@
+"""Checkpoints: saving, resuming and initializing (store.py), and looking at them without a run (inspection.py)."""
+
+from train.checkpoint.store import (
+    CheckpointConfig,
+    CheckpointError,
+    Checkpoints,
+    Position,
+    changed_settings,
+    find_checkpoint,
+    load_params,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "Checkpoints",
+    "Position",
+    "changed_settings",
+    "find_checkpoint",
+    "load_params",
+]
