@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from train import launch
+from train.launch import __main__ as command_line
+from train.launch import local
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -32,9 +33,9 @@ def run(tmp_path, monkeypatch):
     def run(code, num_processes):
         script = tmp_path / "child.py"
         script.write_text(PRELUDE + textwrap.dedent(code))
-        monkeypatch.setattr(launch, "_TRAIN", (sys.executable, str(script)))
+        monkeypatch.setattr(local, "_TRAIN", (sys.executable, str(script)))
         started = time.monotonic()
-        return launch.launch_local(["CONFIG", "a.b=c"], num_processes=num_processes), time.monotonic() - started
+        return local.launch_local(["CONFIG", "a.b=c"], num_processes=num_processes), time.monotonic() - started
 
     return run
 
@@ -111,19 +112,19 @@ def test_nohup_is_respected(run):
 
 def test_the_command_line(capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr(launch, "launch_local", lambda *call, **options: calls.append((call, options)) or 0)
+    monkeypatch.setattr(command_line, "launch_local", lambda *call, **options: calls.append((call, options)) or 0)
     config = str(ROOT / "configs/quickstart.yaml")
     for command in (
         ["local", "--num-processes", "2", "--timeout", "5", config, "training.steps=300"],
         ["local", config, "--num-processes", "2", "training.steps=300", "--timeout", "5"],
     ):
-        assert launch.main(command) == 0
+        assert command_line.main(command) == 0
     arguments = [config, "training.steps=300", "distributed.initialization_timeout=5"]
     assert calls == [((arguments,), {"num_processes": 2})] * 2
-    assert launch.main(["local", "--num-processes", "2", config, "training.stepz=3"]) == 2
+    assert command_line.main(["local", "--num-processes", "2", config, "training.stepz=3"]) == 2
     assert "training.stepz: unknown key" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        launch.main(["local", "--num-processes", "0", config])
+        command_line.main(["local", "--num-processes", "0", config])
     assert "--num-processes: got 0, wanted 1 or more" in capsys.readouterr().err
     assert len(calls) == 2
 

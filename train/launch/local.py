@@ -1,6 +1,5 @@
-"""python -m train.launch local --num-processes N CONFIG [a.b=c ...]: N processes of one run on this machine."""
+"""Several processes of one run on this machine."""
 
-import argparse
 import signal
 import socket
 import subprocess
@@ -9,9 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-
-from train.command import run_command
-from train.config import load_config
 
 _TRAIN = (sys.executable, "-m", "train")
 _POLL_SECONDS = 0.05
@@ -128,28 +124,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train.launch", description="Runs one run in several processes.")
-    parser.add_argument("place", choices=["local"], help="local: on this machine")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
-    parser.add_argument("--num-processes", type=int, required=True, metavar="N", help="processes to start")
-    parser.add_argument(
-        "--timeout", type=int, metavar="S", help="seconds in which all must have started; default: the config's"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    if options.num_processes < 1:
-        parser.error(f"--num-processes: got {options.num_processes}, wanted 1 or more")
-    overrides = list(options.overrides)
-    if options.timeout is not None:
-        overrides.append(f"distributed.initialization_timeout={options.timeout}")
-    # Here first, so that a wrong config is told once and not by every process.
-    code = run_command(lambda: load_config(options.config, overrides))
-    return code or launch_local([options.config, *overrides], num_processes=options.num_processes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
