@@ -185,6 +185,27 @@ def test_a_peer_that_dies_ends_the_run_with_its_name(config_file, tmp_path):
     assert f"error: rank 1 on {socket.gethostname()} ended by SIGKILL; its last lines:" in errors
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in Linux's /proc")
+def test_a_run_whose_peer_dies_goes_on_from_its_last_checkpoint(config_file, tmp_path):
+    settings = (f"run_dir={tmp_path}", "mesh.data=4", "mesh.tensor=2", "training.steps=160", "checkpoint.every=20")
+    command = ("train.launch", "local", "--num-processes", 2, "--restarts", 1, config_file, *settings)
+    launcher = start(*command, "evaluation.every=null")
+    wait_for_step(tmp_path, 50, launcher)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, errors
+    assert f"error: rank 1 on {socket.gethostname()} ended by SIGKILL; its last lines:" in errors
+    assert "starting all 2 processes again: restart 1 of 1\n" in errors
+    resumed = int(re.search(r"resuming .* at step (\d+)", output)[1])
+    assert resumed >= 20 and resumed % 20 == 0
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl") if "loss" in record] == [
+        *range(1, 161)
+    ]
+    assert find_checkpoint(tmp_path)[1] == 160
+
+
 def test_a_coordinator_or_a_peer_that_never_comes_is_named_in_time(config_file, tmp_path):
     arguments = (config_file, f"run_dir={tmp_path / 'run'}", "mesh.data=4", "mesh.tensor=2")
     host, started = socket.gethostname(), time.monotonic()

@@ -28,14 +28,15 @@ rank = int(overrides["distributed.process_id"])
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(code, n) -> (exit code, seconds) of n processes that run this code."""
+    """run(code, n, **options) -> (exit code, seconds) of n processes that run this code."""
 
-    def run(code, num_processes):
+    def run(code, num_processes, **options):
         script = tmp_path / "child.py"
         script.write_text(PRELUDE + textwrap.dedent(code))
         monkeypatch.setattr(local, "_TRAIN", (sys.executable, str(script)))
         started = time.monotonic()
-        return local.launch_local(["CONFIG", "a.b=c"], num_processes=num_processes), time.monotonic() - started
+        exit_code = local.launch_local(["CONFIG", "a.b=c"], num_processes=num_processes, **options)
+        return exit_code, time.monotonic() - started
 
     return run
 
@@ -72,6 +73,57 @@ def test_a_process_that_a_signal_ends_is_named(run, capfd):
     exit_code, seconds = run("import os\nif rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 2)
     assert exit_code == 1 and seconds < 8
     assert f"error: rank 0 on {HOST} ended by SIGKILL; its last lines:\n  (none)\n" in capfd.readouterr().err
+
+
+def test_those_that_hang_are_killed_in_the_time_that_is_asked_for(run):
+    code = """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == 0: sys.exit(3)
+    time.sleep(60)
+    """
+    exit_code, seconds = run(code, 2, seconds_to_stop=0.2)
+    assert exit_code == 3 and seconds < local.SECONDS_TO_STOP
+
+
+# Each attempt of rank 1 leaves a file beside the script; `attempt` counts from 1.
+ATTEMPTS = """
+from pathlib import Path
+if rank == 1:
+    Path(__file__).with_name(f"attempt-{time.time_ns()}").write_text(overrides["distributed.coordinator_address"])
+    attempt = len(list(Path(__file__).parent.glob("attempt-*")))
+"""
+
+
+def test_all_are_started_again_when_one_is_lost(run, tmp_path, capfd):
+    code = """
+    if rank == 1 and attempt < 3:
+        print(f"attempt {attempt} broke")
+        sys.exit(1)
+    if rank == 0: print("rank 0 was here", flush=True)
+    time.sleep(0.2)
+    """
+    exit_code, _ = run(ATTEMPTS + textwrap.dedent(code), 2, restarts=5, seconds_to_stop=2)
+    assert exit_code == 0 and len(list(tmp_path.glob("attempt-*"))) == 3
+    output, errors = capfd.readouterr()
+    assert output.endswith("rank 0 was here\n")
+    for attempt in (1, 2):
+        assert f"error: rank 1 on {HOST} ended with exit code 1; its last lines:\n  attempt {attempt} broke\n" in errors
+        assert f"starting all 2 processes again: restart {attempt} of 5\n" in errors
+    assert "restart 3" not in errors
+
+
+@pytest.mark.parametrize(("exit_code", "attempts"), [(1, 3), (2, 1)])
+def test_restarts_are_counted_and_a_wrong_config_gets_none(run, tmp_path, capfd, exit_code, attempts):
+    code = f"{ATTEMPTS}\nif rank == 1: sys.exit({exit_code})\ntime.sleep(60)"
+    assert run(code, 2, restarts=2)[0] == exit_code
+    assert len(list(tmp_path.glob("attempt-*"))) == attempts
+    assert capfd.readouterr().err.count("starting all 2 processes again") == attempts - 1
+
+
+def test_a_run_that_was_asked_to_stop_is_not_started_again(run, tmp_path):
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    assert run(f"{ATTEMPTS}\ntime.sleep(60)", 2, restarts=2)[0] == 1
+    assert len(list(tmp_path.glob("attempt-*"))) <= 1  # none: the signal came first
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -120,12 +172,22 @@ def test_the_command_line(capsys, monkeypatch):
     ):
         assert command_line.main(command) == 0
     arguments = [config, "training.steps=300", "distributed.initialization_timeout=5"]
-    assert calls == [((arguments,), {"num_processes": 2})] * 2
+    options = {"num_processes": 2, "restarts": 0, "seconds_to_stop": 3.0}
+    assert calls == [((arguments,), options)] * 2
+    assert (
+        command_line.main(["local", config, "--num-processes", "2", "--restarts", "4", "--seconds-to-stop", "9"]) == 0
+    )
+    assert calls.pop() == (([config],), {"num_processes": 2, "restarts": 4, "seconds_to_stop": 9.0})
     assert command_line.main(["local", "--num-processes", "2", config, "training.stepz=3"]) == 2
     assert "training.stepz: unknown key" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        command_line.main(["local", "--num-processes", "0", config])
-    assert "--num-processes: got 0, wanted 1 or more" in capsys.readouterr().err
+    for wrong, message in (
+        (["--num-processes", "0"], "--num-processes: got 0, wanted 1 or more"),
+        (["--num-processes", "2", "--restarts", "-1"], "--restarts: got -1, wanted 0 or more"),
+        (["--num-processes", "2", "--seconds-to-stop", "nan"], "--seconds-to-stop: got nan, wanted 0 or more seconds"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command_line.main(["local", config, *wrong])
+        assert message in capsys.readouterr().err
     assert len(calls) == 2
 
 

@@ -1,13 +1,14 @@
 """python -m train.launch local|render ...: runs one run in several processes here, or writes what does so elsewhere."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from train.command import run_command
 from train.config import load_config
-from train.launch.local import launch_local
+from train.launch.local import SECONDS_TO_STOP, launch_local
 from train.launch.render import PLACES, option, render
 
 
@@ -33,15 +34,38 @@ def _local(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--timeout", type=int, metavar="S", help="seconds in which all must have started; default: the config's"
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often to start all again when one was lost, from the last complete checkpoint; default: 0",
+    )
+    parser.add_argument(
+        "--seconds-to-stop",
+        type=float,
+        default=SECONDS_TO_STOP,
+        metavar="S",
+        help=f"how long the others have to end when one was lost, before they are killed; default: {SECONDS_TO_STOP:g}",
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.num_processes < 1:
         parser.error(f"--num-processes: got {options.num_processes}, wanted 1 or more")
+    if options.restarts < 0:
+        parser.error(f"--restarts: got {options.restarts}, wanted 0 or more")
+    if not 0 <= options.seconds_to_stop < math.inf:
+        parser.error(f"--seconds-to-stop: got {options.seconds_to_stop:g}, wanted 0 or more seconds, not infinite")
     overrides = list(options.overrides)
     if options.timeout is not None:
         overrides.append(f"distributed.initialization_timeout={options.timeout}")
     # Here first, so that a wrong config is told once and not by every process.
     code = run_command(lambda: load_config(options.config, overrides))
-    return code or launch_local([options.config, *overrides], num_processes=options.num_processes)
+    return code or launch_local(
+        [options.config, *overrides],
+        num_processes=options.num_processes,
+        restarts=options.restarts,
+        seconds_to_stop=options.seconds_to_stop,
+    )
 
 
 def _render(arguments: Sequence[str]) -> int:

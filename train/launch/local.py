@@ -9,9 +9,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+SECONDS_TO_STOP = 3.0
+"""For a child whose peer is gone; it may hang in a collective."""
 _TRAIN = (sys.executable, "-m", "train")
 _POLL_SECONDS = 0.05
-_SECONDS_TO_STOP = 3.0  # for a child whose peer is gone; it may hang in a collective
+_WRONG_CONFIG = 2
 _LAST_LINES = 15
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -66,14 +68,32 @@ class _Child:
         return "".join(f"  {line.rstrip()}\n" for line in self.last_lines) or "  (none)\n"
 
 
-def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
+def launch_local(
+    arguments: Sequence[str], *, num_processes: int, restarts: int = 0, seconds_to_stop: float = SECONDS_TO_STOP
+) -> int:
     """Runs `python -m train` with these arguments in as many processes, until all have ended or one has failed.
 
-    SIGINT, SIGTERM and SIGHUP are passed on. When a process fails, the others are stopped within seconds, and stderr
-    tells which one it was, how it ended and its last lines.
+    SIGINT, SIGTERM and SIGHUP are passed on. When a process fails, the others are stopped, and stderr tells which one
+    it was, how it ended and its last lines. Then all are started again, and resume from the last complete checkpoint,
+    unless somebody asked for the end by a signal or the exit code says that the config is wrong.
 
-    Returns: 0, or the exit code of the process that failed first (1 if a signal ended it).
+    Args:
+      arguments: Config file and overrides.
+      num_processes: How many to start.
+      restarts: How often to start again, at most.
+      seconds_to_stop: How long the others have to end by themselves once one has failed.
+    Returns: 0, or the exit code of the process that failed first in the last attempt (1 if a signal ended it).
     """
+    for attempt in range(restarts + 1):
+        code, asked_to_stop = _run(arguments, num_processes, seconds_to_stop)
+        if code in (0, _WRONG_CONFIG) or asked_to_stop or attempt == restarts:
+            break
+        print(f"starting all {num_processes} processes again: restart {attempt + 1} of {restarts}", file=sys.stderr)
+    return code
+
+
+def _run(arguments: Sequence[str], num_processes: int, seconds_to_stop: float) -> tuple[int, bool]:
+    """One attempt: its exit code, and whether a signal asked for its end."""
     common = [
         *arguments,
         f"distributed.coordinator_address=127.0.0.1:{_free_port()}",
@@ -105,19 +125,19 @@ def launch_local(arguments: Sequence[str], *, num_processes: int) -> int:
             for child in children:
                 child.send(signal.SIGTERM)
     finally:
-        deadline = time.monotonic() + _SECONDS_TO_STOP
+        deadline = time.monotonic() + seconds_to_stop
         for child in children:
             child.finish(deadline)
         for number, handler in previous.items():
             signal.signal(number, handler)
     if not failed:
-        return 0
+        return 0, bool(passed_on)
     for child in failed:
         # Whoever asked for the end by a signal need not read how far each process had come.
         last_words = "" if passed_on else f"; its last lines:\n{child.last_words()}".rstrip()
         print(f"error: {child.ending()}{last_words}", file=sys.stderr)
     print(f"error: stopped the run of {num_processes} processes", file=sys.stderr)
-    return max(failed[0].process.returncode, 1)
+    return max(failed[0].process.returncode, 1), bool(passed_on)
 
 
 def _free_port() -> int:
