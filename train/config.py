@@ -90,21 +90,25 @@ class TrainConfig:
         if degree > 0:
             self.context_parallel.order(self.data.seq_len, degree)
         if degree > 1 and sizes["tensor"] > 0:
-            self._check_strategies(degree, sizes["tensor"])
+            self._check_strategies(degree, sizes)
 
     @property
     def attention_sharding(self) -> AttentionSharding:
         """What the layers of the model are told of context parallelism."""
         return self.context_parallel.sharding(max_document_length=self.data.max_document_length)
 
-    def _check_strategies(self, degree: int, heads_split: int) -> None:
+    def planned_sharding(self, sizes: Mapping[str, int]) -> AttentionSharding:
+        """The same for what is asked of a strategy without a mesh in scope, whose axes would have these sizes."""
+        return dataclasses.replace(self.attention_sharding, inner_degree=sizes[CONTEXT_AXES[-1]])
+
+    def _check_strategies(self, degree: int, sizes: Mapping[str, int]) -> None:
         for name, mixer in self.model.mixers.items():
             reason = mixer.refusal(
                 self.model.dim,
                 seq_len=self.data.seq_len,
-                heads_split=heads_split,
+                heads_split=sizes["tensor"],
                 ring_size=degree,
-                sharding=self.attention_sharding,
+                sharding=self.planned_sharding(sizes),
             )
             if reason is not None:
                 raise ValueError(f"context_parallel: model.mixers.{name}: {reason}")

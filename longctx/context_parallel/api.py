@@ -144,6 +144,7 @@ class MeshSplit:
     heads_size: int
     sequence: tuple[str, ...]
     degree: int
+    inner_degree: int | None
 
     @classmethod
     def of(cls, sharding: AttentionSharding | None, batch_size: int) -> "MeshSplit | None":
@@ -162,6 +163,7 @@ class MeshSplit:
             heads_size=axes_size("heads", sharding.heads, mesh),
             sequence=sharding.sequence if degree > 1 else (),
             degree=degree,
+            inner_degree=mesh.shape[sharding.sequence[-1]] if len(sharding.sequence) > 1 else None,
         )
 
     def batch_of(self, num_rows: int) -> tuple[str, ...]:
@@ -205,6 +207,7 @@ class AttentionSplit(MeshSplit):
             mask,
             degree=self.degree,
             axes=self.sequence,
+            inner_degree=self.inner_degree,
             q_len=q_len,
             kv_len=kv_len,
             num_heads=num_heads and num_heads // self.heads_size,

@@ -11,9 +11,12 @@ from longctx.context_parallel.layout import Layout, LayoutName
 from longctx.context_parallel.ring import Ring
 from longctx.context_parallel.strategy import Setting, Strategy, StrategyName
 from longctx.context_parallel.ulysses import Ulysses
+from longctx.context_parallel.usp import Usp
 from pallas_kernels import Mask
 
-STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo())}
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo(), Usp())
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class AttentionSharding:
         bring tokens into the order of the sequence. Tokens are permuted in the data, by `layout.order`.
       max_document_length: Most tokens of a document, in rows of packed documents whose positions start at 0 in each.
         Where it is given, attention within documents reaches no farther; rows that hold a longer one become NaN.
+      inner_degree: Devices along the last of several axes of `sequence`, for plans that are made without a mesh. Calls
+        go by the mesh in scope alone.
     """
 
     batch: tuple[str, ...] = ()
@@ -42,6 +47,7 @@ class AttentionSharding:
     window_strategy: StrategyName | None = None
     layout: Layout | None = None
     max_document_length: int | None = None
+    inner_degree: int | None = None
 
     def __post_init__(self):
         for name in ("strategy", "window_strategy"):
@@ -61,7 +67,8 @@ class AttentionSharding:
 
     def setting(self, mask: Mask, **fields) -> Setting:
         """The Setting of attention that is split this way; `fields` are those that are not known here."""
-        return Setting(mask=mask, layout=self.layout, max_document_length=self.max_document_length, **fields)
+        known = dict(layout=self.layout, max_document_length=self.max_document_length, inner_degree=self.inner_degree)
+        return Setting(mask=mask, **known | fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,8 @@ class ContextParallelConfig:
     strategy: StrategyName = "ring"
     """How a query meets keys of other devices: `ring` passes keys and values from device to device, under the compute;
     `all_gather` gathers all of them at once; `ulysses` splits the heads in place of the tokens while it attends; `halo`
-    sends the tokens around a device's own, for windows."""
+    sends the tokens around a device's own, for windows; `usp` splits the heads over mesh.context_inner, and passes keys
+    and values round mesh.context_outer."""
     window_strategy: StrategyName | None = None
     """The same for layers whose mask is a window; null means `strategy`. `halo` sends no more than the window."""
     layout: LayoutName = "zigzag"

@@ -31,6 +31,7 @@ from pallas_kernels.testing import TOLERANCE, packed_tokens, relative_errors
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 DEGREES = (2, 4, 8)
+_INNER = 2  # devices of a group, for strategies of two levels; to the others all devices are alike
 _LENGTH, _HEAD_DIM = 64, 8
 _AT_ONCE = 12  # programs that are compiled side by side, before any of them is run
 _DOCUMENTS = masks.documents()
@@ -153,6 +154,7 @@ class Case:
             setting = self.sharding.setting(
                 mask,
                 degree=self.degree,
+                inner_degree=_INNER,
                 q_len=problem.q_len,
                 kv_len=_LENGTH,
                 num_heads=problem.num_heads,
@@ -279,7 +281,7 @@ def _lower(case: Case, mask: Mask) -> jax.stages.Lowered:
 
 @functools.cache
 def _mesh(degree: int) -> jax.sharding.Mesh:
-    return make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])
+    return make_mesh(MeshConfig(context_outer=degree // _INNER, context_inner=_INNER), jax.devices()[:degree])
 
 
 def _orders(case: Case) -> tuple[np.ndarray, np.ndarray]:

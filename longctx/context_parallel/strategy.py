@@ -20,7 +20,7 @@ from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Mask, Schedule, Tokens
 from pallas_kernels.tokens import Leaf
 
-StrategyName = Literal["ring", "all_gather", "ulysses", "halo"]
+StrategyName = Literal["ring", "all_gather", "ulysses", "halo", "usp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Setting:
       mask: Which pairs may attend.
       degree: Devices that share the sequence, P.
       axes: The mesh axes that they are on; () where nothing is run, but planned.
+      inner_degree: Devices along the last of several axes; None where there is one axis, or its size is not known.
       layout: Which tokens a device holds; None where that is not known.
       q_len, kv_len: Of the whole sequence, T and S.
       num_heads, num_kv_heads: Of the devices that share one sequence, N and K; None where no heads are at hand.
@@ -42,6 +43,7 @@ class Setting:
     mask: Mask
     degree: int
     axes: tuple[str, ...] = ()
+    inner_degree: int | None = None
     layout: Layout | None = None
     q_len: int
     kv_len: int

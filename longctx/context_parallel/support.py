@@ -13,7 +13,7 @@ from longctx.context_parallel.config import STRATEGIES, AttentionSharding
 from longctx.context_parallel.layout import Layout
 from pallas_kernels import markdown
 
-_DEGREE, _LENGTH = 8, 8192
+_DEGREE, _INNER, _LENGTH = 8, 2, 8192
 _CHUNK = _LENGTH // _DEGREE // 2
 _DOCUMENTS = masks.documents()
 _LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -51,7 +51,7 @@ FEATURES = {
         for name in ("soft cap", "learned sinks", "dropout", "fully masked shards")
     },
 }
-"""Attention over P = 8 devices: the fields of a Setting, and the layouts that make sense if not all do.
+"""Attention over P = 8 devices in groups of 2: the fields of a Setting, and the layouts that make sense if not all do.
 
 No Setting tells of soft caps, sinks, dropout or what the arrays mask: they go with every mask that a strategy serves,
 and matrix.py runs them."""
@@ -69,7 +69,7 @@ def _cell(strategy: str, *, layouts=_LAYOUTS, max_document_length=None, **fields
     served = []
     for name in layouts:
         sharding = AttentionSharding(layout=Layout(name=name), max_document_length=max_document_length)
-        if STRATEGIES[strategy].refusal(sharding.setting(degree=_DEGREE, **fields)) is None:
+        if STRATEGIES[strategy].refusal(sharding.setting(degree=_DEGREE, inner_degree=_INNER, **fields)) is None:
             served.append(name)
     if len(served) == len(layouts):
         return "yes"

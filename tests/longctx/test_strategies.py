@@ -51,6 +51,7 @@ SPARSE_MASKS = {
     "per_head": masks.causal() & masks.per_head(masks.sliding_window(left=20), masks.strided(3, block=8)),
 }
 NAMES = ("out", "dq", "dk", "dv")
+ONE_LEVEL = [name for name in STRATEGIES if name != "usp"]
 QUICK = {  # what CI runs, beside a cover of the matrix of features; the rest is slow
     ("ring", "causal", "zigzag", 4),
     ("ring", "documents", "striped_by_4", 4),
@@ -66,7 +67,7 @@ QUICK = {  # what CI runs, beside a cover of the matrix of features; the rest is
 
 
 def every_case():
-    for case in itertools.product(STRATEGIES, MASKS, LAYOUTS, (2, 4, 8)):
+    for case in itertools.product(ONE_LEVEL, MASKS, LAYOUTS, (2, 4, 8)):
         strategy, name, layout, degree = case
         if refusal(strategy, name, layout, degree) is None:
             yield pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(map(str, case)))
@@ -195,7 +196,7 @@ MESHES = {
 @pytest.mark.parametrize(
     ("strategy", "mesh"),
     some_slow(
-        itertools.product(STRATEGIES, MESHES),
+        itertools.product(ONE_LEVEL, MESHES),
         {("ring", "beside_data_and_tensor"), ("ulysses", "beside_data_and_tensor"), ("halo", "two_context_axes")},
     ),
 )
@@ -229,7 +230,7 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("strategy", "name"),
     some_slow(
-        itertools.product(STRATEGIES, OPTIONS),
+        itertools.product(ONE_LEVEL, OPTIONS),
         {("ring", "bfloat16"), ("ulysses", "mqa")},
     ),
 )
@@ -240,6 +241,51 @@ def test_heads_options_and_dtypes(strategy, name):
     assert_equals_one_device(
         mask, tokens_of(packed), inputs(**shapes), {"context_inner": 4}, how(strategy), dtype=dtype, **options
     )
+
+
+TWO_LEVELS = {f"{o}x{i}": {"context_outer": o, "context_inner": i} for o, i in ((2, 2), (2, 4), (4, 2))}
+ONE_OF_TWO = {f"{o}x{i}": {"context_outer": o, "context_inner": i} for o, i in ((1, 4), (4, 1))}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "layout"),
+    some_slow(
+        [
+            *itertools.product(TWO_LEVELS, MASKS, LAYOUTS),
+            *itertools.product(ONE_OF_TWO, ("documents_window",), LAYOUTS),
+        ],
+        {
+            ("2x2", "documents", "striped_by_4"),
+            ("2x4", "documents", "zigzag"),
+            ("4x2", "documents_window", "zigzag"),
+        },
+    ),
+)
+def test_two_levels(mesh, name, layout):
+    """A ring of groups whose devices split the heads; one group is ulysses, groups of one device are a ring."""
+    mask, packed = MASKS[name]
+    arrays = inputs(num_kv_heads=4, value_dim=24)
+    assert_equals_one_device(mask, tokens_of(packed), arrays, (TWO_LEVELS | ONE_OF_TWO)[mesh], how("usp", layout))
+
+
+TWO_BY_TWO = TWO_LEVELS["2x2"]
+BESIDE_TWO_LEVELS = {
+    "tensor": ("documents", TWO_BY_TWO | {"tensor": 2}, dict(num_kv_heads=4), {}),
+    "data": ("both_ways", TWO_BY_TWO | {"data": 2}, {}, {}),
+    "bfloat16": ("documents", TWO_BY_TWO, dict(dtype="bfloat16"), {}),
+    "soft_cap": ("causal", TWO_BY_TWO, {}, dict(logits_soft_cap=2.0)),
+    "fewer_queries": ("full", TWO_BY_TWO, dict(q_len=32), {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BESIDE_TWO_LEVELS)
+def test_two_levels_beside_other_axes_and_options(name):
+    mask, mesh, shapes, options = BESIDE_TWO_LEVELS[name]
+    mask, packed = MASKS[mask]
+    tokens = tokens_of(packed, shapes.get("q_len", LENGTH))
+    dtype = shapes.get("dtype", "float32")
+    assert_equals_one_device(mask, tokens, inputs(**shapes), mesh, how("usp"), dtype=dtype, **options)
 
 
 def test_documents_that_are_bounded_are_a_window():
@@ -354,6 +400,25 @@ REFUSALS = [
         "6 kv heads over 4 devices, wanted a multiple or a",
     ),
     ("ulysses", masks.per_head(masks.causal(), masks.full()), {}, "splits the heads, and the mask .* differs between"),
+    (
+        "usp",
+        masks.causal(),
+        {},
+        r"needs two mesh axes .* name two in AttentionSharding\(sequence=...\), or use ring or",
+    ),
+    ("usp", masks.causal(), dict(inner_degree=4), "splits 2 kv heads over the 4 devices of a group, wanted a multiple"),
+    (
+        "usp",
+        masks.causal(),
+        dict(inner_degree=2, num_heads=7),
+        r"7 query heads over the 2 devices .* \(context_inner\) smaller, or use ring",
+    ),
+    (
+        "usp",
+        masks.per_head(masks.causal(), masks.full()),
+        dict(inner_degree=2),
+        "splits the heads, and the mask .* differs between",
+    ),
 ]
 
 

@@ -24,7 +24,8 @@ LAYOUTS = {name: Layout(name=name) for name in ("contiguous", "zigzag", "striped
 
 def lowered(sharding, mask, *, degree=DEGREE, length, dtype="float32") -> jax.stages.Lowered:
     """The forward and backward pass of one layer, and the schedule of its mask."""
-    mesh = make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])
+    inner = sharding.inner_degree or degree
+    mesh = make_mesh(MeshConfig(context_outer=degree // inner, context_inner=inner), jax.devices()[:degree])
     spec = jax.NamedSharding(mesh, jax.P(None, ("context_outer", "context_inner")))
     q, k, v, dout = (
         jax.ShapeDtypeStruct((ROWS, length, heads, head_dim), dtype, sharding=spec)
@@ -111,21 +112,37 @@ Q_BYTES, OUT_BYTES = ROWS * HEADS * KEY_DIM * 4, ROWS * HEADS * VALUE_DIM * 4
                 ("all-to-all", own * 2 * KV_BYTES * 3 // 4): 2,
             },
         ),
+        # Two groups of two: keys, as many bytes a token as queries here, go round once and back.
+        (
+            "usp",
+            "zigzag",
+            CAUSAL,
+            lambda own: {
+                ("all-to-all", own * Q_BYTES // 2): 2 + 2,
+                ("all-to-all", own * OUT_BYTES // 2): 2,
+                ("collective-permute", own * KV_BYTES): 1 + 2 + 1,
+            },
+        ),
         ("halo", "contiguous", WINDOW, lambda own: {("collective-permute", 20 * KV_BYTES): 3}),
         ("halo", "zigzag", WINDOW, lambda own: {("collective-permute", 20 * KV_BYTES): 6}),
     ],
 )
 def test_the_compiled_program_sends_what_the_formula_says(strategy, layout, mask, formula):
     length = 1024
-    sharding = AttentionSharding(strategy=strategy, layout=LAYOUTS[layout])
+    inner = 2 if strategy == "usp" else None
+    sharding = AttentionSharding(strategy=strategy, layout=LAYOUTS[layout], inner_degree=inner)
     program = lowered(sharding, mask, length=length).compile().as_text()
-    found = collectives(program)
+    found = collectives(program, inner or DEGREE)  # of permutes it needs no number
     assert found["floats"] == formula(length // DEGREE) == stated(sharding, mask, length=length)
     # Positions and segment ids of the keys, once: of all, or of those that travel. One row here.
     integers = found["integers"]
     if strategy == "halo":
         messages = {"contiguous": 1, "zigzag": 2}[layout]
         assert integers.pop(("collective-permute", 20 * 2 * 4)) == messages
+    elif strategy == "usp":
+        # Of a group's tokens inside it, and of the keys of all groups between them.
+        assert integers.pop(("all-gather", 4 * length // 4)) <= 4
+        assert integers.pop(("all-gather", 4 * length // 2)) == 2
     elif integers:
         assert integers.pop(("all-gather", 4 * length * 3 // 4)) <= (4 if strategy == "ulysses" else 2)
     # What the hops that are left out rest on: two tokens of each run.
@@ -145,6 +162,8 @@ def test_a_halo_is_as_large_as_the_window_whatever_the_sequence():
 @pytest.mark.parametrize(
     ("strategy", "layout", "mask", "degree"),
     [
+        ("usp", "zigzag", CAUSAL, 8),
+        ("usp", "contiguous", WINDOW, 8),
         ("ring", "contiguous", CAUSAL, 2),
         ("ring", "striped", WINDOW, 8),
         ("ring", "zigzag", WINDOW, 8),
@@ -159,7 +178,8 @@ def test_a_halo_is_as_large_as_the_window_whatever_the_sequence():
 def test_transfers_are_the_collectives_of_the_program(strategy, layout, mask, degree, dtype, monkeypatch):
     """Of the program before it is compiled, which has the dtypes: XLA's CPU compiler widens bfloat16 permutes."""
     monkeypatch.setattr(ring_module, "MAX_UNROLLED_HOPS", degree)  # every hop is written out, none is in a loop
-    sharding = AttentionSharding(strategy=strategy, layout=LAYOUTS[layout])
+    inner = 2 if strategy == "usp" else None
+    sharding = AttentionSharding(strategy=strategy, layout=LAYOUTS[layout], inner_degree=inner)
     program = lowered(sharding, mask, degree=degree, length=96, dtype=dtype).as_text()
     kinds = "collective_permute|all_gather|all_to_all|reduce_scatter"
     found = collections.Counter()
@@ -167,7 +187,8 @@ def test_transfers_are_the_collectives_of_the_program(strategy, layout, mask, de
         *dims, element = body.split("x")
         if element != "i32":
             kind = kind.replace("_", "-")
-            found[kind, sent(kind, SIZE_OF[element] * int(np.prod([int(n) for n in dims])), degree)] += 1
+            num_bytes = SIZE_OF[element] * int(np.prod([int(n) for n in dims]))
+            found[kind, sent(kind, num_bytes, inner or degree)] += 1
     assert found == stated(sharding, mask, degree=degree, length=96, dtype=dtype)
 
 
@@ -187,6 +208,6 @@ def test_a_ring_of_one_needed_hop_sends_nothing():
 
 def test_every_strategy_states_both_passes():
     for name in STRATEGIES:
-        sharding = AttentionSharding(strategy=name, layout=LAYOUTS["contiguous"])
+        sharding = AttentionSharding(strategy=name, layout=LAYOUTS["contiguous"], inner_degree=2)
         for phase in ("forward", "backward"):
             assert sum(stated(sharding, WINDOW, length=96, phases=(phase,)).values()) > 0

@@ -170,6 +170,6 @@ def estimate_memory(run: Run) -> tuple[Mapping[str, int], int]:
         rows=training.batch_size // training.accumulate_steps,
         seq_len=run.config.data.seq_len,
         accumulate_steps=training.accumulate_steps,
-        sharding=run.config.attention_sharding,
+        sharding=run.sharding,
     )
     return by_class, peak_bytes(by_class)

@@ -67,7 +67,7 @@ class AttentionWork:
 
     def _tiles(self, mixer: MixerConfig, phase: str) -> Int[np.ndarray, "devices calls"]:
         config, degree = self._run.config, self._run.ring_size
-        length, sharding = config.data.seq_len, config.attention_sharding
+        length, sharding = config.data.seq_len, self._run.sharding
         order = config.context_parallel.order(length, degree)
         tiles = _cached_tiles(mixer.mask, order.tobytes(), degree, self._blocks(mixer, phase))
         if degree == 1:

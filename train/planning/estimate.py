@@ -103,7 +103,7 @@ def expected_transfers(run: Run) -> list[tuple]:
             seq_len=run.config.data.seq_len,
             heads_split=shape["tensor"],
             ring_size=run.ring_size,
-            sharding=run.config.attention_sharding,
+            sharding=run.sharding,
             dtype=model.dtype,
         ):
             expected.append((name, transfer, transfer.phase, executions * transfer.count))

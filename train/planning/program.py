@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from longctx.context_parallel import AttentionSharding
 from longctx.sharding import CONTEXT_AXES, batch_sharding
 from pallas_kernels import dispatch
 from train.assemble import Parts, assemble
@@ -47,6 +48,11 @@ class Run:
     def ring_size(self) -> int:
         """Devices that share the tokens of a row."""
         return math.prod(self.mesh.shape[axis] for axis in CONTEXT_AXES)
+
+    @property
+    def sharding(self) -> AttentionSharding:
+        """How attention is split over the mesh."""
+        return self.config.planned_sharding(self.mesh.shape)
 
     @property
     def rows(self) -> int:

@@ -35,8 +35,8 @@ def test_tiles_are_those_of_the_implementation(platform, implementation, mixer, 
         config=SimpleNamespace(
             data=SimpleNamespace(seq_len=8192),
             context_parallel=ContextParallelConfig(),
-            attention_sharding=AttentionSharding(),
         ),
+        sharding=AttentionSharding(),
         parts=SimpleNamespace(model=SimpleNamespace(mixers={"far": AttentionConfig(num_heads=1, **mixer)})),
     )
     work = attention_work.AttentionWork(run, {"blockwise_attention_forward": implementation})
