@@ -21,6 +21,8 @@ class Transfer:
     """Bytes that one device sends in one such collective."""
     beside_compute: bool = False
     """Whether attention of the same layer may run beside it; otherwise that waits for it, or it for that."""
+    level: Literal["inner", "outer"] | None = None
+    """Where the axes of the tokens are treated apart, whether it goes over the last of them or over the others."""
 
     @property
     def total_bytes(self) -> int:

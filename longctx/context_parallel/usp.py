@@ -111,7 +111,11 @@ class Usp(Strategy):
         return by_tokens(inside, dq), dkv[..., : dk.shape[3]], dkv[..., dk.shape[3] :]
 
     def transfers(self, setting, **sizes):
-        return (*_INSIDE.transfers(_inside(setting), **sizes), *_BETWEEN.transfers(_between(setting), **sizes))
+        inner, outer = _INSIDE.transfers(_inside(setting), **sizes), _BETWEEN.transfers(_between(setting), **sizes)
+        return (
+            *(dataclasses.replace(transfer, level="inner") for transfer in inner),
+            *(dataclasses.replace(transfer, level="outer") for transfer in outer),
+        )
 
     def tiles_of_calls(self, setting, tiles):
         degree, inner = setting.degree, setting.inner_degree

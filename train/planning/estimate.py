@@ -10,6 +10,7 @@ import collections
 import jax
 import numpy as np
 
+from longctx.context_parallel.traffic import Transfer
 from longctx.model import flops_by_part
 from train.devices import DeviceSpec
 from train.planning.links import Links, Place
@@ -64,11 +65,12 @@ def _work_by_part(run: Run, spec: DeviceSpec, calls) -> dict[tuple[str, str], tu
 
 def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
     """What the strategy sends for each layer, in every pass over it."""
-    links, pairs = _links(run, spec), _ring_pairs(run)
+    links = _links(run, spec)
     hops = []
     for name, transfer, phase, count in expected_transfers(run):
         is_permute = transfer.kind == "collective-permute"
-        seconds, where = links.seconds(transfer.kind, transfer.num_bytes, pairs if is_permute else _ring_group(run))
+        devices = _ring_pairs(run, transfer) if is_permute else _ring_group(run, transfer)
+        seconds, where = links.seconds(transfer.kind, transfer.num_bytes, devices)
         call = calls[name, "backward" if phase == "backward" else "forward"]
         beside = call.seconds if transfer.beside_compute else np.zeros(1)
         hops.append(
@@ -85,7 +87,7 @@ def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
                 overlapped=float(np.mean(beside)),
                 exposed=float(np.mean(np.maximum(0.0, seconds - beside))),
                 links=where,
-                group_size=2 if is_permute else run.ring_size,
+                group_size=2 if is_permute else len(devices[0]),
             )
         )
     return hops
@@ -158,14 +160,18 @@ def _links(run: Run, spec: DeviceSpec) -> Links:
     return Links(spec, [Place(i // GPUS_A_HOST if spec.link == "switch" else 0, (i,)) for i in range(run.mesh.size)])
 
 
-def _ring_group(run: Run) -> list[list[int]]:
-    stride = run.mesh.shape["tensor"]
-    return [[i * stride for i in range(run.ring_size)]]
+def _ring_group(run: Run, transfer: Transfer) -> list[list[int]]:
+    """The devices of one collective."""
+    shape = run.mesh.shape
+    size = shape["context_inner"] if transfer.level == "inner" else run.ring_size
+    return [[i * shape["tensor"] for i in range(size)]]
 
 
-def _ring_pairs(run: Run) -> list[tuple[int, int]]:
+def _ring_pairs(run: Run, transfer: Transfer) -> list[tuple[int, int]]:
+    """Who sends to whom in a permute from neighbour to neighbour, of devices or of groups."""
     shape = run.mesh.shape
     size, stride = run.ring_size, shape["tensor"]
+    step = shape["context_inner"] if transfer.level == "outer" else 1
     if run.target.spec is None or run.target.spec.link != "switch":
-        return [(0, stride)]
-    return [(i * stride, (i + 1) % size * stride) for i in range(size)]
+        return [(0, step * stride)]
+    return [(i * stride, (i + step) % size * stride) for i in range(size)]

@@ -173,6 +173,24 @@ def test_a_formula_counts_what_a_strategy_sends(strategy):
     assert {c.group_size for c in hops} == {2 if strategy in ("ring", "halo") else 8}
 
 
+def test_a_formula_counts_both_levels_of_usp():
+    """Two hosts of four pairs: only keys go from host to host, and they have compute beside them."""
+    mixers = {"far": dataclasses.replace(config(8).model.mixers["far"], num_kv_heads=2)}
+    whole = config(16, context_outer=8, context_inner=2)
+    run = dataclasses.replace(
+        whole,
+        model=dataclasses.replace(whole.model, mixers=mixers),
+        context_parallel=ContextParallelConfig(strategy="usp"),
+    )
+    target = named_target("h100:16", device_table())
+    plan = make_plan(run, target, by_formula=True, console=Console(file=io.StringIO()))
+    assert sent(plan) == stated("h100:16", run)
+    hops = [c for c in plan.collectives if c.is_hop]
+    assert {(c.kind, c.group_size) for c in hops} == {("all-to-all", 2), ("collective-permute", 2)}
+    inside, between = ({c.links for c in hops if c.kind == kind} for kind in ("all-to-all", "collective-permute"))
+    assert len(inside) == len(between) == 1 and inside != between
+
+
 def ring_with_the_usual_mistakes(self, setting, q, k, v, tokens, schedule, **options):
     """Keys and values travel apart, only after the compute, and once more than needed."""
     size, axes = setting.degree, setting.axes
