@@ -1,6 +1,7 @@
 """Attention over a mesh."""
 
 from longctx.context_parallel.api import AnySchedule, sharded_attention, sharded_schedule
+from longctx.context_parallel.balance import Work, work
 from longctx.context_parallel.config import AttentionSharding, ContextParallelConfig
 from longctx.context_parallel.inference import (
     PrefillPlan,
@@ -42,6 +43,7 @@ __all__ = [
     "NewNsaBlocks",
     "NsaCache",
     "PrefillPlan",
+    "Work",
     "cache_degree",
     "empty_cache",
     "empty_linear_cache",
@@ -62,4 +64,5 @@ __all__ = [
     "sharded_prefill",
     "sharded_schedule",
     "sharded_selected_attention",
+    "work",
 ]

@@ -1,14 +1,134 @@
-"""How evenly a layout spreads a mask's work over the devices and hops of a ring, in numbers, without running it."""
+"""How evenly a layout spreads a mask's work over the devices and hops of a ring, in numbers, without running it.
+
+`hop_tiles` counts what kernels visit, of a row that is one document: for plans. `work` counts the pairs that the mask
+allows, of the tokens at hand, by any strategy.
+"""
+
+import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from pallas_kernels import BlockSizes, Mask
+from longctx.context_parallel.config import STRATEGIES, AttentionSharding
+from longctx.context_parallel.layout import Layout, permute
+from longctx.context_parallel.strategy import StrategyName
+from pallas_kernels import BlockSizes, Mask, Tokens
 from pallas_kernels.mask import Bounds
 from pallas_kernels.schedule import num_ranges
+from pallas_kernels.tokens import TokenAxis
 
 _MAX_TILES_AT_ONCE = 1 << 22
-"""Tiles judged at a time. A tile costs up to about 30 bytes of temporaries, so this bounds the peak near 130 MB."""
+"""Tiles, or pairs, judged at a time. One costs up to 30 bytes of temporaries, so this bounds the peak near 130 MB."""
+_BLOCK = 64  # tokens of a block whose pairs are counted at once where the mask allows all or none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """The pairs that devices compute.
+
+    Attributes:
+      areas: Allowed pairs of each device in each call of the op that a layer makes, the hops of a ring in order.
+    """
+
+    areas: Int[np.ndarray, "devices hops"]
+
+    @property
+    def imbalance(self) -> float:
+        """Pairs of the busiest device over the mean of all: 1 is even. What devices with nothing to wait for take."""
+        of_devices = self.areas.sum(axis=1)
+        return float(of_devices.max() / of_devices.mean()) if of_devices.any() else 1.0
+
+    @property
+    def critical_path(self) -> float:
+        """Of a ring, whose devices wait for each other at every hop: `imbalance` of the areas."""
+        return imbalance(self.areas)
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """Draws the areas as a picture, a row a device and a column a hop.
+
+        Args:
+          ax: The matplotlib Axes to draw in; None makes new ones.
+        Returns: The Axes.
+        Raises: ImportError without matplotlib, which the extra `plot` installs.
+        """
+        from longctx.context_parallel import balance_plot
+
+        return balance_plot.plot(self, ax=ax)
+
+
+def work(
+    mask: Mask,
+    tokens: Tokens,
+    layout: Layout,
+    strategy: StrategyName,
+    *,
+    degree: int,
+    inner_degree: int | None = None,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    max_document_length: int | None = None,
+) -> Work:
+    """What each device computes of attention in each hop, in pairs that the mask allows, summed over the rows.
+
+    A strategy that splits the heads has a share of the heads of all pairs: pairs over that number, rounded down. Of a
+    mask that differs between heads, the pairs of one head of each group are summed.
+
+    Args:
+      mask: Which pairs may attend.
+      tokens: Of the whole sequence, in its order, NumPy's or JAX's.
+      layout: Which tokens a device holds.
+      strategy: How queries meet the keys of other devices.
+      degree: Devices that share the sequence, P.
+      inner_degree: As of `AttentionSharding`.
+      q_len, kv_len: T and S, where the tokens do not tell; kv_len is q_len where it is not given.
+      max_document_length: As of `AttentionSharding`.
+    Raises: ValueError where a length is not known or does not split in the layout; NotImplementedError where the
+      strategy does not serve the mask.
+    Cost: O(B T S / 4096) time, and O(1) for each pair of the tiles of 64 x 64 that the mask cuts through; memory about
+      130 MB, and 30 bytes for each tile of a device and hop.
+    """
+    q_len = q_len or _length(tokens.q_positions, tokens.q_segment_ids)
+    kv_len = kv_len or _length(tokens.kv_positions, tokens.kv_segment_ids) or q_len
+    if q_len is None:
+        raise ValueError("work: got tokens without arrays and no q_len, wanted the length; pass q_len")
+    sharding = AttentionSharding(
+        strategy=strategy, layout=layout, max_document_length=max_document_length, inner_degree=inner_degree
+    )
+    given = (tokens.q_positions, tokens.kv_positions, tokens.q_segment_ids, tokens.kv_segment_ids)
+    setting = sharding.setting(
+        mask,
+        degree=degree,
+        q_len=q_len,
+        kv_len=kv_len,
+        has_positions=layout.name != "contiguous" or any(x is not None for x in given[:2]),
+        has_segments=any(x is not None for x in given[2:]),
+    )
+    reason = STRATEGIES[strategy].refusal(setting)
+    if reason is not None:
+        raise NotImplementedError(f"work: {reason}")
+    queries = _of_devices(tokens.queries(q_len), layout, degree)
+    keys = _of_devices(tokens.keys(kv_len), layout, degree)
+    areas = STRATEGIES[strategy].tiles_of_calls(setting, hop_areas(mask, queries, keys))
+    return Work(areas=np.broadcast_to(areas, (degree, areas.shape[1])))  # one row may stand for all devices
+
+
+def hop_areas(mask: Mask, queries: TokenAxis, keys: TokenAxis) -> Int[np.ndarray, "devices hops"]:
+    """Pairs that the mask allows between the queries of each device and the keys that a ring brings it at each hop.
+
+    Args:
+      mask: As for `work`.
+      queries, keys: Positions and segment ids by device, `[P, B, T / P]` and `[P, B, S / P]`.
+    """
+    degree = len(queries.positions)
+    masks = [mask.of_head(group, mask.head_groups) for group in range(mask.head_groups)]
+    areas = np.zeros((degree, degree), np.int64)
+    for device in range(degree):
+        for hop in range(degree):
+            q = TokenAxis(*(x[device] for x in queries))
+            kv = TokenAxis(*(x[(device - hop) % degree] for x in keys))
+            areas[device, hop] = sum(_area(of_head, q, kv) for of_head in masks)
+    return areas
 
 
 def hop_tiles(
@@ -33,7 +153,8 @@ def hop_tiles(
             "order of a length that is a multiple"
         )
     positions = order.astype(np.int32).reshape(degree, -1)
-    q, kv = (_bounds(positions, block) for block in (block_sizes.block_q, block_sizes.block_kv))
+    tokens = TokenAxis(positions, np.zeros_like(positions))
+    q, kv = (_bounds(tokens, block) for block in (block_sizes.block_q, block_sizes.block_kv))
     num_kv_blocks = kv.position_min.shape[1]
     columns = Bounds(*(x.reshape(1, -1) for x in kv))
     group = max(1, _MAX_TILES_AT_ONCE // columns.position_min.size)
@@ -66,16 +187,56 @@ def imbalance(tiles: Int[np.ndarray, "devices hops"]) -> float:
     return float(tiles.max(axis=0).sum() / even) if even else 1.0
 
 
-def _bounds(positions: Int[np.ndarray, "devices length"], block: int) -> Bounds:
-    """Bounds of the blocks of every device, each `[devices, blocks]`."""
-    starts = np.arange(0, positions.shape[1], block)
-    segment_ids = np.zeros((len(positions), len(starts)), np.int32)
-    return Bounds(
-        position_min=np.minimum.reduceat(positions, starts, axis=1),
-        position_max=np.maximum.reduceat(positions, starts, axis=1),
-        segment_min=segment_ids,
-        segment_max=segment_ids,
+def _length(*arrays: Any) -> int | None:
+    return next((x.shape[1] for x in arrays if x is not None), None)
+
+
+def _of_devices(side: TokenAxis, layout: Layout, degree: int) -> TokenAxis:
+    """Arrays of whole rows, `[B or 1, T]`, as devices hold them, `[P, B, T / P]`."""
+    arrays = np.broadcast_arrays(*(np.asarray(x) for x in side))
+    order = layout.order(arrays[0].shape[1], degree)
+    return TokenAxis(*(permute(x, order).reshape(len(x), degree, -1).swapaxes(0, 1) for x in arrays))
+
+
+def _area(mask: Mask, q: TokenAxis, kv: TokenAxis) -> int:
+    """Allowed pairs of queries and keys, `[B, length]` each; only tiles that the mask cuts through are looked into."""
+    sizes_q, sizes_kv = (np.diff([*range(0, x.positions.shape[1], _BLOCK), x.positions.shape[1]]) for x in (q, kv))
+    rows, columns = _bounds(q, _BLOCK), _bounds(kv, _BLOCK)
+    verdict = mask.tile(Bounds(*(x[:, :, None] for x in rows)), Bounds(*(x[:, None, :] for x in columns)))
+    shape = (max(len(q.positions), len(kv.positions)), len(sizes_q), len(sizes_kv))
+    some, full = (np.broadcast_to(np.asarray(x), shape) for x in verdict)
+    full = full & some
+    area = int((full * np.multiply.outer(sizes_q, sizes_kv)).sum())
+    row, i, j = np.nonzero(some & ~full)
+    group = max(1, _MAX_TILES_AT_ONCE // _BLOCK**2)
+    for first in range(0, len(row), group):
+        part = slice(first, first + group)
+        area += _pairs(mask, _tokens_of_blocks(q, row[part], i[part]), _tokens_of_blocks(kv, row[part], j[part]))
+    return area
+
+
+def _tokens_of_blocks(side: TokenAxis, rows: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Positions, segment ids and whether a token is there, `[blocks, _BLOCK]` each."""
+    length = side.positions.shape[1]
+    places = blocks[:, None] * _BLOCK + np.arange(_BLOCK)
+    inside = np.minimum(places, length - 1)
+    rows = np.broadcast_to(rows[:, None], places.shape)
+    return *(np.broadcast_to(x, (max(len(x), rows.max() + 1), length))[rows, inside] for x in side), places < length
+
+
+def _pairs(mask: Mask, q: tuple[np.ndarray, ...], kv: tuple[np.ndarray, ...]) -> int:
+    """Allowed pairs of blocks of queries with blocks of keys."""
+    (q_positions, q_segments, q_there), (kv_positions, kv_segments, kv_there) = q, kv
+    allowed = mask.allowed(
+        q_positions[:, :, None], kv_positions[:, None, :], q_segments[:, :, None], kv_segments[:, None, :]
     )
+    return int((np.asarray(allowed) & q_there[:, :, None] & kv_there[:, None, :]).sum())
+
+
+def _bounds(tokens: TokenAxis, block: int) -> Bounds:
+    """Bounds of blocks of `[..., length]` arrays, each `[..., blocks]`."""
+    starts = np.arange(0, tokens.positions.shape[-1], block)
+    return Bounds(*(bound.reduceat(x, starts, axis=-1) for x in tokens for bound in (np.minimum, np.maximum)))
 
 
 def _visited(some: np.ndarray, num_ranges: int) -> np.ndarray:
