@@ -20,6 +20,7 @@ LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout, strategy
     ((1, 1, 1, 8, 1), "striped", "all_gather"),
     ((2, 1, 1, 2, 2), "zigzag", "ulysses"),
     ((1, 1, 2, 2, 2), "striped", "ring"),
+    ((2, 1, 2, 2, 1), "zigzag", "usp"),
     ((1, 4, 1, 1, 2), "zigzag", "ring"),
     ((2, 1, 1, 4, 1), "contiguous", "ring"),
 ]

@@ -83,6 +83,10 @@ def test_the_printed_config_reads_back_equal(base, tmp_path):
             r"context_parallel: model\.mixers\.global: halo needs a window that is bounded on both sides, and .* sees "
             r"back without bound; add a window, bound the documents \(max_document_length\), or use ring or all_gather",
         ),
+        (
+            ["mesh.context_inner=8", "mesh.context_outer=2", "context_parallel.strategy=usp"],
+            r"context_parallel: model\.mixers\.global: usp splits 4 query heads over the 8 devices of a group, wanted",
+        ),
         (["data.max_document_length=65"], r"data\.max_document_length: got 65, wanted null or 2 to seq_len=64; the"),
         (["optimizer.warmup_steps=10"], r"optimizer\.warmup_steps: got 10, wanted fewer than training\.steps=10"),
         (
