@@ -143,6 +143,7 @@ CASES = (
             Way(strategy="ring"),
             Way(strategy="all_gather", layout=_ZIGZAG),
             Way(strategy="ulysses"),
+            Way(strategy="usp", layout=_ZIGZAG),
             Way(strategy="halo"),
         ),
     ),
@@ -188,7 +189,12 @@ SMOKE = (
     ScalingCase(
         kind="causal",
         **_TINY,
-        ways=(Way(strategy="ring", layout=_ZIGZAG), Way(strategy="ulysses"), Way(strategy="halo")),
+        ways=(
+            Way(strategy="ring", layout=_ZIGZAG),
+            Way(strategy="ulysses"),
+            Way(strategy="usp", layout=_ZIGZAG),
+            Way(strategy="halo"),
+        ),
     ),
     ScalingCase(
         kind="window 24",
@@ -266,12 +272,19 @@ class _Trial:
         return AttentionSharding(strategy=self.way.strategy, layout=self.way.layout, max_document_length=longest)
 
     def scope(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.way is None else jax.set_mesh(_mesh(self.degree))
+        return contextlib.nullcontext() if self.way is None else jax.set_mesh(self.mesh)
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of pairs of devices for a strategy of two levels, which has them as groups."""
+        inner = 2 if self.way.strategy == "usp" and self.degree % 2 == 0 else self.degree
+        sizes = MeshConfig(context_outer=self.degree // inner, context_inner=inner)
+        return make_mesh(sizes, jax.devices()[: self.degree])
 
     @property
     def placement(self) -> NamedSharding | None:
         """Of arrays `[B, T, ...]`."""
-        return None if self.way is None else NamedSharding(_mesh(self.degree), PartitionSpec(None, CONTEXT_AXES))
+        return None if self.way is None else NamedSharding(self.mesh, PartitionSpec(None, CONTEXT_AXES))
 
     def place(self, x: jax.Array) -> jax.Array:
         """An array `[B, T, ...]` in the order of the sequence, as the devices hold it."""
@@ -333,10 +346,6 @@ class _Trial:
 
 
 @functools.cache
-def _mesh(degree: int) -> Mesh:
-    return make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])
-
-
 def _rows_of_case(
     case: ScalingCase,
     degrees: Sequence[int],

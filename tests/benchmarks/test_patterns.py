@@ -168,7 +168,10 @@ def test_list_shows_what_each_is_compared_with(capsys):
     [
         (["--peers", "cudnn"], "--peers: goes with another family, got --family patterns; leave it out"),
         (["--passes", "backward"], "--passes: 'backward' alone is measured of hops only"),
-        (["--implementations", "cuda"], "--implementations: got 'cuda', wanted some of mosaic_gpu,cudnn,xla"),
+        (
+            ["--implementations", "cuda"],
+            "--implementations: got 'cuda', wanted some of mosaic_gpu,mosaic_tpu,cudnn,xla",
+        ),
         (["model.dim=3"], "model.dim=3: overrides go with --family train"),
     ],
 )

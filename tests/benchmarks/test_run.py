@@ -45,6 +45,8 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     }
     assert len(timed) == 13
     refused = {row["implementation"]: row["problem"] for row in saved["rows"] if row["problem"]}
+    of_tpu = {name: refused.pop(name) for name in list(refused) if "mosaic_tpu" in name}
+    assert len(of_tpu) == 5 and all("the platform is cpu, wanted tpu" in reason for reason in of_tpu.values())
     for order in ("", ", any order"):
         assert refused.pop(f"longctx mosaic_gpu with accumulate{order}").startswith("refused: ")
     assert refused == {
@@ -64,7 +66,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert "# blockwise: cpu" in page and "## forward+backward" in page and "Commit abc." in page
     assert "| documents 3 B1 S96 2/1 D16 | longctx xla | **" in page
     printed = capsys.readouterr().out
-    assert "[1/46] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
+    assert "[1/66] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
 
 
 def test_one_pass_alone(tmp_path, little_time):
@@ -135,7 +137,7 @@ def test_list_shows_the_cases_that_match(capsys):
         (["--cases", "smoke", "--peers", "cudnn,fa9"], "--peers: got 'fa9', wanted some of cudnn,jla,tokamax"),
         (
             ["--cases", "smoke", "--implementations", "xla,cuda"],
-            "--implementations: got 'cuda', wanted some of mosaic_gpu,cudnn,xla",
+            "--implementations: got 'cuda', wanted some of mosaic_gpu,mosaic_tpu,cudnn,xla",
         ),
         (
             ["--cases", "smoke", "--passes", "up"],
