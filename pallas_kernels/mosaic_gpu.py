@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +294,22 @@ def _integer_arithmetic(x) -> tuple[Callable, ...]:
     if isinstance(x, np.ndarray):
         return np.floor_divide, np.remainder, np.minimum, np.where
     return lax.div, lax.rem, jnp.minimum, jnp.where
+
+
+def refuse(reason: str) -> NoReturn:
+    """Raises NotImplementedError: what an implementation of that name does not serve."""
+    raise NotImplementedError(f"mosaic_gpu: {reason}")
+
+
+def hopper_cores(interpret: Any = None, *, interpreted: int = 1) -> int:
+    """Multiprocessors of the Hopper GPU that a program is being traced for, or so many where it is interpreted.
+
+    Raises: NotImplementedError where it is for something else.
+    """
+    num_cores = num_hopper_cores() if interpret is None else interpreted
+    if num_cores is None:
+        refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
+    return num_cores
 
 
 def num_hopper_cores() -> int | None:

@@ -94,7 +94,7 @@ class _Asm:
 
 
 def _row_operands(rows: Listed | Spaced) -> tuple[list, list]:
-    """What `_RowNames` reads of rows: arrays and their types."""
+    """What `_RowNumbers` reads of rows: arrays and their types."""
     if isinstance(rows, Listed):
         return [rows.numbers, *int32s((rows.at,))], [_PLAIN, SCALAR]
     return list(int32s((rows.first, rows.count))), [SCALAR, SCALAR]

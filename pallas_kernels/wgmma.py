@@ -54,10 +54,10 @@ class Ptx:
         self._updated: dict[int, ir.Value] = {}
         self._inputs: list[tuple[str, ir.Value]] = []
 
-    def write(self, dtype: ir.Type, count: int) -> list[str]:
+    def write(self, count: int) -> list[str]:
         """Names of float32 registers that the lines fill."""
         first = len(self._outputs)
-        self._outputs += [dtype] * count
+        self._outputs += [ir.VectorType.get((1,), ir.F32Type.get())] * count
         return [f"${i}" for i in range(first, first + count)]
 
     def update(self, values: Iterable[ir.Value]) -> list[str]:

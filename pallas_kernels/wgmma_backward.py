@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 
 from pallas_kernels.wgmma import (
     IN_FLIGHT,
@@ -39,10 +38,6 @@ from pallas_kernels.wgmma import (
 )
 
 _SMEM = plgpu.RefType(TRANSFORMS)
-
-
-def _float_register() -> ir.Type:
-    return ir.VectorType.get((1,), ir.F32Type.get())
 
 
 def scores(
@@ -65,7 +60,7 @@ def scores(
     def emit(_, k_smem, v_smem, q_smem, dout_smem, warpgroup, slot):
         row_of_tiles = head_dim // 64 * TILE_BYTES
         ptx = Ptx()
-        s, dp = (ptx.write(_float_register(), columns // 2) for columns in (tile, ROWS))
+        s, dp = (ptx.write(columns // 2) for columns in (tile, ROWS))
         keys, queries = (warpgroup, ROWS * head_dim * 2), (slot, tile * head_dim * 2)
         operands = (k_smem, keys), (q_smem, queries), (v_smem, keys), (dout_smem, queries)
         k, q, v, dout = ptx.read("l", (descriptor(smem, at, leading=0, stride=row_of_tiles) for smem, at in operands))
@@ -127,7 +122,7 @@ def more(
     def emit(_, dv, p, v_smem, dout_smem, warpgroup, slot):
         row_of_tiles = head_dim // 64 * TILE_BYTES
         ptx = Ptx()
-        dp_registers = ptx.write(_float_register(), ROWS // 2)
+        dp_registers = ptx.write(ROWS // 2)
         dv_registers = ptx.update(dv.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
         p_registers = ptx.read("r", map(as_int32, p.registers.flat))
         last, queries = (tile - ROWS, head_dim * 2), (slot, tile * head_dim * 2)
@@ -199,7 +194,7 @@ def gradients(
         *of_dv, dk, ds = *arrays_in[: len(arrays) - len(ds_arrays)], arrays_in[len(arrays) - len(ds_arrays) :]
         row_of_tiles, row_of_ds_tiles = head_dim // 64 * TILE_BYTES, tile // 64 * TILE_BYTES
         ptx = Ptx()
-        dq_registers = ptx.write(_float_register(), ROWS // 2)
+        dq_registers = ptx.write(ROWS // 2)
         updated = [*of_dv[:1], dk]
         updated = [ptx.update(x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat) for x in updated]
         ds_registers = ptx.read("r", (as_int32(x) for part in ds for x in part.registers.flat))

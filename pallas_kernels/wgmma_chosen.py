@@ -6,7 +6,6 @@ Nothing is in flight between two of these: two warpgroups, each with queries of 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 
 from pallas_kernels.wgmma import (
     IN_FLIGHT,
@@ -27,62 +26,31 @@ from pallas_kernels.wgmma import (
 _SMEM = plgpu.RefType(TRANSFORMS)
 
 
-def _float_register() -> ir.Type:
-    return ir.VectorType.get((1,), ir.F32Type.get())
+def logits(a_smem, b_smem, *, slot: jax.typing.ArrayLike, part: jax.typing.ArrayLike = 0) -> jax.Array:
+    """a[slot] b^T of the part-th 64 rows of a[slot]: float32 `[64, C]`, of `[slots, R, H]` and `[1, C, H]`."""
+    (rows, head_dim), num_columns = a_smem.shape[1:], b_smem.shape[1]
+    dtype = PTX_DTYPES[a_smem.dtype.name]
 
-
-def logits(q_smem, k_smem, *, slot: jax.typing.ArrayLike) -> jax.Array:
-    """q[slot] k^T, float32 `[64, 64]`, of `[slots, 64, H]` and `[64, H]`."""
-    head_dim = q_smem.shape[-1]
-    dtype = PTX_DTYPES[q_smem.dtype.name]
-
-    @plgpu.inline_mgpu(arg_types=(_SMEM, _SMEM, SCALAR), return_type=array_type((ROWS, ROWS), MATRIX))
-    def emit(_, q_smem, k_smem, slot):
+    @plgpu.inline_mgpu(arg_types=(_SMEM, _SMEM, SCALAR, SCALAR), return_type=array_type((ROWS, num_columns), MATRIX))
+    def emit(_, a_smem, b_smem, slot, part):
         row_of_tiles = head_dim // 64 * TILE_BYTES
         ptx = Ptx()
-        s = ptx.write(_float_register(), ROWS // 2)
-        queries = slot, ROWS * head_dim * 2
-        q, k = ptx.read(
+        s = ptx.write(num_columns // 2)
+        at = (slot, rows * head_dim * 2), (part, ROWS * head_dim * 2)
+        a, b = ptx.read(
             "l",
             (
-                descriptor(q_smem, queries, leading=0, stride=row_of_tiles),
-                descriptor(k_smem, leading=0, stride=row_of_tiles),
+                descriptor(a_smem, *at, leading=0, stride=row_of_tiles),
+                descriptor(b_smem, leading=0, stride=row_of_tiles),
             ),
         )
         ptx.begin()
-        ptx.matmul(s, q, k, contracted=head_dim, dtype=dtype, fresh=True)
+        ptx.matmul(s, a, b, contracted=head_dim, dtype=dtype, fresh=True)
         ptx.commit()
         ptx.wait(0)
-        return fragmented(ptx.emit(), (ROWS, ROWS)).to_layout(MATRIX.to_mgpu())
+        return fragmented(ptx.emit(), (ROWS, num_columns)).to_layout(MATRIX.to_mgpu())
 
-    return emit(q_smem, k_smem, *int32s((slot,)))
-
-
-def logits_of_keys(k_smem, q_smem, *, slot: jax.typing.ArrayLike, warpgroup: jax.typing.ArrayLike) -> jax.Array:
-    """k[slot] q^T of this warpgroup's 64 keys, float32 `[64, 128]`, of `[slots, 128, H]` and `[1, 128, H]`."""
-    rows, head_dim = q_smem.shape[1:]
-    dtype = PTX_DTYPES[q_smem.dtype.name]
-
-    @plgpu.inline_mgpu(arg_types=(_SMEM, _SMEM, SCALAR, SCALAR), return_type=array_type((ROWS, rows), MATRIX))
-    def emit(_, k_smem, q_smem, slot, warpgroup):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
-        ptx = Ptx()
-        s = ptx.write(_float_register(), rows // 2)
-        keys = (slot, rows * head_dim * 2), (warpgroup, ROWS * head_dim * 2)
-        k, q = ptx.read(
-            "l",
-            (
-                descriptor(k_smem, *keys, leading=0, stride=row_of_tiles),
-                descriptor(q_smem, leading=0, stride=row_of_tiles),
-            ),
-        )
-        ptx.begin()
-        ptx.matmul(s, k, q, contracted=head_dim, dtype=dtype, fresh=True)
-        ptx.commit()
-        ptx.wait(0)
-        return fragmented(ptx.emit(), (ROWS, rows)).to_layout(MATRIX.to_mgpu())
-
-    return emit(k_smem, q_smem, *int32s((slot, warpgroup)))
+    return emit(a_smem, b_smem, *int32s((slot, part)))
 
 
 def weighted(p: jax.Array, v_smem) -> jax.Array:
@@ -94,7 +62,7 @@ def weighted(p: jax.Array, v_smem) -> jax.Array:
     def emit(_, p, v_smem):
         row_of_tiles = head_dim // 64 * TILE_BYTES
         ptx = Ptx()
-        out = ptx.write(_float_register(), head_dim // 2)
+        out = ptx.write(head_dim // 2)
         p_registers = ptx.read("r", map(as_int32, p.registers.flat))
         (v,) = ptx.read("l", (descriptor(v_smem, leading=TILE_BYTES, stride=row_of_tiles),))
         ptx.begin()
@@ -160,7 +128,7 @@ def accumulate_and_dq(
     def emit(_, acc, weights, of_queries_smem, ds_smem, k_smem, slot, warpgroup):
         row_of_tiles = head_dim // 64 * TILE_BYTES
         ptx = Ptx()
-        dq = ptx.write(_float_register(), ROWS // 2)
+        dq = ptx.write(ROWS // 2)
         acc = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
         weights = ptx.read("r", map(as_int32, weights.registers.flat))
         rows = {"leading": TILE_BYTES, "stride": row_of_tiles}

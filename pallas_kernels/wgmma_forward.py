@@ -8,7 +8,6 @@ Reference: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608, Algorithm 2.
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 
 from pallas_kernels.wgmma import (
     IN_FLIGHT,
@@ -65,7 +64,7 @@ def start(
     def emit(_, acc, p, q_smem, k_smem, v_smem, q_tile, k_slot, v_slot, issued_at, free_at):
         row_of_tiles = head_dim // 64 * TILE_BYTES
         ptx = Ptx()
-        s_registers = ptx.write(ir.VectorType.get((1,), ir.F32Type.get()), block // 2)
+        s_registers = ptx.write(block // 2)
         acc_registers = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
         p_registers = ptx.read("r", map(as_int32, p.registers.flat))
         q, k, v = ptx.read(

@@ -11,7 +11,7 @@ Reference: see pallas_mosaic_gpu_forward.py.
 
 import dataclasses
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Full, Mask
-from pallas_kernels.mosaic_gpu import num_hopper_cores
+from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
 from pallas_kernels.pair_tests import all_full, tests_of
 from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
@@ -38,7 +38,7 @@ def forward(
     q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None, interpret=None
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    num_cores = _num_cores(interpret, 4)
+    num_cores = hopper_cores(interpret, interpreted=4)
     _check_call(q, v, dropout, options)
     tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
@@ -95,7 +95,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     # By one block of threads where it is interpreted: more would have to take turns there too.
-    num_cores = _num_cores(interpret, 1)
+    num_cores = hopper_cores(interpret)
     _check_call(q, v, dropout, options)
     tokens = tokens or Tokens()
     q_len, kv_len, head_dim = q.shape[1], k.shape[1], q.shape[3]
@@ -167,14 +167,6 @@ def backward(
     return dq, dk, dv
 
 
-def _num_cores(interpret, num_interpreted: int) -> int:
-    """Raises NotImplementedError where the device is none that the kernels run on."""
-    num_cores = num_hopper_cores() if interpret is None else num_interpreted
-    if num_cores is None:
-        _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
-    return num_cores
-
-
 def _most_heads_together(mask: Mask, head_dim: int, length: int) -> int:
     """Of how many heads of a group to visit a block of queries before the next block.
 
@@ -191,17 +183,17 @@ def _most_heads_together(mask: Mask, head_dim: int, length: int) -> int:
 def _check_call(q, v, dropout: Dropout | None, options: Options) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        _refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
+        refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
     if q.shape[3] not in HEAD_DIMS:
-        _refuse(f"head dim {q.shape[3]}, it takes {' and '.join(map(str, HEAD_DIMS))}")
+        refuse(f"head dim {q.shape[3]}, it takes {' and '.join(map(str, HEAD_DIMS))}")
     if v.shape[3] != q.shape[3]:
-        _refuse(f"values have head dim {v.shape[3]} and keys {q.shape[3]}, it takes one head dim")
+        refuse(f"values have head dim {v.shape[3]} and keys {q.shape[3]}, it takes one head dim")
     if options.logits_soft_cap is not None:
-        _refuse("it has no soft cap of logits")
+        refuse("it has no soft cap of logits")
     if dropout is not None:
-        _refuse("it has no dropout")
+        refuse("it has no dropout")
     if not options.scale > 0:
-        _refuse(f"scale={options.scale}, it takes positive ones")
+        refuse(f"scale={options.scale}, it takes positive ones")
 
 
 def _in_order(tokens: Tokens) -> bool:
@@ -216,7 +208,7 @@ def _block_sizes(key: int | str, tokens: Tokens, schedule: Schedule | None, opti
     """Those of MOSAIC_GPU_ATTENTION[key] where the schedule is made here, else those that every schedule has."""
     given = MOSAIC_GPU_ATTENTION["schedule"]
     if options.block_sizes is not None and options.block_sizes != given:
-        _refuse(f"block_sizes={options.block_sizes}, it takes {given}")
+        refuse(f"block_sizes={options.block_sizes}, it takes {given}")
     if _in_order(tokens) and options.block_sizes is None and not _is_selection(schedule):
         return MOSAIC_GPU_ATTENTION[key]
     return given
@@ -232,7 +224,7 @@ def _schedule(
     if schedule is None:
         return make_schedule(options.mask, tokens, q_len=q_len, kv_len=kv_len, block_sizes=sizes)
     if schedule.block_sizes != fitted:
-        _refuse(f"the schedule has {schedule.block_sizes}, it takes {fitted}; build it with those")
+        refuse(f"the schedule has {schedule.block_sizes}, it takes {fitted}; build it with those")
     return schedule
 
 
@@ -260,7 +252,7 @@ def _pair_test(
     try:
         tests, test_of_group, reads = tests_of(mask, (ROWS, columns))
     except NotImplementedError as reason:
-        _refuse(str(reason))
+        refuse(str(reason))
 
     def pair_test(head, *pair):
         if len(tests) == 1:
@@ -311,7 +303,3 @@ def _padded_carry(carry: SoftmaxCarry, padding: int) -> SoftmaxCarry:
         sum=jnp.pad(carry.sum, rows),
         acc=jnp.pad(carry.acc, ((0, 0), (0, padding), (0, 0), (0, 0))),
     )
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise NotImplementedError(f"mosaic_gpu: {reason}")

@@ -4,7 +4,6 @@ Reference: see pallas_mosaic_gpu_sweep.py.
 """
 
 import functools
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.pallas_mosaic_gpu_sweep import CHUNK, SNAPSHOT_CHUNKS
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.sweeps import Primitives, Swept, part_chunks
-from pallas_kernels.mosaic_gpu import num_hopper_cores
+from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.wgmma import TILE_ROWS
 
 HEAD_DIMS = (64, 128)
@@ -91,20 +90,18 @@ def num_parts(batch_size: int, num_heads: int, length: int, *, num_blocks: int) 
 
 def _primitives(k, v, decay, beta, segment_ids, interpret) -> Primitives:
     """Raises NotImplementedError with the reason where the kernel does not serve the call."""
-    num_cores = num_hopper_cores() if interpret is None else 4
-    if num_cores is None:
-        _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
+    num_cores = hopper_cores(interpret, interpreted=4)
     if v.dtype == jnp.float16:
-        _refuse("v is float16, it takes bfloat16: states of sums that do not decay overflow float16")
+        refuse("v is float16, it takes bfloat16: states of sums that do not decay overflow float16")
     if v.dtype != jnp.bfloat16:
-        _refuse(f"v is {v.dtype}, it takes bfloat16")
+        refuse(f"v is {v.dtype}, it takes bfloat16")
     for name, dim in (("keys", k.shape[3]), ("values", v.shape[3])):
         if dim not in HEAD_DIMS:
-            _refuse(f"{name} have head dim {dim}, it takes {' and '.join(map(str, HEAD_DIMS))}")
+            refuse(f"{name} have head dim {dim}, it takes {' and '.join(map(str, HEAD_DIMS))}")
     if beta is not None:
-        _refuse("it has no beta, the delta rule")
+        refuse("it has no beta, the delta rule")
     if decay is not None and decay.ndim == 4:
-        _refuse("it has no decay for each dim of the keys, it takes one for each head or token")
+        refuse("it has no decay for each dim of the keys, it takes one for each head or token")
     given = {
         "with_decay": decay is not None, "with_documents": segment_ids is not None, "interpret": interpret
     }  # fmt: skip
@@ -208,7 +205,3 @@ def _whole_tiles(x: jax.Array, interpret) -> jax.Array:
     """
     padding = -x.shape[1] % (TILE_ROWS if interpret is None else CHUNK)
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise NotImplementedError(f"mosaic_gpu: {reason}")

@@ -67,10 +67,8 @@ class QueryLists:
         queries_of_tile = TILE_ROWS // group
         choices = jnp.pad(choices, ((0, 0), (0, C * length - T), (0, 0), (0, 0)), constant_values=-1)
         choices = choices.reshape(B, C, length, K, n).transpose(1, 0, 3, 2, 4)
-        num_rows = min(
-            most_rows(length * n, M, queries_of_tile),
-            _most_rows_of_documents(length, n, kv_len // block_size, queries_of_tile),
-        )
+        of_any = most_rows(length * n, M, queries_of_tile)
+        num_rows = min(of_any, _most_rows_of_documents(length, n, kv_len // block_size, queries_of_tile))
         route = Route.of_choices(choices.reshape(C * B * K, length, n), M, queries_of_tile, num_rows)
         query = route.query.reshape(C, B, K, -1)
         first_query = jnp.arange(C, dtype=jnp.int32)[:, None] * length + jnp.arange(B, dtype=jnp.int32) * T
@@ -86,7 +84,9 @@ class QueryLists:
         place = jnp.where(row < query.shape[3], place, -1)
         num_lists = min(M, length * n, length + 2 * (kv_len // block_size))
         items = jax.vmap(lambda block: _items_of(block, starts, first_tile.reshape(-1), K, num_lists))(block)
-        has_room = jnp.all((row < num_rows) | (choices < 0), axis=(1, 2, 3, 4))
+        # A constant where it cannot be otherwise, so that nobody has to look.
+        is_there = (row < num_rows) | (choices < 0) if num_rows < of_any else jnp.ones((C, 1, 1, 1, 1), bool)
+        has_room = jnp.all(is_there, axis=(1, 2, 3, 4))
         return cls(
             rows=rows.reshape(C, -1, TILE_ROWS),
             items=items,

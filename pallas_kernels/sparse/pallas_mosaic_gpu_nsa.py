@@ -5,12 +5,11 @@ size of out. Gradients of keys and values are added to chunk by chunk, in float3
 """
 
 import math
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import num_hopper_cores
+from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.sparse import pallas_mosaic_gpu_nsa_kernels as kernels
 from pallas_kernels.sparse import pallas_mosaic_gpu_nsa_parts as parts
 from pallas_kernels.sparse.nsa_lists import TILE_ROWS, QueryLists
@@ -26,7 +25,7 @@ def forward(q, k, v, choices, block_start, q_place, *, block_size, scale, interp
 
     def of_chunk(lists: QueryLists):
         out, lse = kernels.attend(call.inputs_of(lists), call.config)
-        out, lse = parts.merge(call.by_row(out), lse.reshape(-1), *call.how(lists))
+        out, lse = parts.merge(_rows(out), lse.reshape(-1), *call.how(lists))
         return out, lse[:, None]
 
     out, lse = (call.whole(x) for x in jax.lax.map(of_chunk, call.lists))
@@ -39,7 +38,7 @@ def backward(
     """`selected_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     call = _Call(q, k, v, choices, block_start, q_place, block_size, scale, interpret)
     of_queries = {
-        "dout": dout.astype(q.dtype).reshape(-1, q.shape[3]),
+        "dout": _rows(dout.astype(q.dtype)),
         # Of queries that see nothing, inf: 2^(logit - inf) = 0.
         "lse": _by_row(jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2_E)),
         "delta": _delta_by_row(out, dout, dlse),
@@ -49,7 +48,7 @@ def backward(
     def of_chunk(lists: QueryLists):
         inputs = call.inputs_of(lists)._replace(**of_queries)
         dq = kernels.differentiate(inputs, gradients, call.num_blocks, call.config)
-        return parts.add(call.by_row(dq), *call.how(lists))
+        return parts.add(_rows(dq), *call.how(lists))
 
     dq = call.whole(jax.lax.map(of_chunk, call.lists))
     dk, dv = (jax.freeze(x).reshape(k.shape) for x in gradients)
@@ -60,10 +59,8 @@ class _Call:
     """What both passes have in common."""
 
     def __init__(self, q, k, v, choices, block_start, q_place, block_size: int, scale: float, interpret):
-        num_cores = num_hopper_cores() if interpret is None else 1
-        if num_cores is None:
-            _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
-        (B, T, N, H), (_, S, K, _), n = q.shape, k.shape, choices.shape[3]
+        num_cores = hopper_cores(interpret)
+        (B, T, N, _), (_, S, K, _), n = q.shape, k.shape, choices.shape[3]
         _check(q, v, block_size, scale, N // K, n)
         if q_place is None:
             q_place = jnp.arange(T, dtype=jnp.int32)[None]
@@ -74,9 +71,9 @@ class _Call:
         self.num_blocks = B * K * block_start.shape[1]
         self.config = kernels.Config(scale=scale, kv_shape=(B, S, K), num_cores=num_cores, interpret=interpret)
         self.inputs = kernels.Inputs(
-            q=q.reshape(-1, H),
-            k=k.reshape(-1, H),
-            v=v.reshape(-1, H),
+            q=_rows(q),
+            k=_rows(k),
+            v=_rows(v),
             dout=None,
             place=jnp.broadcast_to(q_place[..., None], (B, T, N)).reshape(-1),
             lse=None,
@@ -92,21 +89,22 @@ class _Call:
 
     def how(self, lists: QueryLists) -> tuple:
         """How to put the parts of a chunk's queries together."""
-        place = lists.place.reshape(-1, lists.place.shape[-1])
-        return place, self.shape[3], self.config.num_cores, self.config.interpret
+        return _rows(lists.place), self.shape[3], self.config.num_cores, self.config.interpret
 
     def or_nan(self, x: jax.Array) -> jax.Array:
         """NaN where the lists had no room for all choices."""
         return jnp.where(jnp.all(self.lists.has_room), x, jnp.asarray(jnp.nan, x.dtype))
-
-    def by_row(self, x: jax.Array) -> jax.Array:
-        return x.reshape(-1, x.shape[-1])
 
     def whole(self, x: jax.Array) -> jax.Array:
         """`[B, T, N, H]` of the rows of chunks `[C, B t N, H]`, the last of which has more queries than there are."""
         B, T, K, group = self.shape
         x = x.reshape(len(x), B, -1, K * group, x.shape[-1])
         return x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """All but the last dim as one."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _by_row(x: jax.Array) -> jax.Array:
@@ -124,18 +122,14 @@ def _check(q, v, block_size: int, scale: float, group: int, num_choices: int) ->
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     H = q.shape[3]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        _refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
+        refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
     if H not in HEAD_DIMS or v.shape[3] != H:
-        _refuse(f"head dims of keys and values are {H} and {v.shape[3]}, it takes one of {HEAD_DIMS} for both")
+        refuse(f"head dims of keys and values are {H} and {v.shape[3]}, it takes one of {HEAD_DIMS} for both")
     if block_size != kernels.BLOCK:
-        _refuse(f"block_size={block_size}, it takes {kernels.BLOCK}")
+        refuse(f"block_size={block_size}, it takes {kernels.BLOCK}")
     if group > TILE_ROWS:
-        _refuse(f"{group} query heads share a kv head, it takes at most {TILE_ROWS}")
+        refuse(f"{group} query heads share a kv head, it takes at most {TILE_ROWS}")
     if num_choices > parts.MOST_PARTS:
-        _refuse(f"{num_choices} choices a query, it takes at most {parts.MOST_PARTS}")
+        refuse(f"{num_choices} choices a query, it takes at most {parts.MOST_PARTS}")
     if not scale > 0:
-        _refuse(f"scale={scale}, it takes positive ones")
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise NotImplementedError(f"mosaic_gpu: {reason}")
+        refuse(f"scale={scale}, it takes positive ones")

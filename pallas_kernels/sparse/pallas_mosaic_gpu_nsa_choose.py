@@ -10,7 +10,7 @@ Reference: Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, equation
 
 import math
 import struct
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import wgmma_chosen
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, columns
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, num_hopper_cores, sync
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, hopper_cores, refuse, sync
 from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TRANSFORMS, int32s
 
 HEAD_DIMS = (64, 128)
@@ -41,16 +41,15 @@ _LOG2_E = math.log2(math.e)
 
 def check(q, group: int, num_blocks: int, num_chosen: int) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve a call."""
-    if num_hopper_cores() is None:
-        _refuse("it needs an NVIDIA Hopper GPU (H100, H200)")
+    hopper_cores()
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] not in HEAD_DIMS:
-        _refuse(f"q is {q.dtype} of head dim {q.shape[-1]}, it takes bfloat16 and float16 of {HEAD_DIMS}")
+        refuse(f"q is {q.dtype} of head dim {q.shape[-1]}, it takes bfloat16 and float16 of {HEAD_DIMS}")
     if group not in GROUPS:
-        _refuse(f"{group} query heads share a kv head, it takes {GROUPS}")
+        refuse(f"{group} query heads share a kv head, it takes {GROUPS}")
     if num_blocks > MOST_BLOCKS:
-        _refuse(f"{num_blocks} blocks a row, it takes at most {MOST_BLOCKS}")
+        refuse(f"{num_blocks} blocks a row, it takes at most {MOST_BLOCKS}")
     if num_chosen > 32:
-        _refuse(f"{num_chosen} blocks to choose, it takes at most 32")
+        refuse(f"{num_chosen} blocks to choose, it takes at most 32")
 
 
 def probabilities(q: jax.Array, k: jax.Array, lse: jax.Array, first: jax.Array, stop: jax.Array, *, scale: float):
@@ -73,8 +72,7 @@ def probabilities(q: jax.Array, k: jax.Array, lse: jax.Array, first: jax.Array, 
     first, stop = (x.reshape(F, num_tiles, queries) for x in (jnp.pad(first, more, mode="edge"), jnp.pad(stop, more)))
     seen = first < stop
     bounds = jnp.min(jnp.where(seen, first, M), axis=2) // TILE, -(-jnp.max(jnp.where(seen, stop, 0), axis=2) // TILE)
-    num_cores = num_hopper_cores() or 1
-    num_blocks = min(num_cores, F * num_tiles)
+    num_blocks = min(hopper_cores(), F * num_tiles)
 
     def smem(*shape):
         return plgpu.SMEM(shape, q.dtype, transforms=TRANSFORMS)
@@ -161,7 +159,7 @@ class _Scores:
             def one_tile(j, count):
                 slot = lax.rem(count, _SLOTS)
                 plgpu.barrier_wait(self.k_full.at[slot])
-                s = wgmma_chosen.logits_of_keys(self.k_smem, self.q_smem, slot=slot, warpgroup=self.warpgroup)
+                s = wgmma_chosen.logits(self.k_smem, self.q_smem, slot=slot, part=self.warpgroup)
                 arrive(self.k_free + slot, self.everyone)
                 p = jnp.exp2(s * (self.scale * _LOG2_E) - columns(lse, s.shape))
                 key = j * TILE + self.warpgroup * ROWS
@@ -262,7 +260,7 @@ def choose(p: jax.Array, whole_compressed: jax.Array, after: jax.Array, end: jax
     Returns: int32 `[F, Q, count]`, -1 where there are fewer.
     """
     (F, W), Q = whole_compressed.shape, after.shape[1]
-    num_blocks = min((num_hopper_cores() or 1) * 4, -(-F * Q // 4))
+    num_blocks = min(hopper_cores() * 4, -(-F * Q // 4))
     lines = _choose_lines(F, Q, W, p.shape[1], p.shape[2], count, fold)
 
     def body(*refs):
@@ -368,7 +366,3 @@ def _choose_lines(F: int, Q: int, W: int, num_queries: int, num_keys: int, count
 
 def _float_bits(x: float) -> str:
     return struct.pack(">f", x).hex().upper()
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise NotImplementedError(f"mosaic_gpu: {reason}")

@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longctx import MeshConfig, make_mesh
+from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from train.placement import BatchPlacement
+from train.state import abstract_model, abstract_state, create_state
+from train.step import TrainingConfig, make_train_step
+
 VOCAB_SIZE = 16
 DIM = 8
 
@@ -38,6 +44,31 @@ class StandIn(nnx.Module):
 @pytest.fixture
 def stand_in():
     return StandIn
+
+
+@pytest.fixture
+def losses_of_training(make_batch):
+    """losses_of_training(build): the losses of a few steps over the same packed documents, all of them finite."""
+
+    def train(build):
+        mesh, config = make_mesh(MeshConfig(), jax.devices()[:1]), TrainingConfig(steps=8, batch_size=4)
+        schedule = make_schedule(OptimizerConfig(learning_rate=0.02, schedule="constant"), total_steps=config.steps)
+        optimizer = make_optimizer(OptimizerConfig(learning_rate=0.02), schedule=schedule)
+        with jax.set_mesh(mesh):
+            state = create_state(build, optimizer, mesh, seed=3)
+            step = make_train_step(
+                abstract_model(build)[0], abstract_state(build, optimizer, mesh), optimizer, schedule, config, mesh
+            )
+            batch = make_batch(0, rows=4, length=12)
+            placed = BatchPlacement(mesh, batch_size=4, order=np.arange(12)).place(batch)
+            losses = []
+            for _ in range(config.steps):
+                state, metrics = step(state, placed, None)
+                assert metrics["finite"]
+                losses.append(float(metrics["loss"]))
+        return losses
+
+    return train
 
 
 @pytest.fixture
