@@ -118,6 +118,7 @@ def _mixer(name: str, own: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
         raise ValueError(f"--mixers: got {name!r}, wanted some of {known}, joined by + where layers differ")
     if kind == own["kind"]:
         return {**own, **given}
-    # Which implementation serves one mechanism says nothing of another.
-    shared = {key: own[key] for key in schema.fields_of(kinds[kind]) if key in own and key != "implementation"}
+    # Which implementation serves one mechanism says nothing of another, nor does what one does not have.
+    of_kind = set(schema.fields_of(kinds[kind])) - {"implementation"}
+    shared = {key: value for key, value in own.items() if key in of_kind and value is not None}
     return {"kind": kind, **shared, **given}

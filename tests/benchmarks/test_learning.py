@@ -39,6 +39,7 @@ def test_the_configs_of_the_tasks_take_every_mixer(name):
         "attention",
         "window",
         "moba",
+        "nsa",
         "linear",
         "taylor",
         "window+taylor",
