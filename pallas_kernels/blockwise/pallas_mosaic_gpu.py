@@ -32,6 +32,8 @@ from pallas_kernels.tokens import Tokens
 from pallas_kernels.wgmma import ROWS, TILE_ROWS
 
 HEAD_DIMS = (64, 128)
+_LEAST_ITEMS_A_CORE = 1.5
+"""Of the backward pass. Items of a causal mask differ in length: fewer leave some without work in the end."""
 
 
 def forward(
@@ -106,14 +108,17 @@ def backward(
         ranges = _without_full_blocks(ranges)
     batch_size, _, num_heads, _ = q.shape
     num_kv_heads = k.shape[2]
+    num_items = batch_size * num_kv_heads * ranges.num_rows
+    shares = num_shares(num_heads // num_kv_heads, num_items=num_items, num_cores=num_cores)
+    num_pairs_of_row = num_kv_heads * shares
     # Of a query head: q and dout, and dq in float32.
-    pair_bytes = num_heads // num_kv_heads * q_len * head_dim * (2 * q.dtype.itemsize + 4)
+    pair_bytes = num_heads // num_pairs_of_row * q_len * head_dim * (2 * q.dtype.itemsize + 4)
     plan = make_plan(
         ranges,
         num_q_blocks=-(-q_len // sizes.block_q),
         batch_size=batch_size,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=num_pairs_of_row,
         pair_bytes=pair_bytes,
         num_cores=num_cores,
         deterministic=options.deterministic,
@@ -126,6 +131,7 @@ def backward(
     lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
     running_dq, *running = accumulate
     running = None if running[0] is None else tuple(_padded_length(x, padding_kv) for x in running)
+    in_kernel = running if shares == 1 else None
     dq = jnp.zeros(q.shape, jnp.float32) if running_dq is None else running_dq
     inputs = backward_kernel.Inputs(
         q=_whole_tiles(q),
@@ -137,7 +143,7 @@ def backward(
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         turns=jax.tree.map(jnp.asarray, plan.turns),
-        running=running,
+        running=in_kernel,
     )
     dq, dk, dv = backward_kernel.differentiate(
         inputs,
@@ -158,13 +164,40 @@ def backward(
             scale=options.scale,
             kv_len=kv_len,
             scales_dq=running_dq is not None,
+            shares=shares,
             interpret=interpret,
         ),
     )
+    if shares > 1:
+        dk, dv = (
+            _sum_of_shares(x, shares, before, k.dtype)
+            for x, before in zip((dk, dv), running or (None, None), strict=True)
+        )
     dq, dk, dv = dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len]
     if running_dq is None:
         dq = (dq * options.scale).astype(q.dtype)
     return dq, dk, dv
+
+
+def num_shares(group: int, *, num_items: int, num_cores: int) -> int:
+    """Into how many parts to share out the query heads of a kv head, each with items and dk and dv of its own.
+
+    One, unless keys are so few that their blocks leave multiprocessors without work, as where queries attend to
+    compressed keys; then the fewest that do not.
+
+    Args:
+      group: Query heads of a kv head.
+      num_items: Blocks of keys, of all rows and kv heads.
+    """
+    divisors = [n for n in range(1, group + 1) if group % n == 0]
+    return next((n for n in divisors if num_items * n >= _LEAST_ITEMS_A_CORE * num_cores), group)
+
+
+def _sum_of_shares(x_BSCH, shares: int, before, dtype) -> jax.Array:
+    """dk or dv of kv heads, in float32 where it is added to what was before."""
+    *shape, C, H = x_BSCH.shape
+    total = jnp.sum(x_BSCH.reshape(*shape, C // shares, shares, H), axis=3)
+    return total.astype(dtype) if before is None else total + before
 
 
 def _most_heads_together(mask: Mask, head_dim: int, length: int) -> int:

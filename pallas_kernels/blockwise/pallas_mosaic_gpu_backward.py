@@ -1,7 +1,7 @@
 """The backward kernel of blockwise attention on Hopper GPUs (Mosaic GPU): dq, dk and dv in one walk.
 
 Grid: one block of threads a multiprocessor, which does one item after the other (pallas_mosaic_gpu_queue.py); an item
-is a block of 128 keys of one kv head. A producer warpgroup copies its keys and values, and of each block of queries
+is a block of 128 keys of one kv head, or, where those are few, of it and a share of its query heads. A producer warpgroup copies its keys and values, and of each block of queries
 that its row of the schedule names the tiles of all query heads of the group, with their dout, lse and delta, into
 shared memory (TMA, two buffers). Two consumers, 64 keys each, keep dk and dv in registers over the whole item and hand
 a tile's dq to a fourth warpgroup, the adder, through shared memory (two buffers); it adds them into dq in device memory
@@ -81,6 +81,8 @@ class Config:
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, tile]` each; None where all may, of those that are visited.
       scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does.
+      shares: Among how many items the query heads of a kv head are shared out. If several, dk and dv are of each of
+        them, in float32, and nothing is running.
       interpret: Whether to run on a CPU, in JAX's interpreter: by one block of threads, which need not take turns.
     """
 
@@ -88,6 +90,7 @@ class Config:
     kv_len: int
     pair_test: PairTest | None
     scales_dq: bool
+    shares: int = 1
     interpret: Any = None
 
     @property
@@ -129,11 +132,16 @@ class Inputs(NamedTuple):
 
 
 def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys."""
+    """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys.
+
+    Where heads are shared out, dk and dv are `[B, S, K shares, H]`.
+    """
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
     tile = TILES[H]
-    kv_type = jax.ShapeDtypeStruct((B, -(-S // BLOCK) * BLOCK, K, H), jnp.float32 if inputs.running else inputs.k.dtype)
+    is_added_to = config.shares > 1 or inputs.running is not None
+    kv_shape = B, -(-S // BLOCK) * BLOCK, K * config.shares, H
+    kv_type = jax.ShapeDtypeStruct(kv_shape, jnp.float32 if is_added_to else inputs.k.dtype)
     dq_ref = jax.new_ref(dq)
     counters = taken = None
     if inputs.turns is not None:
@@ -230,13 +238,15 @@ class _Block:
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
         self.ascends, self.heads_together = plan.ascends, plan.heads_together
         self.num_heads, self.head_dim = inputs.q.shape[2:]
-        num_kv_heads = inputs.k.shape[2]
-        self.group = self.num_heads // num_kv_heads
+        num_heads_of_items = inputs.k.shape[2] * config.shares
+        self.group = self.num_heads // num_heads_of_items
         self.tile_len = TILES[self.head_dim]
         self.tiles_of_block = BLOCK // self.tile_len
         self.two_parts = self.tile_len == 2 * ROWS
         self.num_tiles = -(-inputs.q.shape[1] // BLOCK) * self.tiles_of_block
-        self.walk = Walk(deal=plan.deal, ranges=inputs.ranges, num_heads=num_kv_heads, tests_blocks=config.tests_blocks)
+        self.walk = Walk(
+            deal=plan.deal, ranges=inputs.ranges, num_heads=num_heads_of_items, tests_blocks=config.tests_blocks
+        )
         self.dtype = inputs.q.dtype
         self.tile = ROWS, self.tile_len
         self.warpgroup = lax.axis_index("warpgroup")
@@ -299,7 +309,8 @@ class _Block:
 
         def one_item(item: Item, count):
             sync(self.kv_free, self.consumers_and_one)
-            keys = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
+            kv_head = lax.div(item.head, self.config.shares) if self.config.shares > 1 else item.head
+            keys = item.batch, pl.ds(item.row * BLOCK, BLOCK), kv_head
             plgpu.copy_gmem_to_smem(inputs.k.at[keys], shared.k, shared.kv_full)
             plgpu.copy_gmem_to_smem(inputs.v.at[keys], shared.v, shared.kv_full)
 

@@ -144,8 +144,9 @@ def plan(
         )  # fmt: skip
     line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
     listed = None if ranges.turn is None else (ranges.first, ranges.turn)
-    # A block of several heads takes long enough for turns to be passed on; lists have theirs in ascending order.
-    ascends = line is None and listed is None and group == 1
+    # A block of several heads takes long enough for turns to be passed on, and few rows have not far to; lists have
+    # theirs in ascending order.
+    ascends = line is None and listed is None and group == 1 and num_rows > _ONE_BEHIND_THE_OTHER
     if not ascends:
         # An item of several heads is longer, so the next begins later.
         side_by_side = max(deal.section, deal.num_blocks // (_ONE_BEHIND_THE_OTHER * min(group, 2)))

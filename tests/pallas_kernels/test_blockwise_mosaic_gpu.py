@@ -140,6 +140,9 @@ INTERPRETED_BACKWARD = {
 }
 
 
+SHARED_OUT = "gqa_heads_of_3_rows_D64", "documents_window_gqa_D128", "chosen_by_kv_head_documents_D128"
+
+
 def in_interpreter(case, inputs, *, detect_races=False, **options):
     """The op on a CPU, by the very kernel but for its matmuls, which the interpreter cannot read in PTX."""
     run = functools.partial(
@@ -198,6 +201,27 @@ def test_gradients_equal_the_reference_in_the_interpreter(name):
     gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"], accumulate=running)
     for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
         assert_close(name, gradient - 0.125 if accumulates else gradient, want[name], "bfloat16")
+
+
+@pytest.mark.parametrize("name", some_slow(SHARED_OUT, ["gqa_heads_of_3_rows_D64"]))
+def test_heads_that_are_shared_out_in_the_interpreter(name, monkeypatch):
+    """Each query head of a kv head in an item of its own, added to what is running or not."""
+    monkeypatch.setattr(pallas_mosaic_gpu, "num_shares", lambda group, **_: group)
+    case, want = CASES_BY_NAME[name], truth(name)
+    assert case.num_heads > case.num_kv_heads
+    inputs = case.inputs("bfloat16")
+    running = tuple(jnp.full(inputs[name].shape, 0.125, jnp.float32) for name in "qkv")
+    for accumulate, before in ((running, 0.125), ((None,) * 3, 0)) if name == SHARED_OUT[0] else (((None,) * 3, 0),):
+        gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"], accumulate=accumulate)
+        for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
+            assert gradient.dtype == (jnp.float32 if before else jnp.bfloat16)
+            assert_close(name, gradient - before, want[name], "bfloat16")
+
+
+def test_heads_are_shared_out_where_blocks_of_keys_are_few():
+    shares = functools.partial(pallas_mosaic_gpu.num_shares, num_cores=132)
+    assert [shares(4, num_items=n) for n in (1024, 198, 197, 64, 8)] == [1, 1, 2, 4, 4]
+    assert shares(6, num_items=70) == 3 and shares(1, num_items=1) == 1
 
 
 @pytest.mark.parametrize(
@@ -360,9 +384,10 @@ def test_a_schedule_from_outside_serves_every_head_dim():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["causal", "documents", "table"])
+@pytest.mark.parametrize("kind", ["causal", "documents", "table", "few keys"])
 def test_gradients_are_the_same_each_time(kind):
-    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row."""
+    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row, and
+    heads that are shared out."""
     length = 4096
     documents = ((1000, 1, 700, 2000, 395),)
     tokens = jax.tree.map(jnp.asarray, packed_tokens(documents, length)) if kind == "documents" else None
@@ -371,10 +396,13 @@ def test_gradients_are_the_same_each_time(kind):
         "causal": Causal(),
         "documents": Causal() & SameDocument(),
         "table": Table(blocks, block_q=128, block_kv=128),
+        "few keys": Causal(),
     }
+    kv_len = 1024 if kind == "few keys" else length
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, dout = (
-        jax.random.normal(key, (1, length, n, 128), jnp.bfloat16) for key, n in zip(keys, (8, 4, 4, 8), strict=True)
+        jax.random.normal(key, (1, of, n, 128), jnp.bfloat16)
+        for key, of, n in zip(keys, (length, kv_len, kv_len, length), (8, 4, 4, 8), strict=True)
     )
 
     @jax.jit
