@@ -359,7 +359,7 @@ def _attention_bwd(call: _Call, saved, dout):
         dropped = {"dropout": call.of_own_heads(dropout)}
         if call.setting is not None:
             with jax.named_scope(HOP_SCOPE):
-                dout = call.strategy.like_residuals(call.setting, dout)
+                dout = call.strategy.like_residuals(call.setting, dout, schedule)
                 gradients = call.strategy.backward(
                     call.setting, residuals, dout, tokens, schedule, **dropped, **options
                 )
