@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from longctx.context_parallel.areas import MAX_TILES_AT_ONCE, bounds, hop_areas
+from longctx.context_parallel.balanced import balanced_order
 from longctx.context_parallel.config import STRATEGIES, AttentionSharding
 from longctx.context_parallel.layout import Layout, permute
 from longctx.context_parallel.strategy import StrategyName
@@ -74,14 +75,14 @@ def work(
     Args:
       mask: Which pairs may attend.
       tokens: Of the whole sequence, in its order, NumPy's or JAX's.
-      layout: Which tokens a device holds.
+      layout: Which tokens a device holds; for balanced each row is put into the order that `balanced_order` makes.
       strategy: How queries meet the keys of other devices.
       degree: Devices that share the sequence, P.
       inner_degree: As of `AttentionSharding`.
       q_len, kv_len: T and S, where the tokens do not tell; kv_len is q_len where it is not given.
       max_document_length: As of `AttentionSharding`.
     Raises: ValueError where a length is not known or does not split in the layout; NotImplementedError where the
-      strategy does not serve the mask.
+      strategy does not serve the mask, and for keys that are not the queries in a balanced layout.
     Cost: O(B T S / 4096) time, and O(1) for each pair of the tiles of 64 x 64 that the mask cuts through; memory about
       130 MB, and 30 bytes for each tile of a device and hop.
     """
@@ -92,6 +93,11 @@ def work(
     sharding = AttentionSharding(
         strategy=strategy, layout=layout, max_document_length=max_document_length, inner_degree=inner_degree
     )
+    if layout.is_of_rows and q_len != kv_len:
+        raise NotImplementedError(
+            f"work: got T={q_len} and S={kv_len} with layout=balanced, which orders queries and keys alike, wanted one "
+            "length; choose another layout"
+        )
     given = (tokens.q_positions, tokens.kv_positions, tokens.q_segment_ids, tokens.kv_segment_ids)
     setting = sharding.setting(
         mask,
@@ -104,8 +110,15 @@ def work(
     reason = STRATEGIES[strategy].refusal(setting)
     if reason is not None:
         raise NotImplementedError(f"work: {reason}")
-    queries = _of_devices(tokens.queries(q_len), layout, degree)
-    keys = _of_devices(tokens.keys(kv_len), layout, degree)
+    queries, keys = tokens.queries(q_len), tokens.keys(kv_len)
+    if layout.is_of_rows:
+        order, _ = balanced_order(
+            mask, tokens, layout, strategy, degree=degree, inner_degree=inner_degree, length=q_len
+        )
+        orders = order, order
+    else:
+        orders = layout.order(q_len, degree), layout.order(kv_len, degree)
+    queries, keys = (_of_devices(*of_side, degree) for of_side in zip((queries, keys), orders, strict=True))
     areas = STRATEGIES[strategy].tiles_of_calls(setting, hop_areas(mask, queries, keys))
     return Work(areas=np.broadcast_to(areas, (degree, areas.shape[1])))  # one row may stand for all devices
 
@@ -170,10 +183,9 @@ def _length(*arrays: Any) -> int | None:
     return next((x.shape[1] for x in arrays if x is not None), None)
 
 
-def _of_devices(side: TokenAxis, layout: Layout, degree: int) -> TokenAxis:
+def _of_devices(side: TokenAxis, order: np.ndarray, degree: int) -> TokenAxis:
     """Arrays of whole rows, `[B or 1, T]`, as devices hold them, `[P, B, T / P]`."""
     arrays = np.broadcast_arrays(*(np.asarray(x) for x in side))
-    order = layout.order(arrays[0].shape[1], degree)
     return TokenAxis(*(permute(x, order).reshape(len(x), degree, -1).swapaxes(0, 1) for x in arrays))
 
 
