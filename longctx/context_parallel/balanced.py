@@ -33,6 +33,7 @@ from pallas_kernels.tokens import TokenAxis
 
 _ROUNDS = 300
 _SWAPS_A_ROUND = 128
+_OF_SQUARES = 0.1  # so that of two devices that are equally busy one at a time can be relieved
 _EVEN_ENOUGH = 1.01  # a ring that waits a hundredth of its time is as good as one that does not
 
 
@@ -182,10 +183,16 @@ class _Calls:
     first_of_call: Int[np.ndarray, " calls"]
     scale: float
 
-    def cost(self, areas: Float[np.ndarray, "... pairs"]) -> Float[np.ndarray, " ..."]:
-        """The busiest device of every call, summed over the calls; of areas by (device, source)."""
-        of_devices = np.add.reduceat(areas[..., self.entries], self.starts, axis=-1)
-        return self.scale * np.maximum.reduceat(of_devices, self.first_of_call, axis=-1).sum(axis=-1)
+    def cost(
+        self, areas: Float[np.ndarray, "... pairs"]
+    ) -> tuple[Float[np.ndarray, " ..."], Float[np.ndarray, " ..."]]:
+        """The busiest device of every call, summed over the calls, and how uneven all are; of areas by (device, source).
+
+        The latter is the sum of the squares, times the number of calls.
+        """
+        of_devices = self.scale * np.add.reduceat(areas[..., self.entries], self.starts, axis=-1)
+        busiest = np.maximum.reduceat(of_devices, self.first_of_call, axis=-1).sum(axis=-1)
+        return busiest, len(self.first_of_call) * np.square(of_devices).sum(axis=-1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -233,7 +240,7 @@ class _Search:
         self._to_sources = [part.areas @ on_devices for part in parts]
         self._from_queries = [part.areas.T @ on_devices for part in parts]
         self._between = [on_devices.T @ to_sources for to_sources in self._to_sources]
-        self.cost = float(self._cost([between[None] for between in self._between])[0])
+        self.cost, self._score = (float(x[0]) for x in self._costs([between[None] for between in self._between]))
 
     def run(self) -> int:
         """Swaps chunks until work is even enough or the rounds are over; returns how many pairs."""
@@ -257,9 +264,9 @@ class _Search:
         if not len(first):
             return False
         changed = [between + self._change(index, first, second) for index, between in enumerate(self._between)]
-        costs = self._cost(changed)
-        best = int(np.argmin(costs))
-        if not costs[best] < self.cost:
+        costs, scores = self._costs(changed)
+        best = int(np.argmin(scores))
+        if not scores[best] < self._score:
             return False
         a, b = first[best], second[best]
         device_a, device_b = self.devices[a], self.devices[b]
@@ -270,7 +277,7 @@ class _Search:
                 sums[:, device_a] -= moved
                 sums[:, device_b] += moved
         self.devices[a], self.devices[b] = device_b, device_a
-        self.cost = float(costs[best])
+        self.cost, self._score = float(costs[best]), float(scores[best])
         return True
 
     def _change(self, index: int, a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, "swaps devices sources"]:
@@ -292,9 +299,11 @@ class _Search:
             change[swaps, query, key] += sign * both
         return change
 
-    def _cost(self, between: list[np.ndarray]) -> Float[np.ndarray, " swaps"]:
-        """Over even work; of areas `[swaps, devices, sources]` of each part."""
+    def _costs(self, between: list[np.ndarray]) -> tuple[Float[np.ndarray, " swaps"], Float[np.ndarray, " swaps"]]:
+        """Over even work, and what the search goes by; of areas `[swaps, devices, sources]` of each part."""
         if not self._even:
-            return np.ones(len(between[0]))
-        flat = (x.reshape(len(x), -1) for x in between)
-        return sum(part.calls.cost(x) for part, x in zip(self._parts, flat, strict=True)) / self._even
+            return (np.ones(len(between[0])),) * 2
+        flat = (x.reshape(len(x), -1) / self._even for x in between)
+        parts = [part.calls.cost(x) for part, x in zip(self._parts, flat, strict=True)]
+        busiest, squares = (sum(x) for x in zip(*parts, strict=True))
+        return busiest, busiest + _OF_SQUARES * squares
