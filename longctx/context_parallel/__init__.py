@@ -2,6 +2,7 @@
 
 from longctx.context_parallel.api import AnySchedule, sharded_attention, sharded_schedule
 from longctx.context_parallel.balance import Work, work
+from longctx.context_parallel.balanced import BalancedRow, Balancer, balanced_order
 from longctx.context_parallel.config import AttentionSharding, ContextParallelConfig
 from longctx.context_parallel.inference import (
     PrefillPlan,
@@ -35,6 +36,8 @@ from longctx.context_parallel.state_passing import sharded_linear_attention
 __all__ = [
     "AnySchedule",
     "AttentionSharding",
+    "BalancedRow",
+    "Balancer",
     "ContextParallelConfig",
     "KVCache",
     "Layout",
@@ -44,6 +47,7 @@ __all__ = [
     "NsaCache",
     "PrefillPlan",
     "Work",
+    "balanced_order",
     "cache_degree",
     "empty_cache",
     "empty_linear_cache",

@@ -92,6 +92,11 @@ class Balancer:
                 "rows, that of Layout.order"
             )
         layout.check(self.length, self.degree)
+        if not self.masks:
+            raise ValueError(
+                "context_parallel.layout: balanced evens out what softmax attention computes, and no layer attends; "
+                "choose layout=contiguous"
+            )
 
     def __len__(self) -> int:
         return self.length
@@ -186,9 +191,9 @@ class _Calls:
     def cost(
         self, areas: Float[np.ndarray, "... pairs"]
     ) -> tuple[Float[np.ndarray, " ..."], Float[np.ndarray, " ..."]]:
-        """The busiest device of every call, summed over the calls, and how uneven all are; of areas by (device, source).
+        """The busiest device of every call, summed over the calls, and how uneven all are.
 
-        The latter is the sum of the squares, times the number of calls.
+        The latter is the sum of the squares, times the number of calls. Areas are by (device, source).
         """
         of_devices = self.scale * np.add.reduceat(areas[..., self.entries], self.starts, axis=-1)
         busiest = np.maximum.reduceat(of_devices, self.first_of_call, axis=-1).sum(axis=-1)
