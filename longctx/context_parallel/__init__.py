@@ -30,6 +30,7 @@ from longctx.context_parallel.nsa_inference import (
     new_nsa_blocks,
     sharded_nsa_decode,
 )
+from longctx.context_parallel.relayout import Relayout
 from longctx.context_parallel.selected import sharded_selected_attention
 from longctx.context_parallel.state_passing import sharded_linear_attention
 
@@ -46,6 +47,7 @@ __all__ = [
     "NewNsaBlocks",
     "NsaCache",
     "PrefillPlan",
+    "Relayout",
     "Work",
     "balanced_order",
     "cache_degree",
