@@ -54,7 +54,7 @@ def by_hop(tokens: Tokens, order: Int[np.ndarray, " length"]) -> Int[np.ndarray,
 
 
 def planned(tokens: Tokens, strategy: StrategyName) -> tuple[BalancedRow, Int[np.ndarray, "devices hops"], float]:
-    """What was decided, the areas of a ring by it, and the seconds that deciding took."""
+    """What was decided, the areas of a ring by it, and the seconds of CPU time that deciding took."""
     started = time.process_time()
     order, (row,) = balanced_order(MASK, tokens, BALANCED, strategy, degree=DEGREE)
     seconds = time.process_time() - started
@@ -63,7 +63,7 @@ def planned(tokens: Tokens, strategy: StrategyName) -> tuple[BalancedRow, Int[np
 
 def table() -> str:
     """The layouts over all packings, as Markdown."""
-    head = ["lengths drawn", "layout", "total: mean", "worst", "ring: mean", "worst", "host, a row"]
+    head = ["lengths drawn", "layout", "total: mean", "worst", "ring: mean", "worst", "CPU, a row"]
     return markdown.table([head, *(row for drawn in ("in its logarithm", "uniformly") for row in _rows(drawn))])
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx import AttentionSharding, MeshConfig, make_mesh, masks
+from longctx import AttentionConfig, AttentionSharding, MeshConfig, MobaConfig, NsaConfig, make_mesh, masks
 from longctx.context_parallel import (
     Balancer,
     ContextParallelConfig,
@@ -134,8 +134,8 @@ def test_random_packings_are_even(drawn, strategy, most):
 
 
 def test_work_counts_and_draws_a_packing():
-    tokens = packings.random_packing(0, "uniformly", length=4096)
-    layout = Layout(name="balanced", chunk_size=16)
+    tokens = packings.random_packing(0, "uniformly", length=1024)
+    layout = Layout(name="balanced", chunk_size=4)
     counted = work(CAUSAL, tokens, layout, "ring", degree=8)
     assert counted.areas.sum() == areas.chunk_areas(CAUSAL, row_of(tokens, 0), 1).sum()
     assert counted.critical_path < 1.05 < work(CAUSAL, tokens, Layout(name="zigzag"), "ring", degree=8).critical_path
@@ -245,8 +245,26 @@ def test_what_is_not_served_is_refused():
         balanced_order(CAUSAL, Tokens(), LAYOUT, "ring", degree=4)
     with pytest.raises(ValueError, match="balanced evens out what softmax attention computes, and no layer attends"):
         Balancer(masks={}, sharding=AttentionSharding(layout=LAYOUT), degree=4, length=LENGTH)
+    with pytest.raises(NotImplementedError, match="balanced layout: usp needs two mesh axes"):
+        balanced_order(CAUSAL, PACKED, LAYOUT, "usp", degree=4)
+    with pytest.raises(NotImplementedError, match="balanced layout: halo needs .* runs of neighbouring tokens"):
+        balanced_order(ONE_RUN["window"], PACKED, LAYOUT, "halo", degree=4)
     with pytest.raises(NotImplementedError, match="work: got T=128 and S=256 with layout=balanced"):
         work(masks.causal(), Tokens(), LAYOUT, "ring", degree=4, q_len=128, kv_len=LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "message"),
+    [
+        (MobaConfig(num_heads=2, chunk_size=16, top_k=2), "chunks of MoBA need tokens whose order is known when"),
+        (NsaConfig(num_heads=2), "blocks of NSA need tokens whose order is known when the program is traced"),
+        (AttentionConfig(num_heads=2), None),
+    ],
+)
+def test_mixers_say_whether_they_are_served(mixer, message):
+    sizes = dict(seq_len=LENGTH, heads_split=1, ring_size=4, sharding=AttentionSharding(layout=LAYOUT))
+    reason = mixer.refusal(16, **sizes)
+    assert reason is None if message is None else message in reason and "\n" not in reason
 
 
 @pytest.mark.parametrize(
