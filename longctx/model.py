@@ -1,6 +1,7 @@
 """The decoder-only language model: embeddings, blocks repeated in periods, and its cost in FLOPs."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +17,12 @@ from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
     PrefillPlan,
+    Relayout,
     cache_degree,
     prefill_schedule,
     sharded_schedule,
 )
+from longctx.context_parallel.relayout import sharding_of_runs
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
 from longctx.sharding import constrain
@@ -139,6 +142,27 @@ class ModelConfig:
         return self.leading + self.pattern * self.num_periods + self.remainder
 
     @property
+    def periods_in_runs(self) -> bool:
+        """Whether tokens go into and come out of a repetition of the pattern in runs, if the layout has none: where it
+        begins and ends with layers that need them."""
+        return bool(self.num_periods) and all(self.mixers[self.pattern[place]].needs_runs for place in (0, -1))
+
+    @property
+    def num_relayouts(self) -> int:
+        """How often tokens change their order in a forward pass, in a layout that has no runs."""
+
+        def changes(names, held: bool, left: bool) -> int:
+            orders = [held, *(self.mixers[name].needs_runs for name in names), left]
+            return sum(before != after for before, after in itertools.pairwise(orders))
+
+        inside = self.periods_in_runs
+        return (
+            changes(self.leading, False, inside)
+            + self.num_periods * changes(self.pattern, inside, inside)
+            + changes(self.remainder, inside, False)
+        )
+
+    @property
     def first_of_remainder(self) -> int:
         """The number of the layer after the last whole repetition."""
         return self.num_layers - len(self.remainder)
@@ -225,35 +249,60 @@ class TransformerLM(nnx.Module):
         Raises: ValueError in training without rngs, where there is something to draw.
         """
         config, schedules = self.config, self._schedules(tokens_BT.shape, positions, segment_ids)
+        relayout = None
+        if any(mixer.needs_runs for mixer in config.mixers.values()):
+            relayout = Relayout.of(
+                self.sharding, batch_size=tokens_BT.shape[0], positions=positions, segment_ids=segment_ids
+            )
         # One for all layers, since a stream could not be advanced inside the scan over them.
         key = key_of(rngs) if config.is_stochastic and rngs is not None else None
 
         def layer(block: Block, name: str, x_BTD: jax.Array, index, *, prevent_cse: bool) -> jax.Array:
+            of_tokens = dict(positions=positions, segment_ids=segment_ids)
+            if relayout is not None and config.mixers[name].needs_runs:
+                of_tokens = dict(positions=relayout.positions, segment_ids=relayout.segment_ids)
+
             def run(block, x_BTD, index):
                 schedule = schedules.get(_schedule_key(config.mixers[name]))
                 draws = key is not None and config.mixers[name].is_stochastic
                 with jax.named_scope(f"layer.{name}"):
                     return block(
-                        x_BTD, positions=positions, segment_ids=segment_ids, schedule=schedule,
+                        x_BTD, **of_tokens, schedule=schedule,
                         rngs=_folded(key, index) if draws else None, depth=self._depth(name, index),
                     )  # fmt: skip
 
             return _rematerialised(run, config.remat, prevent_cse)(block, x_BTD, index)
 
+        def in_order(x_BTD, held_in_runs: bool, wanted_in_runs: bool) -> jax.Array:
+            if relayout is None or held_in_runs == wanted_in_runs:
+                return x_BTD
+            x_BTD = relayout.in_runs(x_BTD) if wanted_in_runs else relayout.in_layout(x_BTD)
+            return constrain(x_BTD, "batch", "sequence", None)
+
+        def along(x_BTD, blocks, names, numbers, *, held_in_runs: bool, left_in_runs: bool, prevent_cse: bool):
+            """Layers one after the other; those that need runs of tokens between two changes of their order."""
+            for block, name, number in zip(blocks, names, numbers, strict=True):
+                needs_runs = config.mixers[name].needs_runs
+                x_BTD = in_order(x_BTD, held_in_runs, needs_runs)
+                x_BTD = layer(block, name, x_BTD, number, prevent_cse=prevent_cse)
+                held_in_runs = needs_runs
+            return in_order(x_BTD, held_in_runs, left_in_runs)
+
         def period(x_BTD, blocks_and_number):
             blocks, number = blocks_and_number
-            for place, (block, name) in enumerate(zip(blocks, config.pattern, strict=True)):
-                # The scan already keeps XLA from merging the recomputation with the forward pass.
-                x_BTD = layer(block, name, x_BTD, self._number(number, place), prevent_cse=False)
-            return x_BTD, None
+            numbers = [self._number(number, place) for place in range(len(blocks))]
+            # The scan already keeps XLA from merging the recomputation with the forward pass.
+            order = dict(held_in_runs=config.periods_in_runs, left_in_runs=config.periods_in_runs)
+            return along(x_BTD, blocks, config.pattern, numbers, **order, prevent_cse=False), None
 
+        order = dict(held_in_runs=False, left_in_runs=config.periods_in_runs)
         x_BTD = self._embed(tokens_BT)
-        for place, (block, name) in enumerate(zip(self.leading, config.leading, strict=True)):
-            x_BTD = layer(block, name, x_BTD, place, prevent_cse=True)
+        x_BTD = along(x_BTD, self.leading, config.leading, range(len(self.leading)), **order, prevent_cse=True)
         if self.periods:
             x_BTD, _ = jax.lax.scan(period, x_BTD, (tuple(self.periods), jnp.arange(config.num_periods)))
-        for place, (block, name) in enumerate(zip(self.remainder, config.remainder, strict=True)):
-            x_BTD = layer(block, name, x_BTD, config.first_of_remainder + place, prevent_cse=True)
+        order = dict(held_in_runs=config.periods_in_runs, left_in_runs=False)
+        numbers = range(config.first_of_remainder, config.num_layers)
+        x_BTD = along(x_BTD, self.remainder, config.remainder, numbers, **order, prevent_cse=True)
         return self._logits(x_BTD)
 
     def init_cache(self, batch_size: int, max_length: int) -> DecodeCache:
@@ -484,7 +533,7 @@ def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, r
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         out_init_scale=(2 * config.num_layers) ** -0.5,
-        sharding=sharding,
+        sharding=sharding_of_runs(sharding) if config.mixers[name].needs_runs else sharding,
         rngs=rngs,
     )
 

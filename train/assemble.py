@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from longctx.context_parallel import AttentionSharding
 from longctx.model import ModelConfig, TransformerLM
-from longctx.sharding import CONTEXT_AXES, make_mesh
+from longctx.sharding import make_mesh
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import ConfigError, TrainConfig, config_text, load_config
 from train.data import Data, DataError
@@ -78,9 +77,7 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
 
 def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> BatchPlacement:
     """The placement of batches of this many rows, with their tokens in the layout of the run."""
-    degree = math.prod(mesh.shape[axis] for axis in CONTEXT_AXES)
-    order = config.context_parallel.order(config.data.seq_len, degree)
-    return BatchPlacement(mesh, batch_size=batch_size, order=order)
+    return BatchPlacement(mesh, batch_size=batch_size, order=config.row_order(mesh.shape))
 
 
 def check_agreement(config: TrainConfig, data: Data, checkpoints: Checkpoints) -> None:

@@ -1,5 +1,6 @@
 """TrainConfig: everything one run is made of, read from a YAML file and `a.b=c` overrides."""
 
+import collections
 import dataclasses
 import math
 import sys
@@ -7,7 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from longctx.context_parallel import AttentionSharding, ContextParallelConfig
+import numpy as np
+from jaxtyping import Int
+
+from longctx.context_parallel import AttentionSharding, Balancer, ContextParallelConfig
 from longctx.model import ModelConfig
 from longctx.sharding import AXIS_NAMES, CONTEXT_AXES, MeshConfig
 from train import schema, schema_docs
@@ -88,7 +92,7 @@ class TrainConfig:
             )
         degree = math.prod(sizes[axis] for axis in CONTEXT_AXES)
         if degree > 0:
-            self.context_parallel.order(self.data.seq_len, degree)
+            self.context_parallel.placement.check(self.data.seq_len, degree)
         if degree > 1 and sizes["tensor"] > 0:
             self._check_strategies(degree, sizes)
 
@@ -101,6 +105,22 @@ class TrainConfig:
         """The same for what is asked of a strategy without a mesh in scope, whose axes would have these sizes."""
         return dataclasses.replace(self.attention_sharding, inner_degree=sizes[CONTEXT_AXES[-1]])
 
+    def row_order(self, sizes: Mapping[str, int]) -> Int[np.ndarray, " length"] | Balancer:
+        """Where the tokens of a row stand over a mesh of these sizes: the order of all rows, or what makes that of one.
+
+        Raises: ValueError where the tokens do not split.
+        """
+        degree = math.prod(sizes[axis] for axis in CONTEXT_AXES)
+        if degree == 1 or not self.context_parallel.placement.is_of_rows:
+            return self.context_parallel.order(self.data.seq_len, degree)
+        layers = collections.Counter(self.model.mixers[name].mask for name in self.model.layers)
+        return Balancer(
+            masks={mask: count for mask, count in layers.items() if mask is not None},
+            sharding=self.planned_sharding(sizes),
+            degree=degree,
+            length=self.data.seq_len,
+        )
+
     def _check_strategies(self, degree: int, sizes: Mapping[str, int]) -> None:
         for name, mixer in self.model.mixers.items():
             reason = mixer.refusal(
@@ -112,6 +132,7 @@ class TrainConfig:
             )
             if reason is not None:
                 raise ValueError(f"context_parallel: model.mixers.{name}: {reason}")
+        self.row_order(sizes)  # refuses a balanced layout of nothing
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

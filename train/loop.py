@@ -125,6 +125,9 @@ def train(config: TrainConfig) -> None:
                 )
             )
         )
+        balance = placement.balance_of(data.train[rows])
+        if balance is not None:
+            display.note(f"balanced layout, the first row: {balance}")
         signals = stack.enter_context(StopSignals())
         several = jax.process_count() > 1
         display.start(step)

@@ -2,6 +2,7 @@
 
 from longctx.context_parallel.api import AnySchedule, sharded_attention, sharded_schedule
 from longctx.context_parallel.balance import Work, work
+from longctx.context_parallel.balanced import BalancedRow, Balancer, balanced_order
 from longctx.context_parallel.config import AttentionSharding, ContextParallelConfig
 from longctx.context_parallel.inference import (
     PrefillPlan,
@@ -29,12 +30,15 @@ from longctx.context_parallel.nsa_inference import (
     new_nsa_blocks,
     sharded_nsa_decode,
 )
+from longctx.context_parallel.relayout import Relayout
 from longctx.context_parallel.selected import sharded_selected_attention
 from longctx.context_parallel.state_passing import sharded_linear_attention
 
 __all__ = [
     "AnySchedule",
     "AttentionSharding",
+    "BalancedRow",
+    "Balancer",
     "ContextParallelConfig",
     "KVCache",
     "Layout",
@@ -43,7 +47,9 @@ __all__ = [
     "NewNsaBlocks",
     "NsaCache",
     "PrefillPlan",
+    "Relayout",
     "Work",
+    "balanced_order",
     "cache_degree",
     "empty_cache",
     "empty_linear_cache",

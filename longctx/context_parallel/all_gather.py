@@ -35,20 +35,20 @@ class AllGather(OneCallStrategy):
         return None
 
     def schedule(self, setting, tokens, *, block_sizes):
-        tokens = dataclasses.replace(
-            tokens,
-            kv_positions=_gathered(setting, tokens.kv_positions),
-            kv_segment_ids=_gathered(setting, tokens.kv_segment_ids),
-        )
+        keys = [_gathered(setting, x) for x in (tokens.kv_positions, tokens.kv_segment_ids)]
+        chunks = setting.chunk_order(*keys)
+        kv_positions, kv_segment_ids = (setting.in_sequence(x, chunks=chunks) for x in keys)
+        tokens = dataclasses.replace(tokens, kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
         q_len = setting.q_len // setting.degree
         blocks = make_schedule(setting.mask, tokens, q_len=q_len, kv_len=setting.kv_len, block_sizes=block_sizes)
-        return CallSchedule(blocks=blocks, tokens=tokens)
+        return CallSchedule(blocks=blocks, tokens=tokens, chunks=chunks)
 
-    def bring(self, setting, x):
-        return _gathered(setting, x)
+    def bring(self, setting, x, schedule):
+        return setting.in_sequence(_gathered(setting, x), chunks=schedule.chunks)
 
-    def send_home(self, setting, x):
-        return jax.lax.psum_scatter(setting.in_layout(x), setting.axes, scatter_dimension=1, tiled=True)
+    def send_home(self, setting, x, schedule):
+        x = setting.in_layout(x, chunks=schedule.chunks)
+        return jax.lax.psum_scatter(x, setting.axes, scatter_dimension=1, tiled=True)
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         kv = batch_size, setting.kv_len // setting.degree, setting.num_kv_heads, key_dim + value_dim
@@ -62,4 +62,4 @@ class AllGather(OneCallStrategy):
 
 def _gathered(setting: Setting, x: jax.Array) -> jax.Array:
     """`[B, S / P, ...]` of every device as `[B, S, ...]`."""
-    return setting.in_sequence(jax.lax.all_gather(x, setting.axes, axis=1, tiled=True))
+    return jax.lax.all_gather(x, setting.axes, axis=1, tiled=True)

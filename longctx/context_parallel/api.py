@@ -194,7 +194,12 @@ class AttentionSplit(MeshSplit):
         if layout is not None and layout.name != "contiguous" and not all(given):
             raise ValueError(
                 f"{op}: got positions=None with layout={layout.name}, wanted those of the permuted "
-                "tokens; pass permute(positions, layout.order(length, degree)), or leave the layout out"
+                "tokens; permute them as the tokens, or leave the layout out"
+            )
+        if layout is not None and layout.is_of_rows and q_len != kv_len:
+            raise NotImplementedError(
+                f"{op}: got T={q_len} and S={kv_len} with layout={layout.name}, which orders queries and keys alike, "
+                "wanted one length; choose another layout"
             )
         multiple = self.degree if layout is None else layout.multiple(self.degree)
         for name, length in (("T", q_len), ("S", kv_len)):
@@ -359,7 +364,7 @@ def _attention_bwd(call: _Call, saved, dout):
         dropped = {"dropout": call.of_own_heads(dropout)}
         if call.setting is not None:
             with jax.named_scope(HOP_SCOPE):
-                dout = call.strategy.like_residuals(call.setting, dout)
+                dout = call.strategy.like_residuals(call.setting, dout, schedule)
                 gradients = call.strategy.backward(
                     call.setting, residuals, dout, tokens, schedule, **dropped, **options
                 )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from longctx.context_parallel.areas import MAX_TILES_AT_ONCE, bounds, hop_areas
+from longctx.context_parallel.balanced import balanced_order
 from longctx.context_parallel.config import STRATEGIES, AttentionSharding
 from longctx.context_parallel.layout import Layout, permute
 from longctx.context_parallel.strategy import StrategyName
@@ -17,10 +19,6 @@ from pallas_kernels import BlockSizes, Mask, Tokens
 from pallas_kernels.mask import Bounds
 from pallas_kernels.schedule import num_ranges
 from pallas_kernels.tokens import TokenAxis
-
-_MAX_TILES_AT_ONCE = 1 << 22
-"""Tiles, or pairs, judged at a time. One costs up to 30 bytes of temporaries, so this bounds the peak near 130 MB."""
-_BLOCK = 64  # tokens of a block whose pairs are counted at once where the mask allows all or none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +75,14 @@ def work(
     Args:
       mask: Which pairs may attend.
       tokens: Of the whole sequence, in its order, NumPy's or JAX's.
-      layout: Which tokens a device holds.
+      layout: Which tokens a device holds; for balanced each row is put into the order that `balanced_order` makes.
       strategy: How queries meet the keys of other devices.
       degree: Devices that share the sequence, P.
       inner_degree: As of `AttentionSharding`.
       q_len, kv_len: T and S, where the tokens do not tell; kv_len is q_len where it is not given.
       max_document_length: As of `AttentionSharding`.
     Raises: ValueError where a length is not known or does not split in the layout; NotImplementedError where the
-      strategy does not serve the mask.
+      strategy does not serve the mask, and for keys that are not the queries in a balanced layout.
     Cost: O(B T S / 4096) time, and O(1) for each pair of the tiles of 64 x 64 that the mask cuts through; memory about
       130 MB, and 30 bytes for each tile of a device and hop.
     """
@@ -95,6 +93,11 @@ def work(
     sharding = AttentionSharding(
         strategy=strategy, layout=layout, max_document_length=max_document_length, inner_degree=inner_degree
     )
+    if layout.is_of_rows and q_len != kv_len:
+        raise NotImplementedError(
+            f"work: got T={q_len} and S={kv_len} with layout=balanced, which orders queries and keys alike, wanted one "
+            "length; choose another layout"
+        )
     given = (tokens.q_positions, tokens.kv_positions, tokens.q_segment_ids, tokens.kv_segment_ids)
     setting = sharding.setting(
         mask,
@@ -107,28 +110,17 @@ def work(
     reason = STRATEGIES[strategy].refusal(setting)
     if reason is not None:
         raise NotImplementedError(f"work: {reason}")
-    queries = _of_devices(tokens.queries(q_len), layout, degree)
-    keys = _of_devices(tokens.keys(kv_len), layout, degree)
+    queries, keys = tokens.queries(q_len), tokens.keys(kv_len)
+    if layout.is_of_rows:
+        order, _ = balanced_order(
+            mask, tokens, layout, strategy, degree=degree, inner_degree=inner_degree, length=q_len
+        )
+        orders = order, order
+    else:
+        orders = layout.order(q_len, degree), layout.order(kv_len, degree)
+    queries, keys = (_of_devices(*of_side, degree) for of_side in zip((queries, keys), orders, strict=True))
     areas = STRATEGIES[strategy].tiles_of_calls(setting, hop_areas(mask, queries, keys))
     return Work(areas=np.broadcast_to(areas, (degree, areas.shape[1])))  # one row may stand for all devices
-
-
-def hop_areas(mask: Mask, queries: TokenAxis, keys: TokenAxis) -> Int[np.ndarray, "devices hops"]:
-    """Pairs that the mask allows between the queries of each device and the keys that a ring brings it at each hop.
-
-    Args:
-      mask: As for `work`.
-      queries, keys: Positions and segment ids by device, `[P, B, T / P]` and `[P, B, S / P]`.
-    """
-    degree = len(queries.positions)
-    masks = [mask.of_head(group, mask.head_groups) for group in range(mask.head_groups)]
-    areas = np.zeros((degree, degree), np.int64)
-    for device in range(degree):
-        for hop in range(degree):
-            q = TokenAxis(*(x[device] for x in queries))
-            kv = TokenAxis(*(x[(device - hop) % degree] for x in keys))
-            areas[device, hop] = sum(_area(of_head, q, kv) for of_head in masks)
-    return areas
 
 
 def hop_tiles(
@@ -154,10 +146,10 @@ def hop_tiles(
         )
     positions = order.astype(np.int32).reshape(degree, -1)
     tokens = TokenAxis(positions, np.zeros_like(positions))
-    q, kv = (_bounds(tokens, block) for block in (block_sizes.block_q, block_sizes.block_kv))
+    q, kv = (bounds(tokens, block) for block in (block_sizes.block_q, block_sizes.block_kv))
     num_kv_blocks = kv.position_min.shape[1]
     columns = Bounds(*(x.reshape(1, -1) for x in kv))
-    group = max(1, _MAX_TILES_AT_ONCE // columns.position_min.size)
+    group = max(1, MAX_TILES_AT_ONCE // columns.position_min.size)
     length = len(order) // degree
     ranges, _ = num_ranges(mask, length, length, block_sizes.fit(length, length))
 
@@ -191,52 +183,10 @@ def _length(*arrays: Any) -> int | None:
     return next((x.shape[1] for x in arrays if x is not None), None)
 
 
-def _of_devices(side: TokenAxis, layout: Layout, degree: int) -> TokenAxis:
+def _of_devices(side: TokenAxis, order: np.ndarray, degree: int) -> TokenAxis:
     """Arrays of whole rows, `[B or 1, T]`, as devices hold them, `[P, B, T / P]`."""
     arrays = np.broadcast_arrays(*(np.asarray(x) for x in side))
-    order = layout.order(arrays[0].shape[1], degree)
     return TokenAxis(*(permute(x, order).reshape(len(x), degree, -1).swapaxes(0, 1) for x in arrays))
-
-
-def _area(mask: Mask, q: TokenAxis, kv: TokenAxis) -> int:
-    """Allowed pairs of queries and keys, `[B, length]` each; only tiles that the mask cuts through are looked into."""
-    sizes_q, sizes_kv = (np.diff([*range(0, x.positions.shape[1], _BLOCK), x.positions.shape[1]]) for x in (q, kv))
-    rows, columns = _bounds(q, _BLOCK), _bounds(kv, _BLOCK)
-    verdict = mask.tile(Bounds(*(x[:, :, None] for x in rows)), Bounds(*(x[:, None, :] for x in columns)))
-    shape = (max(len(q.positions), len(kv.positions)), len(sizes_q), len(sizes_kv))
-    some, full = (np.broadcast_to(np.asarray(x), shape) for x in verdict)
-    full = full & some
-    area = int((full * np.multiply.outer(sizes_q, sizes_kv)).sum())
-    row, i, j = np.nonzero(some & ~full)
-    group = max(1, _MAX_TILES_AT_ONCE // _BLOCK**2)
-    for first in range(0, len(row), group):
-        part = slice(first, first + group)
-        area += _pairs(mask, _tokens_of_blocks(q, row[part], i[part]), _tokens_of_blocks(kv, row[part], j[part]))
-    return area
-
-
-def _tokens_of_blocks(side: TokenAxis, rows: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Positions, segment ids and whether a token is there, `[blocks, _BLOCK]` each."""
-    length = side.positions.shape[1]
-    places = blocks[:, None] * _BLOCK + np.arange(_BLOCK)
-    inside = np.minimum(places, length - 1)
-    rows = np.broadcast_to(rows[:, None], places.shape)
-    return *(np.broadcast_to(x, (max(len(x), rows.max() + 1), length))[rows, inside] for x in side), places < length
-
-
-def _pairs(mask: Mask, q: tuple[np.ndarray, ...], kv: tuple[np.ndarray, ...]) -> int:
-    """Allowed pairs of blocks of queries with blocks of keys."""
-    (q_positions, q_segments, q_there), (kv_positions, kv_segments, kv_there) = q, kv
-    allowed = mask.allowed(
-        q_positions[:, :, None], kv_positions[:, None, :], q_segments[:, :, None], kv_segments[:, None, :]
-    )
-    return int((np.asarray(allowed) & q_there[:, :, None] & kv_there[:, None, :]).sum())
-
-
-def _bounds(tokens: TokenAxis, block: int) -> Bounds:
-    """Bounds of blocks of `[..., length]` arrays, each `[..., blocks]`."""
-    starts = np.arange(0, tokens.positions.shape[-1], block)
-    return Bounds(*(bound.reduceat(x, starts, axis=-1) for x in tokens for bound in (np.minimum, np.maximum)))
 
 
 def _visited(some: np.ndarray, num_ranges: int) -> np.ndarray:

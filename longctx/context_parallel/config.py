@@ -84,17 +84,20 @@ class ContextParallelConfig:
     """The same for layers whose mask is a window; null means `strategy`. `halo` sends no more than the window."""
     layout: LayoutName = "zigzag"
     """Which tokens a device holds: `contiguous` one run; `zigzag` an early and a late run, which evens out causal
-    masks; `striped` every P-th stripe, which evens out packed documents too."""
+    masks; `striped` every P-th stripe, which evens out packed documents too; `balanced` chunks that the loader chooses
+    for each row, by its documents, so that devices have the same to do."""
     stripe_size: int = 1
     """Tokens of a stripe, for `layout: striped`."""
+    chunk_size: int = 512
+    """Tokens of a chunk, for `layout: balanced`; a row is a multiple of P^2 chunks."""
 
     def __post_init__(self):
-        _ = self.placement  # refuses a stripe size without stripes
+        _ = self.placement  # refuses sizes of what the layout does not have
 
     @property
     def placement(self) -> Layout:
         """The layout with its options."""
-        return Layout(name=self.layout, stripe_size=self.stripe_size)
+        return Layout(name=self.layout, stripe_size=self.stripe_size, chunk_size=self.chunk_size)
 
     def multiple(self, degree: int) -> int:
         """As Layout.multiple."""

@@ -92,10 +92,10 @@ class Halo(OneCallStrategy):
         )
         return CallSchedule(blocks=blocks, tokens=tokens, holds=found)
 
-    def bring(self, setting, x):
+    def bring(self, setting, x, schedule):
         return _with_halo(setting, x)
 
-    def send_home(self, setting, x):
+    def send_home(self, setting, x, schedule):
         return _to_owners(setting, x)
 
     def call_mask(self, setting):

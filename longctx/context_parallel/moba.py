@@ -31,6 +31,7 @@ from jaxtyping import DTypeLike
 
 from longctx.context_parallel.api import HOP_SCOPE, AttentionSplit
 from longctx.context_parallel.config import AttentionSharding
+from longctx.context_parallel.layout import not_of_rows
 from longctx.context_parallel.one_call import Whole
 from longctx.context_parallel.strategy import Residuals, Setting, ShardedSchedule, Strategy, num_bytes
 from longctx.context_parallel.traffic import Transfer
@@ -180,6 +181,9 @@ def transfers(
 
 
 def _not_served(sharding: AttentionSharding) -> str | None:
+    reason = not_of_rows(sharding.layout, "chunks of MoBA")
+    if reason is not None:
+        return reason
     strategy = sharding.strategy_for(LOCAL_MASK).name
     if strategy in _STRATEGIES:
         return None

@@ -33,6 +33,7 @@ from jaxtyping import DTypeLike
 
 from longctx.context_parallel.api import HOP_SCOPE, AttentionSplit, sharded_attention
 from longctx.context_parallel.config import AttentionSharding
+from longctx.context_parallel.layout import not_of_rows
 from longctx.context_parallel.strategy import Setting, float32_zeros, num_bytes
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import (
@@ -163,7 +164,8 @@ def refusal(
     mask = sliding_mask(sizes)
     if setting_fields["degree"] == 1:
         return None
-    return sharding.strategy_for(mask).refusal(sharding.setting(mask, **setting_fields))
+    reason = not_of_rows(sharding.layout, "blocks of NSA")
+    return reason or sharding.strategy_for(mask).refusal(sharding.setting(mask, **setting_fields))
 
 
 def transfers(
@@ -232,6 +234,9 @@ class _Row:
         if split is not None:
             split.check_heads(mask, num_kv_heads, op=_OP)
             if split.sequence:
+                reason = not_of_rows(split.sharding.layout, "blocks of NSA")
+                if reason is not None:
+                    raise NotImplementedError(f"{_OP}: {reason}")
                 tokens = Tokens.self_attention(positions)
                 setting = split.setting(mask, tokens, q_len=length, kv_len=length, op=_OP)
         return cls(split=split, setting=setting, length=length, sizes=sizes)

@@ -18,11 +18,11 @@ class OneCallStrategy(Strategy):
     """A strategy whose schedule is a CallSchedule over the keys that it brings."""
 
     @abc.abstractmethod
-    def bring(self, setting: Setting, x: jax.Array) -> jax.Array:
+    def bring(self, setting: Setting, x: jax.Array, schedule: CallSchedule) -> jax.Array:
         """What the call is over, `[B, keys, ...]`, of what devices hold of the keys, `[B, S / P, ...]`; per shard."""
 
     @abc.abstractmethod
-    def send_home(self, setting: Setting, x: jax.Array) -> jax.Array:
+    def send_home(self, setting: Setting, x: jax.Array, schedule: CallSchedule) -> jax.Array:
         """The transpose of `bring`: the sum of what all devices have for this device's keys; per shard."""
 
     def call_mask(self, setting: Setting) -> Mask:
@@ -30,7 +30,7 @@ class OneCallStrategy(Strategy):
         return setting.mask
 
     def forward(self, setting, q, k, v, tokens, schedule, **options):
-        kv = self.bring(setting, jnp.concatenate([k, v], axis=-1))
+        kv = self.bring(setting, jnp.concatenate([k, v], axis=-1), schedule)
         out, lse = blockwise_attention_forward(
             q, kv[..., : k.shape[3]], kv[..., k.shape[3] :], tokens=schedule.tokens, schedule=schedule.blocks,
             **options | {"mask": self.call_mask(setting)},
@@ -40,13 +40,13 @@ class OneCallStrategy(Strategy):
     def backward(self, setting, residuals, dout, tokens, schedule, **options):
         q, k, v, out, lse = residuals
         # Without the barrier XLA takes these collectives for the forward pass's and keeps their results until now.
-        kv = self.bring(setting, jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1)))
+        kv = self.bring(setting, jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1)), schedule)
         keys, values = kv[..., : k.shape[3]], kv[..., k.shape[3] :]
         dq, dk, dv = blockwise_attention_backward(
             q, keys, values, out, lse, dout, None, tokens=schedule.tokens, schedule=schedule.blocks,
             accumulate=float32_zeros(q, keys, values), **options | {"mask": self.call_mask(setting)},
         )  # fmt: skip
-        dkv = self.send_home(setting, jnp.concatenate([dk, dv], axis=-1)).astype(k.dtype)
+        dkv = self.send_home(setting, jnp.concatenate([dk, dv], axis=-1), schedule).astype(k.dtype)
         gradients = dq.astype(q.dtype), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
         return tuple(where_it_holds(schedule.holds, x) for x in gradients)
 
@@ -67,10 +67,10 @@ class Whole(OneCallStrategy):
         blocks = make_schedule(setting.mask, tokens, **lengths, block_sizes=block_sizes)
         return CallSchedule(blocks=blocks, tokens=tokens)
 
-    def bring(self, setting, x):
+    def bring(self, setting, x, schedule):
         return x
 
-    def send_home(self, setting, x):
+    def send_home(self, setting, x, schedule):
         return x
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):

@@ -79,20 +79,43 @@ def holds(setting: Setting, tokens: Tokens) -> jax.Array | None:
     same = (tokens.q_positions == positions) & (tokens.q_segment_ids == segment_ids)
     if setting.max_document_length is not None:
         same &= (segment_ids < 0) | ((positions >= 0) & (positions < setting.max_document_length))
-    runs = setting.layout.runs(setting.degree)
-    rank, (num_rows, length) = jax.lax.axis_index(setting.axes), positions.shape
+    return documents_in_turn(setting.layout, setting.degree, setting.axes, positions, segment_ids, same)
+
+
+def documents_in_turn(
+    layout: Layout,
+    degree: int,
+    axes: tuple[str, ...],
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    also: jax.Array | None = None,
+) -> jax.Array:
+    """Whether along each row, bool `[B or 1, 1]`, segment ids never decrease and positions grow as slots do.
+
+    Within a document, and padding left out. Per shard.
+
+    Args:
+      layout: One of runs.
+      degree, axes: Devices that share a row, and the mesh axes that they are on.
+      positions, segment_ids: Of this device's tokens, `[B or 1, T / P]`.
+      also: What else must be true of each.
+    """
+    runs = layout.runs(degree)
+    rank, (num_rows, length) = jax.lax.axis_index(axes), positions.shape
     chunk = length // runs.shape[1]
     first_slots = jnp.asarray(runs * chunk, jnp.int32)[rank]
     segments = segment_ids.reshape(num_rows, -1, chunk)
     starts = positions.reshape(segments.shape) - first_slots[:, None] - jnp.arange(chunk, dtype=jnp.int32)
-    agrees = jnp.all(same, axis=1) & jnp.all(_in_turn(segments, starts), axis=1)
+    agrees = jnp.all(_in_turn(segments, starts), axis=1)
+    if also is not None:
+        agrees &= jnp.all(also, axis=1)
 
     ends = _ends(segments, starts)
     summary = jnp.concatenate(
         [ends, jnp.broadcast_to(agrees.astype(jnp.int32)[:, None, None, None], (*ends.shape[:3], 1))], axis=3
     )
     # [devices, rows, runs, first and last, values] to [rows, first and last of all runs, values].
-    summaries = jax.lax.all_gather(summary, setting.axes).transpose(1, 0, 2, 3, 4)
+    summaries = jax.lax.all_gather(summary, axes).transpose(1, 0, 2, 3, 4)
     summaries = summaries.reshape(num_rows, runs.size, 2, 3)[:, np.argsort(runs.reshape(-1))]
     segment, start, agrees = jnp.unstack(summaries.reshape(num_rows, -1, 3), axis=2)
     return (jnp.all(agrees == 1, axis=1) & _in_turn(segment, start))[:, None]

@@ -216,10 +216,11 @@ def _not_served(
             f"chosen blocks lie anywhere in the sequence, which {' and '.join(_STRATEGIES)} serve, got "
             f"strategy={strategy}; choose one of those"
         )
-    if (sharding.layout or Layout()).name == "striped":
+    layout = sharding.layout or Layout()
+    if layout.runs(degree) is None:
         return (
-            "a device of layout=striped holds no runs of neighbouring tokens, so no blocks of them; choose contiguous "
-            "or zigzag"
+            f"a device of layout={layout.name} holds no runs of neighbouring tokens, so no blocks of them; choose "
+            "contiguous or zigzag"
         )
     return selector.split_refusal
 

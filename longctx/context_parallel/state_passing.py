@@ -188,7 +188,7 @@ def _not_served(layout: Layout, degree: int, delta_rule: bool) -> str | None:
     if layout.name not in _LAYOUTS:
         return (
             f"state passing needs devices that hold runs of neighbouring tokens, got layout={layout.name}; choose "
-            "layout=contiguous or zigzag"
+            "layout=contiguous or zigzag, or bring the tokens into runs (context_parallel.Relayout)"
         )
     if delta_rule:
         return (

@@ -58,17 +58,25 @@ class Setting:
         """Whether the tokens of the whole sequence are in order, as ops with `tokens=None` have them."""
         return not (self.has_positions or self.has_segments)
 
-    def in_sequence(self, x: jax.Array, *, axis: int = 1) -> jax.Array:
+    def chunk_order(self, positions: jax.Array, segment_ids: jax.Array) -> jax.Array | None:
+        """What `in_sequence` takes as `chunks`, `[B or 1, chunks]`; None unless each row has an order of its own.
+
+        Args:
+          positions, segment_ids: Of the whole sequence, its shards one after the other, `[B or 1, length]`.
+        """
+        return None if self.layout is None else self.layout.chunk_order(positions, segment_ids)
+
+    def in_sequence(self, x: jax.Array, *, axis: int = 1, chunks: jax.Array | None = None) -> jax.Array:
         """An array of the whole sequence, its shards one after the other, in the order of the tokens if that is known.
 
         Work on blocks of it then depends on the mask alone: in the order of the shards the keys of a query may lie far
         apart.
         """
-        return x if self.layout is None else self.layout.in_sequence(x, self.degree, axis=axis)
+        return x if self.layout is None else self.layout.in_sequence(x, self.degree, axis=axis, chunks=chunks)
 
-    def in_layout(self, x: jax.Array, *, axis: int = 1) -> jax.Array:
+    def in_layout(self, x: jax.Array, *, axis: int = 1, chunks: jax.Array | None = None) -> jax.Array:
         """The inverse of `in_sequence`."""
-        return x if self.layout is None else self.layout.in_layout(x, self.degree, axis=axis)
+        return x if self.layout is None else self.layout.in_layout(x, self.degree, axis=axis, chunks=chunks)
 
 
 class Residuals(NamedTuple):
@@ -95,11 +103,13 @@ class CallSchedule(ShardedSchedule):
       tokens: Of its queries and keys.
       holds: Whether what the strategy assumes of the tokens is true of each row (reach.py), bool `[B or 1, 1]`; None
         where it assumes nothing.
+      chunks: Of a layout with an order for each row, what brings it into that of the sequence (`Setting.chunk_order`).
     """
 
     blocks: Schedule
     tokens: Tokens
     holds: Leaf = None
+    chunks: Leaf = None
 
 
 class Strategy(abc.ABC):
@@ -171,9 +181,9 @@ class Strategy(abc.ABC):
         of_heads = PartitionSpec(batch, sequence, heads)
         return (*(of_heads,) * 4, PartitionSpec(batch, heads, sequence))
 
-    def like_residuals(self, setting: Setting, dout: jax.Array) -> jax.Array:
+    def like_residuals(self, setting: Setting, dout: jax.Array, schedule) -> jax.Array:
         """The cotangent of this device's out, split as the out of the residuals; per shard."""
-        del setting
+        del setting, schedule
         return dout
 
     def own_heads(self, setting: Setting, per_head: jax.Array) -> jax.Array:

@@ -52,23 +52,24 @@ class Ulysses(Strategy):
         return None
 
     def schedule(self, setting, tokens, *, block_sizes):
+        chunks = None
         if setting.in_order:
             tokens = Tokens()
         else:
-            tokens = jax.tree.map(lambda x: all_tokens(setting, x), tokens)
+            tokens, chunks = all_tokens(setting, tokens)
         blocks = make_schedule(
             setting.mask, tokens, q_len=setting.q_len, kv_len=setting.kv_len, block_sizes=block_sizes
         )
-        return CallSchedule(blocks=blocks, tokens=tokens)
+        return CallSchedule(blocks=blocks, tokens=tokens, chunks=chunks)
 
     def forward(self, setting, q, k, v, tokens, schedule, **options):
         kv = jnp.repeat(jnp.concatenate([k, v], axis=-1), _copies(setting), axis=2)
-        q, kv = by_heads(setting, q), by_heads(setting, kv)
+        q, kv = (by_heads(setting, x, schedule.chunks) for x in (q, kv))
         keys, values = kv[..., : k.shape[3]], kv[..., k.shape[3] :]
         out, lse = blockwise_attention_forward(
             q, keys, values, tokens=schedule.tokens, schedule=schedule.blocks, **options
         )
-        return by_tokens(setting, out), Residuals(q, keys, values, out, lse)
+        return by_tokens(setting, out, schedule.chunks), Residuals(q, keys, values, out, lse)
 
     def backward(self, setting, residuals, dout, tokens, schedule, **options):
         q, k, v, out, lse = residuals
@@ -77,10 +78,12 @@ class Ulysses(Strategy):
             q, k, v, out, lse, dout, None, tokens=schedule.tokens, schedule=schedule.blocks,
             accumulate=float32_zeros(q, k, v) if copies > 1 else None, **options,
         )  # fmt: skip
-        dkv = by_tokens(setting, jnp.concatenate([dk, dv], axis=-1))
+        dq, dkv = (
+            by_tokens(setting, x, schedule.chunks) for x in (dq.astype(q.dtype), jnp.concatenate([dk, dv], axis=-1))
+        )
         if copies > 1:
             dkv = dkv.reshape(*dkv.shape[:2], -1, copies, dkv.shape[3]).sum(axis=3).astype(k.dtype)
-        return by_tokens(setting, dq.astype(q.dtype)), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
+        return dq, dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         degree, copies = setting.degree, _copies(setting)
@@ -109,8 +112,8 @@ class Ulysses(Strategy):
         of_heads = PartitionSpec(batch, None, (*heads, *sequence))
         return (*(of_heads,) * 4, PartitionSpec(batch, (*heads, *sequence)))
 
-    def like_residuals(self, setting, dout):
-        return by_heads(setting, dout)
+    def like_residuals(self, setting, dout, schedule):
+        return by_heads(setting, dout, schedule.chunks)
 
     def own_heads(self, setting, per_head):
         size = per_head.shape[0] // setting.degree
@@ -126,16 +129,21 @@ def _copies(setting: Setting) -> int:
     return max(1, setting.degree // setting.num_kv_heads)
 
 
-def all_tokens(setting: Setting, x: jax.Array) -> jax.Array:
-    """`[B, T / P]` to `[B, T]`, in the order of the sequence where the layout is known; per shard."""
-    return setting.in_sequence(jax.lax.all_gather(x, setting.axes, axis=1, tiled=True))
+def all_tokens(setting: Setting, tokens: Tokens) -> tuple[Tokens, jax.Array | None]:
+    """Those of all devices, in the order of the sequence where the layout is known, and the `chunks` that bring other
+    arrays into it; per shard."""
+    tokens = jax.tree.map(lambda x: jax.lax.all_gather(x, setting.axes, axis=1, tiled=True), tokens)
+    chunks = setting.chunk_order(tokens.kv_positions, tokens.kv_segment_ids)
+    return jax.tree.map(lambda x: setting.in_sequence(x, chunks=chunks), tokens), chunks
 
 
-def by_heads(setting: Setting, x: jax.Array) -> jax.Array:
+def by_heads(setting: Setting, x: jax.Array, chunks: jax.Array | None) -> jax.Array:
     """`[B, T / P, N, H]` to `[B, T, N / P, H]`; per shard."""
-    return setting.in_sequence(jax.lax.all_to_all(x, setting.axes, split_axis=2, concat_axis=1, tiled=True))
+    x = jax.lax.all_to_all(x, setting.axes, split_axis=2, concat_axis=1, tiled=True)
+    return setting.in_sequence(x, chunks=chunks)
 
 
-def by_tokens(setting: Setting, x: jax.Array) -> jax.Array:
+def by_tokens(setting: Setting, x: jax.Array, chunks: jax.Array | None) -> jax.Array:
     """`[B, T, N / P, H]` to `[B, T / P, N, H]`; per shard."""
-    return jax.lax.all_to_all(setting.in_layout(x), setting.axes, split_axis=1, concat_axis=2, tiled=True)
+    x = setting.in_layout(x, chunks=chunks)
+    return jax.lax.all_to_all(x, setting.axes, split_axis=1, concat_axis=2, tiled=True)

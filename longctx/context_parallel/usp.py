@@ -48,16 +48,22 @@ class UspSchedule(ShardedSchedule):
     Attributes:
       ring: Of the ring of groups.
       q_positions, q_segment_ids: Of the queries of this device's group, int32 `[1, B or 1, T / O]`.
+      chunks: As of CallSchedule, of the tokens of the group, `[1, B or 1, chunks]`.
     """
 
     ring: RingSchedule
     q_positions: Leaf
     q_segment_ids: Leaf
+    chunks: Leaf = None
 
     @property
     def queries(self) -> Tokens:
         """Of the group, as the ring takes them: the keys of each hop are in its schedule."""
         return Tokens(q_positions=self.q_positions[0], q_segment_ids=self.q_segment_ids[0])
+
+    @property
+    def chunks_of_group(self) -> jax.Array | None:
+        return None if self.chunks is None else self.chunks[0]
 
 
 class Usp(Strategy):
@@ -83,32 +89,33 @@ class Usp(Strategy):
 
     def schedule(self, setting, tokens, *, block_sizes):
         inside = _inside(setting)
-        tokens = jax.tree.map(lambda x: all_tokens(inside, x), tokens)
+        tokens, chunks = all_tokens(inside, tokens)
         return UspSchedule(
             ring=_BETWEEN.schedule(_between(setting), tokens, block_sizes=block_sizes),
             q_positions=tokens.q_positions[None],
             q_segment_ids=tokens.q_segment_ids[None],
+            chunks=None if chunks is None else chunks[None],
         )
 
     def forward(self, setting, q, k, v, tokens, schedule, **options):
-        inside = _inside(setting)
-        kv = by_heads(inside, jnp.concatenate([k, v], axis=-1))
+        inside, chunks = _inside(setting), schedule.chunks_of_group
+        q, kv = (by_heads(inside, x, chunks) for x in (q, jnp.concatenate([k, v], axis=-1)))
         out, residuals = _BETWEEN.forward(
             _between(setting),
-            by_heads(inside, q),
+            q,
             kv[..., : k.shape[3]],
             kv[..., k.shape[3] :],
             schedule.queries,
             schedule.ring,
             **options,
         )
-        return by_tokens(inside, out), residuals
+        return by_tokens(inside, out, chunks), residuals
 
     def backward(self, setting, residuals, dout, tokens, schedule, **options):
-        inside = _inside(setting)
+        inside, chunks = _inside(setting), schedule.chunks_of_group
         dq, dk, dv = _BETWEEN.backward(_between(setting), residuals, dout, schedule.queries, schedule.ring, **options)
-        dkv = by_tokens(inside, jnp.concatenate([dk, dv], axis=-1))
-        return by_tokens(inside, dq), dkv[..., : dk.shape[3]], dkv[..., dk.shape[3] :]
+        dq, dkv = (by_tokens(inside, x, chunks) for x in (dq, jnp.concatenate([dk, dv], axis=-1)))
+        return dq, dkv[..., : dk.shape[3]], dkv[..., dk.shape[3] :]
 
     def transfers(self, setting, **sizes):
         inner, outer = _INSIDE.transfers(_inside(setting), **sizes), _BETWEEN.transfers(_between(setting), **sizes)
@@ -132,8 +139,8 @@ class Usp(Strategy):
         of_heads = PartitionSpec(batch, tuple(outer), (*heads, inner))
         return (*(of_heads,) * 4, PartitionSpec(batch, (*heads, inner), tuple(outer)))
 
-    def like_residuals(self, setting, dout):
-        return by_heads(_inside(setting), dout)
+    def like_residuals(self, setting, dout, schedule):
+        return by_heads(_inside(setting), dout, schedule.chunks_of_group)
 
     def own_heads(self, setting, per_head):
         return _INSIDE.own_heads(_inside(setting), per_head)

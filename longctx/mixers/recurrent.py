@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import DTypeLike, Int
 
-from longctx.context_parallel import AttentionSharding, state_passing
+from longctx.context_parallel import AttentionSharding, relayout, state_passing
 from longctx.context_parallel.traffic import Transfer
 from longctx.linear_attention import RecurrentLayer, StateShape
 from longctx.mixers.registry import MixerConfig
@@ -35,6 +35,10 @@ class RecurrentConfig(MixerConfig):
     def layer(self, dim: int, **common: Any) -> RecurrentLayer:
         """The layer; `common` are the arguments of `MixerConfig.build`, with its defaults, and implementation."""
 
+    @property
+    def needs_runs(self) -> bool:
+        return True
+
     def build(self, dim: int, **common: Any) -> RecurrentLayer:
         return self.layer(dim, implementation=self.implementation, **common)
 
@@ -48,8 +52,9 @@ class RecurrentConfig(MixerConfig):
         self, dim: int, *, seq_len: int, heads_split: int, ring_size: int, sharding: AttentionSharding
     ) -> str | None:
         state = self.state(dim)
-        return state_passing.refusal(
-            sharding,
+        reason = relayout.refusal(sharding.layout, seq_len=seq_len, degree=ring_size)
+        return reason or state_passing.refusal(
+            relayout.sharding_of_runs(sharding),
             num_heads=state.num_heads,
             num_key_heads=state.num_qk_heads,
             seq_len=seq_len,
@@ -70,7 +75,7 @@ class RecurrentConfig(MixerConfig):
     ) -> tuple[Transfer, ...]:
         state = self.state(dim)
         return state_passing.transfers(
-            sharding,
+            relayout.sharding_of_runs(sharding),
             rows=rows,
             num_heads=state.num_heads,
             key_dim=state.key_dim,

@@ -55,6 +55,14 @@ class MixerConfig(abc.ABC):
         """Whether what the layer computes depends on where it stands in the model."""
         return False
 
+    @property
+    def needs_runs(self) -> bool:
+        """Whether each device must hold runs of neighbouring tokens of a split row, in the order of the sequence.
+
+        A model brings tokens into runs for such layers where the layout has none (context_parallel/relayout.py).
+        """
+        return False
+
     @abc.abstractmethod
     def build(
         self,

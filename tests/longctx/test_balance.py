@@ -58,7 +58,7 @@ def visited(order, degree):
 @pytest.mark.parametrize("degree", [1, 2, 4, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiles_are_those_of_the_schedules(layout, degree, monkeypatch):
-    monkeypatch.setattr(balance, "_MAX_TILES_AT_ONCE", 200)  # several groups of rows, the last smaller
+    monkeypatch.setattr(balance, "MAX_TILES_AT_ONCE", 200)  # several groups of rows, the last smaller
     order = LAYOUTS[layout].order(LENGTH, degree)
     wanted = visited(order, degree)
     for name, mask in MASKS.items():

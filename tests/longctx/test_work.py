@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from longctx import masks
-from longctx.context_parallel import Layout, Work, balance, balance_plot, work
+from longctx.context_parallel import Layout, Work, areas, balance_plot, work
 from longctx.context_parallel.layout import permute
 from pallas_kernels import Tokens
 from pallas_kernels.testing import packed_tokens
@@ -45,8 +45,8 @@ def by_hop(pairs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MASKS)
 def test_areas_are_those_of_the_dense_mask(name, layout, monkeypatch):
-    monkeypatch.setattr(balance, "_BLOCK", 10)  # several tiles a device, the last ragged
-    monkeypatch.setattr(balance, "_MAX_TILES_AT_ONCE", 300)  # and several groups of them
+    monkeypatch.setattr(areas, "_BLOCK", 10)  # several tiles a device, the last ragged
+    monkeypatch.setattr(areas, "MAX_TILES_AT_ONCE", 300)  # and several groups of them
     mask, layout = MASKS[name], LAYOUTS[layout]
     pairs = from_device_to_device(mask, PACKED, layout)
     got = work(mask, PACKED, layout, "ring", degree=DEGREE)

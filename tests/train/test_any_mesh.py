@@ -23,6 +23,7 @@ LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout, strategy
     ((2, 1, 2, 2, 1), "zigzag", "usp"),
     ((1, 4, 1, 1, 2), "zigzag", "ring"),
     ((2, 1, 1, 4, 1), "contiguous", "ring"),
+    ((1, 2, 2, 2, 1), "balanced", "ring"),
 ]
 AXES = ("data", "fsdp", "context_outer", "context_inner", "tensor")
 
@@ -77,11 +78,17 @@ def rows_read(monkeypatch):
 
     def record(self, batch):
         placed = place(self, batch)
-        slots = np.arange(64) if self.slots is None else self.slots
+        arrays = {name: np.asarray(array) for name, array in placed.items()}
+        if callable(self.slots):  # each row has an order of its own
+            segments = np.where(arrays["segment_ids"] < 0, 64, arrays["segment_ids"])
+            order = np.stack([np.lexsort(row) for row in zip(arrays["positions"], segments, strict=True)])
+        else:
+            slots = np.arange(64) if self.slots is None else self.slots
+            order = np.tile(np.argsort(slots), (4, 1))
         batches.append(
             {
-                name: np.asarray(array)[:, np.argsort(slots)] if array.ndim == 2 else np.asarray(array)
-                for name, array in placed.items()
+                name: np.take_along_axis(array, order, axis=1) if array.ndim == 2 else array
+                for name, array in arrays.items()
             }
         )
         return placed
@@ -116,7 +123,8 @@ def test_a_run_goes_on_from_mesh_to_mesh(config_file, tmp_path, rows_read, capsy
     for leg, (sizes, layout, strategy) in enumerate(LEGS, 1):
         mesh = [f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True)]
         steps = f"training.steps={leg * STEPS_A_LEG}"
-        how = f"context_parallel={{layout: {layout}, strategy: {strategy}}}"
+        chunks = ", chunk_size: 2" if layout == "balanced" else ""
+        how = f"context_parallel={{layout: {layout}, strategy: {strategy}{chunks}}}"
         assert main([str(config_file), f"run_dir={moving}", *mesh, how, steps]) == 0
         rows += rows_read()
     assert f"resuming {moving} at step {STEPS_A_LEG * (len(LEGS) - 1)}" in capsys.readouterr().out

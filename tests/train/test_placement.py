@@ -1,7 +1,10 @@
+import re
+
 import numpy as np
 import pytest
 
-from longctx.context_parallel import ContextParallelConfig
+from longctx import AttentionSharding, masks
+from longctx.context_parallel import Balancer, ContextParallelConfig, Layout
 from longctx.sharding import MeshConfig, make_mesh
 from train.placement import BatchPlacement, one_flag_a_device
 
@@ -28,6 +31,32 @@ def test_each_device_holds_its_rows_and_its_tokens_of_the_layout(layout):
         data, _, outer, inner, _ = np.argwhere(mesh.devices == shard.device)[0]
         first = 6 * (2 * outer + inner)
         np.testing.assert_array_equal(shard.data, batch["tokens"][3 * data : 3 * data + 3, order[first : first + 6]])
+
+
+def test_rows_of_a_balanced_layout_have_orders_of_their_own():
+    rng = np.random.default_rng(0)
+    rows = []
+    for documents in ((16, 16), (3, 20, 9)):
+        row = {"tokens": rng.integers(9, size=32, dtype=np.int32)}
+        row["positions"] = np.concatenate([np.arange(n, dtype=np.int32) for n in documents])
+        row["segment_ids"] = np.repeat(np.arange(len(documents), dtype=np.int32), documents)
+        rows.append(row)
+    layout = Layout(name="balanced", chunk_size=1)
+    mask = masks.causal() & masks.documents()
+    balancer = Balancer(masks={mask: 1}, sharding=AttentionSharding(layout=layout), degree=4, length=32)
+    placement = BatchPlacement(make_mesh(MeshConfig(data=2, context_inner=4)), batch_size=2, order=balancer)
+    found = [placement.balance_of(row) for row in rows]
+    assert not np.array_equal(found[0].order, found[1].order)
+    cut = [{name: x[placement.slots(row)] for name, x in row.items()} for row in rows]
+    placed = placement.place({name: np.stack([row[name] for row in cut]) for name in cut[0]})
+    for name, array in placed.items():
+        want = np.stack([row[name][of.order] for row, of in zip(rows, found, strict=True)])
+        np.testing.assert_array_equal(array, want)
+    assert re.fullmatch(
+        r"(striped|back_and_forth)(, \d+ pairs .*)?: 1\.\d+ of even work, 1\.\d+ as dealt", str(found[1])
+    )
+    whole = BatchPlacement(make_mesh(MeshConfig(data=8)), batch_size=8, order=np.arange(32))
+    assert whole.balance_of(rows[0]) is None
 
 
 class OfOneProcess:

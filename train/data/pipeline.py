@@ -13,7 +13,7 @@ from train.data.config import DataConfig
 from train.data.corpus import Corpus, TaskCorpus
 from train.data.errors import DataError
 from train.data.packing import PackedStream, cut_documents, pack
-from train.data.rows import Row, build_row, empty_row, stack_rows
+from train.data.rows import Row, Slots, build_row, empty_row, stack_rows
 from train.data.sources import SourceConfig
 from train.data.tokenizers import Tokenizer, open_tokenizer
 
@@ -123,7 +123,7 @@ class Data:
         start_step: int,
         batch_size: int,
         rows: Sequence[int] | None = None,
-        slots: Int[np.ndarray, "slots"] | None = None,
+        slots: Slots = None,
     ) -> grain.DatasetIterator:
         """The batches of steps start_step, start_step + 1, ... of training.
 
@@ -133,7 +133,8 @@ class Data:
           start_step: First step; the batches are those that an uninterrupted run would have from there on.
           batch_size: Rows of a batch.
           rows: Which rows of each batch to read, by their number in it. Default: all.
-          slots: Which slots of each row to give, in this order. Default: all, in their own.
+          slots: Which slots of each row to give, in this order, or a function of a whole row that says them, which the
+            threads call. Default: all, in their own.
         Returns: an endless iterator that prepares batches ahead; its `close()` ends the threads.
         """
         rows = _checked_rows(rows, batch_size)
@@ -156,7 +157,7 @@ class Data:
         batch_size: int,
         max_batches: int | None = None,
         rows: Sequence[int] | None = None,
-        slots: Int[np.ndarray, "slots"] | None = None,
+        slots: Slots = None,
     ) -> Iterable[Row]:
         """The held-out rows, each once; the last batch is filled up with empty rows.
 
@@ -313,8 +314,11 @@ def _summary(name: str, corpus: Corpus, train: np.ndarray, held_out: np.ndarray)
     )
 
 
-def _cut(row: Row, slots: np.ndarray | None) -> Row:
-    return row if slots is None else {name: array[slots] if array.ndim else array for name, array in row.items()}
+def _cut(row: Row, slots: Slots) -> Row:
+    if slots is None:
+        return row
+    held = slots(row) if callable(slots) else slots
+    return {name: array[held] if array.ndim else array for name, array in row.items()}
 
 
 def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:

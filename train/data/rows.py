@@ -5,7 +5,7 @@ A piece is a run of those slots and a segment of its row; positions start at 0 i
 piece are padding: segment -1, and 0 in everything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from train.data.corpus import Corpus, DocumentTable, TaskCorpus, TaskDocument
 from train.data.packing import Pieces
 
 Row = dict[str, np.ndarray]
+Slots = Int[np.ndarray, "slots"] | Callable[[Row], Int[np.ndarray, "slots"]] | None
 
 
 def empty_row(seq_len: int, *, with_answers: bool = False) -> Row:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
+from longctx.context_parallel import Balancer
 from longctx.context_parallel.balance import hop_tiles, imbalance
 from longctx.mixers.registry import MixerConfig
 from pallas_kernels import BlockSizes
@@ -66,14 +67,21 @@ class AttentionWork:
         return share * of_a_pair * blocks.block_q * blocks.block_kv * self._tiles(mixer, phase)
 
     def _tiles(self, mixer: MixerConfig, phase: str) -> Int[np.ndarray, "devices calls"]:
-        config, degree = self._run.config, self._run.ring_size
-        length, sharding = config.data.seq_len, self._run.sharding
-        order = config.context_parallel.order(length, degree)
-        tiles = _cached_tiles(mixer.mask, order.tobytes(), degree, self._blocks(mixer, phase))
+        degree = self._run.ring_size
+        length, sharding = self._run.config.data.seq_len, self._run.sharding
+        tiles = _cached_tiles(mixer.mask, self._order.tobytes(), degree, self._blocks(mixer, phase))
         if degree == 1:
             return tiles
         setting = sharding.setting(mixer.mask, degree=degree, q_len=length, kv_len=length)
         return sharding.strategy_for(mixer.mask).tiles_of_calls(setting, tiles)
+
+    @functools.cached_property
+    def _order(self) -> Int[np.ndarray, " length"]:
+        order = self._run.config.row_order(self._run.mesh.shape)
+        if isinstance(order, Balancer):
+            positions = np.arange(len(order))
+            return order.row(positions, np.zeros_like(positions)).order
+        return order
 
     def _blocks(self, mixer: MixerConfig, phase: str) -> BlockSizes:
         platform = self._run.target.platform

@@ -77,6 +77,17 @@ def test_chosen_rows_and_slots_are_those_of_the_whole_batch(open_sources):
         assert_part(part, whole)
 
 
+def test_slots_may_follow_from_the_row(open_sources):
+    data = open_sources(SHORT)
+    batches = data.batches(start_step=2, batch_size=3, slots=lambda row: np.argsort(row["tokens"], kind="stable"))
+    for part, whole in zip(itertools.islice(batches, 3), take(data, 3, start_step=2, batch_size=3), strict=True):
+        order = np.argsort(whole["tokens"], axis=1, kind="stable")
+        for name, array in part.items():
+            want = np.take_along_axis(whole[name], order, axis=1) if array.ndim == 2 else whole[name]
+            np.testing.assert_array_equal(array, want, err_msg=name)
+    batches.close()
+
+
 def test_document_lengths_are_those_of_the_batch(open_sources):
     data = open_sources(SHORT, SyntheticSource(min_length=1, max_length=9, num_documents=7, weight=0.3, seed=5))
     for step, batch in enumerate(take(data, 30)):
