@@ -1,0 +1,120 @@
+"""Linear attention on NVIDIA Hopper where the rows of a state decay each by itself, or a delta rule corrects it: what a
+chunk's tokens make of each other (prepared.py), then the states of the row (pallas_mosaic_gpu_chain.py).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
+from pallas_kernels.linear.options import Options
+from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.linear.prepared import Prepared, delta_gradients, factors_of, prepare, vector_gradients
+from pallas_kernels.wgmma import TILE_ROWS
+
+
+def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Options, num_cores: int, interpret):
+    """As `api.linear_attention_forward`, except for parts of runs."""
+    chunks = factors_of(v, decay, segment_ids)
+    prepared = prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale)
+    of_part = part_chunks(v, num_cores)
+    inputs = _inputs(prepared, v, _first(k, v, initial_state), interpret)
+    swept = chain.sweep(
+        inputs,
+        num_heads=v.shape[2],
+        length=v.shape[1],
+        config=chain.Config(
+            reverse=False, scale=options.scale, part_chunks=of_part, starts=True, interpret=interpret
+        ),
+    )  # fmt: skip
+    return swept.out[:, : v.shape[1]], swept.end[:, 0].mT, swept.starts.mT
+
+
+def backward(
+    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, options: Options, num_cores: int, interpret
+):
+    """As `api.linear_attention_backward`, except for parts of runs."""
+    (B, T, N, V), H = v.shape, q.shape[3]
+    chunks = factors_of(v, decay, segment_ids)
+    prepared = prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale)
+    of_part = part_chunks(v, num_cores)
+    num_chunks = -(-T // CHUNK)
+    num_parts = -(-num_chunks // of_part)
+    if starts is None or starts.shape[1] != num_parts:
+        starts, of_part = _first(k, v, initial_state).mT, num_chunks
+    sizes = {"num_heads": N, "length": T}
+    before = chain.sweep(
+        _inputs(prepared, v, starts.mT, interpret)._replace(q=None, scores=None),
+        config=chain.Config(
+            reverse=False, scale=options.scale, part_chunks=of_part, snapshots=True, interpret=interpret
+        ),
+        **sizes,
+    )  # fmt: skip
+    after = chain.sweep(
+        _inputs(prepared, dout, _first(k, v, dstate), interpret),
+        config=chain.Config(
+            reverse=True, scale=options.scale, part_chunks=num_chunks, snapshots=True, interpret=interpret
+        ),
+        **sizes,
+    )  # fmt: skip
+    call = {
+        "decay": decay if options.decay_gradient else None,
+        "segment_ids": segment_ids,
+        "scale": options.scale,
+        "with_initial_state": initial_state is not None,
+    }
+    dv, dbeta = after.out[:, :T], None
+    if beta is None:
+        call["decay"] = decay
+        dq, dk, ddecay = vector_gradients(
+            q, k, v, dout, prepared, before.snapshots, after.snapshots, chunks, **call
+        )  # fmt: skip
+        ddecay = ddecay if options.decay_gradient else None
+    else:
+        dq, dk, ddecay, dbeta = delta_gradients(
+            q, k, v, dout, dv, before.written, before.snapshots, after.snapshots, chunks, **call
+        )  # fmt: skip
+        if decay is not None and decay.ndim == 1 and ddecay is not None:
+            ddecay = jnp.sum(ddecay, axis=(0, 1))
+    dq, dk = (_sum_groups(x, q.shape[2]).astype(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, ddecay, dbeta, after.end[:, 0].mT
+
+
+def part_chunks(v, num_cores: int) -> int:
+    """Chunks of the parts that the backward pass goes through at once, to have the states again: as many as the
+    multiprocessors want, the last of which may be shorter."""
+    B, T, N, V = v.shape
+    chunks = -(-T // CHUNK)
+    parts = max(1, num_cores // (B * N * (V // chain.COLUMNS)))
+    return -(-chunks // parts)
+
+
+def _first(k, v, state) -> jax.Array:
+    """The state before a row or, in reverse, its cotangent after it, as the chain takes it."""
+    if state is None:
+        return jnp.zeros((v.shape[0], 1, v.shape[2], v.shape[3], k.shape[3]), jnp.float32)
+    return state.mT[:, None]
+
+
+def _inputs(prepared: Prepared, v, before, interpret) -> chain.Inputs:
+    multiple = TILE_ROWS if interpret is None else CHUNK
+
+    def padded(x):
+        padding = -x.shape[1] % multiple
+        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+
+    return chain.Inputs(
+        q=padded(prepared.q),
+        k=padded(prepared.k),
+        v=padded(v),
+        scores=prepared.scores,
+        solve=prepared.solve,
+        reads=prepared.reads,
+        writes=prepared.writes,
+        keeps=prepared.keeps,
+        before=before,
+    )
+
+
+def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
+    B, T, N, H = gradient.shape
+    return jnp.sum(gradient.reshape(B, T, num_heads, N // num_heads, H), axis=3)
