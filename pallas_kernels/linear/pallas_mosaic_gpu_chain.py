@@ -276,7 +276,8 @@ class _Block:
         for stage in range(self.num_stages):
             arrive(self.free + stage, 3 * WARPGROUP)
         state = plgpu.load(self.of_part(self.inputs.before), layout=MATRIX, optimized=False)
-        step = self.step_back if self.config.reverse else self.step
+        # Without q it adds up what is written, in either direction.
+        step = self.step_back if self.config.reverse and self.inputs.q is not None else self.step
 
         def one(i, state):
             if self.config.starts:
@@ -324,12 +325,12 @@ class _Block:
     def step_back(self, slot, copy, state, operand):
         """One chunk: the cotangent of what it writes and of its values, and that of the state before it."""
         shared = self.shared
-        q, k, dout, scores = (x.at[slot] for x in (shared.q, shared.k, shared.v, shared.scores))
-        if shared.solve is None:
+        of_chunk = shared.q, shared.k, shared.v, shared.scores, shared.solve
+        q, k, dout, scores, solve = (None if x is None else x.at[slot] for x in of_chunk)
+        if solve is None:
             plgpu.commit_smem()
             arrive(self.ready + copy, 2 * WARPGROUP)
             return self.matmul(dout, q, acc=self.kept(slot, state), transpose_a=True)
-        solve = shared.solve.at[slot]
         by_state = self.by_tokens(shared.writes, slot, self.matmul(operand, k, transpose_b=True))
         dwritten = self.matmul(dout, scores, acc=by_state, transpose_a=True).astype(dout.dtype)
         scores[...] = dwritten  # nobody reads it again

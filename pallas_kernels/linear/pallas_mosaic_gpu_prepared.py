@@ -8,7 +8,17 @@ import jax.numpy as jnp
 from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
-from pallas_kernels.linear.prepared import Prepared, delta_gradients, factors_of, prepare, vector_gradients
+from pallas_kernels.linear.prepared import (
+    Prepared,
+    delta_gradients,
+    factors_of,
+    prepare,
+    tiles,
+    to_states,
+    untile,
+    vector_gradients,
+)
+from pallas_kernels.linear.state import LinearState
 from pallas_kernels.wgmma import TILE_ROWS
 
 
@@ -79,6 +89,23 @@ def backward(
     return dq, dk, dv, ddecay, dbeta, after.end[:, 0].mT
 
 
+def states(k, v, *, decay, segment_ids, reverse: bool, interpret) -> LinearState:
+    """The map of a row, which is one part, of decays of each dim: what its tokens write or, in reverse, what they give
+    the cotangent of the state before them, without the scale."""
+    B, T, N, V = v.shape
+    log, chunks = tiles(decay.astype(jnp.float32), N), factors_of(v, decay, segment_ids)
+    reads, writes, keeps = to_states(chunks, log)
+    k = untile((reads if reverse else writes) * tiles(k, N).astype(jnp.float32)).astype(k.dtype)
+    inputs = Prepared(q=None, k=k, scores=None, solve=None, reads=None, writes=None, keeps=keeps)
+    swept = chain.sweep(
+        _inputs(inputs, v, _first(k, v, None), interpret),
+        num_heads=N,
+        length=T,
+        config=chain.Config(reverse=reverse, scale=1.0, part_chunks=-(-T // CHUNK), interpret=interpret),
+    )
+    return LinearState(value=swept.end.mT, decay=jnp.prod(keeps, axis=2)[:, None])
+
+
 def part_chunks(v, num_cores: int) -> int:
     """Chunks of the parts that the backward pass goes through at once, to have the states again: as many as the
     multiprocessors want, the last of which may be shorter."""
@@ -99,7 +126,7 @@ def _inputs(prepared: Prepared, v, before, interpret) -> chain.Inputs:
     multiple = TILE_ROWS if interpret is None else CHUNK
 
     def padded(x):
-        padding = -x.shape[1] % multiple
+        padding = 0 if x is None else -x.shape[1] % multiple
         return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
     return chain.Inputs(

@@ -105,7 +105,7 @@ def _prepare_vector(q, k, v, chunks: Chunks, *, decay, scale: float) -> Prepared
         _, operand = _level(queries, keys, log, size)
         scores += jnp.where(_pairs(size), _product(operand, operand), 0.0)
     scores = scale * scores * _between(chunks)
-    reads, writes, keeps = _to_states(chunks, log)
+    reads, writes, keeps = to_states(chunks, log)
     return Prepared(
         q=untile(scale * reads * queries).astype(q.dtype),
         k=untile(writes * keys).astype(k.dtype),
@@ -128,7 +128,7 @@ def vector_gradients(
     values, douts = tiles(v, N), tiles(dout, N)
     log = tiles(decay.astype(jnp.float32), N)
     dscores = scale * _product(douts, values) * _between(chunks)
-    reads, writes, keeps = _to_states(chunks, log)
+    reads, writes, keeps = to_states(chunks, log)
     by_state = scale * reads * multiply("bnciv,bncvh->bncih", "bfloat16", douts, states)
     to_state = writes * multiply("bnciv,bncvh->bncih", "bfloat16", values, dstates)
     itself = jnp.diagonal(dscores, axis1=-2, axis2=-1)[..., None]
@@ -226,7 +226,7 @@ def _between(chunks: Chunks) -> jax.Array:
     return jnp.exp(between)
 
 
-def _to_states(chunks: Chunks, log: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def to_states(chunks: Chunks, log: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """reads and writes `[B, N, n, C, H]` and keeps `[B, N, n, H]` of decays of each dim."""
     reads, writes = (x.reshape(*x.shape[:2], -1, CHUNK, 1) for x in (chunks.reads, chunks.writes))
     upto, after = jnp.cumsum(log, axis=3), jax.lax.cumsum(log, axis=3, reverse=True) - log
