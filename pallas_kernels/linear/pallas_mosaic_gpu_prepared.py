@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
+from pallas_kernels.linear.chunks import Chunks
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.linear.pallas_mosaic_gpu_solve import Inputs, scores_and_solve
 from pallas_kernels.linear.prepared import (
     Prepared,
     delta_gradients,
@@ -25,7 +27,7 @@ from pallas_kernels.wgmma import TILE_ROWS
 def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Options, num_cores: int, interpret):
     """As `api.linear_attention_forward`, except for parts of runs."""
     chunks = factors_of(v, decay, segment_ids)
-    prepared = prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale)
+    prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
     of_part = part_chunks(v, num_cores)
     inputs = _inputs(prepared, v, _first(k, v, initial_state), interpret)
     swept = chain.sweep(
@@ -45,7 +47,7 @@ def backward(
     """As `api.linear_attention_backward`, except for parts of runs."""
     (B, T, N, V), H = v.shape, q.shape[3]
     chunks = factors_of(v, decay, segment_ids)
-    prepared = prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale)
+    prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
     of_part = part_chunks(v, num_cores)
     num_chunks = -(-T // CHUNK)
     num_parts = -(-num_chunks // of_part)
@@ -89,6 +91,34 @@ def backward(
     return dq, dk, dv, ddecay, dbeta, after.end[:, 0].mT
 
 
+def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -> Prepared:
+    if beta is None:
+        return prepare(q, k, v, chunks, decay=decay, beta=beta, scale=scale)
+    of_tokens = jnp.moveaxis(beta.astype(jnp.float32), 2, 1)
+    padding = chunks.reads.shape[2] - of_tokens.shape[2]
+    scores, solve = scores_and_solve(
+        Inputs(
+            q=_whole_tiles(q, interpret),
+            k=_whole_tiles(k, interpret),
+            beta=jnp.pad(of_tokens, ((0, 0), (0, 0), (0, padding))),
+            cumulative=None if decay is None else chunks.cumulative,
+            document=chunks.document,
+        ),
+        scale=scale,
+        interpret=interpret,
+    )
+    is_scaled = decay is not None or chunks.document is not None
+    return Prepared(
+        q=q,
+        k=k,
+        scores=scores,
+        solve=solve,
+        reads=chunks.reads if is_scaled else None,
+        writes=chunks.writes if is_scaled else None,
+        keeps=jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3])) if is_scaled else None,
+    )
+
+
 def states(k, v, *, decay, segment_ids, reverse: bool, interpret) -> LinearState:
     """The map of a row, which is one part, of decays of each dim: what its tokens write or, in reverse, what they give
     the cotangent of the state before them, without the scale."""
@@ -123,16 +153,10 @@ def _first(k, v, state) -> jax.Array:
 
 
 def _inputs(prepared: Prepared, v, before, interpret) -> chain.Inputs:
-    multiple = TILE_ROWS if interpret is None else CHUNK
-
-    def padded(x):
-        padding = 0 if x is None else -x.shape[1] % multiple
-        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
-
     return chain.Inputs(
-        q=padded(prepared.q),
-        k=padded(prepared.k),
-        v=padded(v),
+        q=_whole_tiles(prepared.q, interpret),
+        k=_whole_tiles(prepared.k, interpret),
+        v=_whole_tiles(v, interpret),
         scores=prepared.scores,
         solve=prepared.solve,
         reads=prepared.reads,
@@ -140,6 +164,15 @@ def _inputs(prepared: Prepared, v, before, interpret) -> chain.Inputs:
         keeps=prepared.keeps,
         before=before,
     )
+
+
+def _whole_tiles(x, interpret):
+    """The same, its length padded with zeros to what shared memory is tiled by.
+
+    A copy reads zeros behind the end, and leaves out what it would write there; the interpreter needs whole chunks.
+    """
+    padding = 0 if x is None else -x.shape[1] % (TILE_ROWS if interpret is None else CHUNK)
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
 
 def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
