@@ -316,6 +316,7 @@ class _Block:
         said = self.by_tokens(shared.reads, slot, said)
         written = self.matmul(v, solve, transpose_a=True, transpose_b=True)
         written = self.matmul((-said).astype(v.dtype), solve, acc=written, transpose_b=True)
+        plgpu.commit_smem()  # a warp may be ahead of another's matmul
         v[...] = written.astype(v.dtype)  # transposed: what readers multiply
         plgpu.commit_smem()
         arrive(self.ready + copy, 2 * WARPGROUP)
@@ -333,6 +334,7 @@ class _Block:
             return self.matmul(dout, q, acc=self.kept(slot, state), transpose_a=True)
         by_state = self.by_tokens(shared.writes, slot, self.matmul(operand, k, transpose_b=True))
         dwritten = self.matmul(dout, scores, acc=by_state, transpose_a=True).astype(dout.dtype)
+        plgpu.commit_smem()  # a warp may be ahead of another's matmul
         scores[...] = dwritten  # nobody reads it again
         plgpu.commit_smem()
         arrive(self.ready + copy, 2 * WARPGROUP)

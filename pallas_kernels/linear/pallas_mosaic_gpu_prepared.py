@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
+from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
 from pallas_kernels.linear.chunks import Chunks
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
@@ -93,7 +94,23 @@ def backward(
 
 def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -> Prepared:
     if beta is None:
-        return prepare(q, k, v, chunks, decay=decay, beta=beta, scale=scale)
+        with_documents = chunks.document is not None
+        outputs = levels.to_states_and_scores(
+            levels.Inputs(
+                q=_whole_tiles(q, interpret),
+                k=_whole_tiles(k, interpret),
+                decay=_whole_tiles(decay.astype(jnp.float32), interpret),
+                reads=chunks.reads if with_documents else None,
+                writes=chunks.writes if with_documents else None,
+                document=chunks.document,
+            ),
+            scale=scale,
+            interpret=interpret,
+        )
+        keeps = outputs.keeps * chunks.keeps[..., None] if with_documents else outputs.keeps
+        return Prepared(
+            q=outputs.q, k=outputs.k, scores=outputs.scores, solve=None, reads=None, writes=None, keeps=keeps
+        )  # fmt: skip
     of_tokens = jnp.moveaxis(beta.astype(jnp.float32), 2, 1)
     padding = chunks.reads.shape[2] - of_tokens.shape[2]
     scores, solve = scores_and_solve(
