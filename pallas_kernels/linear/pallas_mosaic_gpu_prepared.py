@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
+from pallas_kernels.linear import pallas_mosaic_gpu_delta_gradients as of_delta
 from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
 from pallas_kernels.linear.chunks import Chunks
 from pallas_kernels.linear.options import Options
@@ -13,13 +14,13 @@ from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
 from pallas_kernels.linear.pallas_mosaic_gpu_solve import Inputs, scores_and_solve
 from pallas_kernels.linear.prepared import (
     Prepared,
-    delta_gradients,
     factors_of,
     prepare,
     tiles,
     to_states,
     untile,
     vector_gradients,
+    without_starts,
 )
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.wgmma import TILE_ROWS
@@ -83,8 +84,8 @@ def backward(
         )  # fmt: skip
         ddecay = ddecay if options.decay_gradient else None
     else:
-        dq, dk, ddecay, dbeta = delta_gradients(
-            q, k, v, dout, dv, before.written, before.snapshots, after.snapshots, chunks, **call
+        dq, dk, ddecay, dbeta = _delta_gradients(
+            q, k, v, dout, dv, before, after, chunks, prepared, **call, interpret=interpret
         )  # fmt: skip
         if decay is not None and decay.ndim == 1 and ddecay is not None:
             ddecay = jnp.sum(ddecay, axis=(0, 1))
@@ -134,6 +135,41 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -
         writes=chunks.writes if is_scaled else None,
         keeps=jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3])) if is_scaled else None,
     )
+
+
+def _delta_gradients(
+    q, k, v, dout, dv, before: chain.Outputs, after: chain.Outputs, chunks: Chunks, prepared: Prepared, *, decay,
+    segment_ids, scale: float, with_initial_state: bool, interpret,
+):  # fmt: skip
+    """dq, dk, ddecay and dbeta."""
+    T, with_decay = v.shape[1], decay is not None
+    inputs = of_delta.Inputs(
+        **{name: _whole_tiles(x, interpret) for name, x in dict(q=q, k=k, v=v, dout=dout, dv=dv).items()},
+        written=before.written,
+        states=before.snapshots,
+        dstates=after.snapshots,
+        cumulative=None if prepared.reads is None else chunks.cumulative,
+        reads=prepared.reads,
+        writes=prepared.writes,
+        document=chunks.document,
+    )
+    outputs = of_delta.gradients(
+        inputs, num_heads=v.shape[2], scale=scale, with_decay=with_decay, interpret=interpret
+    )  # fmt: skip
+    sides = v.shape[3] // CHUNK, q.shape[3] // CHUNK
+    dbeta = jnp.moveaxis(jnp.sum(outputs.dbeta[: sides[0]], axis=0), 1, 2)[:, :T]
+    ddecay = None
+    if with_decay:
+        of_chunks = (*chunks.keeps.shape, CHUNK)
+        dlog, to_end = (
+            jnp.sum(x[: sides[1]], axis=0).reshape(of_chunks) for x in (outputs.dlog, outputs.to_end)
+        )  # fmt: skip
+        kept = jnp.sum(outputs.kept[: sides[1]], axis=(0, 4))
+        at_end = jnp.sum(to_end, axis=3) + chunks.keeps * kept
+        ddecay = jax.lax.cumsum(dlog, axis=3, reverse=True) + at_end[..., None]
+        ddecay = jnp.moveaxis(ddecay.reshape(*ddecay.shape[:2], -1), 1, 2)[:, :T]
+        ddecay = without_starts(ddecay, segment_ids, with_initial_state)
+    return outputs.dq[:, :T], outputs.dk[:, :T], ddecay, dbeta
 
 
 def states(k, v, *, decay, segment_ids, reverse: bool, interpret) -> LinearState:
@@ -194,4 +230,4 @@ def _whole_tiles(x, interpret):
 
 def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
     B, T, N, H = gradient.shape
-    return jnp.sum(gradient.reshape(B, T, num_heads, N // num_heads, H), axis=3)
+    return jnp.sum(gradient.reshape(B, T, num_heads, N // num_heads, H), axis=3, dtype=jnp.float32)

@@ -146,7 +146,7 @@ def vector_gradients(
         dk += jnp.where(later, 0.0, factors * back)
         dlog += jnp.where(later, 1.0, -1.0) * operand.astype(q.dtype).astype(jnp.float32) * back
     ddecay = untile(jax.lax.cumsum(dlog, axis=3, reverse=True) + at_end[..., None, :])[:, :T]
-    return untile(dq)[:, :T], untile(dk)[:, :T], _without_starts(ddecay, segment_ids, with_initial_state)
+    return untile(dq)[:, :T], untile(dk)[:, :T], without_starts(ddecay, segment_ids, with_initial_state)
 
 
 def delta_gradients(
@@ -188,7 +188,7 @@ def delta_gradients(
             states.astype(jnp.float32) * dstates.astype(jnp.float32), axis=(-1, -2)
         )
         ddecay = _tokens_last(jax.lax.cumsum(dlog, axis=3, reverse=True) + at_end[..., None])[:, :T]
-        ddecay = _without_starts(ddecay, segment_ids, with_initial_state)
+        ddecay = without_starts(ddecay, segment_ids, with_initial_state)
     return untile(dq)[:, :T], untile(dk)[:, :T], ddecay, dbeta
 
 
@@ -253,7 +253,7 @@ def _level(queries, keys, log, size: int) -> tuple[jax.Array, jax.Array]:
     return factors, factors * jnp.where(_is_later(size)[:, None], queries, keys)
 
 
-def _without_starts(ddecay: jax.Array, segment_ids, with_initial_state: bool) -> jax.Array:
+def without_starts(ddecay: jax.Array, segment_ids, with_initial_state: bool) -> jax.Array:
     """The decay of a document's first token comes to nothing, and so does that of a row without a state before it."""
     B, T = ddecay.shape[:2]
     reached, _ = boundaries(segment_ids, B, T)
