@@ -23,6 +23,7 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
 from pallas_kernels.linear.prepared import LEVELS
+from pallas_kernels.mosaic_gpu import WARPGROUP
 from pallas_kernels.wgmma import MATRIX, ROW, TILE_BYTES, TILE_ROWS, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -187,7 +188,8 @@ def _spread(x, dim: int) -> jax.Array:
 
 
 class _Columns:
-    """Inline PTX by a thread for each dim: tiles of 16 bits `[64, H]` in shared memory and floats `[64, H]`.
+    """Inline PTX by a thread for each dim: tiles of 16 bits `[64, H]` in shared memory and floats `[64, H]`, of which
+    there is one for each warpgroup.
 
     A thread reads and writes its own column alone, so that nothing is to be waited for between two of these.
     """
@@ -195,18 +197,21 @@ class _Columns:
     def __init__(self, head_dim: int):
         self.head_dim = head_dim
         self.lines = [
-            ".reg .b32 column, low, tile, offset;",
+            ".reg .b32 column, low, tile, offset, warpgroup, of_warpgroup;",
             ".reg .f32 factor, x, y;",
             ".reg .b16 half;",
             ".reg .pred idle;",
             "mov.u32 column, %tid.x;",
-            f"and.b32 column, column, {128 - 1};",
+            "shr.u32 warpgroup, column, 7;",
+            f"and.b32 column, column, {WARPGROUP - 1};",
             f"setp.ge.u32 idle, column, {head_dim};",
             "@idle bra DONE;",
             "and.b32 low, column, 63;",
             "shl.b32 low, low, 1;",
             "shr.u32 tile, column, 6;",
             f"mul.lo.u32 tile, tile, {TILE_BYTES};",
+            f"mul.lo.u32 of_warpgroup, warpgroup, {2 * CHUNK * head_dim};",
+            "add.u32 tile, tile, of_warpgroup;",
         ]
 
     def tile(self, name: str, operand: str) -> None:
@@ -216,17 +221,18 @@ class _Columns:
         for r in range(TILE_ROWS):
             self.lines += [f"xor.b32 offset, low, {16 * r};", f"add.u32 {name}{r}, {name}, offset;"]
 
-    def floats(self, name: str, operand: str) -> None:
-        """Names floats `[64, H]`, or `[H]`."""
+    def floats(self, name: str, operand: str, rows: int = CHUNK) -> None:
+        """Names floats `[rows, H]`."""
         self.lines += [
             f".reg .b32 {name};",
             f"cvt.u32.u64 {name}, {operand};",
+            f"mad.lo.u32 {name}, warpgroup, {4 * rows * self.head_dim}, {name};",
             "shl.b32 offset, column, 2;",
             f"add.u32 {name}, {name}, offset;",
         ]
 
     def scalars(self, name: str, operand: str) -> None:
-        """Names floats `[64]`, one for each token."""
+        """Names floats `[64]`, one for each token, of all warpgroups."""
         self.lines += [f".reg .b32 {name};", f"cvt.u32.u64 {name}, {operand};"]
 
     def load(self, into: str, tile: str, token: int) -> None:
@@ -264,7 +270,7 @@ class _Columns:
 
 def exponentials(decay) -> None:
     """Puts exp(decay) in the place of decay, float32 `[64, H]`."""
-    head_dim = decay.shape[1]
+    head_dim = decay.shape[-1]
 
     @plgpu.inline_mgpu(arg_types=(_FLOATS,))
     def emit(_, decay):
@@ -283,7 +289,7 @@ def exponentials(decay) -> None:
 
 def level(q, k, decays, operand, size: int, factors=None) -> None:
     """Z of a level of the tiles q and k, given decays, not their logs, and E if there is a place for it."""
-    head_dim = decays.shape[1]
+    head_dim = decays.shape[-1]
     tiles = (q, k, operand) if factors is None else (q, k, operand, factors)
 
     @plgpu.inline_mgpu(arg_types=(_FLOATS, *(_TILE,) * len(tiles)))
@@ -317,6 +323,60 @@ def level(q, k, decays, operand, size: int, factors=None) -> None:
     emit(decays, *tiles)
 
 
+def whole_chunk(source, decays, of_documents, operand, factors, *, reverse: bool) -> None:
+    """factors, from the chunk's start to each token or in reverse from each to the chunk's end, and operand, source times
+    those."""
+    head_dim = decays.shape[-1]
+    scalars = () if of_documents is None else (of_documents,)
+
+    @plgpu.inline_mgpu(arg_types=(_FLOATS, _TILE, _TILE, _TILE, *(_FLOATS,) * len(scalars)))
+    def emit(_, *refs):
+        ptx = _Columns(head_dim)
+        ptx.floats("e", "$0")
+        for i, name in enumerate(("s", "z", "f")):
+            ptx.tile(name, f"${i + 1}")
+        if scalars:
+            ptx.scalars("documents", "$4")
+            ptx.lines.append(".reg .f32 given, limited;")
+        ptx.one("factor")
+        for token in reversed(range(CHUNK)) if reverse else range(CHUNK):
+            ptx.load_float("y", "e", token)
+            if not reverse:
+                ptx.multiply("factor", "factor", "y")
+            ptx.load("x", "s", token)
+            ptx.multiply("x", "x", "factor")
+            if scalars:
+                ptx.load_scalar("given", "documents", token)
+                ptx.multiply("x", "x", "given")
+                ptx.multiply("limited", "factor", "given")
+            ptx.store("z", token, "x")
+            ptx.store("f", token, "limited" if scalars else "factor")
+            if reverse:
+                ptx.multiply("factor", "factor", "y")
+        ptx.emit(*refs)
+
+    emit(decays, source, operand, factors, *scalars)
+
+
+def sum_from(tile, at_end) -> None:
+    """Of floats `[64, H]` the sums from each token to the last, and at_end, `[H]`, in their place."""
+    head_dim = tile.shape[-1]
+
+    @plgpu.inline_mgpu(arg_types=(_FLOATS, _FLOATS))
+    def emit(_, tile, at_end):
+        ptx = _Columns(head_dim)
+        ptx.floats("t", "$0")
+        ptx.floats("end", "$1", rows=1)
+        ptx.load_float("x", "end", 0)
+        for token in reversed(range(CHUNK)):
+            ptx.load_float("y", "t", token)
+            ptx.lines.append("add.f32 x, x, y;")
+            ptx.store_float("t", token, "x")
+        ptx.emit(tile, at_end)
+
+    emit(tile, at_end)
+
+
 def interpreted_level(q, k, log, size: int) -> tuple[jax.Array, jax.Array]:
     """E and Z of `[64, H]`, given the log of the decays, for the interpreter."""
     halves = log.reshape(-1, 2, size, log.shape[1])
@@ -338,7 +398,7 @@ def _to_states(shared: _Shared, scale: float) -> None:
         ptx.floats("e", "$0")
         ptx.tile("q", "$1")
         ptx.tile("k", "$2")
-        ptx.floats("keeps", "$3")
+        ptx.floats("keeps", "$3", rows=1)
         if with_documents:
             ptx.scalars("reads", "$4")
             ptx.scalars("writes", "$5")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
 from pallas_kernels.linear import pallas_mosaic_gpu_delta_gradients as of_delta
 from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
+from pallas_kernels.linear import pallas_mosaic_gpu_vector_gradients as of_vectors
 from pallas_kernels.linear.chunks import Chunks
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
@@ -19,7 +20,6 @@ from pallas_kernels.linear.prepared import (
     tiles,
     to_states,
     untile,
-    vector_gradients,
     without_starts,
 )
 from pallas_kernels.linear.state import LinearState
@@ -79,8 +79,8 @@ def backward(
     dv, dbeta = after.out[:, :T], None
     if beta is None:
         call["decay"] = decay
-        dq, dk, ddecay = vector_gradients(
-            q, k, v, dout, prepared, before.snapshots, after.snapshots, chunks, **call
+        dq, dk, ddecay = _vector_gradients(
+            q, k, v, dout, before, after, chunks, prepared, **call, interpret=interpret
         )  # fmt: skip
         ddecay = ddecay if options.decay_gradient else None
     else:
@@ -135,6 +135,27 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -
         writes=chunks.writes if is_scaled else None,
         keeps=jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3])) if is_scaled else None,
     )
+
+
+def _vector_gradients(
+    q, k, v, dout, before: chain.Outputs, after: chain.Outputs, chunks: Chunks, prepared: Prepared, *, decay,
+    segment_ids, scale: float, with_initial_state: bool, interpret,
+):  # fmt: skip
+    """dq, dk and ddecay."""
+    T, with_documents = v.shape[1], chunks.document is not None
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "decay": decay.astype(jnp.float32)}
+    inputs = of_vectors.Inputs(
+        **{name: _whole_tiles(x, interpret) for name, x in arrays.items()},
+        states=before.snapshots,
+        dstates=after.snapshots,
+        keeps=prepared.keeps,
+        reads=chunks.reads if with_documents else None,
+        writes=chunks.writes if with_documents else None,
+        document=chunks.document,
+    )
+    outputs = of_vectors.gradients(inputs, num_heads=v.shape[2], scale=scale, interpret=interpret)
+    ddecay = without_starts(outputs.ddecay[:, :T], segment_ids, with_initial_state)
+    return outputs.dq[:, :T], outputs.dk[:, :T], ddecay
 
 
 def _delta_gradients(
