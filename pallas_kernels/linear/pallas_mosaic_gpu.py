@@ -1,8 +1,7 @@
 """Linear attention by Mosaic GPU kernels on NVIDIA Hopper: which calls they serve, and how a call reaches them.
 
-No decay and decays of a head or a token are sweeps (pallas_mosaic_gpu_sweep.py); decays of each dim of the keys and delta
-rules are chunks made ready and a chain of states (pallas_mosaic_gpu_prepared.py).
-"""
+No decay and decays of a head or a token are sweeps (pallas_mosaic_gpu_sweep.py); decays of each dim of the keys and
+delta rules are chunks made ready and a chain of states (pallas_mosaic_gpu_prepared.py)."""
 
 import functools
 

@@ -1,10 +1,9 @@
 """The gradients of a delta rule within its chunks on Hopper GPUs (Mosaic GPU): dq, dk, dbeta and what the gradient of a
 decay is made of, from the states before and their cotangents after each chunk. See prepared.py for the maths.
 
-Grid: two warpgroups for a chunk of a head, each with 64 columns of the keys and 64 of the values. Everything is in tiles
-of 64 x 64, in shared memory as it comes from memory. What tokens are to each other, `[64, 64]`, both have, in registers,
-the one way round and the other, so that each is the left operand of a matmul as it is.
-"""
+Grid: two warpgroups for a chunk of a head, each with 64 columns of the keys and 64 of the values. Everything is in
+tiles of 64 x 64, in shared memory as it comes from memory. What tokens are to each other, `[64, 64]`, both have, in
+registers, the one way round and the other, so that each is the left operand of a matmul as it is."""
 
 import math
 from typing import Any, NamedTuple
@@ -207,7 +206,7 @@ class _Chunk:
         return cumulative, document
 
     def seen(self, x, *, back: bool = False, strict: bool = False):
-        """x[i, j] with the decay between them where i reads j before it or, `back`, j reads i; and, unless `strict`, i."""
+        """x[i, j], decayed, where i comes after j or, `back`, before it, in its document; unless `strict` also i itself."""
         decay, seen = (self.decay_back, self.after) if back else (self.decay, self.before)
         x = x if decay is None else x * decay
         return jnp.where(seen if strict else seen | self.itself, x, 0.0)

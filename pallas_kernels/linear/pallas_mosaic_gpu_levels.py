@@ -1,4 +1,5 @@
-"""Decays of each dim of the keys within a chunk on Hopper GPUs (Mosaic GPU): `q`, `k`, `scores` and `keeps` of prepared.py.
+"""Decays of each dim of the keys within a chunk on Hopper GPUs (Mosaic GPU): `q`, `k`, `scores` and `keeps` of
+prepared.py.
 
 Grid: a warpgroup for a chunk of a head. Products of decays are made by a thread for each dim, which goes through the
 tokens of its column (inline PTX): an exponential for each token, and for each level a multiplication; no factor is a
@@ -324,8 +325,8 @@ def level(q, k, decays, operand, size: int, factors=None) -> None:
 
 
 def whole_chunk(source, decays, of_documents, operand, factors, *, reverse: bool) -> None:
-    """factors, from the chunk's start to each token or in reverse from each to the chunk's end, and operand, source times
-    those."""
+    """The decays from the chunk's start to each token, in reverse from each to the chunk's end, as factors, and times
+    source as operand."""
     head_dim = decays.shape[-1]
     scalars = () if of_documents is None else (of_documents,)
 

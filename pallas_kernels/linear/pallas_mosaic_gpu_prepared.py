@@ -16,7 +16,6 @@ from pallas_kernels.linear.pallas_mosaic_gpu_solve import Inputs, scores_and_sol
 from pallas_kernels.linear.prepared import (
     Prepared,
     factors_of,
-    prepare,
     tiles,
     to_states,
     untile,
@@ -44,10 +43,23 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Option
 
 
 def backward(
-    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, options: Options, num_cores: int, interpret
+    q,
+    k,
+    v,
+    dout,
+    dstate,
+    *,
+    decay,
+    beta,
+    initial_state,
+    segment_ids,
+    starts,
+    options: Options,
+    num_cores: int,
+    interpret,
 ):
     """As `api.linear_attention_backward`, except for parts of runs."""
-    (B, T, N, V), H = v.shape, q.shape[3]
+    T, N = v.shape[1:3]
     chunks = factors_of(v, decay, segment_ids)
     prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
     of_part = part_chunks(v, num_cores)

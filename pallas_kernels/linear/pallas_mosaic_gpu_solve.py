@@ -1,8 +1,9 @@
-"""What the tokens of a chunk read of each other under a delta rule, on Hopper GPUs (Mosaic GPU): `scores` and `solve` of
-prepared.py.
+"""What the tokens of a chunk read of each other under a delta rule, on Hopper GPUs (Mosaic GPU): `scores` and `solve`
+of prepared.py.
 
-Grid: a warpgroup for a chunk of a head. The triangular system is solved in float32 by substitution, a thread for a column
-of the inverse, in registers: as soon as a row is known all later ones are told, so that no sum waits for another.
+Grid: a warpgroup for a chunk of a head. The triangular system is solved in float32 by substitution, a thread for a
+column of the inverse, in registers: as soon as a row is known all later ones are told, so that no sum waits for
+another.
 
 Reference: Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length,
 arXiv:2406.06484, section 3.2.
@@ -67,7 +68,7 @@ def scores_and_solve(inputs: Inputs, *, scale: float, interpret) -> tuple[jax.Ar
         "solve_smem": plgpu.SMEM((CHUNK, CHUNK), dtype),
         "full": plgpu.Barrier(num_arrivals=3),
     }
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=[square, square],
         grid=(B * N * num_chunks,),
@@ -76,6 +77,7 @@ def scores_and_solve(inputs: Inputs, *, scale: float, interpret) -> tuple[jax.Ar
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(*given.values())
+    return tuple(results)
 
 
 _SCRATCH = ("q_smem", "k_smem", "scores_smem", "system", "beta_smem", "solve_smem", "full")
@@ -192,9 +194,7 @@ def _substitute(system, beta, solve) -> None:
             for first in range((m + 1) // 4 * 4, CHUNK, 4):
                 address = 4 * (m * CHUNK + first)
                 lines.append(f"ld.shared.v4.f32 {{{', '.join(told)}}}, [system + {address}];")
-                lines += [
-                    f"fma.rn.f32 x{i}, l{i - first}, minus, x{i};" for i in range(max(first, m + 1), first + 4)
-                ]
+                lines += [f"fma.rn.f32 x{i}, l{i - first}, minus, x{i};" for i in range(max(first, m + 1), first + 4)]
         lines += [
             "shl.b32 at, column, 2;",
             "add.u32 at, at, beta;",

@@ -1,10 +1,9 @@
-"""The gradients of decays of each dim of the keys within their chunks on Hopper GPUs (Mosaic GPU): dq, dk and ddecay, from
-the states before and their cotangents after each chunk. See prepared.py for the maths.
+"""The gradients of decays of each dim of the keys within their chunks on Hopper GPUs (Mosaic GPU): dq, dk and ddecay,
+from the states before and their cotangents after each chunk. See prepared.py for the maths.
 
-Grid: two warpgroups for a chunk of a head, each with 64 columns of the keys, which do not need each other. Decays are made
-as in pallas_mosaic_gpu_levels.py, and go to shared memory twice for each level: as factors of what a matmul gives, and in
-what it multiplies.
-"""
+Grid: two warpgroups for a chunk of a head, each with 64 columns of the keys, which do not need each other. Decays are
+made as in pallas_mosaic_gpu_levels.py, and go to shared memory twice for each level: as factors of what a matmul gives,
+and in what it multiplies."""
 
 from typing import Any, NamedTuple
 
