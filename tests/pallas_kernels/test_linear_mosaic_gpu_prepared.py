@@ -164,10 +164,9 @@ def test_no_race_between_copies_and_matmuls(kind, beta, capfd):
 
 def test_states_of_decays_of_each_dim_lower_for_cuda():
     operands = shapes((64, 128), "vector", False)
+    states = jax.jit(lambda k, v, decay: linear_attention_states(k, v, decay=decay, implementation="mosaic_gpu"))
     with tracing_for(H100):
-        traced = jax.jit(lambda k, v, decay: states(k, v, decay=decay)).trace(
-            *(operands[x] for x in ("k", "v", "decay"))
-        )
+        traced = states.trace(*(operands[name] for name in ("k", "v", "decay")))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 1
     assert traced.out_info.value.shape == (2, 1, 4, 64, 128)
