@@ -206,7 +206,7 @@ class _Chunk:
         return cumulative, document
 
     def seen(self, x, *, back: bool = False, strict: bool = False):
-        """x[i, j], decayed, where i comes after j or, `back`, before it, in its document; unless `strict` also i itself."""
+        """x[i, j], decayed, where i comes after j or, `back`, before it; unless `strict` also where it is j."""
         decay, seen = (self.decay_back, self.after) if back else (self.decay, self.before)
         x = x if decay is None else x * decay
         return jnp.where(seen if strict else seen | self.itself, x, 0.0)
