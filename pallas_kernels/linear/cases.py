@@ -154,11 +154,15 @@ CASES = (
 
 
 def _kernel_case(name: str, length: int, *, decay: DecayKind, **options) -> Case:
-    dims = {"head_dim": 128, "value_dim": 128} | options
-    return Case(name=f"{name}_{decay}_{dims['head_dim']}_{dims['value_dim']}", length=length, decay=decay, **dims)
+    options = {"head_dim": 128, "value_dim": 128, "beta": False} | options
+    rule = "delta_" * options["beta"] + decay
+    name = f"{name}_{rule}_{options['head_dim']}_{options['value_dim']}"
+    return Case(name=name, length=length, decay=decay, **options)
 
 
 _LONG_PACKED = ((300, 1, 129, 70), (128, 1, 1, 270))
+
+_PREPARED = (("vector", False), ("none", True), ("fixed", True), ("scalar", True))
 
 # What kernels are made for: rows of many chunks, which an implementation may sweep in several parts.
 KERNEL_CASES = (
@@ -198,4 +202,30 @@ KERNEL_CASES = (
     _kernel_case("normalize", 300, decay="scalar", normalize=True, head_dim=64, value_dim=64),
     _kernel_case("bidirectional", 300, decay="scalar", bidirectional=True, documents=((100, 1, 190), (300,))),
     _kernel_case("scale", 300, decay="scalar", scale=0.7, head_dim=64, value_dim=64),
+    *(
+        _kernel_case("whole_chunks", 1024, decay=decay, beta=beta, batch_size=1, head_dim=head_dim,
+                     value_dim=value_dim, all_ways=(head_dim, value_dim) == (128, 128), run_length=512)
+        for decay, beta in _PREPARED
+        for head_dim in (64, 128)
+        for value_dim in (64, 128)
+    ),
+    *(_kernel_case("T1", 1, decay=decay, beta=beta, initial_state=True) for decay, beta in _PREPARED),
+    *(_kernel_case("T1000", 1000, decay=decay, beta=beta, batch_size=1, initial_state=True, run_length=300,
+                   all_ways=True) for decay, beta in _PREPARED),
+    *(_kernel_case("shared_heads", 320, decay=decay, beta=beta, num_heads=6, head_dim=64, initial_state=True)
+      for decay, beta in _PREPARED),
+    *(_kernel_case("documents", 512, decay=decay, beta=beta, documents=_LONG_PACKED, initial_state=True,
+                   run_length=200, all_ways=True) for decay, beta in _PREPARED),
+    *(_kernel_case("documents_of_one_token", 200, decay=decay, beta=beta, head_dim=64, value_dim=64,
+                   documents=((1,) * 130, (99, 1, 1, 1, 90))) for decay, beta in _PREPARED),
+    *(_kernel_case("padding", 300, decay=decay, beta=beta, documents=((), (100, 29)), initial_state=True)
+      for decay, beta in _PREPARED),
+    _kernel_case("strong", 400, decay="vector", strength=20.0, initial_state=True, all_ways=True),
+    _kernel_case("strong", 400, decay="scalar", beta=True, strength=20.0, initial_state=True),
+    _kernel_case("weak", 1000, decay="vector", strength=1e-3, batch_size=1, head_dim=64, value_dim=64),
+    _kernel_case("weak", 1000, decay="scalar", beta=True, strength=1e-3, batch_size=1),
+    _kernel_case("normalize", 300, decay="vector", normalize=True, head_dim=64, value_dim=64),
+    _kernel_case("bidirectional", 300, decay="vector", bidirectional=True, documents=((100, 1, 190), (300,))),
+    _kernel_case("scale", 300, decay="vector", scale=0.7, head_dim=64, value_dim=64),
+    _kernel_case("scale", 300, decay="none", beta=True, scale=-0.7),
 )  # fmt: skip

@@ -1,16 +1,17 @@
-"""Linear attention by a Mosaic GPU kernel on NVIDIA Hopper: which calls it serves, and how a call reaches it.
+"""Linear attention by Mosaic GPU kernels on NVIDIA Hopper: which calls they serve, and how a call reaches them.
 
-Reference: see pallas_mosaic_gpu_sweep.py.
-"""
+No decay and decays of a head or a token are sweeps (pallas_mosaic_gpu_sweep.py); decays of each dim of the keys and
+delta rules are chunks made ready and a chain of states (pallas_mosaic_gpu_prepared.py)."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear import pallas_mosaic_gpu_prepared as prepared
 from pallas_kernels.linear import pallas_mosaic_gpu_sweep as kernel
 from pallas_kernels.linear.chunks import Chunks
-from pallas_kernels.linear.options import Options
+from pallas_kernels.linear.options import Options, kind_of
 from pallas_kernels.linear.pallas_mosaic_gpu_sweep import CHUNK, SNAPSHOT_CHUNKS
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.sweeps import Primitives, Swept, part_chunks
@@ -35,31 +36,46 @@ are 10^12 times as large."""
 
 def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options: Options, interpret=None):
     """`linear_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    return _primitives(k, v, decay, beta, segment_ids, interpret).forward(
-        q, k, v, decay=decay, initial_state=initial_state, segment_ids=segment_ids, parts=parts, options=options
-    )
+    num_cores = _checked_cores(k, v, decay, beta, interpret)
+    call = {"decay": decay, "initial_state": initial_state, "segment_ids": segment_ids, "options": options}
+    if _is_swept(decay, beta):
+        return _primitives(k, v, decay, segment_ids, num_cores, interpret).forward(q, k, v, parts=parts, **call)
+    return prepared.forward(q, k, v, beta=beta, num_cores=num_cores, interpret=interpret, **call)
 
 
 def backward(
     q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options, interpret=None
 ):
     """`linear_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    return _primitives(k, v, decay, beta, segment_ids, interpret).backward(
-        q, k, v, dout.astype(v.dtype), dstate, decay=decay, initial_state=initial_state, segment_ids=segment_ids,
-        starts=starts, parts=parts, options=options,
-    )  # fmt: skip
+    num_cores = _checked_cores(k, v, decay, beta, interpret)
+    call = {
+        "decay": decay, "initial_state": initial_state, "segment_ids": segment_ids, "options": options, "starts": starts
+    }  # fmt: skip
+    arrays = q, k, v, dout.astype(v.dtype), dstate
+    if _is_swept(decay, beta):
+        return _primitives(k, v, decay, segment_ids, num_cores, interpret).backward(*arrays, parts=parts, **call)
+    return prepared.backward(*arrays, beta=beta, num_cores=num_cores, interpret=interpret, **call)
 
 
 def states(k, v, *, decay, segment_ids, options: Options, interpret=None) -> LinearState:
     """`linear_attention_states` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    return _primitives(k, v, decay, None, segment_ids, interpret).states(k, v, decay=decay, segment_ids=segment_ids)
+    num_cores = _checked_cores(k, v, decay, None, interpret)
+    if _is_swept(decay, None):
+        call = {"decay": decay, "segment_ids": segment_ids}
+        return _primitives(k, v, decay, segment_ids, num_cores, interpret).states(k, v, **call)
+    return prepared.states(k, v, decay=decay, segment_ids=segment_ids, reverse=False, interpret=interpret)
 
 
 def state_cotangents(q, dout, *, decay, segment_ids, options: Options, interpret=None) -> LinearState:
     """`linear_attention_state_cotangents` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    return _primitives(q, dout, decay, None, segment_ids, interpret).state_cotangents(
-        q, dout.astype(q.dtype), decay=decay, segment_ids=segment_ids, options=options
-    )
+    num_cores = _checked_cores(q, dout, decay, None, interpret)
+    dout = dout.astype(q.dtype)
+    if _is_swept(decay, None):
+        return _primitives(q, dout, decay, segment_ids, num_cores, interpret).state_cotangents(
+            q, dout, decay=decay, segment_ids=segment_ids, options=options
+        )
+    parts = prepared.states(q, dout, decay=decay, segment_ids=segment_ids, reverse=True, interpret=interpret)
+    return LinearState(value=options.scale * parts.value, decay=parts.decay)
 
 
 def num_parts(batch_size: int, num_heads: int, length: int, *, num_blocks: int) -> int:
@@ -88,8 +104,15 @@ def num_parts(batch_size: int, num_heads: int, length: int, *, num_blocks: int) 
     return min(parts for parts in possible if cost(parts) <= _NEAR_LEAST * least)
 
 
-def _primitives(k, v, decay, beta, segment_ids, interpret) -> Primitives:
-    """Raises NotImplementedError with the reason where the kernel does not serve the call."""
+def _is_swept(decay, beta) -> bool:
+    return beta is None and kind_of(decay) != "vector"
+
+
+def _checked_cores(k, v, decay, beta, interpret) -> int:
+    """Multiprocessors of the GPU.
+
+    Raises: NotImplementedError with the reason where the kernels do not serve the call.
+    """
     num_cores = hopper_cores(interpret, interpreted=4)
     if v.dtype == jnp.float16:
         refuse("v is float16, it takes bfloat16: states of sums that do not decay overflow float16")
@@ -98,10 +121,12 @@ def _primitives(k, v, decay, beta, segment_ids, interpret) -> Primitives:
     for name, dim in (("keys", k.shape[3]), ("values", v.shape[3])):
         if dim not in HEAD_DIMS:
             refuse(f"{name} have head dim {dim}, it takes {' and '.join(map(str, HEAD_DIMS))}")
-    if beta is not None:
-        refuse("it has no beta, the delta rule")
-    if decay is not None and decay.ndim == 4:
-        refuse("it has no decay for each dim of the keys, it takes one for each head or token")
+    if beta is not None and kind_of(decay) == "vector":
+        refuse("it has no delta rule with a decay for each dim of the keys, it takes one for each head or token")
+    return num_cores
+
+
+def _primitives(k, v, decay, segment_ids, num_cores: int, interpret) -> Primitives:
     given = {
         "with_decay": decay is not None, "with_documents": segment_ids is not None, "interpret": interpret
     }  # fmt: skip

@@ -224,7 +224,6 @@ OPS = {
         ("v is float16, it takes bfloat16: states of sums that do not decay overflow", H100, {"dtype": "float16"}),
         ("keys have head dim 96, it takes 64 and 128", H100, {"head_dim": 96}),
         ("values have head dim 256, it takes 64 and 128", H100, {"value_dim": 256}),
-        ("it has no decay for each dim of the keys", H100, {"kind": "vector"}),
     ],
 )
 def test_refuses(op, message, device, changes):
@@ -232,11 +231,3 @@ def test_refuses(op, message, device, changes):
     call = functools.partial(OPS[op], implementation="mosaic_gpu")
     with tracing_for(device), pytest.raises(NotImplementedError, match=re.escape(f"mosaic_gpu: {message}")):
         jax.eval_shape(lambda q, v, decay: call(q, v, decay=decay), q, v, decay)
-
-
-@pytest.mark.parametrize("op", ["forward", "backward"])
-def test_refuses_beta(op):
-    q, v, decay, _ = shapes(64, 64, "scalar")
-    call = functools.partial(OPS[op], implementation="mosaic_gpu")
-    with tracing_for(H100), pytest.raises(NotImplementedError, match="mosaic_gpu: it has no beta"):
-        jax.eval_shape(lambda q, v, beta: call(q, v, beta=beta), q, v, decay)

@@ -1,0 +1,438 @@
+"""The states of a row from chunk to chunk on Hopper GPUs (Mosaic GPU), where they decay by each row or are corrected by
+a delta rule: see prepared.py for what it is handed, and for the maths.
+
+Grid: a block of threads for a part of a row of one head and 64 columns of its values. A producer warpgroup copies
+chunks of 64 tokens into shared memory (TMA, several stages ahead). The chain's warpgroup has the state, transposed,
+`[64 columns, H]` in float32, in registers: as such it is the left operand of the next matmul without a detour through
+shared memory, and what it reads and writes, `[64 columns, 64 tokens]`, is in its turn. That chain of three matmuls a
+chunk is what takes the time, so that all that is not in it is left to a third warpgroup: what tokens read, from a copy
+of the state in 16 bits, and what goes to memory.
+
+Reference: Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length,
+arXiv:2406.06484, section 3; Yang et al. 2024, Gated Linear Attention, arXiv:2312.06635, section 4.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, do_not_unroll, sync
+from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
+
+CHUNK = 64
+COLUMNS = 64
+"""Of the values and of the state that a block of threads has."""
+_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+_MOST_STAGES = 4
+_NUM_STATES = 2  # copies for the third warpgroup, which may be a chunk behind
+_SMEM_BYTES = 227 * 1024 - 4096  # less barriers, and what the compiler takes
+_CHAIN, _READER, _PRODUCER = range(3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is static of a call.
+
+    Attributes:
+      reverse: Whether it is the cotangent of the state that is carried, from the last token to the first.
+      scale: Multiplies what is read, unless q has it.
+      part_chunks: Chunks of each part but the last.
+      starts: Whether to return the state before each part: the row is then one run, not several.
+      snapshots: Whether to return the state before each chunk in the direction of the sweep and, of a delta rule
+        forward, what is written.
+      interpret: Whether to run on a CPU, in JAX's interpreter.
+    """
+
+    reverse: bool
+    scale: float
+    part_chunks: int
+    starts: bool = False
+    snapshots: bool = False
+    interpret: Any = None
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads; None where there is nothing to read.
+
+    Attributes:
+      q, k: 16 bits `[B, T, heads, H]`. Without q nothing is read of the state, forward.
+      v: 16 bits `[B, T, N, V]`; in reverse dout.
+      scores, solve: 16 bits `[B, N, T' / CHUNK, CHUNK, CHUNK]`.
+      reads, writes: float32 `[B, N, T']`.
+      keeps: float32 `[B, N, T' / CHUNK, H]`.
+      before: The state before each part in the direction of the sweep, transposed, float32 `[B, P, N, V, H]`; with
+        `Config.starts` that before the first.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    scores: Any
+    solve: Any
+    reads: Any
+    writes: Any
+    keeps: Any
+    before: Any
+
+
+class Outputs(NamedTuple):
+    """What it writes; None where it is not asked for.
+
+    Attributes:
+      out: `[B, T, N, V]`; in reverse dv.
+      end: The state after each part in the direction of the sweep, float32 `[B, P, N, V, H]`.
+      starts: The state before each part, float32 `[B, P, N, V, H]`.
+      snapshots: 16 bits `[B, N, T' / CHUNK, V, H]`.
+      written: What the delta rule writes, transposed, 16 bits `[B, N, T' / CHUNK, V, CHUNK]`.
+    """
+
+    out: Any
+    end: Any
+    starts: Any
+    snapshots: Any
+    written: Any
+
+
+class _Shared(NamedTuple):
+    """Shared memory, and the barriers that say when it is full."""
+
+    q: Any
+    k: Any
+    v: Any
+    scores: Any
+    solve: Any
+    reads: Any
+    writes: Any
+    keeps: Any
+    state: Any
+    out: Any
+    full: Any
+
+
+def sweep(inputs: Inputs, *, num_heads: int, length: int, config: Config) -> Outputs:
+    """Runs the kernel over `length` tokens, of which arrays may have a few more."""
+    (B, T, _, V), H = inputs.v.shape, inputs.k.shape[3]
+    num_chunks = -(-length // CHUNK)
+    num_parts = -(-num_chunks // config.part_chunks)
+    num_runs = 1 if config.starts else num_parts
+    dtype = inputs.v.dtype
+    writes_values = config.snapshots and inputs.solve is not None and not config.reverse
+    outputs = Outputs(
+        out=jax.ShapeDtypeStruct((B, T, num_heads, V), dtype) if inputs.q is not None else None,
+        end=jax.ShapeDtypeStruct((B, num_runs, num_heads, V, H), jnp.float32),
+        starts=jax.ShapeDtypeStruct((B, num_parts, num_heads, V, H), jnp.float32) if config.starts else None,
+        snapshots=jax.ShapeDtypeStruct((B, num_heads, num_chunks, V, H), dtype) if config.snapshots else None,
+        written=jax.ShapeDtypeStruct((B, num_heads, num_chunks, V, CHUNK), dtype) if writes_values else None,
+    )
+    input_leaves, input_tree = jax.tree.flatten(inputs)
+    output_leaves, output_tree = jax.tree.flatten(outputs)
+    scratch_leaves, scratch_tree = jax.tree.flatten(_scratch(inputs))
+
+    def body(*refs):
+        refs = iter(refs)
+        given = (
+            jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+            for tree in (input_tree, output_tree, scratch_tree)
+        )
+        _Block(config, num_heads, num_chunks, num_runs, *given).run()
+
+    results = plgpu.kernel(
+        body,
+        out_type=output_leaves,
+        grid=(B * num_runs * num_heads * (V // COLUMNS),),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=scratch_leaves,
+        # What a thread writes into shared memory and reads there, it has written itself.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=config.interpret,
+    )(*input_leaves)
+    return jax.tree.unflatten(output_tree, results)
+
+
+def _scratch(inputs: Inputs) -> _Shared:
+    H, dtype = inputs.k.shape[3], inputs.v.dtype
+    square = CHUNK * COLUMNS * dtype.itemsize
+    keys, squares = (sum(x is not None for x in of) for of in ((inputs.q, inputs.k), inputs[2:5]))
+    rows = [x for x in (inputs.reads, inputs.writes) if x is not None]
+    of_stage = (keys * H // 64 + squares) * square + (len(rows) * CHUNK + (inputs.keeps is not None) * H) * 4
+    fixed = (_NUM_STATES * H // 64 + (inputs.q is not None)) * square
+    num_stages = min(_MOST_STAGES, (_SMEM_BYTES - fixed) // of_stage)
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+
+    def of_stages(x, *shape):
+        return None if x is None else smem(num_stages, *shape)
+
+    def row(x, length):
+        return None if x is None else plgpu.SMEM((num_stages, length), jnp.float32)
+
+    copies = keys + squares + len(rows) + (inputs.keeps is not None)
+    return _Shared(
+        q=of_stages(inputs.q, CHUNK, H),
+        k=of_stages(inputs.k, CHUNK, H),
+        v=of_stages(inputs.v, CHUNK, COLUMNS),
+        scores=of_stages(inputs.scores, CHUNK, CHUNK),
+        solve=of_stages(inputs.solve, CHUNK, CHUNK),
+        reads=row(inputs.reads, CHUNK),
+        writes=row(inputs.writes, CHUNK),
+        keeps=row(inputs.keeps, H),
+        state=smem(_NUM_STATES, COLUMNS, H),
+        out=None if inputs.q is None else smem(CHUNK, COLUMNS),
+        full=plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),
+    )
+
+
+class _Block:
+    """What one block of threads does."""
+
+    def __init__(
+        self, config: Config, num_heads: int, num_chunks: int, num_runs: int, inputs: Inputs, outputs: Outputs,
+        shared: _Shared,
+    ):  # fmt: skip
+        self.config, self.num_heads = config, num_heads
+        self.inputs, self.outputs, self.shared = inputs, outputs, shared
+        self.num_stages = shared.k.shape[0]
+        num_sides = inputs.v.shape[3] // COLUMNS
+        number = lax.axis_index("block")
+        side, number = lax.rem(number, num_sides), lax.div(number, num_sides)
+        self.columns = pl.ds(side * COLUMNS, COLUMNS)
+        self.head, number = lax.rem(number, num_heads), lax.div(number, num_heads)
+        self.part, self.batch = lax.rem(number, num_runs), lax.div(number, num_runs)
+        chunks_of_run = num_chunks if num_runs == 1 else config.part_chunks
+        self.first_chunk = self.part * chunks_of_run
+        self.num_chunks = jnp.minimum(chunks_of_run, num_chunks - self.first_chunk)
+        self.free = NAMED_BARRIERS.start
+        self.ready = self.free + self.num_stages
+        self.done = self.ready + _NUM_STATES
+        self.scaled = self.done + _NUM_STATES
+
+    def run(self) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == _CHAIN)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            self.carry()
+
+        @pl.when(warpgroup == _READER)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            self.read()
+
+        @pl.when(warpgroup == _PRODUCER)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            self.produce()
+
+    def chunk(self, i) -> ArrayLike:
+        return self.first_chunk + (self.num_chunks - 1 - i if self.config.reverse else i)
+
+    # The producer.
+
+    def produce(self) -> None:
+        @pl.loop(0, self.num_chunks)
+        def _(i):
+            if not self.config.interpret:
+                do_not_unroll()
+            slot, chunk = lax.rem(i, self.num_stages), self.chunk(i)
+            inputs, shared, full = self.inputs, self.shared, self.shared.full.at[slot]
+            sync(self.free + slot, 3 * WARPGROUP)
+            for name in ("q", "k"):
+                self.copy(self.tokens(getattr(inputs, name), chunk), getattr(shared, name), slot, full)
+            self.copy(self.tokens(inputs.v, chunk, self.columns), shared.v, slot, full)
+            for name in ("scores", "solve", "keeps"):
+                source = getattr(inputs, name)
+                source = None if source is None else source.at[self.batch, self.head, chunk]
+                self.copy(source, getattr(shared, name), slot, full)
+            for name in ("reads", "writes"):
+                source = getattr(inputs, name)
+                source = None if source is None else source.at[self.batch, self.head, pl.ds(chunk * CHUNK, CHUNK)]
+                self.copy(source, getattr(shared, name), slot, full)
+
+    def copy(self, source, target, slot, full) -> None:
+        if source is not None:
+            plgpu.copy_gmem_to_smem(source, target.at[slot], full)
+
+    def tokens(self, ref, chunk, *columns):
+        """A chunk of an array `[B, T, heads, dim]`."""
+        if ref is None:
+            return None
+        head = lax.div(self.head, self.num_heads // ref.shape[2])
+        return ref.at[self.batch, pl.ds(chunk * CHUNK, CHUNK), head, *columns]
+
+    # The chain.
+
+    def carry(self) -> None:
+        for stage in range(self.num_stages):
+            arrive(self.free + stage, 3 * WARPGROUP)
+        state = plgpu.load(self.of_part(self.inputs.before), layout=MATRIX, optimized=False)
+        # Without q it adds up what is written, in either direction.
+        step = self.step_back if self.config.reverse and self.inputs.q is not None else self.step
+
+        def one(i, state):
+            if self.config.starts:
+                self.put_start(i, state)
+            slot = lax.rem(i, self.num_stages)
+            plgpu.barrier_wait(self.shared.full.at[slot])
+            copy = lax.rem(i, _NUM_STATES)
+            sync(self.done + copy, 2 * WARPGROUP)
+            operand = state.astype(self.inputs.v.dtype)
+            self.shared.state.at[copy][...] = operand
+            state = step(slot, copy, state, operand)
+            arrive(self.free + slot, 3 * WARPGROUP)
+            return state
+
+        state = lax.fori_loop(0, self.num_chunks, one, state)
+        self.of_part(self.outputs.end)[...] = state
+
+    def of_part(self, ref, part=None):
+        return ref.at[self.batch, self.part if part is None else part, self.head, self.columns]
+
+    def put_start(self, i, state) -> None:
+        @pl.when(lax.rem(i, self.config.part_chunks) == 0)
+        def _():
+            self.of_part(self.outputs.starts, lax.div(i, self.config.part_chunks))[...] = state
+
+    def step(self, slot, copy, state, operand):
+        """One chunk: its values, corrected by what the state says of its keys, and the state after it."""
+        shared = self.shared
+        k, v = shared.k.at[slot], shared.v.at[slot]
+        if shared.solve is None:
+            plgpu.commit_smem()
+            arrive(self.ready + copy, 2 * WARPGROUP)
+            return self.matmul(v, k, acc=self.kept(slot, state), transpose_a=True)
+        solve = shared.solve.at[slot]
+        said = self.matmul(operand, k, transpose_b=True)
+        said = self.by_tokens(shared.reads, slot, said)
+        written = self.matmul(v, solve, transpose_a=True, transpose_b=True)
+        written = self.matmul((-said).astype(v.dtype), solve, acc=written, transpose_b=True)
+        plgpu.commit_smem()  # a warp may be ahead of another's matmul
+        v[...] = written.astype(v.dtype)  # transposed: what readers multiply
+        plgpu.commit_smem()
+        arrive(self.ready + copy, 2 * WARPGROUP)
+        written = self.by_tokens(shared.writes, slot, written).astype(v.dtype)
+        return self.matmul(written, k, acc=self.kept(slot, state))
+
+    def step_back(self, slot, copy, state, operand):
+        """One chunk: the cotangent of what it writes and of its values, and that of the state before it."""
+        shared = self.shared
+        of_chunk = shared.q, shared.k, shared.v, shared.scores, shared.solve
+        q, k, dout, scores, solve = (None if x is None else x.at[slot] for x in of_chunk)
+        if solve is None:
+            plgpu.commit_smem()
+            arrive(self.ready + copy, 2 * WARPGROUP)
+            return self.matmul(dout, q, acc=self.kept(slot, state), transpose_a=True)
+        by_state = self.by_tokens(shared.writes, slot, self.matmul(operand, k, transpose_b=True))
+        dwritten = self.matmul(dout, scores, acc=by_state, transpose_a=True).astype(dout.dtype)
+        plgpu.commit_smem()  # a warp may be ahead of another's matmul
+        scores[...] = dwritten  # nobody reads it again
+        plgpu.commit_smem()
+        arrive(self.ready + copy, 2 * WARPGROUP)
+        dsaid = self.by_tokens(shared.reads, slot, self.matmul(dwritten, solve))
+        state = self.matmul((-dsaid).astype(dout.dtype), k, acc=self.kept(slot, state))
+        sync(self.scaled, 2 * WARPGROUP)
+        return self.matmul(dout, q, acc=state, transpose_a=True)
+
+    def kept(self, slot, state):
+        """What is left of the state after a chunk."""
+        if self.shared.keeps is None:
+            return state
+        keeps = plgpu.load(self.shared.keeps.at[slot], layout=_COLUMN, optimized=False)
+        return state * _spread(keeps, state.shape, 1)
+
+    def by_tokens(self, factors, slot, x):
+        """`[columns, tokens]` times the factor of each token."""
+        if factors is None:
+            return x
+        return x * _spread(plgpu.load(factors.at[slot], layout=_COLUMN, optimized=False), x.shape, 1)
+
+    # The third warpgroup.
+
+    def read(self) -> None:
+        for stage in range(self.num_stages):
+            arrive(self.free + stage, 3 * WARPGROUP)
+        for copy in range(_NUM_STATES):
+            arrive(self.done + copy, 2 * WARPGROUP)
+
+        @pl.loop(0, self.num_chunks)
+        def _(i):
+            slot, copy, chunk = lax.rem(i, self.num_stages), lax.rem(i, _NUM_STATES), self.chunk(i)
+            plgpu.barrier_wait(self.shared.full.at[slot])
+            sync(self.ready + copy, 2 * WARPGROUP)
+            if self.outputs.snapshots is not None:
+                target = self.outputs.snapshots.at[self.batch, self.head, chunk, self.columns]
+                plgpu.copy_smem_to_gmem(self.shared.state.at[copy], target)
+            if self.outputs.written is not None:
+                target = self.outputs.written.at[self.batch, self.head, chunk, self.columns]
+                plgpu.copy_smem_to_gmem(self.shared.v.at[slot], target)
+            if self.inputs.q is not None:
+                out = self.read_chunk_back(slot, copy) if self.config.reverse else self.read_chunk(slot, copy)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            arrive(self.done + copy, 2 * WARPGROUP)
+            arrive(self.free + slot, 3 * WARPGROUP)
+            if self.inputs.q is not None:
+                self.shared.out[...] = out.astype(self.shared.out.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(self.shared.out, self.tokens(self.outputs.out, chunk, self.columns))
+
+        plgpu.wait_smem_to_gmem(0)
+
+    def read_chunk(self, slot, copy):
+        """What a chunk's tokens read of the state, and of each other."""
+        shared = self.shared
+        out = self.matmul(shared.q.at[slot], shared.state.at[copy], transpose_b=True)
+        if shared.solve is not None:
+            out = self.by_readers(slot, out)
+        return self.matmul(shared.scores.at[slot], shared.v.at[slot], acc=out, transpose_b=shared.solve is not None)
+
+    def read_chunk_back(self, slot, copy):
+        """dv."""
+        shared = self.shared
+        dout = shared.v.at[slot]
+        if shared.solve is None:
+            dv = self.matmul(shared.scores.at[slot], dout, transpose_a=True)
+            return self.matmul(shared.k.at[slot], shared.state.at[copy], acc=dv, transpose_b=True)
+        dout[...] = self.by_readers(slot, plgpu.load(dout, layout=MATRIX).astype(jnp.float32)).astype(dout.dtype)
+        plgpu.commit_smem()
+        arrive(self.scaled, 2 * WARPGROUP)
+        return self.matmul(shared.solve.at[slot], shared.scores.at[slot], transpose_a=True, transpose_b=True)
+
+    def by_readers(self, slot, x):
+        """`[tokens, columns]` times the factors with which tokens read the state."""
+        x = x * self.config.scale
+        if self.shared.reads is None:
+            return x
+        return x * _spread(plgpu.load(self.shared.reads.at[slot], layout=ROW, optimized=False), x.shape, 0)
+
+    def matmul(self, a, b, *, acc=None, transpose_a: bool = False, transpose_b: bool = False):
+        """acc + a b, with a in shared memory or in registers; float32 in registers."""
+        if self.config.interpret:
+            a_value, b_value = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+            a_value, b_value = a_value.T if transpose_a else a_value, b_value.T if transpose_b else b_value
+            product = jnp.dot(a_value, b_value, preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # ordinary reads, which a copy may overwrite only behind a fence
+            return product if acc is None else acc + product
+        a, b = a.transpose((1, 0)) if transpose_a else a, b.transpose((1, 0)) if transpose_b else b
+        if acc is not None:
+            return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(acc))
+
+        def multiply(acc):
+            plgpu.wgmma(acc, a, b)
+            return acc[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _spread(x, shape: tuple[int, int], dim: int) -> jax.Array:
+    """A vector as a matrix: of one value a row, dim 0, or a column, dim 1."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [dim]), MATRIX)

@@ -1,0 +1,266 @@
+"""Linear attention on NVIDIA Hopper where the rows of a state decay each by itself, or a delta rule corrects it: what a
+chunk's tokens make of each other (prepared.py), then the states of the row (pallas_mosaic_gpu_chain.py).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
+from pallas_kernels.linear import pallas_mosaic_gpu_delta_gradients as of_delta
+from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
+from pallas_kernels.linear import pallas_mosaic_gpu_vector_gradients as of_vectors
+from pallas_kernels.linear.chunks import Chunks
+from pallas_kernels.linear.options import Options
+from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.linear.pallas_mosaic_gpu_solve import Inputs, scores_and_solve
+from pallas_kernels.linear.prepared import (
+    Prepared,
+    factors_of,
+    tiles,
+    to_states,
+    untile,
+    without_starts,
+)
+from pallas_kernels.linear.state import LinearState
+from pallas_kernels.wgmma import TILE_ROWS
+
+
+def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Options, num_cores: int, interpret):
+    """As `api.linear_attention_forward`, except for parts of runs."""
+    chunks = factors_of(v, decay, segment_ids)
+    prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
+    of_part = part_chunks(v, num_cores)
+    inputs = _inputs(prepared, v, _first(k, v, initial_state), interpret)
+    swept = chain.sweep(
+        inputs,
+        num_heads=v.shape[2],
+        length=v.shape[1],
+        config=chain.Config(
+            reverse=False, scale=options.scale, part_chunks=of_part, starts=True, interpret=interpret
+        ),
+    )  # fmt: skip
+    return swept.out[:, : v.shape[1]], swept.end[:, 0].mT, swept.starts.mT
+
+
+def backward(
+    q,
+    k,
+    v,
+    dout,
+    dstate,
+    *,
+    decay,
+    beta,
+    initial_state,
+    segment_ids,
+    starts,
+    options: Options,
+    num_cores: int,
+    interpret,
+):
+    """As `api.linear_attention_backward`, except for parts of runs."""
+    T, N = v.shape[1:3]
+    chunks = factors_of(v, decay, segment_ids)
+    prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
+    of_part = part_chunks(v, num_cores)
+    num_chunks = -(-T // CHUNK)
+    num_parts = -(-num_chunks // of_part)
+    if starts is None or starts.shape[1] != num_parts:
+        starts, of_part = _first(k, v, initial_state).mT, num_chunks
+    sizes = {"num_heads": N, "length": T}
+    before = chain.sweep(
+        _inputs(prepared, v, starts.mT, interpret)._replace(q=None, scores=None),
+        config=chain.Config(
+            reverse=False, scale=options.scale, part_chunks=of_part, snapshots=True, interpret=interpret
+        ),
+        **sizes,
+    )  # fmt: skip
+    after = chain.sweep(
+        _inputs(prepared, dout, _first(k, v, dstate), interpret),
+        config=chain.Config(
+            reverse=True, scale=options.scale, part_chunks=num_chunks, snapshots=True, interpret=interpret
+        ),
+        **sizes,
+    )  # fmt: skip
+    call = {
+        "decay": decay if options.decay_gradient else None,
+        "segment_ids": segment_ids,
+        "scale": options.scale,
+        "with_initial_state": initial_state is not None,
+    }
+    dv, dbeta = after.out[:, :T], None
+    if beta is None:
+        call["decay"] = decay
+        dq, dk, ddecay = _vector_gradients(
+            q, k, v, dout, before, after, chunks, prepared, **call, interpret=interpret
+        )  # fmt: skip
+        ddecay = ddecay if options.decay_gradient else None
+    else:
+        dq, dk, ddecay, dbeta = _delta_gradients(
+            q, k, v, dout, dv, before, after, chunks, prepared, **call, interpret=interpret
+        )  # fmt: skip
+        if decay is not None and decay.ndim == 1 and ddecay is not None:
+            ddecay = jnp.sum(ddecay, axis=(0, 1))
+    dq, dk = (_sum_groups(x, q.shape[2]).astype(q.dtype) for x in (dq, dk))
+    return dq, dk, dv, ddecay, dbeta, after.end[:, 0].mT
+
+
+def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -> Prepared:
+    if beta is None:
+        with_documents = chunks.document is not None
+        outputs = levels.to_states_and_scores(
+            levels.Inputs(
+                q=_whole_tiles(q, interpret),
+                k=_whole_tiles(k, interpret),
+                decay=_whole_tiles(decay.astype(jnp.float32), interpret),
+                reads=chunks.reads if with_documents else None,
+                writes=chunks.writes if with_documents else None,
+                document=chunks.document,
+            ),
+            scale=scale,
+            interpret=interpret,
+        )
+        keeps = outputs.keeps * chunks.keeps[..., None] if with_documents else outputs.keeps
+        return Prepared(
+            q=outputs.q, k=outputs.k, scores=outputs.scores, solve=None, reads=None, writes=None, keeps=keeps
+        )  # fmt: skip
+    of_tokens = jnp.moveaxis(beta.astype(jnp.float32), 2, 1)
+    padding = chunks.reads.shape[2] - of_tokens.shape[2]
+    scores, solve = scores_and_solve(
+        Inputs(
+            q=_whole_tiles(q, interpret),
+            k=_whole_tiles(k, interpret),
+            beta=jnp.pad(of_tokens, ((0, 0), (0, 0), (0, padding))),
+            cumulative=None if decay is None else chunks.cumulative,
+            document=chunks.document,
+        ),
+        scale=scale,
+        interpret=interpret,
+    )
+    is_scaled = decay is not None or chunks.document is not None
+    return Prepared(
+        q=q,
+        k=k,
+        scores=scores,
+        solve=solve,
+        reads=chunks.reads if is_scaled else None,
+        writes=chunks.writes if is_scaled else None,
+        keeps=jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3])) if is_scaled else None,
+    )
+
+
+def _vector_gradients(
+    q, k, v, dout, before: chain.Outputs, after: chain.Outputs, chunks: Chunks, prepared: Prepared, *, decay,
+    segment_ids, scale: float, with_initial_state: bool, interpret,
+):  # fmt: skip
+    """dq, dk and ddecay."""
+    T, with_documents = v.shape[1], chunks.document is not None
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "decay": decay.astype(jnp.float32)}
+    inputs = of_vectors.Inputs(
+        **{name: _whole_tiles(x, interpret) for name, x in arrays.items()},
+        states=before.snapshots,
+        dstates=after.snapshots,
+        keeps=prepared.keeps,
+        reads=chunks.reads if with_documents else None,
+        writes=chunks.writes if with_documents else None,
+        document=chunks.document,
+    )
+    outputs = of_vectors.gradients(inputs, num_heads=v.shape[2], scale=scale, interpret=interpret)
+    ddecay = without_starts(outputs.ddecay[:, :T], segment_ids, with_initial_state)
+    return outputs.dq[:, :T], outputs.dk[:, :T], ddecay
+
+
+def _delta_gradients(
+    q, k, v, dout, dv, before: chain.Outputs, after: chain.Outputs, chunks: Chunks, prepared: Prepared, *, decay,
+    segment_ids, scale: float, with_initial_state: bool, interpret,
+):  # fmt: skip
+    """dq, dk, ddecay and dbeta."""
+    T, with_decay = v.shape[1], decay is not None
+    inputs = of_delta.Inputs(
+        **{name: _whole_tiles(x, interpret) for name, x in dict(q=q, k=k, v=v, dout=dout, dv=dv).items()},
+        written=before.written,
+        states=before.snapshots,
+        dstates=after.snapshots,
+        cumulative=None if prepared.reads is None else chunks.cumulative,
+        reads=prepared.reads,
+        writes=prepared.writes,
+        document=chunks.document,
+    )
+    outputs = of_delta.gradients(
+        inputs, num_heads=v.shape[2], scale=scale, with_decay=with_decay, interpret=interpret
+    )  # fmt: skip
+    sides = v.shape[3] // CHUNK, q.shape[3] // CHUNK
+    dbeta = jnp.moveaxis(jnp.sum(outputs.dbeta[: sides[0]], axis=0), 1, 2)[:, :T]
+    ddecay = None
+    if with_decay:
+        of_chunks = (*chunks.keeps.shape, CHUNK)
+        dlog, to_end = (
+            jnp.sum(x[: sides[1]], axis=0).reshape(of_chunks) for x in (outputs.dlog, outputs.to_end)
+        )  # fmt: skip
+        kept = jnp.sum(outputs.kept[: sides[1]], axis=(0, 4))
+        at_end = jnp.sum(to_end, axis=3) + chunks.keeps * kept
+        ddecay = jax.lax.cumsum(dlog, axis=3, reverse=True) + at_end[..., None]
+        ddecay = jnp.moveaxis(ddecay.reshape(*ddecay.shape[:2], -1), 1, 2)[:, :T]
+        ddecay = without_starts(ddecay, segment_ids, with_initial_state)
+    return outputs.dq[:, :T], outputs.dk[:, :T], ddecay, dbeta
+
+
+def states(k, v, *, decay, segment_ids, reverse: bool, interpret) -> LinearState:
+    """The map of a row, which is one part, of decays of each dim: what its tokens write or, in reverse, what they give
+    the cotangent of the state before them, without the scale."""
+    B, T, N, V = v.shape
+    log, chunks = tiles(decay.astype(jnp.float32), N), factors_of(v, decay, segment_ids)
+    reads, writes, keeps = to_states(chunks, log)
+    k = untile((reads if reverse else writes) * tiles(k, N).astype(jnp.float32)).astype(k.dtype)
+    inputs = Prepared(q=None, k=k, scores=None, solve=None, reads=None, writes=None, keeps=keeps)
+    swept = chain.sweep(
+        _inputs(inputs, v, _first(k, v, None), interpret),
+        num_heads=N,
+        length=T,
+        config=chain.Config(reverse=reverse, scale=1.0, part_chunks=-(-T // CHUNK), interpret=interpret),
+    )
+    return LinearState(value=swept.end.mT, decay=jnp.prod(keeps, axis=2)[:, None])
+
+
+def part_chunks(v, num_cores: int) -> int:
+    """Chunks of the parts that the backward pass goes through at once, to have the states again: as many as the
+    multiprocessors want, the last of which may be shorter."""
+    B, T, N, V = v.shape
+    chunks = -(-T // CHUNK)
+    parts = max(1, num_cores // (B * N * (V // chain.COLUMNS)))
+    return -(-chunks // parts)
+
+
+def _first(k, v, state) -> jax.Array:
+    """The state before a row or, in reverse, its cotangent after it, as the chain takes it."""
+    if state is None:
+        return jnp.zeros((v.shape[0], 1, v.shape[2], v.shape[3], k.shape[3]), jnp.float32)
+    return state.mT[:, None]
+
+
+def _inputs(prepared: Prepared, v, before, interpret) -> chain.Inputs:
+    return chain.Inputs(
+        q=_whole_tiles(prepared.q, interpret),
+        k=_whole_tiles(prepared.k, interpret),
+        v=_whole_tiles(v, interpret),
+        scores=prepared.scores,
+        solve=prepared.solve,
+        reads=prepared.reads,
+        writes=prepared.writes,
+        keeps=prepared.keeps,
+        before=before,
+    )
+
+
+def _whole_tiles(x, interpret):
+    """The same, its length padded with zeros to what shared memory is tiled by.
+
+    A copy reads zeros behind the end, and leaves out what it would write there; the interpreter needs whole chunks.
+    """
+    padding = 0 if x is None else -x.shape[1] % (TILE_ROWS if interpret is None else CHUNK)
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+
+
+def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
+    B, T, N, H = gradient.shape
+    return jnp.sum(gradient.reshape(B, T, num_heads, N // num_heads, H), axis=3, dtype=jnp.float32)

@@ -1,0 +1,216 @@
+"""What the tokens of a chunk read of each other under a delta rule, on Hopper GPUs (Mosaic GPU): `scores` and `solve`
+of prepared.py.
+
+Grid: a warpgroup for a chunk of a head. The triangular system is solved in float32 by substitution, a thread for a
+column of the inverse, in registers: as soon as a row is known all later ones are told, so that no sum waits for
+another.
+
+Reference: Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length,
+arXiv:2406.06484, section 3.2.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
+
+_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+_LOG2_E = math.log2(math.e)
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads.
+
+    Attributes:
+      q, k: 16 bits `[B, T, K, H]`.
+      beta: float32 `[B, N, T']`.
+      cumulative: float32 `[B, N, T']`; None where nothing decays.
+      document: int32 `[B, T']`; None for one document.
+    """
+
+    q: Any
+    k: Any
+    beta: Any
+    cumulative: Any
+    document: Any
+
+
+def scores_and_solve(inputs: Inputs, *, scale: float, interpret) -> tuple[jax.Array, jax.Array]:
+    """16 bits `[B, N, n, CHUNK, CHUNK]` each."""
+    (B, N, length), (_, _, K, H), dtype = inputs.beta.shape, inputs.q.shape, inputs.q.dtype
+    num_chunks = length // CHUNK
+    given = {name: x for name, x in inputs._asdict().items() if x is not None}
+    square = jax.ShapeDtypeStruct((B, N, num_chunks, CHUNK, CHUNK), dtype)
+
+    def body(*refs):
+        refs = dict(zip((*given, "scores", "solve", *_SCRATCH), refs, strict=True))
+        _solve_chunk(refs, num_heads=N, num_key_heads=K, num_chunks=num_chunks, scale=scale, interpret=interpret)
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+
+    scratch = {
+        "q_smem": smem(CHUNK, H),
+        "k_smem": smem(CHUNK, H),
+        "scores_smem": smem(CHUNK, CHUNK),
+        "system": plgpu.SMEM((CHUNK, CHUNK), jnp.float32),
+        "beta_smem": plgpu.SMEM((CHUNK,), jnp.float32),
+        "solve_smem": plgpu.SMEM((CHUNK, CHUNK), dtype),
+        "full": plgpu.Barrier(num_arrivals=3),
+    }
+    results = plgpu.kernel(
+        body,
+        out_type=[square, square],
+        grid=(B * N * num_chunks,),
+        grid_names=("block",),
+        scratch_types=[scratch[name] for name in _SCRATCH],
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )(*given.values())
+    return tuple(results)
+
+
+_SCRATCH = ("q_smem", "k_smem", "scores_smem", "system", "beta_smem", "solve_smem", "full")
+
+
+def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, scale: float, interpret) -> None:
+    number = lax.axis_index("block")
+    # Heads side by side, for the keys that they share.
+    head, number = lax.rem(number, num_heads), lax.div(number, num_heads)
+    chunk, batch = lax.rem(number, num_chunks), lax.div(number, num_chunks)
+    tokens, key_head = pl.ds(chunk * CHUNK, CHUNK), lax.div(head, num_heads // num_key_heads)
+    q, k, full = refs["q_smem"], refs["k_smem"], refs["full"]
+    plgpu.copy_gmem_to_smem(refs["k"].at[batch, tokens, key_head], k, full)
+    plgpu.copy_gmem_to_smem(refs["beta"].at[batch, head, tokens], refs["beta_smem"], full)
+    plgpu.copy_gmem_to_smem(refs["q"].at[batch, tokens, key_head], q, full)
+    plgpu.barrier_wait(full)
+
+    def of_tokens(layout):
+        """Log decay (base 2) and document of the chunk's tokens."""
+        cumulative = document = None
+        if "cumulative" in refs:
+            cumulative = plgpu.load(refs["cumulative"].at[batch, head, tokens], layout=layout, optimized=False)
+            cumulative = cumulative * _LOG2_E
+        if "document" in refs:
+            document = plgpu.load(refs["document"].at[batch, tokens], layout=layout, optimized=False)
+        return cumulative, document
+
+    row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
+    # Read on either side of a matmul: the compiler takes two reads in a row for one, of two layouts.
+    (of_row, document_of_row), products = of_tokens(ROW), _product(k, k, interpret)
+    of_column, document_of_column = of_tokens(_COLUMN)
+    seen = None
+    if document_of_row is not None:
+        rows, columns = _spread(document_of_row, 0), _spread(document_of_column, 1)
+        seen = (rows == columns) & (rows >= 0)
+    # Transposed: the column of the system that a known row is told by is a row in memory.
+    later = row < column if seen is None else seen & (row < column)
+    if of_row is not None:
+        products = products * jnp.exp2(_spread(of_column, 1) - _spread(of_row, 0))
+    beta = plgpu.load(refs["beta_smem"], layout=_COLUMN, optimized=False)
+    refs["system"][...] = jnp.where(later, products * _spread(beta, 1), 0.0)
+    scores = _product(q, k, interpret) * scale
+    if of_row is not None:
+        scores = scores * jnp.exp2(_spread(of_row, 0) - _spread(of_column, 1))
+    earlier = row >= column if seen is None else seen & (row >= column)
+    refs["scores_smem"][...] = jnp.where(earlier, scores, 0.0).astype(q.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs["scores_smem"], refs["scores"].at[batch, head, chunk])
+    if interpret:
+        refs["solve_smem"][...] = _substituted(refs["system"][...], refs["beta_smem"][...]).astype(q.dtype)
+    else:
+        _substitute(refs["system"], refs["beta_smem"], refs["solve_smem"])
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs["solve_smem"], refs["solve"].at[batch, head, chunk])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _product(a, b, interpret):
+    """a b^T"""
+    if interpret:
+        product = jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        return product
+
+    def multiply(acc):
+        plgpu.wgmma(acc, a, b.transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+
+
+def _spread(x, dim: int) -> jax.Array:
+    """A vector as a matrix: of one value a row, dim 0, or a column, dim 1."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [dim]), MATRIX)
+
+
+def _substituted(system: jax.Array, beta: jax.Array) -> jax.Array:
+    """What `_substitute` computes, for the interpreter."""
+
+    def tell(m, inverse):
+        told = system[m][:, None] * inverse[m][None, :]
+        return inverse - jnp.where(jnp.arange(CHUNK)[:, None] > m, told, 0.0)
+
+    return lax.fori_loop(0, CHUNK, tell, jnp.eye(CHUNK, dtype=jnp.float32)) * beta
+
+
+def _substitute(system, beta, solve) -> None:
+    """solve = (1 + L)^-1 diag(beta), 16 bits `[64, 64]`, of the system L^T, float32 `[64, 64]`.
+
+    Half of the warps have nothing to do: each of 64 threads has a column.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    def emit(_, system, beta, solve):
+        i64 = ir.IntegerType.get_signless(64)
+        addresses = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(x)) for x in (system, beta, solve)]
+        x, told = [f"x{i}" for i in range(CHUNK)], [f"l{i}" for i in range(4)]
+        lines = [
+            f".reg .f32 {', '.join((*x, *told, 'minus', 'b'))};",
+            ".reg .b32 system, beta, solve, column, at;",
+            ".reg .b16 rounded;",
+            ".reg .pred idle, own;",
+            "cvt.u32.u64 system, $0;",
+            "cvt.u32.u64 beta, $1;",
+            "cvt.u32.u64 solve, $2;",
+            "mov.u32 column, %tid.x;",
+            f"setp.ge.u32 idle, column, {CHUNK};",
+            "@idle bra DONE;",
+        ]
+        for i in range(CHUNK):
+            lines += [f"setp.eq.u32 own, column, {i};", f"selp.f32 x{i}, 0f3F800000, 0f00000000, own;"]
+        for m in range(CHUNK - 1):
+            lines.append(f"neg.f32 minus, x{m};")
+            for first in range((m + 1) // 4 * 4, CHUNK, 4):
+                address = 4 * (m * CHUNK + first)
+                lines.append(f"ld.shared.v4.f32 {{{', '.join(told)}}}, [system + {address}];")
+                lines += [f"fma.rn.f32 x{i}, l{i - first}, minus, x{i};" for i in range(max(first, m + 1), first + 4)]
+        lines += [
+            "shl.b32 at, column, 2;",
+            "add.u32 at, at, beta;",
+            "ld.shared.f32 b, [at];",
+            "shl.b32 at, column, 1;",
+            "add.u32 at, at, solve;",
+        ]
+        for i in range(CHUNK):
+            lines += [
+                f"mul.f32 x{i}, x{i}, b;",
+                f"cvt.rn.bf16.f32 rounded, x{i};",
+                f"st.shared.b16 [at + {2 * CHUNK * i}], rounded;",
+            ]
+        lines.append("DONE:")
+        text = "{\n" + "\n".join(lines) + "\n}"
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, addresses, text, "l,l,l,~{memory}", has_side_effects=True)
+
+    emit(system, beta, solve)
