@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from longctx.context_parallel.all_gather import AllGather
+from longctx.context_parallel.double_ring import DoubleRing
 from longctx.context_parallel.halo import Halo
 from longctx.context_parallel.layout import Layout, LayoutName
 from longctx.context_parallel.ring import Ring
@@ -15,7 +16,7 @@ from longctx.context_parallel.usp import Usp
 from pallas_kernels import Mask
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo(), Usp())
+    strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo(), Usp(), DoubleRing())
 }
 
 
@@ -79,7 +80,8 @@ class ContextParallelConfig:
     """How a query meets keys of other devices: `ring` passes keys and values from device to device, under the compute;
     `all_gather` gathers all of them at once; `ulysses` splits the heads in place of the tokens while it attends; `halo`
     sends the tokens around a device's own, for windows; `usp` splits the heads over mesh.context_inner, and passes keys
-    and values round mesh.context_outer."""
+    and values round mesh.context_outer; `double_ring` passes them round mesh.context_inner, and on to the next group
+    of devices meanwhile."""
     window_strategy: StrategyName | None = None
     """The same for layers whose mask is a window; null means `strategy`. `halo` sends no more than the window."""
     layout: LayoutName = "zigzag"
