@@ -9,11 +9,11 @@ import collections
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from longctx.context_parallel.traffic import Transfer
 from longctx.model import flops_by_part
 from train.devices import DeviceSpec
+from train.planning.cost import compute_beside
 from train.planning.links import Links, Place
 from train.planning.program import Run
 from train.planning.target import GPUS_A_HOST
@@ -92,13 +92,6 @@ def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
             )
         )
     return hops
-
-
-def compute_beside(transfer: Transfer, seconds: Float[np.ndarray, " calls"]) -> Float[np.ndarray, " times"]:
-    """Seconds of attention that may run beside each of the collectives, from those of a layer's calls of the op."""
-    if transfer.beside_calls == 0:
-        return np.zeros(1)
-    return np.add.reduceat(seconds, np.arange(0, len(seconds), transfer.beside_calls))
 
 
 def expected_transfers(run: Run) -> list[tuple]:

@@ -37,7 +37,7 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
     problems += _unexpected_hops(run, plan)
     for name, uneven in plan.imbalance.items():
         if uneven > _UNEVEN:
-            layout = run.config.context_parallel.layout
+            layout = run.config.context_parallel.placement.name
             notes.append(
                 f"{name}: the {layout} layout makes attention {uneven:.2f} times as slow as even work would"
                 + ("; try context_parallel.layout=zigzag or striped" if layout == "contiguous" else "")
