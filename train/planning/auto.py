@@ -129,30 +129,32 @@ def choose(
     *,
     strategies: Mapping[str, Sequence[str]],
     layouts: Sequence[Layout],
-    degree: int,
+    groups: Sequence[int],
     speeds: Speeds,
     most_held: float = float("inf"),
     refuses: Callable[[Kind, Option], str | None] = lambda kind, option: None,
 ) -> dict[str, Choice]:
-    """The cheapest way to split layers over `degree` devices, by the name of the kind.
+    """The cheapest way to split layers over the devices of a row, by the name of the kind.
 
     Layout and groups are the same for all kinds, so what counts is the sum.
 
     Args:
       strategies: Those that a kind may take, by its name.
       layouts: Those that are open.
+      groups: Numbers of devices of a group that are open.
       speeds: Of devices and links.
       most_held: Bytes that a strategy may hold in what it sends.
       refuses: Why what else is in the model cannot be split so; None if it can.
     Raises: ValueError where nothing serves.
     """
     kinds, best = tuple(kinds), None
+    degree = kinds[0].layers[0][0].degree
     counted: dict[str, dict[Option, PassCost]] = {kind.name: {} for kind in kinds}
     reasons: dict[str, dict[str, str]] = {kind.name: {} for kind in kinds}
     for layout in layouts:
         if any(layer.seq_len % layout.multiple(degree) for kind in kinds for layer, _ in kind.layers):
             continue
-        for inner in _group_sizes(degree):
+        for inner in groups:
             chosen = {}
             for kind in kinds:
                 for strategy in sorted(strategies[kind.name], key=_PLAINER_FIRST.index):
@@ -189,9 +191,10 @@ def choose(
     }
 
 
-def _group_sizes(degree: int) -> list[int]:
-    """Largest first: fewer hops between groups."""
-    return [inner for inner in range(degree // 2, 1, -1) if degree % inner == 0] or [degree]
+def group_sizes(degree: int, first: int) -> list[int]:
+    """Devices that groups of `degree` devices may have: `first`, if it may be, and then the largest first."""
+    sizes = [inner for inner in range(degree // 2, 1, -1) if degree % inner == 0]
+    return sorted(sizes, key=lambda inner: inner != first) or [degree]
 
 
 class Started(NamedTuple):
@@ -295,7 +298,7 @@ class _Open:
                 kinds,
                 strategies=strategies,
                 layouts=layouts,
-                degree=self.degree,
+                groups=group_sizes(self.degree, self.sizes[CONTEXT_AXES[-1]]),
                 speeds=speeds,
                 most_held=float("inf") if memory is None else _MOST_HELD * memory,
                 refuses=self.refusal_of_others,
@@ -384,8 +387,9 @@ class _Open:
         if named is not None:
             return named
         layer = kind.layers[0][0]
-        if self.target.devices is None:
-            return "xla"  # as plans by formula have it
+        if self.target.devices is None:  # nobody can be asked: the fastest that is known
+            speeds = self.target.spec.attention
+            return max(speeds, key=lambda name: speeds[name].forward, default="xla")
 
         def shape(heads):
             return jax.ShapeDtypeStruct((1, layer.seq_len // layer.degree, heads, layer.head_dim), layer.dtype)

@@ -4,8 +4,8 @@ One pass over one layer, on one device, in seconds:
 
   compute + carried + waiting
 
-  compute   The tiles that the busiest device visits in each call of the op, one call after the other: 4 H FLOPs for each
-            pair of tokens and query head forward, 10 H backward, over the speed of the op.
+  compute   The tiles that the busiest device visits in each call of the op, one call after the other: 4 H FLOPs for
+            each pair of tokens and query head forward, 10 H backward, over the speed of the op.
   carried   Where a layer makes M > 1 calls, what goes from one to the next is read and written by each, in float32: the
             softmax of the queries, 8 M B (T / P) N H bytes; backward the gradient of the queries, as many, and 16 M
             B (S / P) K 2 H for those of keys and values, which start at 0 in every call and are then added up. Over the
