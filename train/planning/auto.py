@@ -28,7 +28,7 @@ from train.planning.cost import Layer, PassCost, RowLinks, Speeds, held_bytes, l
 from train.planning.links import Links, Place
 from train.planning.target import GPUS_A_HOST, Target, local_target, places
 
-_PLAINER_FIRST = ("ring", "all_gather", "ulysses", "halo", "usp", "double_ring")
+PLAINER_FIRST = ("ring", "all_gather", "ulysses", "halo", "usp", "double_ring")
 _TWO_LEVELS = ("usp", "double_ring")
 _LAYOUTS = ("zigzag", "contiguous", "striped")
 _EQUAL = 1.005  # costs that differ by less are the same: the model is not that good
@@ -108,7 +108,7 @@ class Choice:
             "waiting for links."
         ]
         rows = [["strategy", "layout", "groups of", "compute s", "carried s", "waiting s", "sum s"]]
-        for strategy in _PLAINER_FIRST:
+        for strategy in PLAINER_FIRST:
             of_strategy = [option for option in self.costs if option.strategy == strategy]
             if strategy in self.refused:
                 lines.append(f"Not {strategy}: {self.refused[strategy]}.")
@@ -157,7 +157,7 @@ def choose(
         for inner in groups:
             chosen = {}
             for kind in kinds:
-                for strategy in sorted(strategies[kind.name], key=_PLAINER_FIRST.index):
+                for strategy in sorted(strategies[kind.name], key=PLAINER_FIRST.index):
                     option = Option(strategy, layout, inner if strategy in _TWO_LEVELS else degree)
                     if option not in counted[kind.name]:
                         reason = kind.refusal(option, most_held) or refuses(kind, option)

@@ -46,7 +46,7 @@ def speeds(degree: int) -> Speeds:
 
 
 def overheads(seq_len: int, degree: int) -> Iterator[tuple[Option, float]]:
-    """The best option of each strategy that serves the layer, and what it takes beyond even compute, as a share of it."""
+    """The best option of each strategy that serves the layer, and what it takes beyond even compute, as a share."""
     layer, of_devices = problem(seq_len, degree), speeds(degree)
     kind = Kind(name="", layers=[(layer, {"forward": 1, "backward": 1})])
     # Every allowed pair once, shared evenly.
