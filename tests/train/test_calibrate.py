@@ -28,9 +28,11 @@ def test_the_table_it_writes_is_read(small, tmp_path, capsys):
 
 def test_a_link_is_a_latency_and_a_bandwidth(monkeypatch):
     """Of messages that take 5 us and 2 GB/s, whatever was sent."""
-    monkeypatch.setattr(
-        calibrate, "_difference", lambda function, x, **_: 5e-6 + x.nbytes / x.sharding.num_devices / 2e9
-    )
+
+    def seconds(function, x, **_):
+        return 5e-6 + x.nbytes / x.sharding.num_devices / 2e9
+
+    monkeypatch.setattr(calibrate, "_difference", seconds)
     grid = np.array(jax.devices()).reshape(2, 4)
     for axis in ("inner", "outer"):
         np.testing.assert_allclose(calibrate._link(grid, axis, calibrate._CPU), (5e-6, 2e9), rtol=1e-6)
