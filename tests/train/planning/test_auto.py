@@ -38,7 +38,7 @@ def speeds_of_cpu(tmp_path):
 
 def chosen(seq_len, degree, *, num_heads=32, num_kv_heads=8, mask=None, strategies=ALL, **options):
     layer = Layer(
-        mask=mask or masks.causal() & masks.documents(),
+        mask=masks.causal() & masks.documents() if mask is None else mask,
         seq_len=seq_len,
         degree=degree,
         num_heads=num_heads,
