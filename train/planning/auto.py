@@ -328,9 +328,7 @@ class _Open:
                 max_document_length=self.config.data.max_document_length,
             ), {"forward": times * (1 if model.remat == "none" else 2), "backward": times}
 
-        return [
-            Kind(name=f"{kind}", layers=[layer(name) for name in of_kind]) for kind, of_kind in names.items() if of_kind
-        ]
+        return [Kind(name=kind, layers=[layer(name) for name in of_kind]) for kind, of_kind in names.items() if of_kind]
 
     @property
     def attention(self) -> dict[str, AttentionConfig]:
