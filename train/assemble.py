@@ -18,20 +18,17 @@ from longctx.sharding import make_mesh
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import ConfigError, TrainConfig, config_text, load_config
 from train.data import Data, DataError
-from train.distributed import initialize
 from train.optimizer import make_optimizer, make_schedule
 from train.placement import BatchPlacement
 from train.state import ModelBuilder, TrainState, abstract_model, abstract_state
 from train.step import Metrics, make_train_step
 
 
-def start_mesh(config: TrainConfig) -> Mesh:
-    """Starts JAX on the run's devices and arranges them.
+def start_mesh(config: TrainConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """Arranges the run's devices.
 
-    Raises: ConfigError when the mesh does not fit the devices, or rows or tokens of a batch do not fit the mesh;
-      DeviceError when the devices or the other processes cannot be had.
+    Raises: ConfigError when the mesh does not fit the devices, or rows or tokens of a batch do not fit the mesh.
     """
-    devices = initialize(config.distributed)
     try:
         mesh = make_mesh(config.mesh, devices)
         config.check_mesh(mesh.shape)

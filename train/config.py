@@ -50,6 +50,9 @@ class TrainConfig:
     """How the devices are arranged."""
     context_parallel: ContextParallelConfig = dataclasses.field(default_factory=ContextParallelConfig)
     """How a sequence is split over the context axes of the mesh, where they have more than one device."""
+    device_table: str | None = None
+    """Speeds of devices, a file that `python -m train.calibrate` writes: what `strategy: auto` and `train.plan` go by.
+    null takes those that come with the package, of GPUs and TPUs."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """The processes and devices of the run."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -91,6 +94,8 @@ class TrainConfig:
                 "evenly; change batch_size, accumulate_steps or the mesh"
             )
         degree = math.prod(sizes[axis] for axis in CONTEXT_AXES)
+        if self.context_parallel.is_auto:  # what is chosen is checked when it is
+            return
         if degree > 0:
             self.context_parallel.placement.check(self.data.seq_len, degree)
         if degree > 1 and sizes["tensor"] > 0:

@@ -33,6 +33,7 @@ class DeviceSpec:
     link_gb_per_s: float | None = None
     network_gb_per_s: float | None = None
     latency_us: float = 0.0
+    network_latency_us: float | None = None
 
     @property
     def peak_flops(self) -> float:

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 
 import jax
 
-from train.assemble import batch_placement, config_of, model_builder, resolved_model, start_mesh
+from train.assemble import batch_placement, config_of, model_builder, resolved_model
 from train.checkpoint import find_checkpoint, load_params
 from train.command import run_command
 from train.config import TrainConfig
 from train.data import open_data
 from train.evaluation import evaluate, make_eval_step
+from train.planning.auto import start
 from train.state import abstract_model, abstract_params
 
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:
     """The step of the run's latest checkpoint, and the figures of its evaluation."""
     directory, step = find_checkpoint(config.checkpoint.directory(config.run_dir))
-    mesh = start_mesh(config)
+    config, mesh, _ = start(config)
     with jax.set_mesh(mesh):
         data = open_data(config.data, seed=config.seed)
         build = model_builder(resolved_model(config, data.tokenizer.vocab_size), config.attention_sharding)

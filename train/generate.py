@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import jax
 
-from train.assemble import config_of, model_builder, resolved_model, start_mesh
+from train.assemble import config_of, model_builder, resolved_model
 from train.checkpoint import find_checkpoint, load_params
 from train.command import run_command
 from train.config import TrainConfig
 from train.data import open_tokenizer
+from train.planning.auto import start
 from train.sampling import sample_text
 from train.state import abstract_model, abstract_params
 
@@ -19,7 +20,7 @@ from train.state import abstract_model, abstract_params
 def generate(config: TrainConfig) -> str:
     """The continuation of config.sample.prompt by the run's latest checkpoint."""
     directory, step = find_checkpoint(config.checkpoint.directory(config.run_dir))
-    mesh = start_mesh(config)
+    config, mesh, _ = start(config)
     with jax.set_mesh(mesh):
         tokenizer = open_tokenizer(config.data.tokenizer, end_token=config.data.end_token)
         build = model_builder(resolved_model(config, tokenizer.vocab_size), config.attention_sharding)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from longctx.model import ModelConfig, forward_flops
-from train.assemble import assemble, batch_placement, check_agreement, memory_in_use, start_mesh
+from train.assemble import assemble, batch_placement, check_agreement, memory_in_use
 from train.checkpoint import Checkpoints, Position, changed_settings, load_params
 from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
@@ -25,6 +25,7 @@ from train.devices import model_flops_utilization
 from train.evaluation import evaluate, make_eval_step
 from train.metrics import MetricsLog
 from train.placement import one_flag_a_device
+from train.planning.auto import start
 from train.planning.startup import MemoryWatch
 from train.progress import Display, duration
 from train.sampling import sample_text
@@ -44,11 +45,11 @@ def train(config: TrainConfig) -> None:
       with what would have helped.
     """
     started = time.monotonic()
-    mesh = start_mesh(config)
+    config, mesh, choices = start(config)
     with jax.set_mesh(mesh), ExitStack() as stack:
         display = stack.enter_context(Display(config.training.steps))
         data = open_data(config.data, seed=config.seed)
-        for note in data.notes:
+        for note in (*choices, *data.notes):
             display.note(note)
 
         parts = assemble(config, mesh, vocab_size=data.tokenizer.vocab_size)

@@ -20,6 +20,7 @@ from train.config import ConfigError, TrainConfig
 from train.devices import device_table
 from train.distributed import initialize
 from train.planning.analysis import analyse, estimate
+from train.planning.auto import resolve
 from train.planning.longest import length_unit, longest
 from train.planning.plan import Plan
 from train.planning.program import DoesNotFit, Run, compile_step, plan_run
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--max-seq", action="store_true", help="find the longest data.seq_len that fits; the last line")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON; - for stdout, in place of the tables")
-    parser.add_argument("--device-table", metavar="FILE", help="speeds of devices, in place of train/devices.yaml")
+    parser.add_argument(
+        "--device-table", metavar="FILE", help="speeds of devices, in place of the config's device_table"
+    )
     parser.add_argument("--formula", action="store_true", help="do not compile; figures by formula")
     options = parser.parse_intermixed_args(arguments)
     problems: list[str] = []
@@ -63,11 +66,14 @@ def _plan(options: argparse.Namespace) -> Sequence[str]:
     # Tables are for people, and go to stderr where stdout carries the JSON.
     console = Console(stderr=options.json == "-", width=None if sys.stdout.isatty() else 160)
     config = config_of(options.config, options.overrides)
-    table = device_table(options.device_table)
+    table = device_table(options.device_table or config.device_table)
     if options.devices == "local":
         target = local_target(initialize(config.distributed), table)
     else:
         target = named_target(options.devices, table)
+    config, notes = resolve(config, lambda: target)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
     plan = make_plan(config, target, by_formula=options.formula, console=console)
     show(plan, console)
     data = plan.to_dict()

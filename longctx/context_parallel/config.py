@@ -1,11 +1,13 @@
 """How attention is split over a mesh: as a run's config says it, and as a layer is told it."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from longctx.context_parallel.all_gather import AllGather
+from longctx.context_parallel.double_ring import DoubleRing
 from longctx.context_parallel.halo import Halo
 from longctx.context_parallel.layout import Layout, LayoutName
 from longctx.context_parallel.ring import Ring
@@ -15,7 +17,7 @@ from longctx.context_parallel.usp import Usp
 from pallas_kernels import Mask
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo(), Usp())
+    strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo(), Usp(), DoubleRing())
 }
 
 
@@ -75,17 +77,19 @@ class AttentionSharding:
 class ContextParallelConfig:
     """How attention works when the tokens of a sequence are split over the context axes of the mesh."""
 
-    strategy: StrategyName = "ring"
+    strategy: StrategyName | Literal["auto"] = "ring"
     """How a query meets keys of other devices: `ring` passes keys and values from device to device, under the compute;
     `all_gather` gathers all of them at once; `ulysses` splits the heads in place of the tokens while it attends; `halo`
     sends the tokens around a device's own, for windows; `usp` splits the heads over mesh.context_inner, and passes keys
-    and values round mesh.context_outer."""
+    and values round mesh.context_outer; `double_ring` passes them round mesh.context_inner, and on to the next group
+    of devices meanwhile; `auto` chooses when the run starts, and layout and groups too, and says why."""
     window_strategy: StrategyName | None = None
     """The same for layers whose mask is a window; null means `strategy`. `halo` sends no more than the window."""
-    layout: LayoutName = "zigzag"
+    layout: LayoutName | None = None
     """Which tokens a device holds: `contiguous` one run; `zigzag` an early and a late run, which evens out causal
     masks; `striped` every P-th stripe, which evens out packed documents too; `balanced` chunks that the loader chooses
-    for each row, by its documents, so that devices have the same to do."""
+    for each row, by its documents, so that devices have the same to do; null is zigzag, or what `strategy: auto`
+    chooses."""
     stripe_size: int = 1
     """Tokens of a stripe, for `layout: striped`."""
     chunk_size: int = 512
@@ -97,7 +101,12 @@ class ContextParallelConfig:
     @property
     def placement(self) -> Layout:
         """The layout with its options."""
-        return Layout(name=self.layout, stripe_size=self.stripe_size, chunk_size=self.chunk_size)
+        return Layout(name=self.layout or "zigzag", stripe_size=self.stripe_size, chunk_size=self.chunk_size)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the strategy is still to be chosen."""
+        return self.strategy == "auto"
 
     def multiple(self, degree: int) -> int:
         """As Layout.multiple."""

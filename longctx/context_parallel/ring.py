@@ -26,7 +26,8 @@ are in layout.py.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,10 @@ class Ring(Strategy):
 
         return self.schedule_of_hops(setting, tokens, keys_of_all(setting, tokens), blocks_of)
 
+    def sources(self, setting: Setting) -> jax.Array:
+        """The devices whose keys are here at each hop, int32 `[M]`; per shard."""
+        return (jax.lax.axis_index(setting.axes) - jnp.array(hops_needed(setting))) % setting.degree
+
     def schedule_of_hops(
         self,
         setting: Setting,
@@ -110,8 +115,7 @@ class Ring(Strategy):
           keys: From `keys_of_all`.
           blocks_of: Of the device whose keys are here at a hop, and of the tokens of that hop: what is visited.
         """
-        rank = jax.lax.axis_index(setting.axes)
-        sources = (rank - jnp.array(hops_needed(setting))) % setting.degree
+        sources = self.sources(setting)
         kv_positions, kv_segment_ids = (jnp.take(x, sources, axis=0) for x in keys)
 
         def schedule_of_hop(hop):
@@ -129,84 +133,25 @@ class Ring(Strategy):
         )
 
     def forward(self, setting, q, k, v, tokens, schedule, *, sinks=None, **options):
-        route = _Route.of(setting)
-        key_dim = k.shape[3]
-
-        def attend(hop, kv, carry):
-            hop_schedule, hop_tokens = schedule.at(hop, tokens)
-
-            def visit(carry):
-                return blockwise_attention_forward(
-                    q, kv[..., :key_dim], kv[..., key_dim:], tokens=hop_tokens, schedule=hop_schedule, carry=carry,
-                    return_carry=True, **options,
-                )  # fmt: skip
-
-            return jax.lax.cond(_visits(hop_schedule), visit, lambda carry: carry, carry)
-
-        def hop_and_pass_on(stride, state, hop):
-            kv, carry = state
-            next_kv = route.send(kv, stride)
-            return (next_kv, attend(hop, kv, carry)), None
-
-        shape = {"batch_size": q.shape[0], "q_len": q.shape[1], "value_dim": v.shape[3]}
-        if sinks is None:
-            carry = SoftmaxCarry.empty(num_heads=q.shape[2], **shape)
-        else:
-            carry = SoftmaxCarry.of_sinks(sinks, **shape)
-        state = jnp.concatenate([k, v], axis=-1), carry
-        for hops, stride in _alike(route.strides):
-            body = functools.partial(hop_and_pass_on, stride)
-            state, _ = jax.lax.scan(body, state, jnp.array(hops), unroll=route.unroll)
-        out, lse = attend(len(route.strides), *state).finalize(q.dtype)
+        attend = forward_of_hop(q, k.shape[3], tokens, schedule, options)
+        carry = forward_hops(Route.of(setting), attend, jnp.concatenate([k, v], axis=-1), empty_carry(q, v, sinks))
+        out, lse = carry.finalize(q.dtype)
         return where_it_holds(schedule.holds, out), Residuals(q, k, v, out, lse)
 
     def backward(self, setting, residuals, dout, tokens, schedule, **options):
-        q, k, v, out, lse = residuals
-        route = _Route.of(setting)
-        key_dim = k.shape[3]
-
-        def attend(hop, kv, dq):
-            """dq with this hop's part added, and this hop's part of the gradient of kv, float32."""
-            hop_schedule, hop_tokens = schedule.at(hop, tokens)
-            zeros = float32_zeros(k, v)
-
-            def visit(dq):
-                return blockwise_attention_backward(
-                    q, kv[..., :key_dim], kv[..., key_dim:], out, lse, dout, None, tokens=hop_tokens,
-                    schedule=hop_schedule, accumulate=(dq, *zeros), **options,
-                )  # fmt: skip
-
-            dq, dk, dv = jax.lax.cond(_visits(hop_schedule), visit, lambda dq: (dq, *zeros), dq)
-            return dq, jnp.concatenate([dk, dv], axis=-1)
-
-        def hop_and_pass_on(strides, state, hop):
-            kv, dq, gathered = state
-            stride_before, stride = strides
-            # What the devices before this one gathered for these keys arrives while this one computes its part.
-            next_kv, gathered = route.send(kv, stride), route.send(gathered, stride_before)
-            dq, dkv = attend(hop, kv, dq)
-            return (next_kv, dq, gathered + dkv), None
-
+        q, k, v, *_ = residuals
+        route = Route.of(setting)
         # Without the barrier XLA takes these permutes for the forward pass's and keeps all of their results until now:
         # the memory of an all-gather.
         kv = jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1))
-        next_kv = route.send(kv, route.strides[0]) if route.strides else kv
-        dq, gathered = attend(0, kv, *float32_zeros(q))
-        if route.strides:
-            state = next_kv, dq, gathered
-            for hops, strides in _alike(tuple(itertools.pairwise(route.strides)), first=1):
-                body = functools.partial(hop_and_pass_on, strides)
-                state, _ = jax.lax.scan(body, state, jnp.array(hops), unroll=route.unroll)
-            kv, dq, gathered = state
-            gathered = route.send(gathered, route.strides[-1])
-            dq, dkv = attend(len(route.strides), kv, dq)
-            gathered += dkv
+        attend = backward_of_hop(residuals, dout, tokens, schedule, options)
+        dq, gathered = backward_hops(route, attend, kv, *float32_zeros(q))
         # Nothing is added any more: rounding here rather than at home is the same, and this hop has little to hide
         # behind.
         dkv = gathered.astype(kv.dtype)
         if route.strides:
             dkv = route.send(dkv, route.home)
-        gradients = dq.astype(q.dtype), dkv[..., :key_dim], dkv[..., key_dim:]
+        gradients = dq.astype(q.dtype), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
         return tuple(where_it_holds(schedule.holds, x) for x in gradients)
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
@@ -214,7 +159,7 @@ class Ring(Strategy):
         if num_sent == 0:
             return ()
         kv = batch_size, setting.kv_len // setting.degree, setting.num_kv_heads, key_dim + value_dim
-        permute = functools.partial(Transfer, kind="collective-permute", beside_compute=True)
+        permute = functools.partial(Transfer, kind="collective-permute", beside_calls=1)
         return (
             permute(phase="forward", count=num_sent, num_bytes=num_bytes(dtype, *kv)),
             permute(phase="backward", count=num_sent + 1, num_bytes=num_bytes(dtype, *kv)),
@@ -226,7 +171,7 @@ class Ring(Strategy):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Route:
+class Route:
     """How keys travel from hop to hop.
 
     Attributes:
@@ -242,7 +187,7 @@ class _Route:
     home: int
 
     @classmethod
-    def of(cls, setting: Setting) -> "_Route":
+    def of(cls, setting: Setting) -> "Route":
         hops = hops_needed(setting)
         strides = tuple(int(stride) for stride in np.diff(hops))
         return cls(setting.axes, setting.degree, strides, setting.degree - hops[-1])
@@ -255,12 +200,119 @@ class _Route:
         return jax.lax.ppermute(x, self.axes, [(rank, (rank + stride) % self.size) for rank in range(self.size)])
 
 
+def empty_carry(q: jax.Array, v: jax.Array, sinks: jax.Array | None) -> SoftmaxCarry:
+    """What the softmax of this device's queries starts from; per shard."""
+    shape = {"batch_size": q.shape[0], "q_len": q.shape[1], "value_dim": v.shape[3]}
+    if sinks is None:
+        return SoftmaxCarry.empty(num_heads=q.shape[2], **shape)
+    return SoftmaxCarry.of_sinks(sinks, **shape)
+
+
+def forward_of_hop(
+    q: jax.Array, key_dim: int, tokens: Tokens, schedule: RingSchedule, options: Mapping[str, Any]
+) -> Callable[[jax.typing.ArrayLike, jax.Array, SoftmaxCarry], SoftmaxCarry]:
+    """A function of a hop, the keys and values that are here in one buffer, and the carry: the carry after it."""
+
+    def attend(hop, kv, carry):
+        hop_schedule, hop_tokens = schedule.at(hop, tokens)
+
+        def visit(carry):
+            return blockwise_attention_forward(
+                q, kv[..., :key_dim], kv[..., key_dim:], tokens=hop_tokens, schedule=hop_schedule, carry=carry,
+                return_carry=True, **options,
+            )  # fmt: skip
+
+        return jax.lax.cond(_visits(hop_schedule), visit, lambda carry: carry, carry)
+
+    return attend
+
+
+def backward_of_hop(
+    residuals: Residuals, dout: jax.Array, tokens: Tokens, schedule: RingSchedule, options: Mapping[str, Any]
+) -> Callable[[jax.typing.ArrayLike, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """A function of a hop, the keys and values that are here, and dq, float32.
+
+    It returns dq with this hop's part added, and this hop's part of the gradient of keys and values, float32.
+    """
+    q, k, v, out, lse = residuals
+    key_dim = k.shape[3]
+
+    def attend(hop, kv, dq):
+        hop_schedule, hop_tokens = schedule.at(hop, tokens)
+        zeros = float32_zeros(k, v)
+
+        def visit(dq):
+            return blockwise_attention_backward(
+                q, kv[..., :key_dim], kv[..., key_dim:], out, lse, dout, None, tokens=hop_tokens,
+                schedule=hop_schedule, accumulate=(dq, *zeros), **options,
+            )  # fmt: skip
+
+        dq, dk, dv = jax.lax.cond(_visits(hop_schedule), visit, lambda dq: (dq, *zeros), dq)
+        return dq, jnp.concatenate([dk, dv], axis=-1)
+
+    return attend
+
+
+def forward_hops(
+    route: Route, attend: Callable, kv: jax.Array, carry: SoftmaxCarry, *, first: jax.typing.ArrayLike = 0
+) -> SoftmaxCarry:
+    """The carry after all hops of a route, from the keys and values of its first; per shard.
+
+    Args:
+      attend: From `forward_of_hop`.
+      first: The number of the first hop in the schedule.
+    """
+
+    def hop_and_pass_on(stride, state, hop):
+        kv, carry = state
+        next_kv = route.send(kv, stride)
+        return (next_kv, attend(hop, kv, carry)), None
+
+    state = kv, carry
+    for hops, stride in alike(route.strides):
+        body = functools.partial(hop_and_pass_on, stride)
+        state, _ = jax.lax.scan(body, state, first + jnp.array(hops), unroll=route.unroll)
+    return attend(first + len(route.strides), *state)
+
+
+def backward_hops(
+    route: Route, attend: Callable, kv: jax.Array, dq: jax.Array, *, first: jax.typing.ArrayLike = 0
+) -> tuple[jax.Array, jax.Array]:
+    """dq after all hops of a route, and the gradient of the keys and values that are here at the last; per shard.
+
+    Args:
+      attend: From `backward_of_hop`.
+      first: As for `forward_hops`.
+    """
+
+    def hop_and_pass_on(strides, state, hop):
+        kv, dq, gathered = state
+        stride_before, stride = strides
+        # What the devices before this one gathered for these keys arrives while this one computes its part.
+        next_kv, gathered = route.send(kv, stride), route.send(gathered, stride_before)
+        dq, dkv = attend(hop, kv, dq)
+        return (next_kv, dq, gathered + dkv), None
+
+    next_kv = route.send(kv, route.strides[0]) if route.strides else kv
+    dq, gathered = attend(first, kv, dq)
+    if not route.strides:
+        return dq, gathered
+    state = next_kv, dq, gathered
+    for hops, strides in alike(tuple(itertools.pairwise(route.strides)), first=1):
+        body = functools.partial(hop_and_pass_on, strides)
+        state, _ = jax.lax.scan(body, state, first + jnp.array(hops), unroll=route.unroll)
+    kv, dq, gathered = state
+    gathered = route.send(gathered, route.strides[-1])
+    dq, dkv = attend(first + len(route.strides), kv, dq)
+    return dq, gathered + dkv
+
+
 def keys_of_all(setting: Setting, tokens: Tokens) -> TokenAxis:
     """Positions and segment ids of the keys of every device, `[P, B or 1, S / P]`; per shard."""
     return TokenAxis(*(jax.lax.all_gather(x, setting.axes) for x in (tokens.kv_positions, tokens.kv_segment_ids)))
 
 
-def _alike(items: Sequence, *, first: int = 0) -> list[tuple[list[int], object]]:
+def alike(items: Sequence, *, first: int = 0) -> list[tuple[list[int], object]]:
     """Runs of neighbouring equal items, each with the numbers of the hops that they belong to."""
     runs = itertools.groupby(enumerate(items, first), key=lambda numbered: numbered[1])
     return [([number for number, _ in run], item) for item, run in runs]

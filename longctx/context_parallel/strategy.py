@@ -20,7 +20,7 @@ from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Mask, Schedule, Tokens
 from pallas_kernels.tokens import Leaf
 
-StrategyName = Literal["ring", "all_gather", "ulysses", "halo", "usp"]
+StrategyName = Literal["ring", "all_gather", "ulysses", "halo", "usp", "double_ring"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

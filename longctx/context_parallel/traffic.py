@@ -19,8 +19,8 @@ class Transfer:
     """Collectives of this kind and size in one pass over the layer."""
     num_bytes: int
     """Bytes that one device sends in one such collective."""
-    beside_compute: bool = False
-    """Whether attention of the same layer may run beside it; otherwise that waits for it, or it for that."""
+    beside_calls: int = 0
+    """Calls of the op, of the same layer, that may run beside one; 0 where they wait for it, or it for them."""
     level: Literal["inner", "outer"] | None = None
     """Where the axes of the tokens are treated apart, whether it goes over the last of them or over the others."""
 

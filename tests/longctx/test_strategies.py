@@ -51,7 +51,8 @@ SPARSE_MASKS = {
     "per_head": masks.causal() & masks.per_head(masks.sliding_window(left=20), masks.strided(3, block=8)),
 }
 NAMES = ("out", "dq", "dk", "dv")
-ONE_LEVEL = [name for name in STRATEGIES if name != "usp"]
+OF_TWO_LEVELS = ("usp", "double_ring")
+ONE_LEVEL = [name for name in STRATEGIES if name not in OF_TWO_LEVELS]
 QUICK = {  # what CI runs, beside a cover of the matrix of features; the rest is slow
     ("ring", "causal", "zigzag", 4),
     ("ring", "documents", "striped_by_4", 4),
@@ -248,24 +249,26 @@ ONE_OF_TWO = {f"{o}x{i}": {"context_outer": o, "context_inner": i} for o, i in (
 
 
 @pytest.mark.parametrize(
-    ("mesh", "name", "layout"),
+    ("strategy", "mesh", "name", "layout"),
     some_slow(
         [
-            *itertools.product(TWO_LEVELS, MASKS, LAYOUTS),
-            *itertools.product(ONE_OF_TWO, ("documents_window",), LAYOUTS),
+            *itertools.product(OF_TWO_LEVELS, TWO_LEVELS, MASKS, LAYOUTS),
+            *itertools.product(OF_TWO_LEVELS, ONE_OF_TWO, ("documents_window",), LAYOUTS),
         ],
         {
-            ("2x2", "documents", "striped_by_4"),
-            ("2x4", "documents", "zigzag"),
-            ("4x2", "documents_window", "zigzag"),
+            ("usp", "2x2", "documents", "striped_by_4"),
+            ("usp", "2x4", "documents", "zigzag"),
+            ("usp", "4x2", "documents_window", "zigzag"),
+            ("double_ring", "2x4", "documents", "zigzag"),
+            ("double_ring", "4x2", "documents_window", "zigzag"),
         },
     ),
 )
-def test_two_levels(mesh, name, layout):
-    """A ring of groups whose devices split the heads; one group is ulysses, groups of one device are a ring."""
+def test_two_levels(strategy, mesh, name, layout):
+    """Of usp one group is ulysses, and groups of one device are a ring; of double_ring both are a ring."""
     mask, packed = MASKS[name]
     arrays = inputs(num_kv_heads=4, value_dim=24)
-    assert_equals_one_device(mask, tokens_of(packed), arrays, (TWO_LEVELS | ONE_OF_TWO)[mesh], how("usp", layout))
+    assert_equals_one_device(mask, tokens_of(packed), arrays, (TWO_LEVELS | ONE_OF_TWO)[mesh], how(strategy, layout))
 
 
 TWO_BY_TWO = TWO_LEVELS["2x2"]
@@ -279,13 +282,14 @@ BESIDE_TWO_LEVELS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", OF_TWO_LEVELS)
 @pytest.mark.parametrize("name", BESIDE_TWO_LEVELS)
-def test_two_levels_beside_other_axes_and_options(name):
+def test_two_levels_beside_other_axes_and_options(strategy, name):
     mask, mesh, shapes, options = BESIDE_TWO_LEVELS[name]
     mask, packed = MASKS[mask]
     tokens = tokens_of(packed, shapes.get("q_len", LENGTH))
     dtype = shapes.get("dtype", "float32")
-    assert_equals_one_device(mask, tokens, inputs(**shapes), mesh, how("usp"), dtype=dtype, **options)
+    assert_equals_one_device(mask, tokens, inputs(**shapes), mesh, how(strategy), dtype=dtype, **options)
 
 
 def test_documents_that_are_bounded_are_a_window():
@@ -418,6 +422,12 @@ REFUSALS = [
         masks.per_head(masks.causal(), masks.full()),
         dict(inner_degree=2),
         "splits the heads, and the mask .* differs between",
+    ),
+    (
+        "double_ring",
+        masks.causal(),
+        {},
+        r"needs two mesh axes .* name two in AttentionSharding\(sequence=...\), or use ring",
     ),
 ]
 

@@ -10,6 +10,7 @@ import pytest
 
 from longctx import AttentionSharding, MeshConfig, make_mesh, masks
 from longctx.context_parallel import Layout, sharded_attention, sharded_schedule
+from longctx.context_parallel import double_ring as double_ring_module
 from longctx.context_parallel import ring as ring_module
 from longctx.context_parallel.config import STRATEGIES
 from pallas_kernels import BlockSizes, Tokens
@@ -123,16 +124,20 @@ Q_BYTES, OUT_BYTES = ROWS * HEADS * KEY_DIM * 4, ROWS * HEADS * VALUE_DIM * 4
                 ("collective-permute", own * KV_BYTES): 1 + 2 + 1,
             },
         ),
+        # As many as of a ring of four.
+        ("double_ring", "zigzag", CAUSAL, lambda own: {("collective-permute", own * KV_BYTES): 3 * DEGREE - 2}),
+        # Contiguous, one device back is one place back or, over the end of a group, one group and one place.
+        ("double_ring", "contiguous", WINDOW, lambda own: {("collective-permute", own * KV_BYTES): 2 + 3 + 2}),
         ("halo", "contiguous", WINDOW, lambda own: {("collective-permute", 20 * KV_BYTES): 3}),
         ("halo", "zigzag", WINDOW, lambda own: {("collective-permute", 20 * KV_BYTES): 6}),
     ],
 )
 def test_the_compiled_program_sends_what_the_formula_says(strategy, layout, mask, formula):
     length = 1024
-    inner = 2 if strategy == "usp" else None
+    inner = 2 if strategy in ("usp", "double_ring") else None
     sharding = AttentionSharding(strategy=strategy, layout=LAYOUTS[layout], inner_degree=inner)
     program = lowered(sharding, mask, length=length).compile().as_text()
-    found = collectives(program, inner or DEGREE)  # of permutes it needs no number
+    found = collectives(program, inner if strategy == "usp" else DEGREE)  # of permutes it needs no number
     assert found["floats"] == formula(length // DEGREE) == stated(sharding, mask, length=length)
     # Positions and segment ids of the keys, once: of all, or of those that travel. One row here.
     integers = found["integers"]
@@ -148,7 +153,7 @@ def test_the_compiled_program_sends_what_the_formula_says(strategy, layout, mask
     # What the hops that are left out rest on: two tokens of each run.
     assert sum(num_bytes * count for (_, num_bytes), count in integers.items()) <= 64 * DEGREE
     assert f"{length},{length}" not in program
-    if strategy in ("ring", "halo"):
+    if strategy in ("ring", "double_ring", "halo"):
         assert not re.search(rf"f32\[[\d,]*\b{length}\b", program), "floats that hold the whole sequence"
 
 
@@ -164,6 +169,8 @@ def test_a_halo_is_as_large_as_the_window_whatever_the_sequence():
     [
         ("usp", "zigzag", CAUSAL, 8),
         ("usp", "contiguous", WINDOW, 8),
+        ("double_ring", "zigzag", CAUSAL, 8),
+        ("double_ring", "contiguous", WINDOW, 8),
         ("ring", "contiguous", CAUSAL, 2),
         ("ring", "striped", WINDOW, 8),
         ("ring", "zigzag", WINDOW, 8),
@@ -177,8 +184,10 @@ def test_a_halo_is_as_large_as_the_window_whatever_the_sequence():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transfers_are_the_collectives_of_the_program(strategy, layout, mask, degree, dtype, monkeypatch):
     """Of the program before it is compiled, which has the dtypes: XLA's CPU compiler widens bfloat16 permutes."""
-    monkeypatch.setattr(ring_module, "MAX_UNROLLED_HOPS", degree)  # every hop is written out, none is in a loop
-    inner = 2 if strategy == "usp" else None
+    # Every hop is written out, none is in a loop.
+    monkeypatch.setattr(ring_module, "MAX_UNROLLED_HOPS", degree)
+    monkeypatch.setattr(double_ring_module, "MAX_UNROLLED_ROUNDS", degree)
+    inner = 2 if strategy in ("usp", "double_ring") else None
     sharding = AttentionSharding(strategy=strategy, layout=LAYOUTS[layout], inner_degree=inner)
     program = lowered(sharding, mask, degree=degree, length=96, dtype=dtype).as_text()
     kinds = "collective_permute|all_gather|all_to_all|reduce_scatter"

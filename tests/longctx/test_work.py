@@ -72,6 +72,13 @@ def test_strategies_share_the_same_pairs(layout):
     np.testing.assert_array_equal(areas("usp", inner_degree=2), by_hop(of_groups).repeat(2, axis=0) // 2)
     np.testing.assert_array_equal(areas("usp", inner_degree=4), areas("ulysses"))
     np.testing.assert_array_equal(areas("usp", inner_degree=1), areas("ring"))
+    # Rounds of groups of two: own group, own and the other's place, then the same of the group before.
+    place = [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]]
+    np.testing.assert_array_equal(
+        areas("double_ring", inner_degree=2), np.take_along_axis(pairs, np.array(place), axis=1)
+    )
+    np.testing.assert_array_equal(areas("double_ring", inner_degree=1), areas("ring"))
+    np.testing.assert_array_equal(areas("double_ring", inner_degree=4), areas("ring"))
 
 
 def test_queries_and_keys_of_other_lengths():

@@ -19,7 +19,7 @@ LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout, strategy
     ((1, 2, 2, 2, 1), "contiguous", "halo"),
     ((1, 1, 1, 8, 1), "striped", "all_gather"),
     ((2, 1, 1, 2, 2), "zigzag", "ulysses"),
-    ((1, 1, 2, 2, 2), "striped", "ring"),
+    ((1, 1, 2, 2, 2), "striped", "double_ring"),
     ((2, 1, 2, 2, 1), "zigzag", "usp"),
     ((1, 4, 1, 1, 2), "zigzag", "ring"),
     ((2, 1, 1, 4, 1), "contiguous", "ring"),

@@ -12,10 +12,9 @@ from longctx.mixers.registry import MixerConfig
 from pallas_kernels import BlockSizes
 from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, XLA_TILES
 from train.devices import DeviceSpec
+from train.planning.cost import BACKWARD_MATMULS
 from train.planning.program import Run
 from train.planning.timeline import OpCall
-
-_BACKWARD_MATMULS = 5 / 2  # of a tile, over those of the forward pass
 
 
 class AttentionWork:
@@ -49,7 +48,7 @@ class AttentionWork:
         return {name: imbalance(self._tiles(mixer, "forward")) for name, mixer in mixers.items()}
 
     def _call(self, mixer: MixerConfig, phase: str, spec: DeviceSpec) -> OpCall:
-        flops = self._forward_flops(mixer, phase) * (1.0 if phase == "forward" else _BACKWARD_MATMULS)
+        flops = self._forward_flops(mixer, phase) * (1.0 if phase == "forward" else BACKWARD_MATMULS)
         speed = spec.attention_flops(self._implementation(phase), phase)
         return OpCall(seconds=flops.max(axis=0) / speed, flops=flops.mean(axis=0))
 

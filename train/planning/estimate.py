@@ -13,6 +13,7 @@ import numpy as np
 from longctx.context_parallel.traffic import Transfer
 from longctx.model import flops_by_part
 from train.devices import DeviceSpec
+from train.planning.cost import compute_beside
 from train.planning.links import Links, Place
 from train.planning.program import Run
 from train.planning.target import GPUS_A_HOST
@@ -72,7 +73,7 @@ def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
         devices = _ring_pairs(run, transfer) if is_permute else _ring_group(run, transfer)
         seconds, where = links.seconds(transfer.kind, transfer.num_bytes, devices)
         call = calls[name, "backward" if phase == "backward" else "forward"]
-        beside = call.seconds if transfer.beside_compute else np.zeros(1)
+        beside = compute_beside(transfer, call.seconds)
         hops.append(
             Collective(
                 kind=transfer.kind,
@@ -168,9 +169,9 @@ def _ring_group(run: Run, transfer: Transfer) -> list[list[int]]:
 
 
 def _ring_pairs(run: Run, transfer: Transfer) -> list[tuple[int, int]]:
-    """Who sends to whom in a permute from neighbour to neighbour, of devices or of groups."""
+    """Who sends to whom in a permute from neighbour to neighbour, of devices, inside a group or of groups."""
     shape = run.mesh.shape
-    size, stride = run.ring_size, shape["tensor"]
+    size, stride = shape["context_inner"] if transfer.level == "inner" else run.ring_size, shape["tensor"]
     step = shape["context_inner"] if transfer.level == "outer" else 1
     if run.target.spec is None or run.target.spec.link != "switch":
         return [(0, step * stride)]

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from longctx.context_parallel import AttentionSharding
-from longctx.context_parallel.traffic import PHASES
 from longctx.mixers.registry import MixerConfig
 from longctx.model import ModelConfig
 from longctx.sharding import ACTIVATION_AXES, CONTEXT_AXES, PARAMETER_AXES
+from train.planning.cost import held_bytes
 from train.state import TrainState
 
 _BATCH_BYTES_OF_TOKEN = 5 * 4  # tokens, targets, positions, segment_ids: int32; loss_weights: float32
@@ -201,8 +201,7 @@ def _context_parallelism(
             sharding=sharding,
             dtype=model.dtype,
         )
-        largest = {phase: max((t.num_bytes for t in transfers if t.phase == phase), default=0) for phase in PHASES}
-        return 2 * sum(largest.values())
+        return held_bytes(transfers)
 
     masks = {mixer.mask for mixer in model.mixers.values()} - {None}
     return max(map(buffers, model.mixers.values())) + len(masks) * 8 * shard.tokens * degree

@@ -69,6 +69,8 @@ class Links:
         if hosts == 1:
             return latency + num_bytes / inside, "inside a host"
         network = (self._spec.network_gb_per_s or self._spec.link_gb_per_s) * 1e9
+        if self._spec.network_latency_us is not None:
+            latency = self._spec.network_latency_us * 1e-6
         if kind == "collective-permute":
             return latency + num_bytes / network, "network"
         # What crosses hosts is shared by the adapters of the group's devices on a host.

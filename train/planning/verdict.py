@@ -37,7 +37,7 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
     problems += _unexpected_hops(run, plan)
     for name, uneven in plan.imbalance.items():
         if uneven > _UNEVEN:
-            layout = run.config.context_parallel.layout
+            layout = run.config.context_parallel.placement.name
             notes.append(
                 f"{name}: the {layout} layout makes attention {uneven:.2f} times as slow as even work would"
                 + ("; try context_parallel.layout=zigzag or striped" if layout == "contiguous" else "")
@@ -111,7 +111,7 @@ def _exposed_hops(plan: Plan, up_front: Sequence[Collective]) -> list[str]:
 
 def _sent_up_front(run: Run, plan: Plan) -> list[Collective]:
     """Of strategies that send everything before they compute, or after, and so can hide little."""
-    stated = [transfer for _, transfer, _, _ in expected_transfers(run) if not transfer.beside_compute]
+    stated = [transfer for _, transfer, _, _ in expected_transfers(run) if not transfer.beside_calls]
     kinds = {(transfer.kind, transfer.num_bytes) for transfer in stated}
     return [c for c in plan.collectives if c.is_hop and (c.kind, c.num_bytes) in kinds]
 

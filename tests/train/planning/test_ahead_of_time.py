@@ -191,6 +191,20 @@ def test_a_formula_counts_both_levels_of_usp():
     assert len(inside) == len(between) == 1 and inside != between
 
 
+def test_a_formula_counts_both_levels_of_a_double_ring():
+    """Only what goes from host to host takes the network, beside eight hops."""
+    whole = config(16, context_outer=2, context_inner=8)
+    run = dataclasses.replace(whole, context_parallel=ContextParallelConfig(strategy="double_ring"))
+    target = named_target("h100:16", device_table())
+    plan = make_plan(run, target, by_formula=True, console=Console(file=io.StringIO()))
+    assert sent(plan) == stated("h100:16", run)
+    hops = [c for c in plan.collectives if c.is_hop]
+    assert {c.kind for c in hops} == {"collective-permute"}
+    forward = {c.links: c for c in hops if c.phase == "forward" and c.part == "far mixer"}
+    assert forward["inside a host"].count == 14 * forward["network"].count
+    assert forward["network"].overlapped > 7 * forward["inside a host"].overlapped
+
+
 def ring_with_the_usual_mistakes(self, setting, q, k, v, tokens, schedule, **options):
     """Keys and values travel apart, only after the compute, and once more than needed."""
     size, axes = setting.degree, setting.axes
