@@ -3,6 +3,13 @@
 from longctx.context_parallel.api import AnySchedule, sharded_attention, sharded_schedule
 from longctx.context_parallel.balance import Work, work
 from longctx.context_parallel.config import AttentionSharding, ContextParallelConfig
+from longctx.context_parallel.convolution import (
+    ConvolutionShape,
+    continued_convolution,
+    convolution_of_context,
+    empty_recent,
+    sharded_short_convolution,
+)
 from longctx.context_parallel.inference import (
     PrefillPlan,
     cache_degree,
@@ -36,6 +43,7 @@ __all__ = [
     "AnySchedule",
     "AttentionSharding",
     "ContextParallelConfig",
+    "ConvolutionShape",
     "KVCache",
     "Layout",
     "LinearCache",
@@ -45,10 +53,13 @@ __all__ = [
     "PrefillPlan",
     "Work",
     "cache_degree",
+    "continued_convolution",
+    "convolution_of_context",
     "empty_cache",
     "empty_linear_cache",
     "empty_moba_cache",
     "empty_nsa_cache",
+    "empty_recent",
     "new_nsa_blocks",
     "prefill_schedule",
     "sharded_attention",
@@ -64,5 +75,6 @@ __all__ = [
     "sharded_prefill",
     "sharded_schedule",
     "sharded_selected_attention",
+    "sharded_short_convolution",
     "work",
 ]

@@ -1,7 +1,6 @@
 """The `mamba2` mixer: a state space layer whose decay each token chooses, in its dual form as linear attention."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -16,9 +15,8 @@ from longctx.mixers.registry import register
 from longctx.norms import RMSNorm
 from longctx.projections import projection
 from longctx.sharding import constrain
+from longctx.step_decay import StepDecay, check_dt_range
 from pallas_kernels import Implementation
-
-_RATES = 1.0, 16.0  # what -a is drawn from, uniformly
 
 
 class Mamba2(RecurrentLayer):
@@ -77,28 +75,17 @@ class Mamba2(RecurrentLayer):
         self.b = projection(dim, (num_groups, state_dim), logical_axes=group_axes, **kwargs)
         self.u = projection(dim, (num_heads, head_dim), logical_axes=head_axes, **kwargs)
         self.z = projection(dim, (num_heads, head_dim), logical_axes=head_axes, **kwargs)
-        self.dt = projection(dim, num_heads, logical_axes=("embed", "heads"), **kwargs)
+        self.decay = StepDecay(dim, num_heads, dt_range=dt_range, **kwargs)
         self.out = projection(
             (num_heads, head_dim), dim, logical_axes=("heads", "head_dim", "embed"), init_scale=out_init_scale, **kwargs
         )
-
-        def of_heads(values):
-            return nnx.Param(values.astype(param_dtype), logical_axes=("heads",))
-
-        low, high = (math.log(dt) for dt in dt_range)
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (num_heads,), minval=low, maxval=high))
-        self.dt_bias = of_heads(dt + jnp.log(-jnp.expm1(-dt)))  # softplus of it is dt
-        rates = jax.random.uniform(rngs.params(), (num_heads,), minval=_RATES[0], maxval=_RATES[1])
-        self.a_log = of_heads(jnp.log(rates))
-        self.skip = of_heads(jnp.ones((num_heads,)))
+        self.skip = nnx.Param(jnp.ones((num_heads,), param_dtype), logical_axes=("heads",))
         self.norm = RMSNorm(num_heads * head_dim, eps=norm_eps, param_dtype=param_dtype)
 
-    def _inputs(self, x_BTD, positions_BT, depth):
+    def _inputs(self, x_BTD, positions_BT, depth, convolve):
         b_BTKH, c_BTKH = (constrain(p(x_BTD), "batch", "sequence", "kv_heads", None) for p in (self.b, self.c))
         u_BTNV = constrain(self.u(x_BTD), "batch", "sequence", "heads", None)
-        dt_BTN = jax.nn.softplus(self.dt(x_BTD).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        dt_BTN = constrain(dt_BTN, "batch", "sequence", "heads")
-        decay_BTN = -jnp.exp(self.a_log[...].astype(jnp.float32)) * dt_BTN
+        dt_BTN, decay_BTN = self.decay(x_BTD)
         v_BTNV = (dt_BTN[..., None] * u_BTNV.astype(jnp.float32)).astype(self.dtype)
         return LinearInputs(q=c_BTKH, k=b_BTKH, v=v_BTNV, decay=decay_BTN, skipped=u_BTNV)
 
@@ -133,11 +120,7 @@ class Mamba2Config(RecurrentConfig):
     def __post_init__(self):
         _check_groups(self.num_heads, self.num_groups)
         check_sizes(self, "state_dim", "head_dim")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(
-                f"dt_min: got {self.dt_min} with dt_max={self.dt_max}, wanted 0 < dt_min <= dt_max; 0.001 and 0.1 are "
-                "customary"
-            )
+        check_dt_range(self.dt_min, self.dt_max)
 
     def state(self, dim: int) -> StateShape:
         return StateShape(

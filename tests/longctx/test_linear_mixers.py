@@ -123,8 +123,8 @@ def formula(name, layer, x, positions, segment_ids):
     time = positions[:, :, None, None].astype(jnp.float32)
     if name == "mamba2":
         c, b, u, z = (project(linear) for linear in (layer.c, layer.b, layer.u, layer.z))
-        dt = jnp.logaddexp(x @ layer.dt.kernel[...] + layer.dt_bias[...], 0.0)
-        o = attend(c, b, dt[..., None] * u, -jnp.exp(layer.a_log[...]) * dt, scale=1.0)
+        dt, decay = step_decay(layer.decay, x)
+        o = attend(c, b, dt[..., None] * u, decay, scale=1.0)
         o = (o + layer.skip[...][:, None] * u) * silu(z)
         return out(rms(o, (-2, -1)) * layer.norm.scale[...].reshape(o.shape[2:]))
     q, k, v = project(layer.q), project(layer.k), project(layer.v)
@@ -306,7 +306,7 @@ def test_options_of_linear_reach_the_layer():
 def test_mamba2_starts_with_steps_and_rates_in_their_ranges():
     config = Mamba2Config(num_heads=64, state_dim=4, head_dim=2, dt_min=0.01, dt_max=0.02)
     layer = jax.jit(lambda: config.build(DIM, rngs=nnx.Rngs(0)))()
-    steps, rates = jax.nn.softplus(layer.dt_bias[...]), jnp.exp(layer.a_log[...])
+    steps, rates = jax.nn.softplus(layer.decay.dt_bias[...]), jnp.exp(layer.decay.a_log[...])
     assert jnp.all((steps > 0.0099) & (steps < 0.0201)) and jnp.std(steps) > 0.001
     assert jnp.all((rates > 0.99) & (rates < 16.1)) and jnp.std(rates) > 2
     assert jnp.all(layer.skip[...] == 1)
