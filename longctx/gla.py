@@ -1,4 +1,4 @@
-"""Gated linear attention as a layer: a decay for each dim of the keys that each token chooses by a matrix of low rank."""
+"""Gated linear attention as a layer: for each dim of the keys a decay that each token chooses, by a low-rank matrix."""
 
 import math
 

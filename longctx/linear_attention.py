@@ -46,7 +46,7 @@ Depth = float | Float[Array, ""]
 """Where a layer stands in its model: 0 the first, 1 the last."""
 
 Convolve = Callable[[Sequence[jax.Array], Sequence[jax.Array]], tuple[jax.Array, ...]]
-"""(arrays `[B, T, heads, dims]`, kernels `[W, heads, dims]`) -> the arrays convolved along T with what precedes them."""
+"""(arrays `[B, T, heads, dims]`, kernels `[W, heads, dims]`) -> the arrays, convolved along T with what came before."""
 
 _GATES = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu}
 _COUNTED_CHUNK = 64  # tokens, whatever the implementation takes, so that MFU compares

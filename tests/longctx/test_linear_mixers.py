@@ -13,12 +13,16 @@ from flax import nnx
 from longctx import (
     AttentionConfig,
     Block,
+    DeltaConfig,
+    GatedDeltaConfig,
+    GlaConfig,
     LightningConfig,
     LinearAttention,
     LinearConfig,
     Mamba2Config,
     MeshConfig,
     ModelConfig,
+    ReglaConfig,
     RetentionConfig,
     TransformerLM,
     make_mesh,
@@ -41,6 +45,12 @@ CONFIGS = {
     "lightning": LightningConfig(num_heads=4, num_qk_heads=2),
     "lrpe": LightningConfig(num_heads=2, slopes="linear", lrpe=True, gate="identity", head_dim=4),
     "mamba2": Mamba2Config(num_heads=4, num_groups=2, state_dim=6, head_dim=5),
+    "gla": GlaConfig(num_heads=2, value_dim=6, gate_rank=3, gate_temperature=4.0),
+    "gla_conv": GlaConfig(num_heads=2, head_dim=3, gate_rank=3, conv_size=2),
+    "regla": ReglaConfig(num_heads=2, gate_rank=3),
+    "delta": DeltaConfig(num_heads=4, num_qk_heads=2, head_dim=6, value_dim=5),
+    "dpfp": DeltaConfig(num_heads=2, feature_map="dpfp", dpfp_order=2, qk_norm="sum", conv_size=None, gate=True),
+    "gated_delta": GatedDeltaConfig(num_heads=4, num_qk_heads=2, head_dim=6, value_dim=5, conv_size=3),
 }
 
 
@@ -100,6 +110,44 @@ def sum_over_past(q, k, v, log_decay, segment_ids, *, scale, normalize=False):
     return jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total)) if normalize else out
 
 
+def token_by_token(q, k, v, log_decay, beta, segment_ids, *, scale):
+    """The state of each document from its first token on; log_decay `[B, T, N, H]`, beta None to add."""
+    q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    begins = jnp.concatenate([jnp.ones_like(same[:, :1]), ~same], axis=1)
+
+    def step(state, token):
+        q, k, v, log_decay, beta, begins = token
+        state = jnp.exp(log_decay)[..., None] * jnp.where(begins[:, None, None, None], 0.0, state)
+        written = v if beta is None else beta[..., None] * (v - jnp.einsum("bnhv,bnh->bnv", state, k))
+        state = state + jnp.einsum("bnh,bnv->bnhv", k, written)
+        return state, scale * jnp.einsum("bnhv,bnh->bnv", state, q)
+
+    log_decay = jnp.broadcast_to(log_decay, k.shape)
+    along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, beta, begins))
+    first = jnp.zeros((q.shape[0], *k.shape[2:], v.shape[3]))
+    return jnp.moveaxis(jax.lax.scan(step, first, along)[1], 0, 1)
+
+
+def convolution(x, taps, segment_ids):
+    """sum_s taps[W - 1 - (t - s)] x[s] over the last W tokens s <= t of t's document."""
+    index, width = jnp.arange(x.shape[1]), len(taps)
+    apart = index[:, None] - index[None, :]
+    seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (apart >= 0) & (apart < width)
+    weights = jnp.where(seen[..., None, None], taps[jnp.clip(width - 1 - apart, 0, width - 1)], 0.0)
+    return jnp.einsum("btsnh,bsnh->btnh", weights, x)
+
+
+def step_decay(decay, x):
+    dt = jnp.logaddexp(x @ decay.dt.kernel[...] + decay.dt_bias[...], 0.0)
+    return dt, -jnp.exp(decay.a_log[...]) * dt
+
+
+def gate(low_rank, x):
+    logit = jnp.einsum("btr,rnh->btnh", x @ low_rank.down.kernel[...], low_rank.up.kernel[...])
+    return 1 / (1 + jnp.exp(-logit - low_rank.bias[...]))
+
+
 def rms(x, axes):
     return x / jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True) + 1e-6)
 
@@ -114,8 +162,8 @@ def formula(name, layer, x, positions, segment_ids):
     def project(linear):
         return jnp.einsum("btd,dnh->btnh", x, linear.kernel[...])
 
-    def out(o):
-        return jnp.einsum("btnv,nvd->btd", o, layer.out.kernel[...])
+    def out(o, last=None):
+        return jnp.einsum("btnv,nvd->btd", o, (last or layer.out).kernel[...])
 
     def attend(q, k, v, log_decay=0.0, **kwargs):
         return sum_over_past(q, k, v, log_decay, segment_ids, **kwargs)
@@ -127,6 +175,36 @@ def formula(name, layer, x, positions, segment_ids):
         o = attend(c, b, dt[..., None] * u, decay, scale=1.0)
         o = (o + layer.skip[...][:, None] * u) * silu(z)
         return out(rms(o, (-2, -1)) * layer.norm.scale[...].reshape(o.shape[2:]))
+    if hasattr(layer, "qkv"):
+        parts = [project(linear) for linear in (layer.qkv.q, layer.qkv.k, layer.qkv.v)]
+        if layer.qkv.q_conv is not None:
+            convs = layer.qkv.q_conv, layer.qkv.k_conv, layer.qkv.v_conv
+            parts = [silu(convolution(a, conv.taps[...], segment_ids)) for a, conv in zip(parts, convs, strict=True)]
+        q, k, v = parts
+        log_decay, beta, scale = jnp.zeros(()), None, 1.0
+        if name.startswith("gla"):
+            log_decay, scale = jnp.log(gate(layer.decay, x)) / {"gla": 4.0, "gla_conv": 16.0}[name], q.shape[3] ** -0.5
+        elif name == "regla":
+            q, k = (jnp.exp(a - a.max(axis=3, keepdims=True)) for a in (q, k))
+            g, r = gate(layer.decay, x), gate(layer.refinement, x)
+            log_decay, scale = jnp.log((1 - r) * g**2 + r * (1 - (1 - g) ** 2)), (4 * (np.e**4 - np.e**2)) ** -0.5
+        else:
+            beta = 1 / (1 + jnp.exp(-x @ layer.beta.kernel[...]))
+            if name == "dpfp":
+
+                def features(a):
+                    r = jnp.maximum(jnp.concatenate([a, -a], axis=3), 0)
+                    products = jnp.stack([r[..., j] * r[..., j - i] for i in (1, 2) for j in range(16)], axis=3)
+                    return products / (products.sum(axis=3, keepdims=True) + 1e-6)
+
+                q, k = features(q), features(k)
+            else:
+                q, k = (a / jnp.sqrt((a**2).sum(axis=3, keepdims=True) + 1e-6) for a in (q, k))
+            if name == "gated_delta":
+                log_decay = step_decay(layer.decay, x)[1][..., None]
+        o = token_by_token(q, k, v, log_decay, beta, segment_ids, scale=scale)
+        o = rms(o, (-1,)) * layer.output.norm.scale[...]
+        return out(o if name == "delta" else o * silu(project(layer.output.gate)), layer.output.out)
     q, k, v = project(layer.q), project(layer.k), project(layer.v)
     if name == "linear":
         q, k = (jnp.where(a < 0, jnp.exp(jnp.minimum(a, 0.0)), a + 1) for a in (q, k))
@@ -161,7 +239,7 @@ def formula(name, layer, x, positions, segment_ids):
     return out(rms(o, (-2, -1)) / (1 + jnp.exp(-project(layer.gate))))
 
 
-@some_slow("linear", "retention", "lightning", "mamba2")
+@some_slow("linear", "retention", "lightning", "mamba2", "regla", "gated_delta")
 def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     """In packed documents; then one document is changed, and the others must not notice."""
     layer, x, (positions, segment_ids) = build(CONFIGS[name]), tokens(), documents()
@@ -193,7 +271,7 @@ def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     assert not np.allclose(other[0, 30], got[0][0, 30])
 
 
-@some_slow("mamba2")
+@some_slow("mamba2", "gated_delta")
 def test_decoding_equals_one_call(name):
     """By one piece longer than a chunk, by single steps and by a short piece."""
     layer, x, depth = build(CONFIGS[name]), tokens(), depth_of(name)
@@ -317,13 +395,18 @@ def test_flops_count_the_matrices_and_the_chunks(name):
     config, lengths = CONFIGS[name], np.array([130, 1, 64])
     layer = abstract(config)
     matrices = sum(
-        leaf.size for leaf in jax.tree.leaves(layer) if DIM in (leaf.shape[0], leaf.shape[-1]) and leaf.ndim > 1
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(layer)
+        if leaf.ndim > 1 and "kernel" in jax.tree_util.keystr(path)
     )
+    taps = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(layer) if "taps" in jax.tree_util.keystr(path))
     state, index = config.state(DIM), np.arange(130)
     pairs = ((index[:, None] >= index) & (index[:, None] // 64 == index // 64)).sum() + 1 + 64 * 65 // 2
     columns = state.value_dim + state.normalize
-    attention = state.num_heads * (4 * 195 * state.key_dim * columns + 2 * pairs * (state.key_dim + columns))
-    assert config.flops_by_part(DIM, lengths) == {"projections": 2 * 195 * matrices, "attention": attention}
+    of_states, of_pairs = (6, 4) if state.delta_rule else (4, 2)
+    attention = of_states * 195 * state.key_dim * columns + of_pairs * pairs * (state.key_dim + columns)
+    wanted = {"projections": 2 * 195 * matrices, "attention": state.num_heads * attention}
+    assert config.flops_by_part(DIM, lengths) == wanted | ({"convolutions": 2 * 195 * taps} if taps else {})
     assert config.mask is None
 
 
@@ -444,7 +527,9 @@ def test_every_mixer_of_a_state_is_tested_here():
     assert kinds == {config.kind for config in CONFIGS.values()}
 
 
-@pytest.mark.parametrize("config", [LinearConfig, RetentionConfig, LightningConfig, Mamba2Config], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "config", sorted({type(config) for config in CONFIGS.values()}, key=lambda c: c.kind), ids=lambda c: c.kind
+)
 def test_every_option_is_documented(config):
     text = "".join(inspect.getsource(base) for base in config.__mro__ if dataclasses.is_dataclass(base))
     for field in dataclasses.fields(config):
@@ -512,6 +597,18 @@ def test_layer_refuses(kwargs, message):
         (Mamba2Config, dict(num_heads=4, num_groups=0), r"num_groups: got 0, wanted a number >= 1"),
         (Mamba2Config, dict(num_heads=4, state_dim=0), r"state_dim: got 0, wanted null or a number of dims >= 1"),
         (Mamba2Config, dict(num_heads=4, dt_min=0.2), r"dt_min: got 0.2 with dt_max=0.1, wanted 0 < dt_min <= dt_max"),
+        (GlaConfig, dict(num_heads=0), r"num_heads: got 0, wanted a number >= 1"),
+        (GlaConfig, dict(num_heads=4, gate_rank=0), r"gate_rank: got 0, wanted null or a number of dims >= 1"),
+        (GlaConfig, dict(num_heads=4, gate_temperature=0.0), r"gate_temperature: got 0.0, wanted a number > 0; 16 is"),
+        (GlaConfig, dict(num_heads=4, conv_size=1), r"conv_size: got 1, wanted null or a number of tokens >= 2; 4 is"),
+        (ReglaConfig, dict(num_heads=4, head_dim=0), r"head_dim: got 0, wanted null or a number of dims >= 1"),
+        (DeltaConfig, dict(num_heads=4, num_qk_heads=3), r"num_qk_heads: got 3, wanted a divisor of num_heads=4"),
+        (DeltaConfig, dict(num_heads=4, feature_map="dpfp"), r"dpfp_order: got None with feature_map=dpfp, wanted a"),
+        (DeltaConfig, dict(num_heads=4, dpfp_order=1), r"dpfp_order: got 1 with feature_map=identity, which has none;"),
+        (DeltaConfig, dict(num_heads=4, qk_norm="sum"), r"qk_norm: got sum with features that may be neg.* .dpfp"),
+        (DeltaConfig, dict(num_heads=4, conv_size=0), r"conv_size: got 0, wanted null or a number of tokens >= 2"),
+        (GatedDeltaConfig, dict(num_heads=4, value_dim=0), r"value_dim: got 0, wanted null or a number of dims >= 1"),
+        (GatedDeltaConfig, dict(num_heads=4, dt_min=0.0), r"dt_min: got 0.0 with dt_max=0.1, wanted 0 < dt_min <="),
     ],
 )  # fmt: skip
 def test_config_refuses(config, kwargs, message):
