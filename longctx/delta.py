@@ -18,7 +18,7 @@ from longctx.short_convolution import QKV
 from longctx.step_decay import StepDecay
 from pallas_kernels import Implementation
 
-QKNorm = Literal["l2", "sum"]
+FeatureNorm = Literal["l2", "sum"]
 """`l2`: a query or key has length 1. `sum`: its features, none of them negative, add up to 1."""
 
 _IDENTITY = Pointwise("identity")
@@ -42,7 +42,7 @@ class DeltaNet(RecurrentLayer):
       head_dim: Dims of a query and key before the map. Default dim / N.
       value_dim: Dims of a value. Default dim / N.
       feature_map: phi.
-      qk_norm: Of the features.
+      feature_norm: Of the features.
       decay: Whether states decay too.
       gate: Whether a projection of x multiplies the result.
       conv_size: Tokens of short convolutions of q, k and v; None leaves them out.
@@ -54,7 +54,7 @@ class DeltaNet(RecurrentLayer):
       implementation, sharding: As of `RecurrentLayer`. Kernels serve few sizes of features: others fall to XLA.
       rngs: Source of the initial values: matrices truncated normal, standard deviation 1 / sqrt(fan_in).
 
-    Raises: ValueError where the numbers of heads and dims do not divide, or qk_norm is `sum` of a map with signs.
+    Raises: ValueError where the numbers of heads and dims do not divide, or feature_norm is `sum` of a map with signs.
     Memory: O(B T (N V + K H)) for a call; a state is B N H V.
     Reference: Schlag et al., Linear Transformers Are Secretly Fast Weight Programmers, arXiv:2102.11174, section 4 (the
       rule, and sums); Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv:2406.06484, section 3.3
@@ -70,7 +70,7 @@ class DeltaNet(RecurrentLayer):
         head_dim: int | None = None,
         value_dim: int | None = None,
         feature_map: FeatureMap = _IDENTITY,
-        qk_norm: QKNorm = "l2",
+        feature_norm: FeatureNorm = "l2",
         decay: bool = False,
         gate: bool = False,
         conv_size: int | None = 4,
@@ -83,7 +83,7 @@ class DeltaNet(RecurrentLayer):
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
-        check_qk_norm(feature_map, qk_norm)
+        check_feature_norm(feature_map, feature_norm)
         num_qk_heads = num_heads if num_qk_heads is None else num_qk_heads
         check_qk_heads(num_heads, num_qk_heads)
         sizes = StateShape(
@@ -104,7 +104,7 @@ class DeltaNet(RecurrentLayer):
             implementation=implementation,
             sharding=sharding,
         )
-        self.qkv, self.feature_map, self.qk_norm = qkv, feature_map, qk_norm
+        self.qkv, self.feature_map, self.feature_norm = qkv, feature_map, feature_norm
         self.beta = projection(dim, num_heads, logical_axes=("embed", "heads"), **kwargs)
         self.decay = StepDecay(dim, num_heads, dt_range=dt_range, **kwargs) if decay else None
         self.output = GatedOutput(
@@ -126,7 +126,7 @@ class DeltaNet(RecurrentLayer):
 
     def _normalized(self, features: jax.Array) -> jax.Array:
         x = features.astype(jnp.float32)
-        match self.qk_norm:
+        match self.feature_norm:
             case "l2":
                 x = x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
             case "sum":
@@ -134,10 +134,10 @@ class DeltaNet(RecurrentLayer):
         return constrain(x.astype(features.dtype), "batch", "sequence", "kv_heads", None)
 
 
-def check_qk_norm(feature_map: FeatureMap, qk_norm: QKNorm) -> None:
+def check_feature_norm(feature_map: FeatureMap, feature_norm: FeatureNorm) -> None:
     """Raises ValueError where features that may be negative are to be divided by their sum."""
-    if qk_norm == "sum" and not feature_map.is_positive:
+    if feature_norm == "sum" and not feature_map.is_positive:
         raise ValueError(
-            "qk_norm: got sum with features that may be negative, and so their sum near zero; wanted l2, or a positive "
+            "feature_norm: got sum with features that may be negative, and so their sum near zero; wanted l2, or a positive "
             "feature map (dpfp, elu1, relu)"
         )

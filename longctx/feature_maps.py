@@ -165,7 +165,7 @@ class DPFP(FeatureMap):
 
 @dataclasses.dataclass(frozen=True)
 class NormalizedExponential(FeatureMap):
-    """ReGLA: the exponential relative to a head's greatest dim, so that no feature is above 1.
+    """After ReGLA: the exponential relative to a head's greatest dim, so that no feature is above 1.
 
     phi(x) = exp(x - max_i x_i)
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from longctx.context_parallel import ConvolutionShape
-from longctx.delta import DeltaNet, QKNorm, check_qk_norm
+from longctx.delta import DeltaNet, FeatureNorm, check_feature_norm
 from longctx.feature_maps import DPFP, FeatureMap, Pointwise
 from longctx.linear_attention import StateShape, check_qk_heads, dims_of_head
 from longctx.mixers.recurrent import RecurrentConfig, check_conv_size, check_sizes
@@ -17,7 +17,7 @@ from longctx.short_convolution import convolution_shape
 class DeltaConfig(RecurrentConfig):
     """The delta rule within documents, without decay: `DeltaNet`.
 
-    The defaults are DeltaNet's; feature_map=dpfp, qk_norm=sum and conv_size=null make the fast weight programmer.
+    The defaults are DeltaNet's; feature_map=dpfp, feature_norm=sum and conv_size=null make the fast weight programmer.
     Reference: Schlag et al., arXiv:2102.11174, section 4; Yang et al., arXiv:2406.06484, section 3.3.
     """
 
@@ -32,7 +32,7 @@ class DeltaConfig(RecurrentConfig):
     max(x, 0); `dpfp` products of neighbouring dims of [relu(x), relu(-x)], of 2 dpfp_order times the dims."""
     dpfp_order: int | None = None
     """How far apart the dims that `dpfp` multiplies may stand, at least 1. Null for the other maps."""
-    qk_norm: QKNorm = "l2"
+    feature_norm: FeatureNorm = "l2"
     """`l2`: queries and keys have length 1; `sum`: their features, of a positive map, add up to 1."""
     conv_size: int | None = 4
     """Tokens that a short convolution of queries, keys and values reads, itself among them; null leaves it out."""
@@ -51,7 +51,7 @@ class DeltaConfig(RecurrentConfig):
             raise ValueError(
                 f"dpfp_order: got {self.dpfp_order} with feature_map={self.feature_map}, which has none; leave it out"
             )
-        check_qk_norm(self.map, self.qk_norm)
+        check_feature_norm(self.map, self.feature_norm)
 
     @property
     def map(self) -> FeatureMap:
@@ -89,7 +89,7 @@ class DeltaConfig(RecurrentConfig):
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             feature_map=self.map,
-            qk_norm=self.qk_norm,
+            feature_norm=self.feature_norm,
             gate=self.gate,
             conv_size=self.conv_size,
             **common,

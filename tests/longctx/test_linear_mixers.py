@@ -45,11 +45,12 @@ CONFIGS = {
     "lightning": LightningConfig(num_heads=4, num_qk_heads=2),
     "lrpe": LightningConfig(num_heads=2, slopes="linear", lrpe=True, gate="identity", head_dim=4),
     "mamba2": Mamba2Config(num_heads=4, num_groups=2, state_dim=6, head_dim=5),
+    "mamba2_conv": Mamba2Config(num_heads=4, num_groups=2, state_dim=6, head_dim=5, conv_size=3),
     "gla": GlaConfig(num_heads=2, value_dim=6, gate_rank=3, gate_temperature=4.0),
     "gla_conv": GlaConfig(num_heads=2, head_dim=3, gate_rank=3, conv_size=2),
     "regla": ReglaConfig(num_heads=2, gate_rank=3),
     "delta": DeltaConfig(num_heads=4, num_qk_heads=2, head_dim=6, value_dim=5),
-    "dpfp": DeltaConfig(num_heads=2, feature_map="dpfp", dpfp_order=2, qk_norm="sum", conv_size=None, gate=True),
+    "dpfp": DeltaConfig(num_heads=2, feature_map="dpfp", dpfp_order=2, feature_norm="sum", conv_size=None, gate=True),
     "gated_delta": GatedDeltaConfig(num_heads=4, num_qk_heads=2, head_dim=6, value_dim=5, conv_size=3),
 }
 
@@ -169,18 +170,18 @@ def formula(name, layer, x, positions, segment_ids):
         return sum_over_past(q, k, v, log_decay, segment_ids, **kwargs)
 
     time = positions[:, :, None, None].astype(jnp.float32)
-    if name == "mamba2":
-        c, b, u, z = (project(linear) for linear in (layer.c, layer.b, layer.u, layer.z))
+    if hasattr(layer, "qkv"):
+        q, k, v = (project(linear) for linear in (layer.qkv.q, layer.qkv.k, layer.qkv.v))
+        if layer.qkv.q_conv is not None:
+            convs = layer.qkv.q_conv, layer.qkv.k_conv, layer.qkv.v_conv
+            q, k, v = (silu(convolution(a, c.taps[...], segment_ids)) for a, c in zip((q, k, v), convs, strict=True))
+    if name.startswith("mamba2"):
+        c, b, u, z = q, k, v, project(layer.z)
         dt, decay = step_decay(layer.decay, x)
         o = attend(c, b, dt[..., None] * u, decay, scale=1.0)
         o = (o + layer.skip[...][:, None] * u) * silu(z)
         return out(rms(o, (-2, -1)) * layer.norm.scale[...].reshape(o.shape[2:]))
     if hasattr(layer, "qkv"):
-        parts = [project(linear) for linear in (layer.qkv.q, layer.qkv.k, layer.qkv.v)]
-        if layer.qkv.q_conv is not None:
-            convs = layer.qkv.q_conv, layer.qkv.k_conv, layer.qkv.v_conv
-            parts = [silu(convolution(a, conv.taps[...], segment_ids)) for a, conv in zip(parts, convs, strict=True)]
-        q, k, v = parts
         log_decay, beta, scale = jnp.zeros(()), None, 1.0
         if name.startswith("gla"):
             log_decay, scale = jnp.log(gate(layer.decay, x)) / {"gla": 4.0, "gla_conv": 16.0}[name], q.shape[3] ** -0.5
@@ -357,7 +358,7 @@ def test_dtypes_are_what_build_is_given(name):
 @pytest.mark.parametrize("name", ["lightning", "mamba2"])
 def test_out_init_scale_scales_the_way_back_alone(name):
     layer = jax.jit(lambda: CONFIGS[name].build(64, out_init_scale=0.01, rngs=nnx.Rngs(0)))()
-    into = layer.u if name == "mamba2" else layer.v
+    into = layer.qkv.v if name == "mamba2" else layer.v
     assert np.std(into.kernel[...]) == pytest.approx(64**-0.5, rel=0.1)
     assert np.std(layer.out.kernel[...]) == pytest.approx(0.01 * np.prod(into.kernel.shape[1:]) ** -0.5, rel=0.1)
 
@@ -605,7 +606,7 @@ def test_layer_refuses(kwargs, message):
         (DeltaConfig, dict(num_heads=4, num_qk_heads=3), r"num_qk_heads: got 3, wanted a divisor of num_heads=4"),
         (DeltaConfig, dict(num_heads=4, feature_map="dpfp"), r"dpfp_order: got None with feature_map=dpfp, wanted a"),
         (DeltaConfig, dict(num_heads=4, dpfp_order=1), r"dpfp_order: got 1 with feature_map=identity, which has none;"),
-        (DeltaConfig, dict(num_heads=4, qk_norm="sum"), r"qk_norm: got sum with features that may be neg.* .dpfp"),
+        (DeltaConfig, dict(num_heads=4, feature_norm="sum"), r"feature_norm: got sum with features that may be neg.* .dpfp"),
         (DeltaConfig, dict(num_heads=4, conv_size=0), r"conv_size: got 0, wanted null or a number of tokens >= 2"),
         (GatedDeltaConfig, dict(num_heads=4, value_dim=0), r"value_dim: got 0, wanted null or a number of dims >= 1"),
         (GatedDeltaConfig, dict(num_heads=4, dt_min=0.0), r"dt_min: got 0.0 with dt_max=0.1, wanted 0 < dt_min <="),

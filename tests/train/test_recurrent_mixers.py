@@ -39,7 +39,7 @@ MODEL = ModelConfig(
         "mamba2": Mamba2Config(num_heads=2, state_dim=8, head_dim=8),
         "gla": GlaConfig(num_heads=2, gate_rank=2),
         "regla": ReglaConfig(num_heads=2, gate_rank=2),
-        "delta": DeltaConfig(num_heads=2, feature_map="dpfp", dpfp_order=1, qk_norm="sum"),
+        "delta": DeltaConfig(num_heads=2, feature_map="dpfp", dpfp_order=1, feature_norm="sum"),
         "gated_delta": GatedDeltaConfig(num_heads=2),
     },
     pattern=("linear", "retention", "lightning", "mamba2", "gla", "regla", "delta", "gated_delta"),
