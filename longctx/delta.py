@@ -138,6 +138,6 @@ def check_feature_norm(feature_map: FeatureMap, feature_norm: FeatureNorm) -> No
     """Raises ValueError where features that may be negative are to be divided by their sum."""
     if feature_norm == "sum" and not feature_map.is_positive:
         raise ValueError(
-            "feature_norm: got sum with features that may be negative, and so their sum near zero; wanted l2, or a positive "
-            "feature map (dpfp, elu1, relu)"
+            "feature_norm: got sum with features that may be negative, and so their sum near zero; wanted l2, or a "
+            "positive feature map (dpfp, elu1, relu)"
         )
