@@ -248,7 +248,7 @@ def _of_whole_rows(xs, kernels, segment_ids: jax.Array | None) -> tuple[jax.Arra
 
 class _Residuals(NamedTuple):
     xs: tuple[jax.Array, ...]
-    befores: tuple[jax.Array, ...]
+    halos: tuple[jax.Array, ...]
     kernels: tuple[jax.Array, ...]
     segment_ids: jax.Array | None
     ids_before: jax.Array | None
@@ -265,41 +265,41 @@ def _forward(call: _Call, xs, kernels, segment_ids):
 
     def shard(xs, kernels, segment_ids):
         runs = [call.runs(x) for x in xs]
-        befores = _unpacked(call.chain.of_runs_before(_packed([run[:, :, -last:] for run in runs])), runs, last)
+        halos = _unpacked(call.chain.of_runs_before(_packed([run[:, :, -last:] for run in runs])), runs, last)
         ids = None
         if segment_ids is not None:
             own = call.runs(segment_ids)
             ids = _Ids(own, call.chain.of_runs_before(own[:, :, -last:]))
         ys = tuple(
             _convolved(*arrays, ids).astype(x.dtype).reshape(x.shape)
-            for x, *arrays in zip(xs, runs, befores, kernels, strict=True)
+            for x, *arrays in zip(xs, runs, halos, kernels, strict=True)
         )
-        return ys, befores, None if ids is None else ids.before
+        return ys, halos, None if ids is None else ids.before
 
     of_ids = call.spec_of_ids(segment_ids)
-    ys, befores, ids_before = jax.shard_map(
+    ys, halos, ids_before = jax.shard_map(
         _in_scope(shard),
         in_specs=(call.specs(), call.specs_of_kernels(), of_ids),
         out_specs=(call.specs(), call.specs_before(), of_ids),
         check_vma=False,  # as in state_passing.py
     )(xs, kernels, segment_ids)
-    return ys, _Residuals(xs, befores, kernels, segment_ids, ids_before)
+    return ys, _Residuals(xs, halos, kernels, segment_ids, ids_before)
 
 
 def _backward(call: _Call, residuals: _Residuals, dys):
     def shard(residuals, dys):
-        xs, befores, kernels, segment_ids, ids_before = residuals
+        xs, halos, kernels, segment_ids, ids_before = residuals
         ids = None if segment_ids is None else _Ids(call.runs(segment_ids), ids_before)
-        dxs, dbefores, dkernels = [], [], []
-        for x, before, kernel, dy in zip(xs, befores, kernels, dys, strict=True):
+        dxs, dhalos, dkernels = [], [], []
+        for x, before, kernel, dy in zip(xs, halos, kernels, dys, strict=True):
             arrays = (a.astype(jnp.float32) for a in (call.runs(x), before, kernel))
             _, vjp = jax.vjp(lambda x, before, kernel: _convolved(x, before, kernel, ids), *arrays)
             dx, dbefore, dkernel = vjp(call.runs(dy).astype(jnp.float32))
             dxs.append(dx)
-            dbefores.append(dbefore)
+            dhalos.append(dbefore)
             dkernels.append(jax.lax.psum(dkernel, (*call.split.batch, *call.split.sequence)).astype(kernel.dtype))
-        last = befores[0].shape[2]
-        from_after = _unpacked(call.chain.to_runs_before(_packed(dbefores)), dxs, last)
+        last = halos[0].shape[2]
+        from_after = _unpacked(call.chain.to_runs_before(_packed(dhalos)), dxs, last)
         dxs = tuple(
             dx.at[:, :, -last:].add(other).reshape(x.shape).astype(x.dtype)
             for x, dx, other in zip(xs, dxs, from_after, strict=True)

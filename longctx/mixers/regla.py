@@ -21,8 +21,8 @@ class ReglaConfig(RecurrentConfig):
     Features are between 0 and 1, and the result is normalised by its root mean square, not by the sum of the weights.
     Without the maxima the scale makes the variance of a weight 1 where the H dims of q and k are independent and
     standard normal: exp(q_i + k_i) has variance e^4 - e^2. The gate is refined in place of a temperature.
-    Reference: after Lu et al., ReGLA, arXiv:2502.01578: bounded exponential features, a norm and a refined gate. Matrices
-      of low rank and the gate of the result are those of `gla`; the scale and the start of the gates are its own.
+    Reference: after Lu et al., ReGLA, arXiv:2502.01578: bounded exponential features, a norm and a refined gate; the
+      matrices of low rank and the gate of the result are those of `gla`.
     """
 
     head_dim: int | None = None
