@@ -141,7 +141,7 @@ def test_a_wrong_chain_fails(way, told_by, monkeypatch):
         assert_close(told_by, got[told_by], want[told_by], "float32")
 
 
-@pytest.mark.parametrize("degree", [1, 4])
+@pytest.mark.parametrize("degree", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("length", [2, 13])  # shorter than what a token reads, and longer; runs of 1 token and of 2
 def test_a_context_and_what_follows_it_equal_one_row(length, degree):
     arrays, total = inputs(), length + 3
