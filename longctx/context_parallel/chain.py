@@ -1,11 +1,12 @@
 """The states of linear attention along a sequence that is split over devices.
 
-A device holds one run of neighbouring tokens, or for zigzag two. What a run does to a state is a map `after = decay *
-before + value` (LinearState; of the delta rule decay is a matrix), and maps of neighbouring runs combine, in order, to
-that of both. So the state before each run is an exclusive scan of the maps over the devices: in round i a device
-receives from 2^i before it the map of the 2^i runs that end there, and has then that of the 2^(i + 1) - 1 runs before
-its own. ceil(log2 P) rounds do for any P. The first device's map holds the state before the row; nobody sends beyond
-the ends, and the zeros that arrive there are a map that forgets, which is what there is before a row.
+A device holds one run of neighbouring tokens, or for zigzag two. What a run does to a state is a map
+`after = decay * before + value` (LinearState; of the delta rule decay is a matrix), and maps of neighbouring runs
+combine, in order, to that of both. So the state before each run is an exclusive scan of the maps over the devices: in
+round i a device receives from 2^i before it the map of the 2^i runs that end there, and has then that of the 2^(i + 1)
+- 1 runs before its own. ceil(log2 P) rounds do for any P. The first device's map holds the state before the row;
+nobody sends beyond the ends, and the zeros that arrive there are a map that forgets, which is what there is before a
+row.
 
 The matrices of the delta rule make a map of H (H + V) numbers a head in place of H V + 1, and combine by a matmul.
 

@@ -89,9 +89,8 @@ def sharded_linear_attention(
       the tokens; NotImplementedError where the tokens are split and the layout has no runs.
     Cost: as `linear_attention` of a device's tokens, where they are split with another pass over k and v, one over q
       and the cotangent of out, and what is sent (the head of this file). With beta the former is two forward passes,
-      the latter one. Query and key heads that the devices of the
-      heads do not divide are repeated until they do. A batch that the batch axes do not divide is computed by each of
-      their devices in full.
+      the latter one. Query and key heads that the devices of the heads do not divide are repeated until they do. A
+      batch that the batch axes do not divide is computed by each of their devices in full.
     """
     op = "sharded_linear_attention"
     arrays = dict(decay=decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids)
