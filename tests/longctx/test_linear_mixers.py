@@ -374,6 +374,17 @@ def test_what_is_split_over_devices_is_state_passings_to_say():
     )
     striped = AttentionSharding(layout=Layout(name="striped", stripe_size=4))
     assert "layout=striped" in config.refusal(DIM, **split, sharding=striped)
+    gla = CONFIGS["gla"].transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16")
+    assert {transfer.num_bytes for transfer in gla} == {3 * 1 * (4 * 6 + 4) * 4, 3 * 4}
+    # 2 of 4 heads of values, 1 of 2 of queries and keys: matrices of 6 x 6, and 2 tokens of 2 x 6 + 2 x 5 channels.
+    delta = CONFIGS["gated_delta"].transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16")
+    of_tokens = {3 * 2 * 22 * 2, 3 * 2 * 22 * 4, 3 * 2 * 4}
+    assert {transfer.num_bytes for transfer in delta} == {3 * 2 * (6 * 5 + 6 * 6) * 4, 3 * 4} | of_tokens
+    short = CONFIGS["gated_delta"].refusal(DIM, **(split | {"seq_len": 8}), sharding=sharding)
+    assert short == (
+        "a convolution of 3 tokens reads 2 before a device's own, got runs of 1 (8 tokens over 4 devices, "
+        "layout=zigzag); make rows longer, or conv_size smaller"
+    )
 
 
 HYBRID = ModelConfig(
