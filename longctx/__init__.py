@@ -5,15 +5,21 @@ from longctx._version import __version__
 from longctx.attention import Attention
 from longctx.block import Block
 from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache, MobaCache, NsaCache
+from longctx.delta import DeltaNet
+from longctx.gla import GatedLinearAttention
 from longctx.linear_attention import LinearAttention
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
 from longctx.mixers.attention import AttentionConfig
+from longctx.mixers.delta import DeltaConfig
+from longctx.mixers.gated_delta import GatedDeltaConfig
+from longctx.mixers.gla import GlaConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.mamba2 import Mamba2, Mamba2Config
 from longctx.mixers.moba import MobaConfig
 from longctx.mixers.nsa import NsaConfig
+from longctx.mixers.regla import ReglaConfig
 from longctx.mixers.retention import RetentionConfig
 from longctx.mlp import SwiGLU
 from longctx.moba import MobaAttention
@@ -30,6 +36,11 @@ __all__ = [
     "Block",
     "ContextParallelConfig",
     "DecodeCache",
+    "DeltaConfig",
+    "DeltaNet",
+    "GatedDeltaConfig",
+    "GatedLinearAttention",
+    "GlaConfig",
     "KVCache",
     "LightningConfig",
     "LinearAttention",
@@ -48,6 +59,7 @@ __all__ = [
     "NsaCache",
     "NsaConfig",
     "RMSNorm",
+    "ReglaConfig",
     "RetentionConfig",
     "RotaryConfig",
     "SimpleRMSNorm",

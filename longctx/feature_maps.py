@@ -132,6 +132,55 @@ class Taylor2(FeatureMap):
         return jnp.concatenate([jnp.ones_like(u[..., :1]), u, pairs, zeros], axis=-1).astype(x_BTKH.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class DPFP(FeatureMap):
+    """Deterministic parameter-free projection: products of dims of r that stand near each other, sparse and positive.
+
+    phi(x) = [r * roll(r, 1), ..., r * roll(r, order)],  r = [relu(x), relu(-x)]
+
+    2 H order features; roll(r, i)[j] = r[j - i], around.
+
+    Attributes:
+      order: How far apart multiplied dims may stand, nu in the paper.
+
+    Reference: Schlag et al., Linear Transformers Are Secretly Fast Weight Programmers, arXiv:2102.11174, equation 37
+      (section 5.3).
+    """
+
+    order: int = 1
+
+    @property
+    def is_positive(self) -> bool:
+        return True
+
+    def num_features(self, head_dim: int) -> int:
+        return 2 * head_dim * self.order
+
+    def __call__(self, x_BTKH, positions_BT):
+        x = x_BTKH.astype(jnp.float32)
+        r = jax.nn.relu(jnp.concatenate([x, -x], axis=-1))
+        products = [r * jnp.roll(r, i, axis=-1) for i in range(1, self.order + 1)]
+        return jnp.concatenate(products, axis=-1).astype(x_BTKH.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizedExponential(FeatureMap):
+    """After ReGLA: the exponential relative to a head's greatest dim, so that no feature is above 1.
+
+    phi(x) = exp(x - max_i x_i)
+
+    Reference: Lu et al., ReGLA: Refining Gated Linear Attention, arXiv:2502.01578.
+    """
+
+    @property
+    def is_positive(self) -> bool:
+        return True
+
+    def __call__(self, x_BTKH, positions_BT):
+        x = x_BTKH.astype(jnp.float32)
+        return jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)).astype(x_BTKH.dtype)
+
+
 class LRPE(nnx.Module):
     """Linearized relative positional encoding: each dim of a head turns with the position, at a learned speed.
 

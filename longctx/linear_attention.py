@@ -2,6 +2,8 @@
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,12 +16,17 @@ from longctx.attention import causal_pairs, check_heads
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
+    ConvolutionShape,
     LinearCache,
     PrefillPlan,
+    continued_convolution,
+    convolution_of_context,
     empty_linear_cache,
+    empty_recent,
     sharded_linear_attention,
     sharded_linear_decode,
     sharded_linear_prefill,
+    sharded_short_convolution,
 )
 from longctx.context_parallel.inference import plan_tokens
 from longctx.feature_maps import LRPE, FeatureMap, Pointwise
@@ -38,6 +45,9 @@ OutputNorm = Literal["rms", "group"]
 Depth = float | Float[Array, ""]
 """Where a layer stands in its model: 0 the first, 1 the last."""
 
+Convolve = Callable[[Sequence[jax.Array], Sequence[jax.Array]], tuple[jax.Array, ...]]
+"""(arrays `[B, T, heads, dims]`, kernels `[W, heads, dims]`) -> the arrays, convolved along T with what came before."""
+
 _GATES = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu}
 _COUNTED_CHUNK = 64  # tokens, whatever the implementation takes, so that MFU compares
 _ELU1 = Pointwise("elu1")
@@ -53,6 +63,8 @@ class StateShape:
       key_dim: Dims of a query and key as the op takes them, H.
       value_dim: Dims of a value, V.
       normalize: Whether the sums of the weights are kept too, in a column of their own.
+      vector_decay: Whether each dim of the keys decays on its own.
+      delta_rule: Whether what is written is what the state does not say yet.
     """
 
     num_qk_heads: int
@@ -60,6 +72,8 @@ class StateShape:
     key_dim: int
     value_dim: int
     normalize: bool = False
+    vector_decay: bool = False
+    delta_rule: bool = False
 
     @property
     def columns(self) -> int:
@@ -70,35 +84,39 @@ class StateShape:
         """Floating-point operations of the op on documents of these lengths, in chunks of 64 tokens.
 
         4 N H V a token, which writes a state and reads it, and 2 N (H + V) for each pair of tokens of one chunk of
-        which one may read the other; chunks start with a document.
+        which one may read the other; chunks start with a document. For the delta rule 6 N H V, as keys read the state
+        too, and 4 N (H + V), as keys are multiplied by keys and a triangular system of V columns is solved.
         """
         pairs = causal_pairs(document_lengths.astype(np.float64), _COUNTED_CHUNK)
         tokens = float(document_lengths.sum(dtype=np.float64))
-        of_states = 4 * tokens * self.key_dim * self.columns
-        return self.num_heads * float(of_states + 2 * pairs * (self.key_dim + self.columns))
+        times_of_state, times_of_pairs = (6, 4) if self.delta_rule else (4, 2)
+        of_states = times_of_state * tokens * self.key_dim * self.columns
+        return self.num_heads * float(of_states + times_of_pairs * pairs * (self.key_dim + self.columns))
 
 
 class LinearInputs(NamedTuple):
-    """What the op reads: queries and keys `[B, T, K, H]`, values `[B, T, N, V]`, and the decay, if any; and what else a
-    layer makes of the tokens that its output needs."""
+    """What the op reads: queries and keys `[B, T, K, H]`, values `[B, T, N, V]`, and the decay and write strengths, if
+    any; and what else a layer makes of the tokens that its output needs."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     decay: jax.Array | None = None
+    beta: jax.Array | None = None
     skipped: jax.Array | None = None
 
 
 class RecurrentLayer(nnx.Module):
     """A layer whose tokens are mixed by `linear_attention` alone: what such layers have in common.
 
-    A subclass says what the op reads (`_inputs`), which must depend on a token and its position alone, and what is made
-    of the result (`_output`). Then a call, decoding and prefill follow.
+    A subclass says what the op reads (`_inputs`), which must depend on a token and its position alone, but for short
+    convolutions, and what is made of the result (`_output`). Then a call, decoding and prefill follow.
 
     Args:
       dim: Model dim of x and y.
       state: The sizes of its state.
       scale: Multiplies the queries.
+      convolution: The sizes of its short convolutions, if it has any.
       max_length: Most tokens of a row; None for any number.
       by_depth: Whether calls must say the depth of the layer.
       dtype: Compute dtype and dtype of y; the state is float32 regardless.
@@ -113,6 +131,7 @@ class RecurrentLayer(nnx.Module):
         *,
         state: StateShape,
         scale: float,
+        convolution: ConvolutionShape | None = None,
         max_length: int | None = None,
         by_depth: bool = False,
         dtype: DTypeLike,
@@ -120,11 +139,15 @@ class RecurrentLayer(nnx.Module):
         sharding: AttentionSharding | None,
     ):
         self.dim, self.state, self.scale, self.max_length, self.by_depth = dim, state, scale, max_length, by_depth
+        self.convolution = convolution
         self.dtype, self.implementation, self.sharding = jnp.dtype(dtype), implementation, sharding
 
     @abc.abstractmethod
-    def _inputs(self, x_BTD: jax.Array, positions_BT: jax.Array, depth: Depth | None) -> LinearInputs:
-        """What the op reads of the tokens."""
+    def _inputs(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, depth: Depth | None, convolve: Convolve
+    ) -> LinearInputs:
+        """What the op reads of the tokens. `convolve` is to be called once where the layer has convolutions, with the
+        arrays that `convolution` says, else never."""
 
     @abc.abstractmethod
     def _output(self, attended_BTNV: jax.Array, x_BTD: jax.Array, inputs: LinearInputs) -> jax.Array:
@@ -160,12 +183,14 @@ class RecurrentLayer(nnx.Module):
         self._check(x_BTD, length, depth)
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
-        inputs = self._inputs(x_BTD, positions, depth)
+        convolve = functools.partial(sharded_short_convolution, segment_ids=segment_ids, sharding=self.sharding)
+        inputs = self._inputs(x_BTD, positions, depth, convolve)
         attended = sharded_linear_attention(
             inputs.q,
             inputs.k,
             inputs.v,
             decay=inputs.decay,
+            beta=inputs.beta,
             segment_ids=segment_ids,
             scale=self.scale,
             normalize=self.state.normalize,
@@ -175,20 +200,24 @@ class RecurrentLayer(nnx.Module):
         return self._output(constrain(attended, "batch", "sequence", "heads", None), x_BTD, inputs)
 
     def init_cache(self, batch_size: int, max_length: int) -> LinearCache:
-        """The state of no tokens, float32, which has room for any number.
+        """The state of no tokens, float32, which has room for any number; of convolutions, zeros in the layer's dtype.
 
         Memory: O(batch_size N H V), whatever max_length is. Over a mesh rows and heads are split as those of a KV cache
           are, and the devices of the context axes all have all of it.
         Raises: ValueError where the layer serves fewer than max_length tokens.
         """
         self._check_length(max_length)
-        return empty_linear_cache(
+        cache = empty_linear_cache(
             batch_size=batch_size,
             num_heads=self.state.num_heads,
             key_dim=self.state.key_dim,
             state_columns=self.state.columns,
             sharding=self.sharding,
         )
+        if self.convolution is None:
+            return cache
+        recent = empty_recent(self.convolution, batch_size=batch_size, dtype=self.dtype, sharding=self.sharding)
+        return cache._replace(recent=recent)
 
     def decode(
         self, x_BTD: Float[Array, "B T D"], cache: LinearCache, *, depth: Depth | None = None
@@ -208,13 +237,21 @@ class RecurrentLayer(nnx.Module):
         """
         self._check(x_BTD, x_BTD.shape[1], depth)
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
-        inputs = self._inputs(x_BTD, positions, depth)
+        recent = ()
+
+        def convolve(arrays, kernels):
+            nonlocal recent
+            convolved, recent = continued_convolution(arrays, kernels, cache.recent, sharding=self.sharding)
+            return convolved
+
+        inputs = self._inputs(x_BTD, positions, depth, convolve)
         attended, cache = sharded_linear_decode(
             inputs.q,
             inputs.k,
             inputs.v,
-            cache,
+            cache._replace(recent=recent),
             decay=inputs.decay,
+            beta=inputs.beta,
             scale=self.scale,
             normalize=self.state.normalize,
             sharding=self.sharding,
@@ -248,19 +285,28 @@ class RecurrentLayer(nnx.Module):
         plan.num_slots(max_length)  # refuses a context that does not fit
         self._check_length(max_length)
         self._check(x_BTD, plan.length, depth)
-        inputs = self._inputs(x_BTD, plan_tokens(plan).q_positions, depth)
+        recent = ()
+
+        def convolve(arrays, kernels):
+            nonlocal recent
+            convolved, recent = convolution_of_context(arrays, kernels, plan=plan, sharding=self.sharding)
+            return convolved
+
+        inputs = self._inputs(x_BTD, plan_tokens(plan).q_positions, depth, convolve)
         attended, cache = sharded_linear_prefill(
             inputs.q,
             inputs.k,
             inputs.v,
             plan=plan,
             decay=inputs.decay,
+            beta=inputs.beta,
             scale=self.scale,
             normalize=self.state.normalize,
             sharding=self.sharding,
             implementation=self.implementation,
         )
-        return self._output(constrain(attended, "batch", "sequence", "heads", None), x_BTD, inputs), cache
+        y = self._output(constrain(attended, "batch", "sequence", "heads", None), x_BTD, inputs)
+        return y, cache._replace(recent=recent)
 
     def _check(self, x_BTD: jax.Array, length: int, depth: Depth | None) -> None:
         if x_BTD.shape[-1] != self.dim:
@@ -395,7 +441,7 @@ class LinearAttention(RecurrentLayer):
         self.lrpe = LRPE(num_qk_heads, head_dim, param_dtype=param_dtype) if lrpe else None
         self.output_norm = make_output_norm(output_norm, norm_eps)
 
-    def _inputs(self, x_BTD, positions_BT, depth):
+    def _inputs(self, x_BTD, positions_BT, depth, convolve):
         def features(x_BTKH):
             x_BTKH = self.feature_map(x_BTKH, positions_BT)
             if self.rotary is not None:
@@ -428,6 +474,16 @@ def make_output_norm(name: OutputNorm | None, eps: float) -> SimpleRMSNorm | Gro
             return SimpleRMSNorm(eps=eps, num_dims=2)
         case "group":
             return GroupNorm(eps=eps)
+
+
+def dims_of_head(name: str, value: int | None, dim: int, parts: int) -> int:
+    """The dims of a head, by default those of x over so many parts.
+
+    Raises: ValueError, naming the option, where these do not divide.
+    """
+    if value is None and dim % parts:
+        raise ValueError(f"{name}: dim={dim} is not a multiple of {parts}; set {name}")
+    return dim // parts if value is None else value
 
 
 def check_qk_heads(

@@ -11,7 +11,7 @@ def projection(
     in_dims: int | Sequence[int],
     out_dims: int | Sequence[int],
     *,
-    logical_axes: tuple[str, ...],
+    logical_axes: tuple[str | None, ...],
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
@@ -24,7 +24,8 @@ def projection(
     Args:
       in_dims: The trailing dims of x that are summed over.
       out_dims: The dims that replace them.
-      logical_axes: One name for each dim of the kernel, inputs first; `longctx.sharding` maps them to the mesh.
+      logical_axes: One name for each dim of the kernel, inputs first; `longctx.sharding` maps them to the mesh, None to
+        no axis.
       dtype: Compute dtype: x and the kernel are cast to it.
       param_dtype: Dtype of the kernel.
       rngs: Source of the kernel's initial values.

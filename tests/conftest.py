@@ -3,7 +3,12 @@
 `pytest -m gpu` runs the tests that need a GPU on the machine's own devices instead.
 """
 
+import os
 from pathlib import Path
+
+# The delta rule's triangular systems are small: where other processes are at work, LAPACK's threads wait for each other
+# hundreds of times as long as they compute. Read when SciPy is imported, which JAX does.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

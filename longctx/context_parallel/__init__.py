@@ -4,6 +4,13 @@ from longctx.context_parallel.api import AnySchedule, sharded_attention, sharded
 from longctx.context_parallel.balance import Work, work
 from longctx.context_parallel.balanced import BalancedRow, Balancer, balanced_order
 from longctx.context_parallel.config import AttentionSharding, ContextParallelConfig
+from longctx.context_parallel.convolution import (
+    ConvolutionShape,
+    continued_convolution,
+    convolution_of_context,
+    empty_recent,
+    sharded_short_convolution,
+)
 from longctx.context_parallel.inference import (
     PrefillPlan,
     cache_degree,
@@ -40,6 +47,7 @@ __all__ = [
     "BalancedRow",
     "Balancer",
     "ContextParallelConfig",
+    "ConvolutionShape",
     "KVCache",
     "Layout",
     "LinearCache",
@@ -51,10 +59,13 @@ __all__ = [
     "Work",
     "balanced_order",
     "cache_degree",
+    "continued_convolution",
+    "convolution_of_context",
     "empty_cache",
     "empty_linear_cache",
     "empty_moba_cache",
     "empty_nsa_cache",
+    "empty_recent",
     "new_nsa_blocks",
     "prefill_schedule",
     "sharded_attention",
@@ -70,5 +81,6 @@ __all__ = [
     "sharded_prefill",
     "sharded_schedule",
     "sharded_selected_attention",
+    "sharded_short_convolution",
     "work",
 ]

@@ -1,11 +1,14 @@
 """The states of linear attention along a sequence that is split over devices.
 
 A device holds one run of neighbouring tokens, or for zigzag two. What a run does to a state is a map
-`after = decay * before + value` (LinearState), and maps of neighbouring runs combine, in order, to that of both. So the
-state before each run is an exclusive scan of the maps over the devices: in round i a device receives from 2^i before it
-the map of the 2^i runs that end there, and has then that of the 2^(i + 1) - 1 runs before its own. ceil(log2 P) rounds
-do for any P. The first device's map holds the state before the row; nobody sends beyond the ends, and the zeros that
-arrive there are a map that forgets, which is what there is before a row.
+`after = decay * before + value` (LinearState; of the delta rule decay is a matrix), and maps of neighbouring runs
+combine, in order, to that of both. So the state before each run is an exclusive scan of the maps over the devices: in
+round i a device receives from 2^i before it the map of the 2^i runs that end there, and has then that of the 2^(i + 1)
+- 1 runs before its own. ceil(log2 P) rounds do for any P. The first device's map holds the state before the row;
+nobody sends beyond the ends, and the zeros that arrive there are a map that forgets, which is what there is before a
+row.
+
+The matrices of the delta rule make a map of H (H + V) numbers a head in place of H V + 1, and combine by a matmul.
 
 The second runs of zigzag follow each other from the last device to the first, and the last has what comes before them:
 the state after its own first run. Cotangents of states go the same way back.
@@ -56,13 +59,31 @@ class Chain:
         # Negative ids are padding, which is one document (pallas_kernels.linear.documents).
         ids = jnp.maximum(segment_ids, -1).reshape(segment_ids.shape[0], self.num_runs, -1)
         first, last = ids[:, :, 0], ids[:, :, -1]
-        reached = []
+        begins_row = self._is_first(True) & (jnp.arange(self.num_runs) == 0)
+        return (first == self.of_runs_before(last)) | begins_row
+
+    def of_runs_before(self, x: jax.Array) -> jax.Array:
+        """Of `x`, which is of each run, `[B, R, ...]`, that of the run before each; zeros before a row; per shard.
+
+        Sends each run's once.
+        """
+        before = []
         for run in range(self.num_runs):
             upward = run % 2 == 0
-            turned = last[:, run - 1] if run else first[:, 0]
-            before = jnp.where(self._is_first(upward), turned, self._from_before(last[:, run], 1, upward))
-            reached.append(first[:, run] == before)
-        return jnp.stack(reached, axis=1)
+            turned = x[:, run - 1] if run else jnp.zeros_like(x[:, 0])
+            before.append(jnp.where(self._is_first(upward), turned, self._from_before(x[:, run], 1, upward)))
+        return jnp.stack(before, axis=1)
+
+    def to_runs_before(self, x: jax.Array) -> jax.Array:
+        """The transpose of `of_runs_before`: each run gets what the run after it has for it; zeros after a row."""
+        after = [jnp.zeros_like(x[:, 0])] * self.num_runs
+        for run in range(self.num_runs):
+            upward = run % 2 == 0
+            after[run] = after[run] + self._from_before(x[:, run], 1, not upward)
+            if run:
+                turned = jnp.where(self._is_first(upward), x[:, run], jnp.zeros_like(x[:, run]))
+                after[run - 1] = after[run - 1] + turned
+        return jnp.stack(after, axis=1)
 
     def states_before(self, runs: LinearState, reached: jax.Array | None, initial: jax.Array | None) -> jax.Array:
         """The state before each of this device's runs, float32 `[B, R, N, H, V]`; per shard.

@@ -28,6 +28,9 @@ class LinearCache(NamedTuple):
     """float32 `[B, N, H, V]`; with normalize V + 1, the sums of the weights in the last column."""
     length: jax.Array
     """Tokens held, which is also the position of the next; int32 scalar."""
+    recent: tuple[jax.Array, ...] = ()
+    """Of a layer with short convolutions, what the next token's read: the last W - 1 tokens of each array,
+    `[B, W - 1, heads, dims]`, zeros before the first."""
 
 
 def empty_linear_cache(
@@ -81,7 +84,7 @@ def sharded_linear_decode(
         otherwise one device.
       implementation: As `linear_attention`, for T > 1. One token is the recurrence itself: one pass over the state,
         which kernels that work by chunks could not better.
-    Returns: out, and the cache with T more tokens.
+    Returns: out, and the cache with T more tokens, its `recent` as it was.
     Cost: nothing is sent, but for new tokens that come in split along T.
     """
     options = {"decay": decay, "beta": beta, "initial_state": cache.state}
@@ -106,7 +109,7 @@ def sharded_linear_decode(
             check_vma=False,  # as in api.py
         )
     out, state = attend(q, k, v, options)
-    return out, LinearCache(state=state, length=cache.length + q.shape[1])
+    return out, cache._replace(state=state, length=cache.length + q.shape[1])
 
 
 def sharded_linear_prefill(

@@ -8,8 +8,12 @@ output, the scan, and the backward pass from the cotangent of the state after th
 begins inside a run makes the decay of its map zero; one that begins exactly where two runs meet is found by comparing
 the segment ids on both sides.
 
-Traffic, per device and layer, in bytes, all states in float32, value and decay in one buffer; D is 1, or H for decays
-of each dim; at most, as the ends of the sequence send less:
+The map of the delta rule has a matrix, `after = M before + N`: (M, N) and, on the way back, (M^T, the cotangent that
+the outputs give). The ops make them of forward passes (`linear_attention_states`), so that kernels which serve the
+layer serve its maps.
+
+Traffic, per device and layer, in bytes, all states in float32, value and decay in one buffer; D is 1, H for decays of
+each dim, or H^2 for the delta rule; at most, as the ends of the sequence send less:
   forward   R ceil(log2 P) permutes of B N (H V + D) 4, one after the other; R is 1, or 2 for zigzag
   backward  the same
 With normalize, as many again of B N (H + D) 4. `transfers` says the same in numbers. Beside them:
@@ -18,11 +22,11 @@ With normalize, as many again of B N (H + D) 4. `transfers` says the same in num
             one of N 4 over the devices of rows and tokens
 LASP-2's all-gather sends (P - 1) B N H V 4, and each device then holds the states of all.
 
-Preconditions: P divides T, for zigzag 2 P; a layout of runs, contiguous (where none is named) or zigzag. The delta
-rule, whose maps are matrices, is served where the sequence is whole.
+Preconditions: P divides T, for zigzag 2 P; a layout of runs, contiguous (where none is named) or zigzag.
 
 Reference: Sun et al. 2024, LASP, arXiv:2404.02882, whose states go from device to device in P - 1 steps; Sun et al.
-  2025, LASP-2, arXiv:2502.07563; the scan: Hillis and Steele 1986, Data Parallel Algorithms.
+  2025, LASP-2, arXiv:2502.07563; the scan: Hillis and Steele 1986, Data Parallel Algorithms; the delta rule as a
+  product of matrices: Yang et al. 2024, arXiv:2406.06484, section 3.
 """
 
 import dataclasses
@@ -82,11 +86,11 @@ def sharded_linear_attention(
         directly.
     Returns: out `[B, T, N, V]`, split as v; with return_state also the state after the row.
     Raises: as `linear_attention`; ValueError where an axis is not of the mesh, or its size does not divide the heads or
-      the tokens; NotImplementedError where the tokens are split and the layout has no runs, or beta is given.
+      the tokens; NotImplementedError where the tokens are split and the layout has no runs.
     Cost: as `linear_attention` of a device's tokens, where they are split with another pass over k and v, one over q
-      and the cotangent of out, and what is sent (the head of this file). Query and key heads that the devices of the
-      heads do not divide are repeated until they do. A batch that the batch axes do not divide is computed by each of
-      their devices in full.
+      and the cotangent of out, and what is sent (the head of this file). With beta the former is two forward passes,
+      the latter one. Query and key heads that the devices of the heads do not divide are repeated until they do. A
+      batch that the batch axes do not divide is computed by each of their devices in full.
     """
     op = "sharded_linear_attention"
     arrays = dict(decay=decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids)
@@ -98,7 +102,7 @@ def sharded_linear_attention(
             q, k, v, **arrays, return_state=return_state, scale=scale, normalize=normalize,
             implementation=implementation,
         )  # fmt: skip
-    split.check(op, num_heads=num_heads, num_key_heads=num_key_heads, length=length, delta_rule=beta is not None)
+    split.check(op, num_heads=num_heads, num_key_heads=num_key_heads, length=length)
     if num_key_heads % split.heads_size:
         q, k = (jnp.repeat(x, split.heads_size // num_key_heads, axis=2) for x in (q, k))
 
@@ -118,7 +122,6 @@ def refusal(
     seq_len: int,
     degree: int,
     heads_split: int = 1,
-    delta_rule: bool = False,
 ) -> str | None:
     """Why linear attention cannot be split this way, in one sentence with a remedy; None if it can.
 
@@ -128,13 +131,10 @@ def refusal(
       seq_len: Tokens of a whole row.
       degree: Devices that share the tokens of a row.
       heads_split: Devices that share the heads of a row.
-      delta_rule: Whether there is a beta.
     """
     layout = sharding.layout or Layout()
     sizes = dict(num_heads=num_heads, num_key_heads=num_key_heads, seq_len=seq_len)
-    return _not_served(layout, degree, delta_rule) or _not_divided(
-        layout, **sizes, degree=degree, heads_split=heads_split
-    )
+    return _not_served(layout, degree) or _not_divided(layout, **sizes, degree=degree, heads_split=heads_split)
 
 
 def transfers(
@@ -147,6 +147,7 @@ def transfers(
     degree: int,
     heads_split: int = 1,
     vector_decay: bool = False,
+    delta_rule: bool = False,
     normalize: bool = False,
     segment_ids: bool = False,
 ) -> tuple[Transfer, ...]:
@@ -158,6 +159,7 @@ def transfers(
       num_heads: Value heads of the layer.
       key_dim, value_dim: Dims of a head, H and V.
       vector_decay: Whether each dim of the keys has a decay of its own.
+      delta_rule: Whether there is a beta.
       normalize: As `sharded_linear_attention`.
       segment_ids: Whether there are any, for each row.
     """
@@ -165,7 +167,7 @@ def transfers(
         return ()
     chain = Chain.of(sharding.layout or Layout(), degree)
     count = chain.num_permutes
-    decays = key_dim if vector_decay else 1
+    decays = key_dim**2 if delta_rule else key_dim if vector_decay else 1
     of_ids = Transfer(
         kind="collective-permute", phase="forward", count=chain.num_runs, num_bytes=num_bytes(jnp.int32, rows)
     )
@@ -182,20 +184,13 @@ def transfers(
     return (*of_states, of_ids) if segment_ids else of_states
 
 
-def _not_served(layout: Layout, degree: int, delta_rule: bool) -> str | None:
-    if degree == 1:
+def _not_served(layout: Layout, degree: int) -> str | None:
+    if degree == 1 or layout.name in _LAYOUTS:
         return None
-    if layout.name not in _LAYOUTS:
-        return (
-            f"state passing needs devices that hold runs of neighbouring tokens, got layout={layout.name}; choose "
-            "layout=contiguous or zigzag, or bring the tokens into runs (context_parallel.Relayout)"
-        )
-    if delta_rule:
-        return (
-            f"state passing serves states that decay, got beta, the delta rule, over a sequence split over {degree} "
-            "devices; keep the sequences of such layers whole (context axes of size 1)"
-        )
-    return None
+    return (
+        f"state passing needs devices that hold runs of neighbouring tokens, got layout={layout.name}; choose "
+        "layout=contiguous or zigzag, or bring the tokens into runs (context_parallel.Relayout)"
+    )
 
 
 def _not_divided(
@@ -227,13 +222,13 @@ class _Split(MeshSplit):
     def layout(self) -> Layout:
         return self.sharding.layout or Layout()
 
-    def check(self, op: str, *, num_heads: int, num_key_heads: int, length: int, delta_rule: bool) -> None:
+    def check(self, op: str, *, num_heads: int, num_key_heads: int, length: int) -> None:
         """Raises: ValueError where something does not divide, NotImplementedError where the call is not served."""
         sizes = dict(num_heads=num_heads, num_key_heads=num_key_heads, seq_len=length)
         wrong = _not_divided(self.layout, **sizes, degree=self.degree, heads_split=self.heads_size)
         if wrong is not None:
             raise ValueError(f"{op}: {wrong}")
-        reason = _not_served(self.layout, self.degree, delta_rule)
+        reason = _not_served(self.layout, self.degree)
         if reason is not None:
             raise NotImplementedError(f"{op}: {reason}")
 
@@ -350,7 +345,7 @@ def _forward(call: _Call, q, k, v, decay, beta, initial_state, segment_ids):
         q, k, v, beta, decay = (call.by_run(x) for x in (q, k, v, beta, decay))
         tokens = {"decay": decay, "segment_ids": call.by_run(segment_ids, q.shape[0])}
         if chain is not None:
-            parts = linear_attention_states(k, v, **tokens, implementation=call.implementation)
+            parts = linear_attention_states(k, v, **tokens, beta=beta, implementation=call.implementation)
             before = call.flat(chain.states_before(call.runs(total(parts)), reached, before))
         out, after, starts = linear_attention_forward(
             q, k, v, **tokens, beta=beta, initial_state=before, parts=parts, **call.options
@@ -395,7 +390,7 @@ def _attention_bwd(call: _Call, saved: _Saved, cotangents):
         tokens = {"decay": decay, "segment_ids": call.by_run(segment_ids, q.shape[0])}
         parts = None
         if chain is not None:
-            parts = linear_attention_state_cotangents(q, dout, **tokens, **call.options)
+            parts = linear_attention_state_cotangents(q, dout, k=k, beta=beta, **tokens, **call.options)
             after = call.flat(chain.cotangents_after(call.runs(total(parts, reverse=True)), reached, after))
         dq, dk, dv, ddecay, dbeta, before = linear_attention_backward(
             q, k, v, dout, after, **tokens, beta=beta, initial_state=starts[:, 0], starts=starts, parts=parts,

@@ -1,7 +1,6 @@
 """The `mamba2` mixer: a state space layer whose decay each token chooses, in its dual form as linear attention."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,27 +8,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from longctx.context_parallel import AttentionSharding
+from longctx.context_parallel import AttentionSharding, ConvolutionShape
 from longctx.linear_attention import LinearInputs, RecurrentLayer, StateShape, check_qk_heads
-from longctx.mixers.recurrent import RecurrentConfig, check_sizes
+from longctx.mixers.recurrent import RecurrentConfig, check_conv_size, check_sizes
 from longctx.mixers.registry import register
 from longctx.norms import RMSNorm
 from longctx.projections import projection
-from longctx.sharding import constrain
+from longctx.short_convolution import QKV, convolution_shape
+from longctx.step_decay import StepDecay, check_dt_range
 from pallas_kernels import Implementation
-
-_RATES = 1.0, 16.0  # what -a is drawn from, uniformly
 
 
 class Mamba2(RecurrentLayer):
     """Selective state space layer with a scalar decay for each head and token.
 
     C, B, u, z = x W_C, x W_B, x W_u, x W_z;   dt = softplus(x W_dt + bias);   a = -exp(A_log)
+    C, B, u = swish(conv(C)), swish(conv(B)), swish(conv(u))      (with short convolutions)
     S[t] = exp(dt[t] a) S[t - 1] + B[t] (dt[t] u[t])^T;   o[t] = C[t]^T S[t] + skip u[t]
     y = (scale * RMSNorm(o * silu(z))) W_o      (over the dims of all heads together)
 
-    C and B are the queries and keys, which groups of heads share, and dt u the values. The paper's short convolution
-    over C, B and u is left out: across devices that split a row it needs the tokens of a neighbour.
+    C and B are the queries and keys, which groups of heads share, and dt u the values.
 
     Args:
       dim: Model dim of x and y.
@@ -37,6 +35,7 @@ class Mamba2(RecurrentLayer):
       num_groups: Groups of heads that share C and B, K, a divisor of N.
       state_dim: Dims of C and B, H.
       head_dim: Dims of u a head, V.
+      conv_size: Tokens of short convolutions of C, B and u; None leaves them out. The paper's layers have 4.
       dt_range: dt of a token of zeros at the start, drawn between these, uniformly in its logarithm.
       dtype: Compute dtype and dtype of y; dt, decays and the state are float32 regardless.
       param_dtype: Dtype of the parameters.
@@ -59,6 +58,7 @@ class Mamba2(RecurrentLayer):
         num_groups: int = 1,
         state_dim: int = 128,
         head_dim: int = 64,
+        conv_size: int | None = None,
         dt_range: tuple[float, float] = (1e-3, 0.1),
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -70,35 +70,29 @@ class Mamba2(RecurrentLayer):
     ):
         _check_groups(num_heads, num_groups)
         state = StateShape(num_qk_heads=num_groups, num_heads=num_heads, key_dim=state_dim, value_dim=head_dim)
-        super().__init__(dim, state=state, scale=1.0, dtype=dtype, implementation=implementation, sharding=sharding)
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        group_axes, head_axes = ("embed", "kv_heads", "head_dim"), ("embed", "heads", "head_dim")
-        self.c = projection(dim, (num_groups, state_dim), logical_axes=group_axes, **kwargs)
-        self.b = projection(dim, (num_groups, state_dim), logical_axes=group_axes, **kwargs)
-        self.u = projection(dim, (num_heads, head_dim), logical_axes=head_axes, **kwargs)
-        self.z = projection(dim, (num_heads, head_dim), logical_axes=head_axes, **kwargs)
-        self.dt = projection(dim, num_heads, logical_axes=("embed", "heads"), **kwargs)
+        qkv = QKV(dim, sizes=state, conv_size=conv_size, **kwargs)
+        super().__init__(
+            dim,
+            state=state,
+            scale=1.0,
+            convolution=qkv.shape,
+            dtype=dtype,
+            implementation=implementation,
+            sharding=sharding,
+        )
+        self.qkv = qkv  # C, B and u
+        self.z = projection(dim, (num_heads, head_dim), logical_axes=("embed", "heads", "head_dim"), **kwargs)
+        self.decay = StepDecay(dim, num_heads, dt_range=dt_range, **kwargs)
         self.out = projection(
             (num_heads, head_dim), dim, logical_axes=("heads", "head_dim", "embed"), init_scale=out_init_scale, **kwargs
         )
-
-        def of_heads(values):
-            return nnx.Param(values.astype(param_dtype), logical_axes=("heads",))
-
-        low, high = (math.log(dt) for dt in dt_range)
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (num_heads,), minval=low, maxval=high))
-        self.dt_bias = of_heads(dt + jnp.log(-jnp.expm1(-dt)))  # softplus of it is dt
-        rates = jax.random.uniform(rngs.params(), (num_heads,), minval=_RATES[0], maxval=_RATES[1])
-        self.a_log = of_heads(jnp.log(rates))
-        self.skip = of_heads(jnp.ones((num_heads,)))
+        self.skip = nnx.Param(jnp.ones((num_heads,), param_dtype), logical_axes=("heads",))
         self.norm = RMSNorm(num_heads * head_dim, eps=norm_eps, param_dtype=param_dtype)
 
-    def _inputs(self, x_BTD, positions_BT, depth):
-        b_BTKH, c_BTKH = (constrain(p(x_BTD), "batch", "sequence", "kv_heads", None) for p in (self.b, self.c))
-        u_BTNV = constrain(self.u(x_BTD), "batch", "sequence", "heads", None)
-        dt_BTN = jax.nn.softplus(self.dt(x_BTD).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        dt_BTN = constrain(dt_BTN, "batch", "sequence", "heads")
-        decay_BTN = -jnp.exp(self.a_log[...].astype(jnp.float32)) * dt_BTN
+    def _inputs(self, x_BTD, positions_BT, depth, convolve):
+        c_BTKH, b_BTKH, u_BTNV = self.qkv(x_BTD, convolve)
+        dt_BTN, decay_BTN = self.decay(x_BTD)
         v_BTNV = (dt_BTN[..., None] * u_BTNV.astype(jnp.float32)).astype(self.dtype)
         return LinearInputs(q=c_BTKH, k=b_BTKH, v=v_BTNV, decay=decay_BTN, skipped=u_BTNV)
 
@@ -113,7 +107,7 @@ class Mamba2(RecurrentLayer):
 @register("mamba2")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config(RecurrentConfig):
-    """Selective state space layer of Mamba-2 within documents, without its short convolution: `Mamba2`.
+    """Selective state space layer of Mamba-2 within documents: `Mamba2`.
 
     The paper's layers have num_heads head_dim = 2 dim.
     Reference: Dao and Gu, Transformers are SSMs, arXiv:2405.21060, sections 6 and 7.
@@ -125,6 +119,9 @@ class Mamba2Config(RecurrentConfig):
     """Dims of a query and of a key: rows of a head's state."""
     head_dim: int = 64
     """Dims of a value: columns of a head's state."""
+    conv_size: int | None = None
+    """Tokens that a short convolution of C, B and u reads, itself among them: 4 in the paper's layers; null leaves it
+    out."""
     dt_min: float = 1e-3
     """Least step size that a head may start with; steps start uniform in their logarithm."""
     dt_max: float = 0.1
@@ -133,16 +130,16 @@ class Mamba2Config(RecurrentConfig):
     def __post_init__(self):
         _check_groups(self.num_heads, self.num_groups)
         check_sizes(self, "state_dim", "head_dim")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ValueError(
-                f"dt_min: got {self.dt_min} with dt_max={self.dt_max}, wanted 0 < dt_min <= dt_max; 0.001 and 0.1 are "
-                "customary"
-            )
+        check_conv_size(self.conv_size)
+        check_dt_range(self.dt_min, self.dt_max)
 
     def state(self, dim: int) -> StateShape:
         return StateShape(
             num_qk_heads=self.num_groups, num_heads=self.num_heads, key_dim=self.state_dim, value_dim=self.head_dim
         )
+
+    def convolution(self, dim: int) -> ConvolutionShape | None:
+        return convolution_shape(self.state(dim), self.conv_size)
 
     def num_projected(self, dim: int) -> int:
         return 2 * self.num_groups * self.state_dim + self.num_heads * (3 * self.head_dim + 1)
@@ -154,6 +151,7 @@ class Mamba2Config(RecurrentConfig):
             num_groups=self.num_groups,
             state_dim=self.state_dim,
             head_dim=self.head_dim,
+            conv_size=self.conv_size,
             dt_range=(self.dt_min, self.dt_max),
             **common,
         )

@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
+from pallas_kernels.linear.xla_chunks import multiply
 
 _MODULES = {
     "mosaic_gpu": pallas_mosaic_gpu,
@@ -133,7 +134,7 @@ def linear_attention_forward(
 
     Args:
       parts: What `linear_attention_states` of the same keys gave, if it was called; an implementation that works on
-        several parts of the row at once then need not make it again.
+        several parts of the row at once then need not make it again. Of no use with beta.
       Others: as `linear_attention`.
     Returns: `(out, state, starts)`: the result; the state after the last token; the state before each of P equal parts
       of the run, which `linear_attention_backward` takes. How many is the implementation's choice.
@@ -143,7 +144,7 @@ def linear_attention_forward(
     options = _options(op, q, k, v, decay, beta, initial_state, segment_ids, scale)
     return dispatch.run(
         op, FORWARD, implementation, q, k, v, decay=decay, beta=beta, initial_state=initial_state,
-        segment_ids=segment_ids, parts=parts, options=options,
+        segment_ids=segment_ids, parts=parts if beta is None else None, options=options,
     )  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def linear_attention_backward(
     options = dataclasses.replace(options, decay_gradient=decay_gradient)
     gradients = dispatch.run(
         op, BACKWARD, implementation, q, k, v, dout, dstate, decay=decay, beta=beta, initial_state=initial_state,
-        segment_ids=segment_ids, starts=starts, parts=parts, options=options,
+        segment_ids=segment_ids, starts=starts, parts=parts if beta is None else None, options=options,
     )  # fmt: skip
     return LinearGradients(*gradients)
 
@@ -192,43 +193,77 @@ def linear_attention_states(
     v: Float[Array, "B T N V"],
     *,
     decay: Float[Array, " N"] | Float[Array, "B T N"] | Float[Array, "B T N H"] | None = None,
+    beta: Float[Array, "B T N"] | None = None,
     segment_ids: Int32[Array, "#B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> LinearState:
     """What runs of tokens do to a state, without any output: one pass over k and v.
 
+    With beta the factors are matrices, and the map is made of two forward passes, by whatever implementation serves
+    these: one from a state of zero, and one that writes no values from the identity.
+
     Args: as `linear_attention`.
-    Returns: the maps of P equal parts of the row, value [B, P, N, H, V]; P is the implementation's choice.
+    Returns: the maps of P equal parts of the row, value [B, P, N, H, V]; P is the implementation's choice, 1 with beta.
       `state.total` is that of the row, which is what context parallelism sends.
     Raises: as `linear_attention`.
     """
     op = "linear_attention_states"
-    options = _options(op, k, k, v, decay, None, None, segment_ids, None)
-    return dispatch.run(op, STATES, implementation, k, v, decay=decay, segment_ids=segment_ids, options=options)
+    options = _options(op, k, k, v, decay, beta, None, segment_ids, None)
+    if beta is None:
+        return dispatch.run(op, STATES, implementation, k, v, decay=decay, segment_ids=segment_ids, options=options)
+    tokens = {"decay": decay, "beta": beta, "segment_ids": segment_ids, "implementation": implementation}
+    _, value, _ = linear_attention_forward(k, k, v, **tokens)
+    _, factor = _from_identity(k, k, v, **tokens)
+    return LinearState(value=value[:, None], decay=factor[:, None])
 
 
 def linear_attention_state_cotangents(
     q: Float[Array, "B T K H"],
     dout: Float[Array, "B T N V"],
     *,
+    k: Float[Array, "B T K H"] | None = None,
     decay: Float[Array, " N"] | Float[Array, "B T N"] | Float[Array, "B T N H"] | None = None,
+    beta: Float[Array, "B T N"] | None = None,
     segment_ids: Int32[Array, "#B T"] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> LinearState:
     """What runs of tokens do to the cotangent of a state on its way back: one pass over q and dout.
 
-    Args: as `linear_attention_backward`.
+    With beta it is one forward pass, as of `linear_attention_states`: what queries read of the identity is how they
+    read a state before the row.
+
+    Args:
+      k: The keys, which the delta rule, beta, erases by; without it they say nothing here.
+      Others: as `linear_attention_backward`.
     Returns: the maps of P equal parts of the row, in the order of the tokens: value is the cotangent of the state
       before the part that the part's outputs give it, and decay what is left there of the cotangent of the state after
-      it.
-    Raises: as `linear_attention`.
+      it. With beta P is 1.
+    Raises: as `linear_attention`; ValueError where beta is given without k.
     """
     op = "linear_attention_state_cotangents"
-    options = _options(op, q, q, dout, decay, None, None, segment_ids, scale)
-    return dispatch.run(
-        op, STATE_COTANGENTS, implementation, q, dout, decay=decay, segment_ids=segment_ids, options=options
-    )
+    if beta is not None and k is None:
+        raise ValueError(f"{op}: got beta without k, wanted the keys by which the delta rule erases; pass k")
+    options = _options(op, q, q if k is None else k, dout, decay, beta, None, segment_ids, scale)
+    if beta is None:
+        return dispatch.run(
+            op, STATE_COTANGENTS, implementation, q, dout, decay=decay, segment_ids=segment_ids, options=options
+        )
+    tokens = {"decay": decay, "beta": beta, "segment_ids": segment_ids, "implementation": implementation}
+    reads, factor = _from_identity(q, k, dout, **tokens, scale=scale)
+    value = multiply("btnh,btnv->bnhv", q.dtype.name, reads.astype(jnp.float32), dout.astype(jnp.float32))
+    return LinearState(value=value[:, None], decay=factor.mT[:, None])
+
+
+def _from_identity(q, k, v, **call) -> tuple[jax.Array, jax.Array]:
+    """A forward pass of the delta rule that only erases, from the state 1: what is read, `[B, T, N, H]`, with which a
+    query reads the state before the row, and the factor of the row, `[B, N, H, H]`."""
+    (B, T, N, _), H = v.shape, k.shape[3]
+    identity = jnp.broadcast_to(jnp.eye(H, dtype=jnp.float32), (B, N, H, H))
+    reads, factor, _ = linear_attention_forward(
+        q, k, jnp.zeros((B, T, N, H), q.dtype), **call, initial_state=identity
+    )  # fmt: skip
+    return reads, factor
 
 
 def check_call(

@@ -1,6 +1,7 @@
 """The state of linear attention over a run of tokens, and how those of runs that follow each other combine."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ class LinearState:
     Attributes:
       value: The state after the run where it was zero before it, float32 [..., N, H, V].
       decay: The factor with which a state from before the run arrives after it, float32 [..., N], or [..., N, H] where
-        each row of the state decays on its own. Zero where a document begins inside the run.
+        each row of the state decays on its own, or of the delta rule a matrix [..., N, H, H]. Zero where a document
+        begins inside the run.
     """
 
     value: Leaf
@@ -24,15 +26,24 @@ class LinearState:
 
     def apply(self, before: jax.Array) -> jax.Array:
         """The state after the run, given that before it."""
-        return self._spread() * before + self.value
+        return self._times(before) + self.value
 
     def combine(self, later: "LinearState") -> "LinearState":
         """The map of this run and the one after it."""
-        return LinearState(value=later.apply(self.value), decay=self.decay * later.decay)
+        decay = later._times(self.decay) if later._is_matrix else self.decay * later.decay
+        return LinearState(value=later.apply(self.value), decay=decay)
 
-    def _spread(self) -> jax.Array:
+    @property
+    def _is_matrix(self) -> bool:
+        return self.decay.ndim == self.value.ndim
+
+    def _times(self, x: jax.Array) -> jax.Array:
+        """The factor times [..., N, H, columns]."""
+        if self._is_matrix:
+            # Float32 in full, as states are: left to itself XLA takes TF32 on a GPU and bfloat16 on a TPU.
+            return jnp.matmul(self.decay, x, precision=jax.lax.Precision.HIGHEST)
         missing = self.value.ndim - self.decay.ndim
-        return self.decay.reshape(*self.decay.shape, *(1,) * missing)
+        return self.decay.reshape(*self.decay.shape, *(1,) * missing) * x
 
 
 _UNROLL = 16
@@ -60,6 +71,12 @@ def before_each(parts: LinearState, initial: jax.Array | None, *, reverse: bool 
 
 
 def total(parts: LinearState, *, reverse: bool = False) -> LinearState:
-    """The map of all P parts of a row together: value [B, N, H, V]."""
+    """The map of all P parts of a row together: value [B, N, H, V].
+
+    Cost: as `before_each`, and P - 1 products of matrices where decays are matrices.
+    """
+    if parts.decay.ndim == parts.value.ndim:
+        each = [jax.tree.map(lambda x, part=part: x[:, part], parts) for part in range(parts.value.shape[1])]
+        return functools.reduce(LinearState.combine, reversed(each) if reverse else each)
     _, value = before_each(parts, None, reverse=reverse)
     return LinearState(value=value, decay=jnp.prod(parts.decay, axis=1))

@@ -152,9 +152,14 @@ def _runs(case: Case, implementation: str | None) -> Callable[[dict], dict]:
         reached = [mine["reached"].astype(jnp.float32) for _, mine in runs]
         maps, back_maps = [], []
         for call, mine in runs:
-            which = {"segment_ids": call["segment_ids"], "decay": call["decay"], "implementation": implementation}
+            which = {name: call[name] for name in ("segment_ids", "decay", "beta")}
+            which["implementation"] = implementation
             maps.append(api.linear_attention_states(call["k"], call["v"], **which))
-            back_maps.append(api.linear_attention_state_cotangents(call["q"], mine["dout"], scale=case.scale, **which))
+            back_maps.append(
+                api.linear_attention_state_cotangents(
+                    call["q"], mine["dout"], k=call["k"], scale=case.scale, **which
+                )
+            )  # fmt: skip
         starts, state = before_each(_joined(maps, reached), inputs.get("initial_state"))
         back = _joined(back_maps, reached, reverse=True)
         ends, _ = before_each(back, inputs["dstate"], reverse=True)
@@ -232,6 +237,7 @@ WAYS = {
         function=_gradient_of_out_and_state, ops=_BOTH, left_to_others=frozenset((op, "xla") for op in _BOTH)
     ),
     "runs": Way(function=_runs, ops=_BOTH | {_STATES, _STATE_COTANGENTS}),
+    "runs of the delta rule": Way(function=_runs, ops=_BOTH),  # whose maps are forward passes
     "runs in turn": Way(function=_runs_in_turn, ops=_BOTH),
 }
 
@@ -244,7 +250,9 @@ def _ways_of(case: Case) -> tuple[tuple[str, ...], ...]:
     strongest_first = ("gradient of state", "gradient", "forward")
     if not case.all_ways:
         return (strongest_first,)
-    return strongest_first, ("gradient",), ("runs in turn" if case.beta else "runs",)
+    if case.beta:
+        return strongest_first, ("gradient",), ("runs in turn",), ("runs of the delta rule",)
+    return strongest_first, ("gradient",), ("runs",)
 
 
 _ALL_CASES = CASES + KERNEL_CASES

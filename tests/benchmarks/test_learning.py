@@ -46,6 +46,10 @@ def test_the_configs_of_the_tasks_take_every_mixer(name):
         "retention",
         "lightning",
         "mamba2",
+        "gla",
+        "regla",
+        "delta",
+        "gated_delta",
     ):
         config = with_mixers(base, spec)
         assert config.model.pattern == tuple(spec.split("+"))

@@ -13,22 +13,26 @@ from flax import nnx
 from longctx import (
     AttentionConfig,
     Block,
+    DeltaConfig,
+    GatedDeltaConfig,
+    GlaConfig,
     LightningConfig,
     LinearAttention,
     LinearConfig,
     Mamba2Config,
     MeshConfig,
     ModelConfig,
+    ReglaConfig,
     RetentionConfig,
     TransformerLM,
     make_mesh,
 )
 from longctx.context_parallel import AttentionSharding, Layout, PrefillPlan, state_passing
-from longctx.feature_maps import LRPE, CosineReweighted, Pointwise, Taylor2
+from longctx.feature_maps import Pointwise
 from longctx.linear_attention import StateShape
 from longctx.mixers.recurrent import RecurrentConfig
 from longctx.mixers.registry import MixerConfig
-from longctx.norms import GroupNorm, SimpleRMSNorm
+from longctx.norms import SimpleRMSNorm
 from longctx.rotary import RotaryConfig, apply_rotary
 
 DIM, LENGTH = 16, 70  # more than one chunk of 64
@@ -41,6 +45,13 @@ CONFIGS = {
     "lightning": LightningConfig(num_heads=4, num_qk_heads=2),
     "lrpe": LightningConfig(num_heads=2, slopes="linear", lrpe=True, gate="identity", head_dim=4),
     "mamba2": Mamba2Config(num_heads=4, num_groups=2, state_dim=6, head_dim=5),
+    "mamba2_conv": Mamba2Config(num_heads=4, num_groups=2, state_dim=6, head_dim=5, conv_size=3),
+    "gla": GlaConfig(num_heads=2, value_dim=6, gate_rank=3, gate_temperature=4.0),
+    "gla_conv": GlaConfig(num_heads=2, head_dim=3, gate_rank=3, conv_size=2),
+    "regla": ReglaConfig(num_heads=2, gate_rank=3),
+    "delta": DeltaConfig(num_heads=4, num_qk_heads=2, head_dim=6, value_dim=5),
+    "dpfp": DeltaConfig(num_heads=2, feature_map="dpfp", dpfp_order=2, feature_norm="sum", conv_size=None, gate=True),
+    "gated_delta": GatedDeltaConfig(num_heads=4, num_qk_heads=2, head_dim=6, value_dim=5, conv_size=3),
 }
 
 
@@ -100,6 +111,44 @@ def sum_over_past(q, k, v, log_decay, segment_ids, *, scale, normalize=False):
     return jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total)) if normalize else out
 
 
+def token_by_token(q, k, v, log_decay, beta, segment_ids, *, scale):
+    """The state of each document from its first token on; log_decay `[B, T, N, H]`, beta None to add."""
+    q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    begins = jnp.concatenate([jnp.ones_like(same[:, :1]), ~same], axis=1)
+
+    def step(state, token):
+        q, k, v, log_decay, beta, begins = token
+        state = jnp.exp(log_decay)[..., None] * jnp.where(begins[:, None, None, None], 0.0, state)
+        written = v if beta is None else beta[..., None] * (v - jnp.einsum("bnhv,bnh->bnv", state, k))
+        state = state + jnp.einsum("bnh,bnv->bnhv", k, written)
+        return state, scale * jnp.einsum("bnhv,bnh->bnv", state, q)
+
+    log_decay = jnp.broadcast_to(log_decay, k.shape)
+    along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, beta, begins))
+    first = jnp.zeros((q.shape[0], *k.shape[2:], v.shape[3]))
+    return jnp.moveaxis(jax.lax.scan(step, first, along)[1], 0, 1)
+
+
+def convolution(x, taps, segment_ids):
+    """sum_s taps[W - 1 - (t - s)] x[s] over the last W tokens s <= t of t's document."""
+    index, width = jnp.arange(x.shape[1]), len(taps)
+    apart = index[:, None] - index[None, :]
+    seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (apart >= 0) & (apart < width)
+    weights = jnp.where(seen[..., None, None], taps[jnp.clip(width - 1 - apart, 0, width - 1)], 0.0)
+    return jnp.einsum("btsnh,bsnh->btnh", weights, x)
+
+
+def step_decay(decay, x):
+    dt = jnp.logaddexp(x @ decay.dt.kernel[...] + decay.dt_bias[...], 0.0)
+    return dt, -jnp.exp(decay.a_log[...]) * dt
+
+
+def gate(low_rank, x):
+    logit = jnp.einsum("btr,rnh->btnh", x @ low_rank.down.kernel[...], low_rank.up.kernel[...])
+    return 1 / (1 + jnp.exp(-logit - low_rank.bias[...]))
+
+
 def rms(x, axes):
     return x / jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True) + 1e-6)
 
@@ -114,19 +163,49 @@ def formula(name, layer, x, positions, segment_ids):
     def project(linear):
         return jnp.einsum("btd,dnh->btnh", x, linear.kernel[...])
 
-    def out(o):
-        return jnp.einsum("btnv,nvd->btd", o, layer.out.kernel[...])
+    def out(o, last=None):
+        return jnp.einsum("btnv,nvd->btd", o, (last or layer.out).kernel[...])
 
     def attend(q, k, v, log_decay=0.0, **kwargs):
         return sum_over_past(q, k, v, log_decay, segment_ids, **kwargs)
 
     time = positions[:, :, None, None].astype(jnp.float32)
-    if name == "mamba2":
-        c, b, u, z = (project(linear) for linear in (layer.c, layer.b, layer.u, layer.z))
-        dt = jnp.logaddexp(x @ layer.dt.kernel[...] + layer.dt_bias[...], 0.0)
-        o = attend(c, b, dt[..., None] * u, -jnp.exp(layer.a_log[...]) * dt, scale=1.0)
+    if hasattr(layer, "qkv"):
+        q, k, v = (project(linear) for linear in (layer.qkv.q, layer.qkv.k, layer.qkv.v))
+        if layer.qkv.q_conv is not None:
+            convs = layer.qkv.q_conv, layer.qkv.k_conv, layer.qkv.v_conv
+            q, k, v = (silu(convolution(a, c.taps[...], segment_ids)) for a, c in zip((q, k, v), convs, strict=True))
+    if name.startswith("mamba2"):
+        c, b, u, z = q, k, v, project(layer.z)
+        dt, decay = step_decay(layer.decay, x)
+        o = attend(c, b, dt[..., None] * u, decay, scale=1.0)
         o = (o + layer.skip[...][:, None] * u) * silu(z)
         return out(rms(o, (-2, -1)) * layer.norm.scale[...].reshape(o.shape[2:]))
+    if hasattr(layer, "qkv"):
+        log_decay, beta, scale = jnp.zeros(()), None, 1.0
+        if name.startswith("gla"):
+            log_decay, scale = jnp.log(gate(layer.decay, x)) / {"gla": 4.0, "gla_conv": 16.0}[name], q.shape[3] ** -0.5
+        elif name == "regla":
+            q, k = (jnp.exp(a - a.max(axis=3, keepdims=True)) for a in (q, k))
+            g, r = gate(layer.decay, x), gate(layer.refinement, x)
+            log_decay, scale = jnp.log((1 - r) * g**2 + r * (1 - (1 - g) ** 2)), (4 * (np.e**4 - np.e**2)) ** -0.5
+        else:
+            beta = 1 / (1 + jnp.exp(-x @ layer.beta.kernel[...]))
+            if name == "dpfp":
+
+                def features(a):
+                    r = jnp.maximum(jnp.concatenate([a, -a], axis=3), 0)
+                    products = jnp.stack([r[..., j] * r[..., j - i] for i in (1, 2) for j in range(16)], axis=3)
+                    return products / (products.sum(axis=3, keepdims=True) + 1e-6)
+
+                q, k = features(q), features(k)
+            else:
+                q, k = (a / jnp.sqrt((a**2).sum(axis=3, keepdims=True) + 1e-6) for a in (q, k))
+            if name == "gated_delta":
+                log_decay = step_decay(layer.decay, x)[1][..., None]
+        o = token_by_token(q, k, v, log_decay, beta, segment_ids, scale=scale)
+        o = rms(o, (-1,)) * layer.output.norm.scale[...]
+        return out(o if name == "delta" else o * silu(project(layer.output.gate)), layer.output.out)
     q, k, v = project(layer.q), project(layer.k), project(layer.v)
     if name == "linear":
         q, k = (jnp.where(a < 0, jnp.exp(jnp.minimum(a, 0.0)), a + 1) for a in (q, k))
@@ -161,7 +240,7 @@ def formula(name, layer, x, positions, segment_ids):
     return out(rms(o, (-2, -1)) / (1 + jnp.exp(-project(layer.gate))))
 
 
-@some_slow("linear", "retention", "lightning", "mamba2")
+@some_slow("linear", "retention", "lightning", "mamba2", "regla", "gated_delta")
 def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     """In packed documents; then one document is changed, and the others must not notice."""
     layer, x, (positions, segment_ids) = build(CONFIGS[name]), tokens(), documents()
@@ -193,7 +272,7 @@ def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     assert not np.allclose(other[0, 30], got[0][0, 30])
 
 
-@some_slow("mamba2")
+@some_slow("mamba2", "gated_delta")
 def test_decoding_equals_one_call(name):
     """By one piece longer than a chunk, by single steps and by a short piece."""
     layer, x, depth = build(CONFIGS[name]), tokens(), depth_of(name)
@@ -218,53 +297,6 @@ def test_the_state_is_what_the_config_says_and_does_not_grow(name):
     assert layer.state == state
 
 
-def test_maps_give_the_weights_they_promise():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 2, 5))
-    positions = jnp.asarray([[0, 1, 5, 7, 8, 9]], jnp.int32)
-
-    def weights(features):
-        return jnp.einsum("btkh,bskh->btsk", features(q), features(k))
-
-    product = jnp.einsum("btkh,bskh->btsk", q, k)
-    apart = (positions[0][:, None] - positions[0][None, :]).astype(jnp.float32)[None, :, :, None]
-    taylor = product / 5**0.5
-    np.testing.assert_allclose(weights(lambda x: Taylor2()(x, positions)), 1 + taylor + taylor**2 / 2, rtol=1e-4)
-    assert Taylor2().num_features(16) == 320 and Taylor2().num_features(5) == 64
-    relu = jnp.einsum("btkh,bskh->btsk", jnp.maximum(q, 0), jnp.maximum(k, 0))
-    cosine = weights(lambda x: CosineReweighted(12)(x, positions))
-    np.testing.assert_allclose(cosine, relu * jnp.cos(np.pi / 24 * apart), atol=1e-5)
-    assert jnp.all(jnp.isnan(CosineReweighted(9)(q, positions)[:, -1]))
-    lrpe = LRPE(2, 5)
-    lrpe.theta[...] = jnp.abs(jax.random.normal(jax.random.key(1), (2, 5)))
-    turned = jnp.einsum("btkh,bskh,btskh->btsk", q, k, jnp.cos(apart[..., None] * lrpe.theta[...]))
-    np.testing.assert_allclose(weights(lambda x: lrpe(x, positions)), turned, atol=1e-5)
-    np.testing.assert_allclose(LRPE(2, 4).theta[...][1], 10_000.0 ** (-np.arange(4) / 4), rtol=1e-6)
-    for function, wanted in {"relu": np.maximum(q, 0), "identity": q, "swish": q / (1 + np.exp(-q))}.items():
-        np.testing.assert_allclose(Pointwise(function)(q, positions), wanted, rtol=1e-5)
-    assert [Pointwise(f).is_positive for f in ("identity", "elu1", "relu", "swish")] == [False, True, True, False]
-
-
-def test_maps_compute_in_float32_and_keep_the_dtype():
-    x = jnp.full((1, 2, 1, 4), -8.0, jnp.bfloat16)
-    positions = jnp.arange(2, dtype=jnp.int32)[None]
-    for features in (Pointwise("elu1"), Pointwise("swish"), CosineReweighted(4), Taylor2()):
-        assert features(x, positions).dtype == jnp.bfloat16
-    assert float(Pointwise("elu1")(x, positions)[0, 0, 0, 0]) == pytest.approx(np.exp(-8), rel=0.01)
-
-
-def test_norms_without_a_gain_follow_their_formulas():
-    x = 3 + 100 * jax.random.normal(jax.random.key(0), (2, 3, 4, 8), jnp.bfloat16)
-    x64 = np.asarray(x, np.float64)
-    for norm, wanted in [
-        (SimpleRMSNorm(eps=1e-3), x64 / np.sqrt(np.mean(x64**2, axis=-1, keepdims=True) + 1e-3)),
-        (SimpleRMSNorm(num_dims=2), x64 / np.sqrt(np.mean(x64**2, axis=(-2, -1), keepdims=True) + 1e-6)),
-        (GroupNorm(), (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-6)),
-    ]:
-        y = norm(x)
-        assert y.dtype == jnp.bfloat16 and not jax.tree.leaves(nnx.state(norm))
-        np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=2**-7, atol=1e-2)
-
-
 @pytest.mark.parametrize("name", ["linear", "lrpe", "mamba2"])
 def test_dtypes_are_what_build_is_given(name):
     layer = abstract(CONFIGS[name], dtype=jnp.bfloat16, param_dtype=jnp.float16, norm_eps=0.1)
@@ -279,7 +311,7 @@ def test_dtypes_are_what_build_is_given(name):
 @pytest.mark.parametrize("name", ["lightning", "mamba2"])
 def test_out_init_scale_scales_the_way_back_alone(name):
     layer = jax.jit(lambda: CONFIGS[name].build(64, out_init_scale=0.01, rngs=nnx.Rngs(0)))()
-    into = layer.u if name == "mamba2" else layer.v
+    into = layer.qkv.v if name == "mamba2" else layer.v
     assert np.std(into.kernel[...]) == pytest.approx(64**-0.5, rel=0.1)
     assert np.std(layer.out.kernel[...]) == pytest.approx(0.01 * np.prod(into.kernel.shape[1:]) ** -0.5, rel=0.1)
 
@@ -306,7 +338,7 @@ def test_options_of_linear_reach_the_layer():
 def test_mamba2_starts_with_steps_and_rates_in_their_ranges():
     config = Mamba2Config(num_heads=64, state_dim=4, head_dim=2, dt_min=0.01, dt_max=0.02)
     layer = jax.jit(lambda: config.build(DIM, rngs=nnx.Rngs(0)))()
-    steps, rates = jax.nn.softplus(layer.dt_bias[...]), jnp.exp(layer.a_log[...])
+    steps, rates = jax.nn.softplus(layer.decay.dt_bias[...]), jnp.exp(layer.decay.a_log[...])
     assert jnp.all((steps > 0.0099) & (steps < 0.0201)) and jnp.std(steps) > 0.001
     assert jnp.all((rates > 0.99) & (rates < 16.1)) and jnp.std(rates) > 2
     assert jnp.all(layer.skip[...] == 1)
@@ -317,13 +349,18 @@ def test_flops_count_the_matrices_and_the_chunks(name):
     config, lengths = CONFIGS[name], np.array([130, 1, 64])
     layer = abstract(config)
     matrices = sum(
-        leaf.size for leaf in jax.tree.leaves(layer) if DIM in (leaf.shape[0], leaf.shape[-1]) and leaf.ndim > 1
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(layer)
+        if leaf.ndim > 1 and "kernel" in jax.tree_util.keystr(path)
     )
+    taps = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(layer) if "taps" in jax.tree_util.keystr(path))
     state, index = config.state(DIM), np.arange(130)
     pairs = ((index[:, None] >= index) & (index[:, None] // 64 == index // 64)).sum() + 1 + 64 * 65 // 2
     columns = state.value_dim + state.normalize
-    attention = state.num_heads * (4 * 195 * state.key_dim * columns + 2 * pairs * (state.key_dim + columns))
-    assert config.flops_by_part(DIM, lengths) == {"projections": 2 * 195 * matrices, "attention": attention}
+    of_states, of_pairs = (6, 4) if state.delta_rule else (4, 2)
+    attention = of_states * 195 * state.key_dim * columns + of_pairs * pairs * (state.key_dim + columns)
+    wanted = {"projections": 2 * 195 * matrices, "attention": state.num_heads * attention}
+    assert config.flops_by_part(DIM, lengths) == wanted | ({"convolutions": 2 * 195 * taps} if taps else {})
     assert config.mask is None
 
 
@@ -337,6 +374,17 @@ def test_what_is_split_over_devices_is_state_passings_to_say():
     )
     striped = AttentionSharding(layout=Layout(name="striped", stripe_size=4))
     assert "layout=striped" in config.refusal(DIM, **split, sharding=striped)
+    gla = CONFIGS["gla"].transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16")
+    assert {transfer.num_bytes for transfer in gla} == {3 * 1 * (4 * 6 + 4) * 4, 3 * 4}
+    # 2 of 4 heads of values, 1 of 2 of queries and keys: matrices of 6 x 6, and 2 tokens of 2 x 6 + 2 x 5 channels.
+    delta = CONFIGS["gated_delta"].transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16")
+    of_tokens = {3 * 2 * 22 * 2, 3 * 2 * 22 * 4, 3 * 2 * 4}
+    assert {transfer.num_bytes for transfer in delta} == {3 * 2 * (6 * 5 + 6 * 6) * 4, 3 * 4} | of_tokens
+    short = CONFIGS["gated_delta"].refusal(DIM, **(split | {"seq_len": 8}), sharding=sharding)
+    assert short == (
+        "a convolution of 3 tokens reads 2 before a device's own, got runs of 1 (8 tokens over 4 devices, "
+        "layout=zigzag); make rows longer, or conv_size smaller"
+    )
 
 
 HYBRID = ModelConfig(
@@ -444,7 +492,9 @@ def test_every_mixer_of_a_state_is_tested_here():
     assert kinds == {config.kind for config in CONFIGS.values()}
 
 
-@pytest.mark.parametrize("config", [LinearConfig, RetentionConfig, LightningConfig, Mamba2Config], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "config", sorted({type(config) for config in CONFIGS.values()}, key=lambda c: c.kind), ids=lambda c: c.kind
+)
 def test_every_option_is_documented(config):
     text = "".join(inspect.getsource(base) for base in config.__mro__ if dataclasses.is_dataclass(base))
     for field in dataclasses.fields(config):
@@ -512,6 +562,18 @@ def test_layer_refuses(kwargs, message):
         (Mamba2Config, dict(num_heads=4, num_groups=0), r"num_groups: got 0, wanted a number >= 1"),
         (Mamba2Config, dict(num_heads=4, state_dim=0), r"state_dim: got 0, wanted null or a number of dims >= 1"),
         (Mamba2Config, dict(num_heads=4, dt_min=0.2), r"dt_min: got 0.2 with dt_max=0.1, wanted 0 < dt_min <= dt_max"),
+        (GlaConfig, dict(num_heads=0), r"num_heads: got 0, wanted a number >= 1"),
+        (GlaConfig, dict(num_heads=4, gate_rank=0), r"gate_rank: got 0, wanted null or a number of dims >= 1"),
+        (GlaConfig, dict(num_heads=4, gate_temperature=0.0), r"gate_temperature: got 0.0, wanted a number > 0; 16 is"),
+        (GlaConfig, dict(num_heads=4, conv_size=1), r"conv_size: got 1, wanted null or a number of tokens >= 2; 4 is"),
+        (ReglaConfig, dict(num_heads=4, head_dim=0), r"head_dim: got 0, wanted null or a number of dims >= 1"),
+        (DeltaConfig, dict(num_heads=4, num_qk_heads=3), r"num_qk_heads: got 3, wanted a divisor of num_heads=4"),
+        (DeltaConfig, dict(num_heads=4, feature_map="dpfp"), r"dpfp_order: got None with feature_map=dpfp, wanted a"),
+        (DeltaConfig, dict(num_heads=4, dpfp_order=1), r"dpfp_order: got 1 with feature_map=identity, which has none;"),
+        (DeltaConfig, dict(num_heads=4, feature_norm="sum"), r"feature_norm: got sum with features .* map .dpfp"),
+        (DeltaConfig, dict(num_heads=4, conv_size=0), r"conv_size: got 0, wanted null or a number of tokens >= 2"),
+        (GatedDeltaConfig, dict(num_heads=4, value_dim=0), r"value_dim: got 0, wanted null or a number of dims >= 1"),
+        (GatedDeltaConfig, dict(num_heads=4, dt_min=0.0), r"dt_min: got 0.0 with dt_max=0.1, wanted 0 < dt_min <="),
     ],
 )  # fmt: skip
 def test_config_refuses(config, kwargs, message):

@@ -11,6 +11,9 @@ from flax import nnx
 
 from longctx import (
     AttentionConfig,
+    DeltaConfig,
+    GatedDeltaConfig,
+    GlaConfig,
     LightningConfig,
     LinearConfig,
     Mamba2Config,
@@ -18,6 +21,7 @@ from longctx import (
     MobaConfig,
     ModelConfig,
     NsaConfig,
+    ReglaConfig,
     RetentionConfig,
     TransformerLM,
     forward_flops,
@@ -105,11 +109,15 @@ def test_a_new_mechanism_lands_in_one_file(new_mechanism):
 def test_registered_kinds():
     assert MixerConfig.variants() == {
         "attention": AttentionConfig,
+        "delta": DeltaConfig,
+        "gated_delta": GatedDeltaConfig,
+        "gla": GlaConfig,
         "lightning": LightningConfig,
         "linear": LinearConfig,
         "mamba2": Mamba2Config,
         "moba": MobaConfig,
         "nsa": NsaConfig,
+        "regla": ReglaConfig,
         "retention": RetentionConfig,
     }
     assert AttentionConfig.kind == "attention"

@@ -30,7 +30,8 @@ DOCUMENTS = (
     ((0, 5), (1, 43), (-1, 48)),
     ((-1, 7), (0, 40), (1, 1), (2, 41), (-1, 7)),
 )
-GIVEN = ("q", "k", "v", "decay", "initial_state")
+GIVEN = ("q", "k", "v", "decay", "beta", "initial_state")
+DELTA = "delta_"  # before the name of a decay: with write strengths
 NAMES = ("out", "state", *(f"d{name}" for name in GIVEN))
 
 
@@ -45,7 +46,7 @@ def inputs(decay="scalar", *, num_key_heads=HEADS, dtype="float32", with_states=
         "q": (ROWS, LENGTH, num_key_heads, KEY_DIM),
         "k": (ROWS, LENGTH, num_key_heads, KEY_DIM),
         "v": (ROWS, LENGTH, HEADS, VALUE_DIM),
-        "decay": DECAYS[decay],
+        "decay": DECAYS[decay.removeprefix(DELTA)],
         "initial_state": (ROWS, HEADS, KEY_DIM, VALUE_DIM) if with_states else None,
         "dout": (ROWS, LENGTH, HEADS, VALUE_DIM),
         "dstate": (ROWS, HEADS, KEY_DIM, VALUE_DIM) if with_states else None,
@@ -55,14 +56,18 @@ def inputs(decay="scalar", *, num_key_heads=HEADS, dtype="float32", with_states=
         name: None if shape is None else jax.random.normal(key, shape)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    if decay != "none":
+    if arrays["decay"] is not None:
         arrays["decay"] = -0.2 * jnp.abs(arrays["decay"])
+    arrays["beta"] = None
+    if decay.startswith(DELTA):
+        arrays["k"] /= jnp.linalg.norm(arrays["k"], axis=-1, keepdims=True)
+        arrays["beta"] = jax.nn.sigmoid(jax.random.normal(jax.random.key(1), (ROWS, LENGTH, HEADS)))
     return {name: x.astype(dtype) if name in ("q", "k", "v", "dout") else x for name, x in arrays.items()}
 
 
 def of_tokens(name, x):
     """Whether an array, or its gradient, has a dim of tokens."""
-    return x is not None and name in ("q", "k", "v", "decay", "dout", "out") and x.ndim > 1
+    return x is not None and name in ("q", "k", "v", "decay", "beta", "dout", "out") and x.ndim > 1
 
 
 def with_gradients(attend, arrays, ids, **options):
@@ -113,7 +118,7 @@ def assert_equals_one_device(decay, packed, mesh_shape, layout, *, dtype="float3
     )
     assert got.keys() == want.keys()
     for name in sorted(got, key=NAMES.index):
-        if name == "ddecay" and decay == "fixed":
+        if name == "ddecay" and decay.endswith("fixed"):
             # The sum over all tokens of terms that cancel out: its error is that of the op on one device, 3e-6.
             assert max(relative_errors(name, got[name], want[name])) < 1e-5
             continue
@@ -132,11 +137,13 @@ def slowly(values) -> list:
 QUICK = {  # what CI runs; the rest is slow
     ("scalar", True, "zigzag", 8),
     ("vector", True, "contiguous", 8),
+    ("delta_scalar", True, "zigzag", 4),
 }
 
 
 def every_case():
-    for case in itertools.product(DECAYS, (True, False), ("contiguous", "zigzag"), (2, 3, 4, 8)):
+    decays = *DECAYS, *(DELTA + decay for decay in DECAYS)
+    for case in itertools.product(decays, (True, False), ("contiguous", "zigzag"), (2, 3, 4, 8)):
         names = (case[0], "packed" if case[1] else "whole_rows", *case[2:])
         yield pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(map(str, names)))
 
@@ -155,6 +162,8 @@ MESHES = {
     "two_context_axes": ({"context_outer": 2, "context_inner": 2, "fsdp": 2}, "scalar", "contiguous", 2),
     "eight": ({"context_outer": 4, "context_inner": 2}, "scalar", "zigzag", 2),
     "whole_sequences": ({"data": 2, "tensor": 4}, "fixed", "contiguous", 2),
+    "whole_sequences_of_the_delta_rule": ({"data": 4, "tensor": 2}, "delta_scalar", "contiguous", 4),
+    "the_delta_rule_beside_data_and_tensor": ({"data": 2, "context_inner": 2, "tensor": 2}, "delta_fixed", "zigzag", 1),
     "rows_that_do_not_divide": ({"data": 8}, "fixed", "contiguous", HEADS),
 }
 
@@ -192,23 +201,6 @@ def test_no_mesh_is_the_op():
     with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
         got = jax.make_jaxpr(lambda call: sharded_linear_attention(**call))(call)
     assert "shard_map" not in str(got)
-
-
-def test_the_delta_rule_where_the_sequence_is_whole():
-    arrays = inputs("scalar", with_states=False)
-    call = {name: arrays[name] for name in ("q", "k", "v", "decay")}
-    call["k"] /= jnp.linalg.norm(call["k"], axis=-1, keepdims=True)
-    call["beta"] = jax.nn.sigmoid(jax.random.normal(jax.random.key(1), (ROWS, LENGTH, HEADS)))
-
-    def run(attend):
-        out, vjp = jax.vjp(lambda call: attend(**call, segment_ids=segment_ids(), implementation="reference"), call)
-        return {"out": out} | vjp(arrays["dout"])[0]
-
-    want = jax.jit(functools.partial(run, linear_attention))()
-    with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
-        got = jax.block_until_ready(jax.jit(functools.partial(run, sharded_linear_attention))())
-    for name, x in got.items():
-        assert_close(name, x, want[name], "float32")
 
 
 @pytest.mark.slow
@@ -276,8 +268,9 @@ SIZE_OF = {"f32": 4, "bf16": 2, "s32": 4, "i32": 4, "i1": 1, "pred": 1}
 
 
 def lowered(
-    layout, degree, *, length=LENGTH, decay="scalar", packed=True, is_learned=True, with_states=False, **options
-):
+    layout, degree, *, length=LENGTH, decay="scalar", delta_rule=False, packed=True, is_learned=True, with_states=False,
+    **options,
+):  # fmt: skip
     """The forward and backward pass of one layer."""
     mesh = make_mesh(MeshConfig(context_inner=degree), jax.devices()[:degree])
     spec = jax.NamedSharding(mesh, jax.P(None, ("context_outer", "context_inner")))
@@ -289,21 +282,24 @@ def lowered(
     v = struct("bfloat16", ROWS, length, HEADS, VALUE_DIM)
     dims = {"fixed": (HEADS,), "scalar": (ROWS, length, HEADS), "vector": (ROWS, length, HEADS, KEY_DIM)}[decay]
     decay = jax.ShapeDtypeStruct(dims, "float32") if len(dims) == 1 else struct("float32", *dims)
+    beta = struct("float32", ROWS, length, HEADS) if delta_rule else None
     ids = struct("int32", ROWS, length) if packed else None
     sharding = AttentionSharding(layout=LAYOUTS[layout])
 
     state = jax.ShapeDtypeStruct((ROWS, HEADS, KEY_DIM, VALUE_DIM), "float32") if with_states else None
 
-    def step(q, k, v, dout, decay, ids, state):
+    def step(q, k, v, dout, decay, beta, ids, state):
         def attend(q, k, v, state, learned):
-            given = dict(decay=decay if learned is None else learned, segment_ids=ids, initial_state=state)
+            given = dict(
+                decay=decay if learned is None else learned, beta=beta, segment_ids=ids, initial_state=state
+            )  # fmt: skip
             return sharded_linear_attention(q, k, v, **given, return_state=with_states, sharding=sharding, **options)
 
         results, vjp = jax.vjp(attend, q, k, v, state, decay if is_learned else None)
         return results, vjp((dout, state) if with_states else dout)
 
     with jax.set_mesh(mesh):
-        return jax.jit(step).lower(q, q, v, v, decay, ids, state)
+        return jax.jit(step).lower(q, q, v, v, decay, beta, ids, state)
 
 
 def stated(layout, degree, **options):
@@ -361,6 +357,7 @@ def test_the_compiled_program_sends_states_whose_bytes_do_not_grow(layout, degre
         ("contiguous", 5, "scalar", {}),
         ("zigzag", 8, "vector", {}),
         ("zigzag", 3, "scalar", {"normalize": True}),
+        ("zigzag", 4, "scalar", {"delta_rule": True}),
     ],
 )
 def test_transfers_are_the_collectives_of_the_program(layout, degree, decay, options):
@@ -396,7 +393,6 @@ def test_the_bytes_of_the_guide():
 
 REFUSALS = [
     (dict(layout="striped"), "got layout=striped; choose layout=contiguous or zigzag$"),
-    (dict(delta_rule=True), r"got beta, the delta rule, over a sequence split over 4 devices; keep the sequences"),
     (dict(heads_split=3), "splits 4 heads over 3 devices, wanted a multiple of 3; change the heads or the mesh$"),
     (
         dict(num_heads=12, num_key_heads=6, heads_split=4),
@@ -419,7 +415,7 @@ def test_what_is_served_is_not_refused():
     assert state_passing.refusal(AttentionSharding(layout=LAYOUTS["zigzag"]), **sizes, degree=4, heads_split=4) is None
     assert state_passing.refusal(AttentionSharding(), **sizes, degree=4) is None
     whole = AttentionSharding(layout=LAYOUTS["striped"])
-    assert state_passing.refusal(whole, **sizes, degree=1, delta_rule=True) is None
+    assert state_passing.refusal(whole, **sizes, degree=1) is None
 
 
 def test_a_refusal_is_raised_where_the_call_is_made():
@@ -429,8 +425,6 @@ def test_a_refusal_is_raised_where_the_call_is_made():
     with jax.set_mesh(make_mesh(MeshConfig(context_inner=4, tensor=2))):
         with pytest.raises(NotImplementedError, match=f"{op} needs devices that hold runs of neighbouring tokens"):
             sharded_linear_attention(q, k, v, sharding=AttentionSharding(layout=LAYOUTS["striped"]))
-        with pytest.raises(NotImplementedError, match=f"{op} serves states that decay, got beta"):
-            sharded_linear_attention(q, k, v, beta=jnp.ones((ROWS, LENGTH, HEADS)))
         with pytest.raises(ValueError, match=f"{op} splits 90 tokens over 4 devices, wanted a multiple of 4"):
             sharded_linear_attention(*(x[:, :90] for x in (q, k, v)))
         with pytest.raises(

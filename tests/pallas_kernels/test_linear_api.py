@@ -190,6 +190,18 @@ def test_states_of_decays_for_each_dim_decay_for_each_dim():
         assert state.value.shape == (B, 1, N, H, V) and state.decay.shape == (B, 1, N, H)
 
 
+def test_maps_of_the_delta_rule_are_matrices_and_want_the_keys():
+    q, k, v = qkv()
+    beta = jnp.full((B, T, N), 0.5)
+    states = jax.eval_shape(lambda: linear_attention_states(k, v, beta=beta))
+    cotangents = jax.eval_shape(lambda: linear_attention_state_cotangents(q, v, k=k, beta=beta))
+    for maps in (states, cotangents):
+        assert maps.value.shape == (B, 1, N, H, V) and maps.decay.shape == (B, 1, N, H, H)
+        assert maps.value.dtype == maps.decay.dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"got beta without k, wanted the keys by which the delta rule erases; pass k"):
+        linear_attention_state_cotangents(q, v, beta=beta)
+
+
 def compiled_backward(length: int, decay: bool):
     """Forward and backward of one kind at this length, compiled: a decay for each token by sweeps, or the delta rule
     with a decay for each dim by the scan."""

@@ -21,18 +21,19 @@ from pallas_kernels.testing import relative_errors
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
-def random_map(random, shape, per_dim: bool, *, cut: bool) -> LinearState:
-    """A map of states `[*shape, 3, 2]`; a document begins in it where `cut`."""
+def random_map(random, shape, decay_dims: int, *, cut: bool) -> LinearState:
+    """A map of states `[*shape, 3, 2]`, whose decay is a number, a vector or a matrix; a document begins in it where
+    `cut`."""
     value = random.standard_normal((*shape, 3, 2), np.float32)
-    decay = random.random((*shape, 3) if per_dim else shape, np.float32)
+    decay = random.random((*shape, *(3,) * decay_dims), np.float32)
     return LinearState(value=jnp.asarray(value), decay=jnp.asarray(0 * decay if cut else decay))
 
 
-@hypothesis.given(st.integers(0, 2**31), st.booleans(), st.tuples(st.booleans(), st.booleans(), st.booleans()))
+@hypothesis.given(st.integers(0, 2**31), st.integers(0, 2), st.tuples(st.booleans(), st.booleans(), st.booleans()))
 @hypothesis.settings(deadline=None, max_examples=30)
-def test_maps_of_runs_combine_associatively_and_as_they_apply(seed, per_dim, cuts):
+def test_maps_of_runs_combine_associatively_and_as_they_apply(seed, decay_dims, cuts):
     random = np.random.default_rng(seed)
-    a, b, c = (random_map(random, (2,), per_dim, cut=cut) for cut in cuts)
+    a, b, c = (random_map(random, (2,), decay_dims, cut=cut) for cut in cuts)
     before = jnp.asarray(random.standard_normal((2, 3, 2), np.float32))
     left, right = a.combine(b).combine(c), a.combine(b.combine(c))
     for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
@@ -40,10 +41,10 @@ def test_maps_of_runs_combine_associatively_and_as_they_apply(seed, per_dim, cut
     np.testing.assert_allclose(left.apply(before), c.apply(b.apply(a.apply(before))), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("per_dim", "reverse"), [(False, True), (True, False)])
-def test_the_states_before_parts_are_those_of_the_parts_so_far(per_dim, reverse):
+@pytest.mark.parametrize(("decay_dims", "reverse"), [(0, True), (1, False), (2, False), (2, True)])
+def test_the_states_before_parts_are_those_of_the_parts_so_far(decay_dims, reverse):
     random = np.random.default_rng(0)
-    parts = random_map(random, (2, 4, 5), per_dim, cut=False)
+    parts = random_map(random, (2, 4, 5), decay_dims, cut=False)
     first = jnp.asarray(random.standard_normal((2, 5, 3, 2), np.float32))
     before, last = before_each(parts, first, reverse=reverse)
     state = first
