@@ -9,13 +9,14 @@ from longctx.context_parallel.all_gather import AllGather
 from longctx.context_parallel.halo import Halo
 from longctx.context_parallel.layout import Layout, LayoutName
 from longctx.context_parallel.ring import Ring
+from longctx.context_parallel.ring_dma import RingDma
 from longctx.context_parallel.strategy import Setting, Strategy, StrategyName
 from longctx.context_parallel.ulysses import Ulysses
 from longctx.context_parallel.usp import Usp
 from pallas_kernels import Mask
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo(), Usp())
+    strategy.name: strategy for strategy in (Ring(), RingDma(), AllGather(), Ulysses(), Halo(), Usp())
 }
 
 
@@ -77,7 +78,7 @@ class ContextParallelConfig:
 
     strategy: StrategyName = "ring"
     """How a query meets keys of other devices: `ring` passes keys and values from device to device, under the compute;
-    `all_gather` gathers all of them at once; `ulysses` splits the heads in place of the tokens while it attends; `halo`
+    `ring_dma` the same by the attention kernels of a TPU themselves; `all_gather` gathers all of them at once; `ulysses` splits the heads in place of the tokens while it attends; `halo`
     sends the tokens around a device's own, for windows; `usp` splits the heads over mesh.context_inner, and passes keys
     and values round mesh.context_outer."""
     window_strategy: StrategyName | None = None

@@ -129,7 +129,7 @@ class Ring(Strategy):
         )
 
     def forward(self, setting, q, k, v, tokens, schedule, *, sinks=None, **options):
-        route = _Route.of(setting)
+        route = Route.of(setting)
         key_dim = k.shape[3]
 
         def attend(hop, kv, carry):
@@ -154,7 +154,7 @@ class Ring(Strategy):
         else:
             carry = SoftmaxCarry.of_sinks(sinks, **shape)
         state = jnp.concatenate([k, v], axis=-1), carry
-        for hops, stride in _alike(route.strides):
+        for hops, stride in alike(route.strides):
             body = functools.partial(hop_and_pass_on, stride)
             state, _ = jax.lax.scan(body, state, jnp.array(hops), unroll=route.unroll)
         out, lse = attend(len(route.strides), *state).finalize(q.dtype)
@@ -162,7 +162,7 @@ class Ring(Strategy):
 
     def backward(self, setting, residuals, dout, tokens, schedule, **options):
         q, k, v, out, lse = residuals
-        route = _Route.of(setting)
+        route = Route.of(setting)
         key_dim = k.shape[3]
 
         def attend(hop, kv, dq):
@@ -194,7 +194,7 @@ class Ring(Strategy):
         dq, gathered = attend(0, kv, *float32_zeros(q))
         if route.strides:
             state = next_kv, dq, gathered
-            for hops, strides in _alike(tuple(itertools.pairwise(route.strides)), first=1):
+            for hops, strides in alike(tuple(itertools.pairwise(route.strides)), first=1):
                 body = functools.partial(hop_and_pass_on, strides)
                 state, _ = jax.lax.scan(body, state, jnp.array(hops), unroll=route.unroll)
             kv, dq, gathered = state
@@ -226,7 +226,7 @@ class Ring(Strategy):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Route:
+class Route:
     """How keys travel from hop to hop.
 
     Attributes:
@@ -242,7 +242,7 @@ class _Route:
     home: int
 
     @classmethod
-    def of(cls, setting: Setting) -> "_Route":
+    def of(cls, setting: Setting) -> "Route":
         hops = hops_needed(setting)
         strides = tuple(int(stride) for stride in np.diff(hops))
         return cls(setting.axes, setting.degree, strides, setting.degree - hops[-1])
@@ -260,7 +260,7 @@ def keys_of_all(setting: Setting, tokens: Tokens) -> TokenAxis:
     return TokenAxis(*(jax.lax.all_gather(x, setting.axes) for x in (tokens.kv_positions, tokens.kv_segment_ids)))
 
 
-def _alike(items: Sequence, *, first: int = 0) -> list[tuple[list[int], object]]:
+def alike(items: Sequence, *, first: int = 0) -> list[tuple[list[int], object]]:
     """Runs of neighbouring equal items, each with the numbers of the hops that they belong to."""
     runs = itertools.groupby(enumerate(items, first), key=lambda numbered: numbered[1])
     return [([number for number, _ in run], item) for item, run in runs]

@@ -20,7 +20,7 @@ from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Mask, Schedule, Tokens
 from pallas_kernels.tokens import Leaf
 
-StrategyName = Literal["ring", "all_gather", "ulysses", "halo", "usp"]
+StrategyName = Literal["ring", "ring_dma", "all_gather", "ulysses", "halo", "usp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,8 @@ class Strategy(abc.ABC):
     """One way for queries to meet the keys of other devices."""
 
     name: ClassVar[str]
+    platform: ClassVar[str | None] = None
+    """The only platform whose devices it runs on; None where it runs on any."""
     schedule_dims: ClassVar[int] = 0
     """Dims that arrays of its schedule have before the rows of the batch."""
 

@@ -467,12 +467,12 @@ def test_lengths_must_suit_the_layout():
 
 def test_a_wrong_hop_fails(monkeypatch):
     """The suite can fail: gradients that stay where they were computed are told apart."""
-    send = ring_module._Route.send
+    send = ring_module.Route.send
 
     def never_sent(self, x, stride):
         return send(self, x, stride) if x.dtype != jnp.float32 else x
 
-    monkeypatch.setattr(ring_module._Route, "send", never_sent)
+    monkeypatch.setattr(ring_module.Route, "send", never_sent)
     mask, packed = MASKS["documents"]
     with pytest.raises(AssertionError):
         assert_equals_one_device(
