@@ -78,9 +78,9 @@ class ContextParallelConfig:
 
     strategy: StrategyName = "ring"
     """How a query meets keys of other devices: `ring` passes keys and values from device to device, under the compute;
-    `ring_dma` the same by the attention kernels of a TPU themselves; `all_gather` gathers all of them at once; `ulysses` splits the heads in place of the tokens while it attends; `halo`
-    sends the tokens around a device's own, for windows; `usp` splits the heads over mesh.context_inner, and passes keys
-    and values round mesh.context_outer."""
+    `ring_dma` does the same inside the attention kernels of a TPU; `all_gather` gathers all of them at once; `ulysses`
+    splits the heads in place of the tokens while it attends; `halo` sends the tokens around a device's own, for
+    windows; `usp` splits the heads over mesh.context_inner, and passes keys and values round mesh.context_outer."""
     window_strategy: StrategyName | None = None
     """The same for layers whose mask is a window; null means `strategy`. `halo` sends no more than the window."""
     layout: LayoutName = "zigzag"

@@ -1,4 +1,4 @@
-"""How the TPU kernels of blockwise attention are launched, and how one sends arrays to another device while it computes.
+"""How the TPU kernels of blockwise attention are launched, and how they send arrays to other devices as they compute.
 
 A kernel that sends starts a copy from its memory into that of the device ahead before its first tile, and waits behind
 its last one until its arrays are there and those of the device behind have come. The arrays of a hop are read and those
@@ -154,7 +154,8 @@ class Kernel:
         specs = jax.tree.map(mapped, (self.in_specs, self.out_specs), is_leaf=lambda x: isinstance(x, pl.BlockSpec))
         received = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in parcel)
         num_bytes = sum(x.size * x.dtype.itemsize for x in parcel)
-        route = {"axes": list(send.axes), "stride": send.stride, "bytes": num_bytes}
+        mesh = dict(jax.sharding.get_abstract_mesh().shape)
+        sends = {"bytes": num_bytes, "mesh": mesh, "axes": send.axes, "stride": send.stride}
         return pl.pallas_call(
             body,
             grid=grid,
@@ -172,5 +173,5 @@ class Kernel:
                 config.cost(inputs, self.out_shape, dims=self.dims), remote_bytes_transferred=num_bytes
             ),
             name=self.name + SENDING,
-            metadata={"sends": json.dumps(route)},
+            metadata={"sends": json.dumps(sends)},
         )(inputs, parcel)

@@ -4,7 +4,6 @@ What the compiler makes of it is in tests/aot.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from longctx import masks
-from longctx.context_parallel import AttentionSharding, Layout, sharded_attention
-from longctx.context_parallel import ring_dma
+from longctx.context_parallel import AttentionSharding, Layout, ring_dma, sharded_attention
 from longctx.context_parallel.layout import permute
 from longctx.sharding import MeshConfig, make_mesh
-from pallas_kernels import BlockSizes, Tokens, dispatch
-from pallas_kernels.blockwise import pallas_mosaic_tpu_send
+from pallas_kernels import BlockSizes, dispatch
 from pallas_kernels.testing import assert_close, packed_tokens
 
 DEGREE = 4

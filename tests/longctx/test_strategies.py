@@ -19,6 +19,7 @@ from longctx.context_parallel.strategy import StrategyName
 from pallas_kernels import BlockSizes, Tokens, blockwise_attention
 from pallas_kernels.blockwise import api as blockwise_api
 from pallas_kernels.blockwise import xla
+from pallas_kernels.mask_patterns import Table
 from pallas_kernels.testing import assert_close, packed_tokens
 
 LENGTH = 96
@@ -51,7 +52,8 @@ SPARSE_MASKS = {
     "per_head": masks.causal() & masks.per_head(masks.sliding_window(left=20), masks.strided(3, block=8)),
 }
 NAMES = ("out", "dq", "dk", "dv")
-ONE_LEVEL = [name for name in STRATEGIES if name != "usp"]
+# Of one level, on any device; ring_dma, on TPUs alone, is in test_ring_dma.py.
+ONE_LEVEL = [name for name in STRATEGIES if name not in ("usp", "ring_dma")]
 QUICK = {  # what CI runs, beside a cover of the matrix of features; the rest is slow
     ("ring", "causal", "zigzag", 4),
     ("ring", "documents", "striped_by_4", 4),
@@ -369,6 +371,12 @@ def test_a_window_may_have_a_strategy_of_its_own():
 
 
 REFUSALS = [
+    (
+        "ring_dma",
+        Table(np.eye(2, dtype=bool), block_q=48, block_kv=48),
+        {},
+        "mask Table.* its pair test must be arithmetic.* choose strategy=ring",
+    ),
     ("halo", masks.causal() & masks.documents(), {}, "sees back without bound; add a window, bound the documents"),
     ("halo", masks.sliding_window(left=3, right=None) & masks.documents(), {}, "sees ahead without bound"),
     (

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
 _LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -19,6 +19,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(
     r"\b(calls|body|condition|to_apply|called_computations|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_OPENED, _CLOSES = re.compile(r"kernel_metadata=\{$"), re.compile(r"\}\}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -205,7 +206,7 @@ def parse(text: str) -> Module:
         raise ValueError("text: wanted a scheduled HLO module, as Compiled.as_text() gives for GPUs and TPUs")
     computations, entry = {}, None
     name, is_entry, instructions = None, False, []
-    for line in lines[1:]:
+    for line in _whole(lines[1:]):
         if name is None:
             header = _HEADER.match(line)
             if header:
@@ -219,6 +220,16 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("text: holds no ENTRY computation")
     return Module(computations, entry, lines[0])
+
+
+def _whole(lines: Sequence[str]) -> Iterator[str]:
+    """One line an instruction: what a kernel says of itself (`kernel_metadata`) is printed on lines of its own."""
+    opened: list[str] = []
+    for line in lines:
+        opened.append(line)
+        if not _OPENED.search(line) and (len(opened) == 1 or _CLOSES.match(line)):
+            yield " ".join(opened)
+            opened = []
 
 
 def _parse_instruction(line: str) -> Instruction:
