@@ -42,6 +42,7 @@ _INSTEAD = "choose strategy=ring, which any implementation of attention serves"
 class RingDma(Ring):
     name = "ring_dma"
     platform = "tpu"
+    has_dropout = False
 
     def refusal(self, setting):
         # A plan may be made anywhere; calls name the mesh axes that they run on.

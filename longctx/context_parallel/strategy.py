@@ -108,6 +108,8 @@ class Strategy(abc.ABC):
     name: ClassVar[str]
     platform: ClassVar[str | None] = None
     """The only platform whose devices it runs on; None where it runs on any."""
+    has_dropout: ClassVar[bool] = True
+    """Whether it serves dropout, which no Setting tells of; refused by the call where it does not."""
     schedule_dims: ClassVar[int] = 0
     """Dims that arrays of its schedule have before the rows of the batch."""
 

@@ -43,6 +43,7 @@ class Problem:
     layout: str = "zigzag"
     rows: tuple[tuple[int, ...], ...] = ((300, 1, 180),)
     length: int = 512
+    q_rows: tuple[tuple[int, ...], ...] | None = None
     q_len: int | None = None
     num_heads: int = 2
     num_kv_heads: int = 1
@@ -62,14 +63,15 @@ class Problem:
         *arrays, dout = (jnp.asarray(rng.standard_normal(shape), self.dtype) for shape in shapes)
         sinks = jnp.asarray(rng.standard_normal(heads[0]), jnp.float32)
         layout = Layout(name=self.layout)
-        order = layout.order(self.length, DEGREE)
-        tokens = jax.tree.map(lambda x: jnp.asarray(permute(x, order)), packed_tokens(self.rows, self.length))
-        if self.q_len is not None:
-            tokens = dataclasses.replace(tokens, q_positions=None, q_segment_ids=tokens.q_segment_ids[:, :q_len])
-            tokens = dataclasses.replace(tokens, q_positions=jnp.zeros_like(tokens.q_segment_ids))
-        sharding = AttentionSharding(
-            strategy=strategy, layout=layout, max_document_length=self.max_document_length
-        )  # fmt: skip
+        of_keys, of_queries = layout.order(self.length, DEGREE), layout.order(q_len, DEGREE)
+        keys, queries = packed_tokens(self.rows, self.length), packed_tokens(self.q_rows or self.rows, q_len)
+        tokens = Tokens(
+            q_positions=jnp.asarray(permute(queries.q_positions, of_queries)),
+            q_segment_ids=jnp.asarray(permute(queries.q_segment_ids, of_queries)),
+            kv_positions=jnp.asarray(permute(keys.kv_positions, of_keys)),
+            kv_segment_ids=jnp.asarray(permute(keys.kv_segment_ids, of_keys)),
+        )
+        sharding = AttentionSharding(strategy=strategy, layout=layout, max_document_length=self.max_document_length)
 
         def run(q, k, v, sinks, tokens, dout):
             def attend(q, k, v, sinks):
@@ -100,4 +102,58 @@ def check(problem: Problem, capfd) -> None:
 
 @pytest.mark.usefixtures("interpreter")
 def test_equals_a_ring(capfd):
-    check(Problem(), capfd)
+    """Documents and padding, grouped heads, learned sinks: every hop has work for some device."""
+    check(Problem(sinks=True), capfd)
+
+
+PROBLEMS = {
+    "bidirectional": Problem(mask=masks.documents(), layout="striped"),
+    # Of four hops, 0, 1 and 3 are left: strides of 1 and 2, each with credits of its own.
+    "window": Problem(mask=masks.sliding_window(left=60) & masks.documents()),
+    "window_of_a_hop": Problem(mask=masks.sliding_window(left=100) & masks.documents(), layout="contiguous"),
+    "documents_of_a_hop": Problem(rows=((64,) * 8,), max_document_length=64, layout="contiguous"),
+    "several_blocks_and_rows": Problem(length=1024, rows=((1000,), (30, 700))),
+    "per_head": Problem(mask=masks.per_head(masks.causal(), masks.prefix(100) | masks.sliding_window(left=30))),
+    "soft_cap_bfloat16": Problem(logits_soft_cap=2.0, dtype="bfloat16", num_heads=4, num_kv_heads=2),
+    "keys_of_192": Problem(head_dim=192),
+    "cross_attention": Problem(mask=masks.documents(), q_len=256, q_rows=((100, 1, 120),)),
+    "fully_masked_shards": Problem(rows=((1,),), layout="contiguous"),
+    "a_ring_of_two_axes": Problem(mesh=(2, 2)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_whatever_it_serves_equals_a_ring(name, capfd):
+    check(PROBLEMS[name], capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
+def test_heads_dealt_out_to_two_cores(monkeypatch, capfd):
+    """As on a v5p, here one core after the other; three heads are left to one."""
+    monkeypatch.setattr(pallas_mosaic_tpu_send, "num_cores", lambda: 2)
+    check(Problem(num_heads=4, num_kv_heads=2), capfd)
+    check(Problem(num_heads=3, num_kv_heads=3), capfd)
+
+
+def test_refusals(monkeypatch):
+    def call(**options):
+        with jax.set_mesh(make_mesh(MeshConfig(context_inner=DEGREE), jax.devices()[:DEGREE])):
+            x = jnp.zeros((1, 512, 2, 64), options.pop("dtype", jnp.float32))
+            sharding = AttentionSharding(strategy="ring_dma")
+            return sharded_attention(x, x, x, mask=masks.causal(), tokens=Tokens(), sharding=sharding, **options)
+
+    with pytest.raises(NotImplementedError, match="ring_dma runs on tpu, got cpu; choose strategy=ring"):
+        call()
+    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    monkeypatch.setattr(ring_dma, "current_platform", lambda: "tpu")
+    dropout = Dropout.of_key(0.1, jax.random.key(0), batch_size=1, num_heads=2)
+    for message, options in {
+        "ring_dma: mosaic_tpu: it has no dropout; choose strategy=ring": {"dropout": dropout},
+        "ring_dma: mosaic_tpu: q is float16, .*; choose strategy=ring": {"dtype": jnp.float16},
+        "ring_dma: ring_kernels: kernels of 'xla' do not send, .*; choose strategy=ring": {"implementation": "xla"},
+    }.items():
+        with pytest.raises(NotImplementedError, match=message):
+            call(**options)

@@ -19,7 +19,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(
     r"\b(calls|body|condition|to_apply|called_computations|true_computation|false_computation)=%?([\w.\-]+)"
 )
-_OPENED, _CLOSES = re.compile(r"kernel_metadata=\{$"), re.compile(r"\}\}")
+_BEGINS = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = |\s*$|\}$|(?:ENTRY )?%?[\w.\-]+ \(")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -223,13 +223,14 @@ def parse(text: str) -> Module:
 
 
 def _whole(lines: Sequence[str]) -> Iterator[str]:
-    """One line an instruction: what a kernel says of itself (`kernel_metadata`) is printed on lines of its own."""
-    opened: list[str] = []
+    """One line an instruction: some are printed on several, such as those with `kernel_metadata`."""
+    begun: list[str] = []
     for line in lines:
-        opened.append(line)
-        if not _OPENED.search(line) and (len(opened) == 1 or _CLOSES.match(line)):
-            yield " ".join(opened)
-            opened = []
+        if begun and _BEGINS.match(line):
+            yield " ".join(begun)
+            begun = []
+        begun.append(line)
+    yield " ".join(begun)
 
 
 def _parse_instruction(line: str) -> Instruction:
