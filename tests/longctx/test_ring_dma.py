@@ -15,7 +15,8 @@ from longctx import masks
 from longctx.context_parallel import AttentionSharding, Layout, ring_dma, sharded_attention
 from longctx.context_parallel.layout import permute
 from longctx.sharding import MeshConfig, make_mesh
-from pallas_kernels import BlockSizes, dispatch
+from pallas_kernels import BlockSizes, Dropout, Tokens, dispatch
+from pallas_kernels.blockwise import pallas_mosaic_tpu_send
 from pallas_kernels.testing import assert_close, packed_tokens
 
 DEGREE = 4
