@@ -19,7 +19,8 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(
     r"\b(calls|body|condition|to_apply|called_computations|true_computation|false_computation)=%?([\w.\-]+)"
 )
-_BEGINS = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = |\s*$|\}$|(?:ENTRY )?%?[\w.\-]+ \(")
+_END = re.compile(r'\}(, execution_thread="\w+")?')
+_BEGINS = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = |\s*$|\}(?:,|$)|(?:ENTRY )?%?[\w.\-]+ \(")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -211,7 +212,7 @@ def parse(text: str) -> Module:
             header = _HEADER.match(line)
             if header:
                 name, is_entry, instructions = header[2], bool(header[1]), []
-        elif line == "}":
+        elif _END.fullmatch(line):
             computations[name] = Computation(name, tuple(instructions))
             entry = computations[name] if is_entry else entry
             name = None
