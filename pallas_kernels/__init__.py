@@ -9,6 +9,7 @@ from pallas_kernels.blockwise.api import (
     blockwise_attention,
     blockwise_attention_backward,
     blockwise_attention_forward,
+    ring_kernels,
     sinks_gradient,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
@@ -47,5 +48,6 @@ __all__ = [
     "linear_attention_states",
     "make_schedule",
     "merge_partials",
+    "ring_kernels",
     "sinks_gradient",
 ]

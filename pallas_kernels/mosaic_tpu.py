@@ -36,11 +36,24 @@ def generation() -> str | None:
 
     Read from the mesh in scope first, as `dispatch.current_platform` does.
     """
+    device = _device()
+    return None if device is None else _GENERATIONS.get(device.device_kind)
+
+
+def num_cores() -> int:
+    """Cores that share a kernel on the TPU at hand: those that JAX takes for one device. 1 for others.
+
+    Read as `generation` is.
+    """
+    return 1 if generation() is None else _device().num_cores
+
+
+def _device() -> jax.Device | jax.sharding.AbstractDevice | None:
+    """That which a program is being traced for, where it is a TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and current_platform() != "tpu":
-        return None
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return _GENERATIONS.get(kind)
+    if device is not None:
+        return device
+    return jax.devices()[0] if current_platform() == "tpu" else None
 
 
 def column(row: jax.Array) -> jax.Array:

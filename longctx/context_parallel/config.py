@@ -11,13 +11,15 @@ from longctx.context_parallel.double_ring import DoubleRing
 from longctx.context_parallel.halo import Halo
 from longctx.context_parallel.layout import Layout, LayoutName
 from longctx.context_parallel.ring import Ring
+from longctx.context_parallel.ring_dma import RingDma
 from longctx.context_parallel.strategy import Setting, Strategy, StrategyName
 from longctx.context_parallel.ulysses import Ulysses
 from longctx.context_parallel.usp import Usp
 from pallas_kernels import Mask
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (Ring(), AllGather(), Ulysses(), Halo(), Usp(), DoubleRing())
+    strategy.name: strategy
+    for strategy in (Ring(), RingDma(), AllGather(), Ulysses(), Halo(), Usp(), DoubleRing())
 }
 
 
@@ -79,10 +81,11 @@ class ContextParallelConfig:
 
     strategy: StrategyName | Literal["auto"] = "ring"
     """How a query meets keys of other devices: `ring` passes keys and values from device to device, under the compute;
-    `all_gather` gathers all of them at once; `ulysses` splits the heads in place of the tokens while it attends; `halo`
-    sends the tokens around a device's own, for windows; `usp` splits the heads over mesh.context_inner, and passes keys
-    and values round mesh.context_outer; `double_ring` passes them round mesh.context_inner, and on to the next group
-    of devices meanwhile; `auto` chooses when the run starts, and layout and groups too, and says why."""
+    `ring_dma` does the same inside the attention kernels of a TPU; `all_gather` gathers all of them at once; `ulysses`
+    splits the heads in place of the tokens while it attends; `halo` sends the tokens around a device's own, for
+    windows; `usp` splits the heads over mesh.context_inner, and passes keys and values round mesh.context_outer;
+    `double_ring` passes them round mesh.context_inner, and on to the next group of devices meanwhile; `auto` chooses
+    when the run starts, and layout and groups too, and says why."""
     window_strategy: StrategyName | None = None
     """The same for layers whose mask is a window; null means `strategy`. `halo` sends no more than the window."""
     layout: LayoutName | None = None

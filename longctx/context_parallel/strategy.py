@@ -20,7 +20,7 @@ from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Mask, Schedule, Tokens
 from pallas_kernels.tokens import Leaf
 
-StrategyName = Literal["ring", "all_gather", "ulysses", "halo", "usp", "double_ring"]
+StrategyName = Literal["ring", "ring_dma", "all_gather", "ulysses", "halo", "usp", "double_ring"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,10 @@ class Strategy(abc.ABC):
     """One way for queries to meet the keys of other devices."""
 
     name: ClassVar[str]
+    platform: ClassVar[str | None] = None
+    """The only platform whose devices it runs on; None where it runs on any."""
+    has_dropout: ClassVar[bool] = True
+    """Whether it serves dropout, which no Setting tells of; refused by the call where it does not."""
     schedule_dims: ClassVar[int] = 0
     """Dims that arrays of its schedule have before the rows of the batch."""
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longctx import masks
 from longctx.context_parallel.config import STRATEGIES, AttentionSharding
 from longctx.context_parallel.layout import Layout
@@ -39,22 +41,23 @@ FEATURES = {
     "prefix LM": _case((masks.causal() | masks.prefix(64)) & _DOCUMENTS),
     "global tokens, sink tokens": _case((masks.global_tokens(4) | masks.sliding_window(64, 64)) & _DOCUMENTS),
     "chunked": _case(masks.causal() & masks.chunked(_CHUNK) & _DOCUMENTS),
-    "strided, neighborhood, tables, your own": _case(masks.causal() & masks.strided(8) & _DOCUMENTS),
+    "strided, neighborhood, your own": _case(masks.causal() & masks.strided(8) & _DOCUMENTS),
+    "a table of blocks, a mask that reads arrays": _case(
+        masks.causal() & masks.block_table(np.eye(2, dtype=bool), 4096)
+    ),
     "masks that differ between heads": _case(masks.per_head(masks.causal(), masks.full())),
     "cross-attention, T != S": _case(masks.full(), q_len=_LENGTH // 2),
     "fewer kv heads than devices (K divides P)": _case(_CAUSAL, num_kv_heads=2),
     "multi-query heads": _case(_CAUSAL, num_kv_heads=1),
     "P does not divide N": _case(_CAUSAL, num_heads=12, num_kv_heads=4),
     "a window, P does not divide N": _case(_WINDOW, num_heads=12, num_kv_heads=4),
-    **{
-        f"{name}, here with a window": _case(_WINDOW)
-        for name in ("soft cap", "learned sinks", "dropout", "fully masked shards")
-    },
+    **{f"{name}, here with a window": _case(_WINDOW) for name in ("soft cap", "learned sinks", "fully masked shards")},
+    "dropout, here with a window": _case(_WINDOW, dropout=True),
 }
 """Attention over P = 8 devices in groups of 2: the fields of a Setting, and the layouts that make sense if not all do.
 
-No Setting tells of soft caps, sinks, dropout or what the arrays mask: they go with every mask that a strategy serves,
-and matrix.py runs them."""
+No Setting tells of soft caps, sinks or what the arrays mask: they go with every mask that a strategy serves, and so
+does dropout where it is served at all (`Strategy.has_dropout`). matrix.py runs them."""
 
 
 def table() -> str:
@@ -65,7 +68,9 @@ def table() -> str:
     return markdown.table(rows)
 
 
-def _cell(strategy: str, *, layouts=_LAYOUTS, max_document_length=None, **fields) -> str:
+def _cell(strategy: str, *, layouts=_LAYOUTS, max_document_length=None, dropout: bool = False, **fields) -> str:
+    if dropout and not STRATEGIES[strategy].has_dropout:
+        return "-"
     served = []
     for name in layouts:
         sharding = AttentionSharding(layout=Layout(name=name), max_document_length=max_document_length)

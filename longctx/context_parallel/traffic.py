@@ -11,8 +11,8 @@ PHASES: tuple[str, ...] = get_args(Phase)
 class Transfer:
     """Equal collectives of one layer: how often a device takes part, and what it sends each time."""
 
-    kind: Literal["collective-permute", "all-gather", "reduce-scatter", "all-to-all", "all-reduce"]
-    """The collective, by XLA's name."""
+    kind: Literal["collective-permute", "all-gather", "reduce-scatter", "all-to-all", "all-reduce", "remote-dma"]
+    """The collective, by XLA's name; `remote-dma` is what a kernel sends itself while it computes."""
     phase: Phase
     """The pass that it belongs to; a layer that is recomputed runs its forward pass twice."""
     count: int

@@ -13,6 +13,7 @@ from pallas_kernels.arguments import check_qkv
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.pallas_mosaic_tpu_ring import RingKernels
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Mask
@@ -251,6 +252,41 @@ def sinks_gradient(
     # Without a sink a row may be empty, and -inf - -inf is nan.
     p = jnp.where(sinks == -jnp.inf, 0.0, jnp.exp(sinks - jnp.where(sinks == -jnp.inf, 0.0, lse)))
     return jnp.sum(p * weight, axis=(0, 2))
+
+
+def ring_kernels(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    *,
+    mask: Mask,
+    schedule: Schedule,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    bias: Any = None,
+    dropout: Dropout | None = None,
+    block_sizes: BlockSizes | None = None,
+    implementation: Implementation | None = None,
+    deterministic: bool = True,
+) -> RingKernels:
+    """The hops of a ring by kernels that send keys, and gradients, from device to device themselves; inside shard_map.
+
+    Args:
+      q, k, v: Of this device.
+      schedule: Of any hop.
+      implementation: `mosaic_tpu`, which alone has such kernels, or None for it.
+      Others: as `blockwise_attention`.
+    Raises: ValueError where the call is wrong; NotImplementedError where the kernels do not serve it.
+    """
+    op = "ring_kernels"
+    _refuse_bias(op, bias)
+    options = _options(op, q, k, v, mask, None, schedule, scale, logits_soft_cap, block_sizes, deterministic)
+    if implementation not in (None, "mosaic_tpu"):
+        raise NotImplementedError(
+            f"{op}: kernels of {implementation!r} do not send, those of 'mosaic_tpu' do; pass that or None"
+        )
+    dropout = _checked_dropout(op, dropout, q)
+    return RingKernels(q, k, v, options=options, block_sizes=schedule.block_sizes, dropout=dropout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -45,22 +45,19 @@ def forward(
     q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a TPU."""
-    _check_call(q, v, dropout, schedule)
-    call = _Call(q, k, v, tokens or Tokens(), schedule, options)
+    check_call(q, v, dropout, schedule)
+    call = Call(q, k, v, tokens or Tokens(), schedule, options)
     block_q, block_kv = call.config.block_q, call.config.block_kv
     inputs = forward_kernel.Inputs(
         q=by_head(q, block_q),
         k=by_head(k, block_kv),
         v=by_head(v, block_kv),
-        words=words_of(call.ranges(call.schedule.kv_blocks), num_heads=q.shape[2], num_members=1),
+        words=call.words_of_queries(),
         **call.token_rows(),
-        carry=None if carry is None else SoftmaxCarry(
-            max=rows_of(carry.max, block_q, -jnp.inf),
-            sum=rows_of(carry.sum, block_q),
-            acc=by_head(carry.acc, block_q),
-        ),
-    )  # fmt: skip
-    result = forward_kernel.attend(inputs, call.config_of(block_q, block_kv), return_carry=return_carry)
+        carry=None if carry is None else carry_by_head(carry, block_q),
+    )
+    config = call.config_of(block_q, block_kv)
+    result = forward_kernel.kernel(inputs, config, return_carry=return_carry)(inputs, config)
     T, V = q.shape[1], v.shape[3]
     if not return_carry:
         return by_token(result["out"], T, V), result["lse"][:, :, 0, :T]
@@ -73,34 +70,34 @@ def backward(
     q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a TPU."""
-    _check_call(q, v, dropout, schedule)
-    call = _Call(q, k, v, tokens or Tokens(), schedule, options)
+    check_call(q, v, dropout, schedule)
+    call = Call(q, k, v, tokens or Tokens(), schedule, options)
     block_q, block_kv = call.config.block_q, call.config.block_kv
-    (_, T, N, H), (_, S, K, V) = q.shape, v.shape
-    # Queries that see nothing, and those that are not there: exp(logit - inf) = 0.
-    lse = rows_of(jnp.where(lse == -jnp.inf, jnp.inf, lse), block_q, jnp.inf)
-    arrays = backward_kernel.Inputs(
+    (_, T, _, H), (_, S, _, V) = q.shape, v.shape
+    inputs = backward_kernel.Inputs(
         q=by_head(q, block_q),
         k=by_head(k, block_kv),
         v=by_head(v, block_kv),
         dout=by_head(dout.astype(q.dtype), block_q),
-        rows=jnp.concatenate([lse, rows_of(delta_of(out, dout, dlse), block_q)], axis=2),
-        words=words_of(call.ranges(call.schedule.kv_blocks), num_heads=N, num_members=1),
+        rows=rows_of_backward(out, lse, dout, dlse, block_q),
+        words=call.words_of_queries(),
         **call.token_rows(),
         running=None if accumulate[0] is None else (by_head(accumulate[0], block_q),),
     )
-    dq = backward_kernel.differentiate_queries(arrays, call.config_of(block_q, block_kv))
-    arrays = dataclasses.replace(
-        arrays,
-        words=words_of(call.ranges(call.schedule.q_blocks), num_heads=N, num_members=N // K),
+    config = call.config_of(block_q, block_kv)
+    dq = backward_kernel.kernel_of_queries(inputs, config)(inputs, config)
+    inputs = dataclasses.replace(
+        inputs,
+        words=call.words_of_keys(),
         running=None if accumulate[1] is None else tuple(by_head(x, block_kv) for x in accumulate[1:]),
     )
-    dk, dv = backward_kernel.differentiate_keys(arrays, call.config_of(block_kv, block_q))
+    config = call.config_of(block_kv, block_q)
+    dk, dv = backward_kernel.kernel_of_keys(inputs, config)(inputs, config)
     return by_token(dq, T, H), by_token(dk, S, H), by_token(dv, S, V)
 
 
-class _Call:
-    """One call's schedule, tokens and sizes."""
+class Call:
+    """One call's schedule, tokens and sizes; of q, k and v the shapes and dtypes alone are read."""
 
     def __init__(self, q, k, v, tokens: Tokens, schedule: Schedule | None, options: Options):
         self.tokens, self.mask = tokens, options.mask
@@ -111,9 +108,10 @@ class _Call:
         self.in_order = not jax.tree.leaves(tokens)
         self.schedule = self._schedule(schedule, options)
         sizes = self.schedule.block_sizes
+        block_q, block_kv = whole_blocks(sizes, self.q_len, self.kv_len)
         self.config = Config(
-            block_q=_whole_lanes("block_q", sizes.block_q, self.q_len),
-            block_kv=_whole_lanes("block_kv", sizes.block_kv, self.kv_len),
+            block_q=block_q,
+            block_kv=block_kv,
             chunk=LANES,
             kv_len=self.kv_len,
             num_heads=q.shape[2],
@@ -139,7 +137,17 @@ class _Call:
         sizes = self.schedule.block_sizes
         _refuse(f"blocks of {sizes} do not fit its memory, it takes smaller ones")
 
-    def ranges(self, ranges: BlockRanges) -> BlockRanges:
+    def words_of_queries(self) -> jax.Array:
+        """What blocks of queries visit, as the forward pass and dq go through it."""
+        return words_of(self._ranges(self.schedule.kv_blocks), num_heads=self.config.num_heads, num_members=1)
+
+    def words_of_keys(self) -> jax.Array:
+        """What blocks of keys visit, as dk and dv go through it."""
+        num_heads = self.config.num_heads
+        num_members = num_heads // self.config.num_kv_heads
+        return words_of(self._ranges(self.schedule.q_blocks), num_heads=num_heads, num_members=num_members)
+
+    def _ranges(self, ranges: BlockRanges) -> BlockRanges:
         """Of one side of the schedule, without full blocks where its one block of keys is shorter than the kernel's."""
         if self.kv_len % self.config.block_kv and self.schedule.block_sizes.block_kv == self.kv_len:
             return dataclasses.replace(ranges, full_start=ranges.start, full_stop=ranges.start)
@@ -180,7 +188,21 @@ class _Call:
         return self.mask
 
 
-def _check_call(q, v, dropout: Dropout | None, schedule: Schedule | None) -> None:
+def carry_by_head(carry: SoftmaxCarry, block: int) -> SoftmaxCarry:
+    """As the kernel takes it, in blocks of so many queries."""
+    return SoftmaxCarry(
+        max=rows_of(carry.max, block, -jnp.inf), sum=rows_of(carry.sum, block), acc=by_head(carry.acc, block)
+    )
+
+
+def rows_of_backward(out, lse, dout, dlse, block: int) -> jax.Array:
+    """What the backward kernels know of each query, `[B, N, 2, T]`, in blocks of so many."""
+    # Queries that see nothing, and those that are not there: exp(logit - inf) = 0.
+    lse = rows_of(jnp.where(lse == -jnp.inf, jnp.inf, lse), block, jnp.inf)
+    return jnp.concatenate([lse, rows_of(delta_of(out, dout, dlse), block)], axis=2)
+
+
+def check_call(q, v, dropout: Dropout | None, schedule: Schedule | None) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     platform = dispatch.current_platform()
     if platform != "tpu":
@@ -194,6 +216,11 @@ def _check_call(q, v, dropout: Dropout | None, schedule: Schedule | None) -> Non
         _refuse("it has no dropout")
     if schedule is not None and schedule.is_selection:
         _refuse("it takes no blocks that were chosen")
+
+
+def whole_blocks(sizes: BlockSizes, q_len: int, kv_len: int) -> tuple[int, int]:
+    """Queries and keys that the kernels' blocks hold, for a schedule in blocks of these sizes."""
+    return _whole_lanes("block_q", sizes.block_q, q_len), _whole_lanes("block_kv", sizes.block_kv, kv_len)
 
 
 def _whole_lanes(name: str, block: int, length: int) -> int:

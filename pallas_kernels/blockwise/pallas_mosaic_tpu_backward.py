@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blockwise.pallas_mosaic_tpu_send import Kernel
 from pallas_kernels.blockwise.pallas_mosaic_tpu_tiles import (
     Config,
     Side,
@@ -56,8 +57,8 @@ class Inputs:
     running: Leaf
 
 
-def differentiate_queries(inputs: Inputs, config: Config) -> jax.Array:
-    """dq, `[B, N, T, H]`: float32 where something was running, else in q's dtype."""
+def kernel_of_queries(inputs: Inputs, config: Config) -> Kernel:
+    """Of dq, `[B, N, T, H]`: float32 where something was running, else in q's dtype."""
     (B, N, T, H), V = inputs.q.shape, inputs.v.shape[3]
     block_q, block_kv, tokens = config.block_q, config.block_kv, inputs.q_tokens
 
@@ -90,21 +91,20 @@ def differentiate_queries(inputs: Inputs, config: Config) -> jax.Array:
         scratch["q_tokens"] = pltpu.VMEM((tokens.shape[1], block_q, LANES), jnp.int32)
     dtype = inputs.q.dtype if inputs.running is None else jnp.float32
     out_shape = jax.ShapeDtypeStruct(inputs.q.shape, dtype)
-    return pl.pallas_call(
-        functools.partial(_queries_kernel, config=config),
+    return Kernel(
+        body=functools.partial(_body_of_queries, config),
         grid=(B, N, T // block_q, 1),
-        in_specs=(in_specs,),
+        in_specs=in_specs,
         out_specs=of_row(H),
         out_shape=out_shape,
-        scratch_shapes=(scratch,),
-        compiler_params=config.compiler_params(),
-        cost_estimate=config.cost(inputs, out_shape, dims=2 * H + V),
+        scratch=scratch,
+        dims=2 * H + V,
         name="blockwise_attention_backward_dq",
-    )(inputs)
+    )
 
 
-def _queries_kernel(inputs: Inputs, dq_out, scratch, *, config: Config):
-    b, head, row = (pl.program_id(i) for i in range(3))
+def _body_of_queries(config: Config, step, inputs: Inputs, dq_out, scratch):
+    b, head, row, own = step
     kv_head = jax.lax.div(head, config.num_heads // config.num_kv_heads)
     scratch["dq"][...] = jnp.zeros_like(scratch["dq"])
     for i in (_LSE, _DELTA):
@@ -140,15 +140,15 @@ def _queries_kernel(inputs: Inputs, dq_out, scratch, *, config: Config):
         ds = ds if slope is None else ds * slope
         scratch["dq"][...] += dot(ds.astype(k.dtype), k, (1, 0))
 
-    walk(inputs.words, copies, config.visiting(config.block_kv, one_tile))
+    walk(inputs.words, own, copies, config.visiting(config.block_kv, one_tile))
     dq = scratch["dq"][...] * config.scale
     if inputs.running is not None:
         dq += inputs.running[0][0, 0]
     dq_out[0, 0] = dq.astype(dq_out.dtype)
 
 
-def differentiate_keys(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array]:
-    """dk and dv, `[B, K, S, H or V]`: float32 where something was running, else in the dtypes of k and v."""
+def kernel_of_keys(inputs: Inputs, config: Config) -> Kernel:
+    """Of dk and dv, `[B, K, S, H or V]`: float32 where something was running, else in the dtypes of k and v."""
     (B, K, S, H), V, N = inputs.k.shape, inputs.v.shape[3], inputs.q.shape[1]
     block_q, block_kv, tokens = config.block_q, config.block_kv, inputs.q_tokens
 
@@ -185,21 +185,21 @@ def differentiate_keys(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.A
     out_shape = tuple(
         jax.ShapeDtypeStruct(x.shape, x.dtype if inputs.running is None else jnp.float32) for x in operands
     )
-    return pl.pallas_call(
-        functools.partial(_keys_kernel, config=config),
+    return Kernel(
+        body=functools.partial(_body_of_keys, config),
         grid=(B, K, S // block_kv, N // K),
-        in_specs=(in_specs,),
+        in_specs=in_specs,
         out_specs=(of_row(H), of_row(V)),
         out_shape=out_shape,
-        scratch_shapes=(scratch,),
-        compiler_params=config.compiler_params(),
-        cost_estimate=config.cost(inputs, out_shape, dims=2 * (H + V)),
+        scratch=scratch,
+        dims=2 * (H + V),
         name="blockwise_attention_backward_dkdv",
-    )(inputs)
+    )
 
 
-def _keys_kernel(inputs: Inputs, dk_out, dv_out, scratch, *, config: Config):
-    b, kv_head, row, own = (pl.program_id(i) for i in range(4))
+def _body_of_keys(config: Config, step, inputs: Inputs, outputs, scratch):
+    b, kv_head, row, own = step
+    dk_out, dv_out = outputs
     members = config.num_heads // config.num_kv_heads
 
     @pl.when(own == 0)
@@ -238,7 +238,7 @@ def _keys_kernel(inputs: Inputs, dk_out, dv_out, scratch, *, config: Config):
         ds = ds if slope is None else ds * slope
         scratch["dk"][...] += dot(ds.astype(q.dtype), q, (1, 0))
 
-    walk(inputs.words, copies, config.visiting(config.block_q, one_tile))
+    walk(inputs.words, own, copies, config.visiting(config.block_q, one_tile))
 
     @pl.when(own == members - 1)
     def _():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blockwise.pallas_mosaic_tpu_send import Kernel
 from pallas_kernels.blockwise.pallas_mosaic_tpu_tiles import (
     Config,
     Side,
@@ -52,8 +53,8 @@ class Inputs:
     carry: Leaf
 
 
-def attend(inputs: Inputs, config: Config, *, return_carry: bool) -> dict[str, jax.Array]:
-    """ "out" `[B, N, T, V]` and "lse" `[B, N, 1, T]`, or the carry's "max", "sum" and "acc" in the same form."""
+def kernel(inputs: Inputs, config: Config, *, return_carry: bool) -> Kernel:
+    """Of "out" `[B, N, T, V]` and "lse" `[B, N, 1, T]`, or of the carry's "max", "sum" and "acc" in the same form."""
     (B, N, T, H), V, dtype = inputs.q.shape, inputs.v.shape[3], inputs.q.dtype
     block_q, block_kv = config.block_q, config.block_kv
 
@@ -91,21 +92,20 @@ def attend(inputs: Inputs, config: Config, *, return_carry: bool) -> dict[str, j
     if tokens is not None:
         scratch["kv_tokens"] = pltpu.VMEM((2, tokens.shape[1], block_kv), jnp.int32)
         scratch["q_tokens"] = pltpu.VMEM((tokens.shape[1], block_q, LANES), jnp.int32)
-    return pl.pallas_call(
-        functools.partial(_kernel, config=config),
+    return Kernel(
+        body=functools.partial(_body, config),
         grid=(B, N, T // block_q, 1),
-        in_specs=(in_specs,),
-        out_specs={name: of_row(V) if name in ("out", "acc") else row for name, x in out_shape.items()},
+        in_specs=in_specs,
+        out_specs={name: of_row(V) if name in ("out", "acc") else row for name in out_shape},
         out_shape=out_shape,
-        scratch_shapes=(scratch,),
-        compiler_params=config.compiler_params(),
-        cost_estimate=config.cost(inputs, out_shape, dims=H + V),
+        scratch=scratch,
+        dims=H + V,
         name="blockwise_attention_forward",
-    )(inputs)
+    )
 
 
-def _kernel(inputs: Inputs, outputs, scratch, *, config: Config):
-    b, head, row = (pl.program_id(i) for i in range(3))
+def _body(config: Config, step, inputs: Inputs, outputs, scratch):
+    b, head, row, own = step
     kv_head = jax.lax.div(head, config.num_heads // config.num_kv_heads)
     carry, acc = inputs.carry, scratch["acc"]
     if carry is None:
@@ -129,7 +129,7 @@ def _kernel(inputs: Inputs, outputs, scratch, *, config: Config):
         return copies_into(scratch, buffer, sources)
 
     one_tile = functools.partial(_one_tile, inputs, scratch, config, head, row)
-    walk(inputs.words, copies, config.visiting(config.block_kv, one_tile))
+    walk(inputs.words, own, copies, config.visiting(config.block_kv, one_tile))
     row_max, row_sum = scratch["max"][...], scratch["sum"][...]
     if "acc" in outputs:
         outputs["max"][0, 0] = _row(row_max)

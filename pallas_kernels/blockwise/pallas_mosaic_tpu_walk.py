@@ -60,11 +60,12 @@ def words_of(ranges: BlockRanges, *, num_heads: int, num_members: int) -> jax.Ar
     return words.reshape(batch_size, groups, num_rows, num_members, 1, -1)
 
 
-def walk(words, copies: Callable[..., Sequence], visit: Callable[..., None]) -> None:
+def walk(words, own, copies: Callable[..., Sequence], visit: Callable[..., None]) -> None:
     """Visits the blocks of a row, in order.
 
     Args:
       words: A row's, in SMEM: `[1, 1, 1, 1, 1, words]`.
+      own: The member of the group of heads that this step is for.
       copies: Given the buffer (0 or 1), the member of the group and the column: the copies of that block, to be started
         and waited for.
       visit: Of the buffer, the column, and whether all pairs of the block may attend.
@@ -78,7 +79,7 @@ def walk(words, copies: Callable[..., Sequence], visit: Callable[..., None]) -> 
         return word(_RANGES + r)
 
     num, before = word(_VISITS), word(_BEFORE)
-    own, next_member, next_column = pl.program_id(3), word(_NEXT_MEMBER), word(_NEXT_COLUMN)
+    next_member, next_column = word(_NEXT_MEMBER), word(_NEXT_COLUMN)
 
     @pl.when((num > 0) & (before == 0))
     def _():

@@ -18,8 +18,9 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ring_dma"])
 @pytest.mark.parametrize(("name", "ring"), [("v5p:8x8x8", 64), ("v6e:16x16", 32)])
-def test_a_ring_of_kernels_compiles(name, ring):
+def test_a_ring_of_kernels_compiles(name, ring, strategy):
     """Dispatch sees the TPU, on a machine that has none; nothing but the kernels serves attention."""
     run = parse(
         TrainConfig,
@@ -35,7 +36,7 @@ def test_a_ring_of_kernels_compiles(name, ring):
                 "pattern": ["far"],
                 "remat": "full",
             },
-            "context_parallel": {"strategy": "ring", "layout": "zigzag"},
+            "context_parallel": {"strategy": strategy, "layout": "zigzag"},
             "training": {"steps": 10, "batch_size": 8},
             "optimizer": {"learning_rate": 1e-3},
             "mesh": {"fsdp": 8, "context_inner": ring},
@@ -48,3 +49,5 @@ def test_a_ring_of_kernels_compiles(name, ring):
     assert set(plan.implementations.values()) == {"mosaic_tpu"}
     assert {c.phase for c in plan.collectives if c.is_hop} == {"forward", "recompute", "backward"}
     assert not any("the program sends" in problem for problem in plan.problems)
+    by_kernels = {c.phase for c in plan.collectives if c.kind == "remote-dma"}
+    assert by_kernels == ({"forward", "recompute", "backward"} if strategy == "ring_dma" else set())

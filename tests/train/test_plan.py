@@ -79,7 +79,7 @@ def test_exposed_hops_are_a_problem(capsys):
 def test_what_is_sent_up_front_is_a_problem_where_it_takes_long(capsys):
     """A halo is there before its layer attends, so it is waited for: a little of these steps, but not of tiny ones."""
     assert plan.main([GPUS, "--devices", "h100:8", "--formula"]) == 0
-    assert "note: what halo, all_gather, ulysses or usp send before and after they compute is waited for" in (
+    assert "note: what halo, all_gather, ulysses, usp or ring_dma send before and after they compute is waited for" in (
         capsys.readouterr().out
     )
     narrow = ["data.seq_len=16384", "model.mixers.local.window=1024", "context_parallel.strategy=all_gather"]

@@ -69,9 +69,10 @@ def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
     links = _links(run, spec)
     hops = []
     for name, transfer, phase, count in expected_transfers(run):
-        is_permute = transfer.kind == "collective-permute"
+        is_permute = transfer.kind in ("collective-permute", "remote-dma")
         devices = _ring_pairs(run, transfer) if is_permute else _ring_group(run, transfer)
-        seconds, where = links.seconds(transfer.kind, transfer.num_bytes, devices)
+        kind = "collective-permute" if is_permute else transfer.kind
+        seconds, where = links.seconds(kind, transfer.num_bytes, devices)
         call = calls[name, "backward" if phase == "backward" else "forward"]
         beside = compute_beside(transfer, call.seconds)
         hops.append(

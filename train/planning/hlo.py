@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
 _LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -19,6 +19,8 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(
     r"\b(calls|body|condition|to_apply|called_computations|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_END = re.compile(r'\}(, execution_thread="\w+")?')
+_BEGINS = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = |\s*$|\}(?:,|$)|(?:ENTRY )?%?[\w.\-]+ \(")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -205,12 +207,12 @@ def parse(text: str) -> Module:
         raise ValueError("text: wanted a scheduled HLO module, as Compiled.as_text() gives for GPUs and TPUs")
     computations, entry = {}, None
     name, is_entry, instructions = None, False, []
-    for line in lines[1:]:
+    for line in _whole(lines[1:]):
         if name is None:
             header = _HEADER.match(line)
             if header:
                 name, is_entry, instructions = header[2], bool(header[1]), []
-        elif line == "}":
+        elif _END.fullmatch(line):
             computations[name] = Computation(name, tuple(instructions))
             entry = computations[name] if is_entry else entry
             name = None
@@ -219,6 +221,17 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("text: holds no ENTRY computation")
     return Module(computations, entry, lines[0])
+
+
+def _whole(lines: Sequence[str]) -> Iterator[str]:
+    """One line an instruction: some are printed on several, such as those with `kernel_metadata`."""
+    begun: list[str] = []
+    for line in lines:
+        if begun and _BEGINS.match(line):
+            yield " ".join(begun)
+            begun = []
+        begun.append(line)
+    yield " ".join(begun)
 
 
 def _parse_instruction(line: str) -> Instruction:

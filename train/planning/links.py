@@ -4,6 +4,7 @@ Bytes over bandwidth, plus a latency: what the links allow, not what a library m
 at the same time are put one after the other (timeline.py).
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -131,6 +132,25 @@ def groups_of(attributes: str, num_devices: int) -> list[list[int]]:
     if "replica_groups={}" in attributes or "replica_groups=" not in attributes:
         return [list(range(num_devices))]
     raise ValueError(f"replica_groups: got {attributes[:200]!r}, wanted one of the ways XLA is known to write groups")
+
+
+def sent_by_kernel(attributes: str) -> tuple[int, list[list[int]]] | None:
+    """Bytes that a device sends in a kernel, and the pairs (source, target) of the mesh; None where it sends nothing.
+
+    Args:
+      attributes: Of the call, with what the kernel says of itself
+        (`pallas_kernels.blockwise.pallas_mosaic_tpu_send`).
+    """
+    found = re.search(r'"sends":("(?:[^"\\]|\\.)*")', attributes)
+    if not found:
+        return None
+    sends = json.loads(json.loads(found[1]))
+    mesh, axes = sends["mesh"], sends["axes"]
+    numbers = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    numbers = np.moveaxis(numbers, [list(mesh).index(axis) for axis in axes], range(-len(axes), 0))
+    rings = numbers.reshape(-1, math.prod(mesh[axis] for axis in axes))
+    targets = np.roll(rings, -sends["stride"], axis=1)
+    return sends["bytes"], np.stack([rings.ravel(), targets.ravel()], axis=1).tolist()
 
 
 def _groups_over_axes(mesh: str, chosen: str) -> list[list[int]]:

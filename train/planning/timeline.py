@@ -22,7 +22,7 @@ from longctx.context_parallel.api import HOP_SCOPE
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from train.devices import DeviceSpec
 from train.planning.hlo import Computation, Instruction, Module
-from train.planning.links import Links, groups_of, is_collective, kind_of
+from train.planning.links import Links, groups_of, is_collective, kind_of, sent_by_kernel
 from train.planning.op_names import layer_of, part_of, phase_of, readable
 from train.planning.work import Work, is_kernel
 
@@ -51,7 +51,7 @@ class Collective:
     """Executions of one collective instruction in a step.
 
     Attributes:
-      kind: One of links.KINDS.
+      kind: One of links.KINDS, or `remote-dma` for what a kernel sends itself.
       name: Where it comes from.
       part: The part of the model that it belongs to.
       phase: "forward", "recompute", "backward" or "update".
@@ -272,7 +272,34 @@ class _Runner:
             self.notes.append(f"an attention op of unknown cost counts nothing: {readable(instruction.op_name)}")
             return
         key = f"{layer} attention", phase_of(instruction.op_name)
+        sent = self._sent_by(instruction, layer)
+        started = result.clock
         result.work(key, share * call.seconds, share * call.flops)
+        if sent is not None:
+            self._finish(_InFlight(instruction, started, started + sent.seconds, sent), result)
+
+    def _sent_by(self, kernel: Instruction, layer: str) -> Collective | None:
+        """What a kernel sends itself, from its start to its end."""
+        sends = sent_by_kernel(kernel.attributes)
+        if sends is None:
+            return None
+        num_bytes, pairs = sends
+        seconds, links = self._links.seconds("collective-permute", num_bytes, pairs)
+        return Collective(
+            kind="remote-dma",
+            name=readable(kernel.op_name),
+            part=f"{layer} mixer",
+            phase=phase_of(kernel.op_name),
+            is_hop=True,
+            asynchronous=True,
+            count=1,
+            num_bytes=num_bytes,
+            seconds=seconds,
+            overlapped=0.0,
+            exposed=seconds,
+            links=links,
+            group_size=2,
+        )
 
     # --- collectives ---
 

@@ -129,7 +129,7 @@ def _exposed_rest(plan: Plan, up_front: Sequence[Collective]) -> list[str]:
     waited = _seconds_waited(up_front)
     if 0 < waited < _LONG * plan.step_seconds:
         notes.append(
-            f"what halo, all_gather, ulysses or usp send before and after they compute is waited for "
+            f"what halo, all_gather, ulysses, usp or ring_dma send before and after they compute is waited for "
             f"{1e3 * waited:.1f} ms a step, {waited / plan.step_seconds:.1%} of it"
         )
     return notes

@@ -186,3 +186,19 @@ def test_a_loop_that_never_runs():
 def test_other_texts_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         hlo.parse(text)
+
+
+def test_instructions_on_several_lines_and_computations_of_other_cores():
+    """As TPU programs print a kernel's metadata, and what runs on their sparse cores."""
+    computations = (
+        '%other (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8]{0} parameter(0)\n}, execution_thread="sparsecore"'
+    )
+    kernel = (
+        "  %a = f32[8]{0} parameter(0)\n"
+        '  ROOT %k = f32[8]{0} custom-call(%a), frontend_attributes={kernel_metadata={\n"sends":"x"\n'
+        '}}, metadata={op_name="jit(step)/kernel"}'
+    )
+    module = parse(kernel, computations)
+    assert set(module.computations) == {"other", "main"}
+    assert [i.name for i in module.entry.instructions] == ["a", "k"]
+    assert module.entry.root.op_name == "jit(step)/kernel" and '"sends":"x"' in module.entry.root.attributes

@@ -1,9 +1,11 @@
 """Groups of collectives as XLA writes them, and times on links."""
 
+import json
+
 import pytest
 
 from train.devices import DeviceSpec
-from train.planning.links import Links, Place, groups_of
+from train.planning.links import Links, Place, groups_of, sent_by_kernel
 
 GPU = DeviceSpec(
     device_kinds=("x",),
@@ -76,3 +78,12 @@ def test_a_gather_on_a_torus_uses_the_links_of_the_axes_it_spans():
     assert torus(4, 4, 4).seconds("all-gather", GB, [list(range(64))]) == (pytest.approx(0.01 / 6), "torus, 3 axes")
     assert torus(2, 4, 1).seconds("all-gather", GB, line)[0] == pytest.approx(0.01)  # no way around
     assert torus(4, 4, 4).seconds("all-to-all", GB, line)[0] == pytest.approx(0.01 / 2)
+
+
+def test_a_kernel_says_whom_it_sends_to():
+    sends = {"bytes": 7, "mesh": {"a": 2, "b": 2, "c": 2}, "axes": ["a", "c"], "stride": 3}
+    num_bytes, pairs = sent_by_kernel(f'kernel_metadata={{ "sends":{json.dumps(json.dumps(sends))} }}')
+    assert num_bytes == 7
+    # Rings of a and c, c the faster: 0, 1, 4, 5 and 2, 3, 6, 7; three ahead is one behind.
+    assert sorted(pairs) == [[0, 5], [1, 0], [2, 7], [3, 2], [4, 1], [5, 4], [6, 3], [7, 6]]
+    assert sent_by_kernel('kernel_metadata={ "mesh_axes":"[]" }') is None

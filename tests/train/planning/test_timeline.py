@@ -72,6 +72,22 @@ def test_compute_before_the_start_hides_nothing():
     assert hop.exposed == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(("seconds", "exposed"), [(0.5, 0.0), (0.3, 0.1)])
+def test_a_kernel_hides_what_it_sends_itself(seconds, exposed):
+    """400 KB take 0.4 s, from the kernel's start; it says so on lines of its own."""
+    kernel = """
+  %x = f32[100000]{0} parameter(0)
+  %k_sending = (f32[100000]{0}, f32[100000]{0}) custom-call(%x, %x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"mesh_axes":"[\\"c\\"]",
+"sends":"{\\"bytes\\": 400000, \\"mesh\\": {\\"d\\": 2, \\"c\\": 2}, \\"axes\\": [\\"c\\"], \\"stride\\": 1}"
+}}, metadata={op_name="jit(step)/jvp()/layer.a/mixer/blockwise_attention_forward.mosaic_tpu/k_sending"}"""  # noqa: E501
+    timeline = on_paper(kernel, calls={("a", "forward"): OpCall(seconds=np.array([seconds]), flops=np.array([1.0]))})
+    (hop,) = timeline.collectives
+    assert (hop.kind, hop.is_hop, hop.num_bytes, hop.part) == ("remote-dma", True, 400_000, "a mixer")
+    assert hop.seconds == pytest.approx(0.4) and hop.overlapped == pytest.approx(seconds)
+    assert hop.exposed == pytest.approx(exposed) and timeline.seconds == pytest.approx(seconds + exposed)
+
+
 def test_collectives_in_flight_at_once_share_the_links():
     second = permute(100_000, between=DOT).replace("%x", "%y").replace("%s", "%t").replace("%d ", "%e ")
     timeline = on_paper(permute(100_000, between=second.replace("parameter(2)", "parameter(3)")))
