@@ -79,9 +79,9 @@ class MetricsLog:
         if jax.process_index() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._open(step)
         if config.wandb is not None:
             self._wandb = _wandb_run(self.path.parent, config.wandb, settings or {})
+        self._open(step)
 
     def _open(self, step: int) -> None:
         drop_records_after(self.path, step)

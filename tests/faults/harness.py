@@ -55,16 +55,16 @@ class Ended:
         return None
 
 
-class _TooLong(BaseException):
-    """No Exception, so that nothing on the way takes it for an error of its own."""
+class TooLong(BaseException):
+    """A case took longer than it may; no Exception, so that nothing on the way takes it for an error of its own."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises _TooLong in the block, where it takes longer."""
+    """Raises TooLong in the block, where it takes longer."""
 
     def stop(*_) -> None:
-        raise _TooLong
+        raise TooLong
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -75,7 +75,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], *, seconds: float = 60.0) -> Ended:
+def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], *, seconds: float = 300.0) -> Ended:
     """Runs a command's main in this process; an exception that leaves it is what a traceback would be."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -84,7 +84,7 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str], *, secon
                 code = main(arguments)
         except SystemExit as stop:  # argparse
             code = stop.code
-        except _TooLong:
+        except TooLong:
             return Ended(None, out.getvalue(), f"hangs: no end after {seconds:.0f} s")
         except BaseException as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
