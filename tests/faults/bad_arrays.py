@@ -65,8 +65,9 @@ def _calls() -> list[Call]:
     own = {name: Argument((2, 8, 4, 8)) for name in ("q", "k", "v")}
     x = {"x": Argument((2, 8, 16))}
     tokens = {"positions": Argument((2, 8), "int32", 8), "segment_ids": Argument((2, 8), "int32", 3)}
+    documents = longctx.masks.causal() & longctx.masks.documents()
     layers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
-        "Attention": lambda rngs: longctx.Attention(16, num_heads=4, rngs=rngs),
+        "Attention": lambda rngs: longctx.Attention(16, num_heads=4, mask=documents, rngs=rngs),
         "LinearAttention": lambda rngs: longctx.LinearAttention(16, num_heads=4, rngs=rngs),
         "MobaAttention": lambda rngs: longctx.MobaAttention(16, num_heads=4, chunk_size=4, top_k=2, rngs=rngs),
         "RMSNorm": lambda rngs: longctx.RMSNorm(16),
