@@ -324,9 +324,7 @@ def check_configs(folder: Path, count: int) -> Report:
         if number % 2:
             run_dir.mkdir()
             (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-        text = case.text.replace(b"RUN_DIR", str(run_dir).encode()).replace(
-            b"CACHE_DIR", str(started["cache"]).encode()
-        )
+        text = case.text.replace(b"RUN_DIR", bytes(run_dir)).replace(b"CACHE_DIR", bytes(folder / "cache"))
         file.write_bytes(text)
         overrides = [part.replace("RUN_DIR", str(run_dir)) for part in case.overrides]
         before = snapshot(run_dir)

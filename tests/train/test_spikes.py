@@ -92,8 +92,8 @@ def config_file(tmp_path_factory):
 
 @pytest.fixture
 def with_bad_batch(monkeypatch):
-    """with_bad_batch(weight): the rows of step BAD_STEP's batch aim at an id that no other row has, or, with a weight of
-    nan, make a loss that is not finite; whenever they are read. Returns the numbers of what was read."""
+    """with_bad_batch(weight): the rows of step BAD_STEP's batch aim at an id that no other row has, or, with a weight
+    of nan, make a loss that is not finite; whenever they are read. Returns the numbers of what was read."""
     from train.data.pipeline import Data
 
     real = Data.batches
@@ -129,6 +129,7 @@ def test_a_spike_is_skipped_and_counted(config_file, with_bad_batch, tmp_path, c
     assert [r["skipped_steps"] for r in records[-5:]] == [1] * 5
 
 
+@pytest.mark.slow
 def test_a_spike_is_warned_of_and_applied(config_file, with_bad_batch, tmp_path, capsys):
     with_bad_batch()
     assert main([str(config_file), f"run_dir={tmp_path}", "training.spikes.action=warn"]) == 0
@@ -136,7 +137,10 @@ def test_a_spike_is_warned_of_and_applied(config_file, with_bad_batch, tmp_path,
     assert read_records(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("setting", ["training.spikes.action=rewind", "training.on_nonfinite=rewind"])
+@pytest.mark.parametrize(
+    "setting",
+    ["training.spikes.action=rewind", pytest.param("training.on_nonfinite=rewind", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_back_and_leaves_out_the_batches_between(config_file, with_bad_batch, tmp_path, capsys, setting):
     read = with_bad_batch(1.0 if "spikes" in setting else np.float32(np.nan))
     command = [str(config_file), f"run_dir={tmp_path / 'run'}", setting]
@@ -158,6 +162,7 @@ def test_a_run_goes_back_and_leaves_out_the_batches_between(config_file, with_ba
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "told")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_time_and_again_stops(config_file, with_bad_batch, tmp_path, monkeypatch, capsys):
     with_bad_batch()
     monkeypatch.setattr(LeftOutRows, "next", lambda self, rows, batch_size: rows)  # so that the batch comes again
@@ -166,6 +171,7 @@ def test_a_run_that_goes_back_time_and_again_stops(config_file, with_bad_batch, 
     assert "the run went back to step 12 2 times before. Lower optimizer.learning_rate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_steps_that_are_skipped_in_a_row_stop_the_run(config_file, tmp_path, capsys):
     settings = ["optimizer.learning_rate=1e30", "training.on_nonfinite=skip", "training.max_repeats=3"]
     assert main([str(config_file), f"run_dir={tmp_path}", *settings]) == 1
