@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.faults.bad_configs import TINY
 from tests.faults.harness import Report, for_each, run, snapshot
 from train.__main__ import main
-from train.config import load_config
+from train.config import ConfigError, load_config
 from train.data import DataError, open_data
 from train.metrics import read_records
 
@@ -311,10 +311,10 @@ def bad_data() -> st.SearchStrategy[BadData]:
 
 def _read(file: Path) -> tuple[bool, str | None]:
     """Whether the data of a config can be read, and what is wrong with its first batches."""
-    config = load_config(file)
     try:
+        config = load_config(file)
         data = open_data(config.data, seed=config.seed)
-    except DataError:
+    except (ConfigError, DataError):
         return False, None
     except Exception as error:
         return False, f"{type(error).__name__}: {str(error)[:200]}"

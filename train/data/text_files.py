@@ -152,7 +152,7 @@ def _read_parquet(path: Path, fields: Fields, report: ReadReport, progress: Byte
 
 
 def _not_parquet(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: not a whole parquet file ({' '.join(str(error).split())[:300]}); write it again")
+    return DataError(f"{path}: not a parquet file ({' '.join(str(error).split())[:300]}); write it again")
 
 
 def _decode(content: bytes, place: str, report: ReadReport) -> str:
