@@ -134,7 +134,7 @@ def train(config: TrainConfig) -> None:
             state = None  # its memory is needed for what is restored
             state, position = checkpoints.restore(abstract)
             step = int(state.step)
-            if left_out.rewinds_to(step) == config.training.max_repeats:
+            if left_out.rewinds_to(step) >= config.training.max_repeats:
                 raise SpikeError(
                     f"{bad.what}; the run went back to step {step} {config.training.max_repeats} times before. Lower "
                     "optimizer.learning_rate, look at the data, or raise training.max_repeats"
