@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
+from longctx.arguments import check_sequence
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
@@ -134,8 +135,7 @@ class GroupedQueryLayer(nnx.Module):
 
     def _queries(self, x_BTD, positions):
         """q of tokens at these positions, and the positions; None is 0, 1, 2, ..."""
-        if x_BTD.shape[-1] != self.dim:
-            raise ValueError(f"x: got {x_BTD.shape[-1]} dims in shape {x_BTD.shape}, wanted the layer's dim={self.dim}")
+        check_sequence(type(self).__name__, x_BTD, self.dim, positions=positions)
         if positions is None:
             positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
         q_BTNH = self._placed(self.q(x_BTD), positions, self.q_norm)

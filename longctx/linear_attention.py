@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int32
 
+from longctx.arguments import check_sequence, check_tokens
 from longctx.attention import causal_pairs, check_heads
 from longctx.context_parallel import (
     AnySchedule,
@@ -179,8 +180,9 @@ class RecurrentLayer(nnx.Module):
         """
         if schedule is not None:
             raise ValueError("schedule: got one, wanted None; linear attention visits no blocks of keys, leave it out")
+        self._check(x_BTD, x_BTD.shape[1] if x_BTD.ndim > 1 else 0, depth)
+        check_tokens(type(self).__name__, x_BTD.shape[:2], positions=positions, segment_ids=segment_ids)
         length = x_BTD.shape[1]
-        self._check(x_BTD, length, depth)
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         convolve = functools.partial(sharded_short_convolution, segment_ids=segment_ids, sharding=self.sharding)
@@ -309,8 +311,7 @@ class RecurrentLayer(nnx.Module):
         return y, cache._replace(recent=recent)
 
     def _check(self, x_BTD: jax.Array, length: int, depth: Depth | None) -> None:
-        if x_BTD.shape[-1] != self.dim:
-            raise ValueError(f"x: got {x_BTD.shape[-1]} dims in shape {x_BTD.shape}, wanted the layer's dim={self.dim}")
+        check_sequence(type(self).__name__, x_BTD, self.dim)
         if self.by_depth and depth is None:
             raise ValueError(
                 "depth: got None, wanted 0.0 for the first layer to 1.0 for the last, since decays go by it; pass "

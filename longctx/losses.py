@@ -39,6 +39,18 @@ def cross_entropy(
     Memory: O(B T V), one float32 copy of the logits.
     Reference: Chowdhery et al., PaLM, arXiv:2204.02311, section 5 (z-loss).
     """
+    if not (logits_BTV.ndim == 3 and logits_BTV.shape[:2] == targets_BT.shape == weights_BT.shape):
+        raise ValueError(
+            f"cross_entropy: logits have shape {logits_BTV.shape}, targets {targets_BT.shape}, weights "
+            f"{weights_BT.shape}, wanted [B, T, V], [B, T] and [B, T]"
+        )
+    if 0 in logits_BTV.shape:
+        raise ValueError(f"cross_entropy: logits have shape {logits_BTV.shape}, wanted no dimension of 0")
+    if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
+        raise ValueError(f"cross_entropy: targets are {targets_BT.dtype}, wanted int32")
+    for name, array in (("logits", logits_BTV), ("weights", weights_BT)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"cross_entropy: {name} are {array.dtype}, wanted floats")
     logits_BTV, weights_BT = logits_BTV.astype(jnp.float32), weights_BT.astype(jnp.float32)
     vocab_size = logits_BTV.shape[-1]
     log_normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from longctx.arguments import check_sequence
 from longctx.projections import projection
 from longctx.sharding import constrain
 
@@ -36,10 +37,12 @@ class SwiGLU(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.dim = dim
         self.gate = projection(dim, hidden_dim, logical_axes=("embed", "mlp"), **kwargs)
         self.up = projection(dim, hidden_dim, logical_axes=("embed", "mlp"), **kwargs)
         self.down = projection(hidden_dim, dim, logical_axes=("mlp", "embed"), init_scale=out_init_scale, **kwargs)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        check_sequence("SwiGLU", x_BTD, self.dim)
         hidden = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(constrain(hidden, "batch", "sequence", "mlp"))

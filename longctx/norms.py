@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from longctx.arguments import check_features
+
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dim, with a learned gain.
@@ -24,6 +26,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype), logical_axes=("norm",))
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        check_features("RMSNorm", x, self.scale.shape[0])
         x_f32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.eps)
         return (x_f32 * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)

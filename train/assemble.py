@@ -52,11 +52,15 @@ class Parts:
 def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int) -> Parts:
     """The model, the optimizer, the state and the training step that a config describes, for a mesh.
 
-    Raises: ConfigError when the config names a vocabulary that is too small for the tokenizer's `vocab_size`.
+    Raises: ConfigError when the config names a vocabulary that is too small for the tokenizer's `vocab_size`, or a
+      layer refuses what it would be built of.
     """
     model = resolved_model(config, vocab_size)
     build = model_builder(model, config.attention_sharding)
-    graphdef, _ = abstract_model(build)
+    try:
+        graphdef, _ = abstract_model(build)
+    except (ValueError, NotImplementedError) as error:  # what a layer refuses, such as heads that do not divide dim
+        raise ConfigError(f"model: {error}") from error
     schedule = make_schedule(config.optimizer, total_steps=config.training.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule)
     abstract = abstract_state(build, optimizer, mesh)
@@ -67,7 +71,14 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
         optimizer=optimizer,
         abstract=abstract,
         train_step=make_train_step(
-            graphdef, abstract, optimizer, schedule, config.training, mesh, is_stochastic=model.is_stochastic
+            graphdef,
+            abstract,
+            optimizer,
+            schedule,
+            config.training,
+            mesh,
+            is_stochastic=model.is_stochastic,
+            deterministic=config.deterministic,
         ),
     )
 

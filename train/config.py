@@ -21,6 +21,7 @@ from train.distributed import DistributedConfig
 from train.evaluation import EvaluationConfig
 from train.metrics import MetricsConfig
 from train.optimizer import OptimizerConfig, make_schedule
+from train.profiling import ProfileConfig
 from train.sampling import SampleConfig
 from train.schema import ConfigError
 from train.step import TrainingConfig
@@ -35,7 +36,10 @@ class TrainConfig:
     run_dir: str
     """The folder of the run: checkpoints, metrics, plots and the resolved config are written under it."""
     seed: int = 0
-    """Seeds the weights, the split and the order of the data, dropout and sampling."""
+    """Seeds the weights, the split and the order of the data, dropout and sampling; from 0 to 2^32 - 1."""
+    deterministic: bool = False
+    """Whether two runs on the same machine, mesh and versions must give the same bits: refuses mixers that allow other
+    orders of sums, and compiles for it on GPUs, where steps may get slower. docs/reliability.md says what it covers."""
     init_from: str | None = None
     """A run folder whose weights a new run starts from. Optimizer, step and data position start afresh."""
     model: ModelConfig
@@ -61,6 +65,8 @@ class TrainConfig:
     """When the model is measured on held-out text."""
     metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
     """What is logged, how often, and where to."""
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    """Which steps are profiled."""
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     """The text that the trained model is asked to go on with."""
 
@@ -72,6 +78,14 @@ class TrainConfig:
                 f"init_from: got run_dir={self.run_dir} itself, wanted another run's folder; leave init_from out "
                 "to resume the run"
             )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, wanted 0 to 2^32 - 1; choose one of these")
+        for name, mixer in self.model.mixers.items():
+            if self.deterministic and not getattr(mixer, "deterministic", True):
+                raise ValueError(
+                    f"deterministic: got true with model.mixers.{name}.deterministic=false, wanted the same of all; "
+                    "leave that out"
+                )
         make_schedule(self.optimizer, total_steps=self.training.steps)  # refuses phases that outlast the run
         # An axis of -1 takes the machine's devices: what it is part of is checked when the run starts.
         sizes = {name: getattr(self.mesh, name) for name in AXIS_NAMES}

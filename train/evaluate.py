@@ -33,7 +33,9 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
             rows=placement.rows,
             slots=placement.slots,
         )
-        eval_step = make_eval_step(abstract_model(build)[0], num_answer_groups=len(data.answer_groups))
+        eval_step = make_eval_step(
+            abstract_model(build)[0], num_answer_groups=len(data.answer_groups), deterministic=config.deterministic
+        )
         values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
         return {"step": step} | values
 

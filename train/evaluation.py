@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int32
 
 from longctx.losses import cross_entropy
 from train.placement import BatchPlacement
-from train.step import Batch, bits_per_byte
+from train.step import Batch, bits_per_byte, gpu_compiler_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,16 @@ class EvalSums(NamedTuple):
     answers: AnswerSums | None
 
 
-def make_eval_step(graphdef: nnx.GraphDef, *, num_answer_groups: int = 0) -> Callable[[Any, Batch], EvalSums]:
+def make_eval_step(
+    graphdef: nnx.GraphDef, *, num_answer_groups: int = 0, deterministic: bool = False
+) -> Callable[[Any, Batch], EvalSums]:
     """Builds the jitted step(params, batch) -> sums of weighted nll (nats), weights, source bytes and right answers.
 
     Nothing is dropped in it.
 
     Args:
       num_answer_groups: How many groups the answers in a batch are of; 0 where batches have none marked.
+      deterministic: As of make_train_step.
     """
 
     def step(params, batch):
@@ -70,7 +73,8 @@ def make_eval_step(graphdef: nnx.GraphDef, *, num_answer_groups: int = 0) -> Cal
             answers = count_answers(is_right_BT, batch["answers"], batch["answer_groups"], num_groups=num_answer_groups)
         return EvalSums(sums.nll_sum, sums.weight_sum, jnp.sum(batch["num_bytes"]), answers)
 
-    return jax.jit(step)
+    on_gpus = jax.default_backend() == "gpu"
+    return jax.jit(step, compiler_options=gpu_compiler_options(deterministic=True) if deterministic and on_gpus else {})
 
 
 def count_answers(

@@ -5,34 +5,31 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Int
 
-from longctx.model import ModelConfig, forward_flops
 from train.assemble import assemble, batch_placement, check_agreement, memory_in_use
 from train.checkpoint import Checkpoints, Position, changed_settings, load_params
 from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
-from train.devices import model_flops_utilization
 from train.evaluation import evaluate, make_eval_step
+from train.in_flight import BadStep, Batches, StepsInFlight
 from train.metrics import MetricsLog
-from train.placement import one_flag_a_device
+from train.placement import one_a_device, same_everywhere
 from train.planning.auto import start
 from train.planning.startup import MemoryWatch
+from train.profiling import Profiler
 from train.progress import Display, duration
 from train.sampling import sample_text
 from train.schema import to_dict
 from train.signals import StopSignals
+from train.spikes import LeftOut, LeftOutRows, RecentLosses, SpikeError
 from train.state import TrainState, create_state
-from train.step import Metrics, NonFiniteError, TrainingConfig
+from train.watch import Watch
 
 MAX_STEPS_IN_FLIGHT = 2  # more gain nothing, and XLA's CPU runtime aborts when many steps with collectives are queued
 
@@ -42,8 +39,9 @@ def train(config: TrainConfig) -> None:
 
     Raises: ConfigError, DataError and CheckpointError for what the user can mend, before a file of an
       earlier run is changed; NonFiniteError, with the step, where training.on_nonfinite is "stop"; OutOfDeviceMemory,
-      with what would have helped.
+      with what would have helped; SpikeError where steps go wrong more than training.max_repeats times.
     """
+    config.metrics.check_installed()
     started = time.monotonic()
     config, mesh, choices = start(config)
     with jax.set_mesh(mesh), ExitStack() as stack:
@@ -68,19 +66,26 @@ def train(config: TrainConfig) -> None:
             if checkpoints.latest_step >= config.training.steps:
                 display.note(f"{config.run_dir} is done at step {checkpoints.latest_step}. {_next_steps(config)}")
                 return
-            state, rows = _resume(config, checkpoints, abstract, data, display)
+            state, position = _resume(config, checkpoints, abstract, data, display)
         else:
             weights = load_params(config.init_from, abstract.params) if config.init_from else None
-            state, rows = create_state(parts.build, parts.optimizer, mesh, seed=config.seed), 0
+            state = create_state(parts.build, parts.optimizer, mesh, seed=config.seed)
+            position = Position(rows=0, data=data.fingerprint, config=to_dict(_recorded(config)))
             if weights is not None:
                 state = dataclasses.replace(state, params=weights)
                 display.note(f"weights from {config.init_from}")
 
-        step = first = int(state.step)
+        step, rows = int(state.step), position.rows
+        left_out = LeftOutRows(config.run_dir, fresh=fresh, writes=jax.process_index() == 0)
         _write_config(config)
-        log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step)))
-        in_flight = _StepsInFlight(config, parts.model, mesh, data, log, display)
-        eval_step = make_eval_step(parts.graphdef, num_answer_groups=len(data.answer_groups))
+        settings = to_dict(_recorded(config))
+        log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step, settings=settings)))
+        watch = Watch(mesh, parts.model)
+        in_flight = StepsInFlight(config.training, config.metrics, data, watch, log, display)
+        in_flight.losses = RecentLosses(config.training.spikes, position.losses)
+        eval_step = make_eval_step(
+            parts.graphdef, num_answer_groups=len(data.answer_groups), deterministic=config.deterministic
+        )
         batch_size = config.training.batch_size
         eval_batch_size = batch_size // config.training.accumulate_steps
         placement = batch_placement(config, mesh, batch_size=batch_size)
@@ -108,7 +113,8 @@ def train(config: TrainConfig) -> None:
             display.note(f"step {step}: {_held_out_text(held_out)}")
 
         def save() -> None:
-            position = Position(rows=rows, data=data.fingerprint, config=to_dict(_recorded(config)))
+            losses = in_flight.losses.saved() if config.training.spikes.action != "ignore" else ()
+            position = Position(rows=rows, data=data.fingerprint, config=settings, losses=losses)
             checkpoints.save(state, step=step, position=position)
 
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
@@ -119,45 +125,73 @@ def train(config: TrainConfig) -> None:
             display.note(warning)
         if eval_every is not None and fresh:
             evaluate_now()
-        batches = stack.enter_context(
-            closing(
-                data.batches(
-                    start_step=rows // batch_size, batch_size=batch_size, rows=placement.rows, slots=placement.slots
-                )
-            )
-        )
+        batches = stack.enter_context(closing(Batches(data, batch_size=batch_size, placement=placement)))
         balance = placement.balance_of(data.train[rows])
         if balance is not None:
             display.note(f"balanced layout, the first row: {balance}")
+        profiler = stack.enter_context(Profiler(config.run_dir, config.profile, display.note))
         signals = stack.enter_context(StopSignals())
+
+        def rewind(bad: BadStep) -> None:
+            nonlocal state, step, rows
+            checkpoints.wait()
+            state = None  # its memory is needed for what is restored
+            state, position = checkpoints.restore(abstract)
+            step = int(state.step)
+            if left_out.rewinds_to(step) >= config.training.max_repeats:
+                raise SpikeError(
+                    f"{bad.what}; the run went back to step {step} {config.training.max_repeats} times before. Lower "
+                    "optimizer.learning_rate, look at the data, or raise training.max_repeats"
+                )
+            left_out.add(LeftOut(start=position.rows, stop=bad.rows, checkpoint=step, spike=bad.step))
+            rows = left_out.next(position.rows, batch_size)
+            in_flight.losses = RecentLosses(config.training.spikes, position.losses)
+            log.rewind(step)
+            display.note(f"{bad.what}; back to step {step}, leaving out the rows from {position.rows} to {rows}")
+
         several = jax.process_count() > 1
+        judged = config.training.spikes.action != "ignore"
+        if fresh and config.training.rewinds:
+            save()  # something to go back to
         display.start(step)
-        compile_started = time.monotonic()
-        # Several processes stop where the metrics of a step say so: at the same step, whichever got the signal.
-        while step < config.training.steps and not (in_flight.stop if several else signals.received):
-            batch = next(batches)
-            in_flight.wait(at_most=MAX_STEPS_IN_FLIGHT - 1)
-            placed = placement.place(batch)
-            stop = one_flag_a_device(signals.received is not None, mesh) if several else None
+        compile_started: float | None = time.monotonic()
+        while True:
+            # Several processes stop where the metrics of a step say so: at the same step, whichever got the signal.
+            is_last = step == config.training.steps or bool(in_flight.stop if several else signals.received)
+            in_flight.wait(at_most=0 if is_last else MAX_STEPS_IN_FLIGHT - 1)
+            if in_flight.bad is not None:
+                rewind(in_flight.forget())
+                watch.restart()
+                continue
+            if is_last:
+                break
+            rows = left_out.next(rows, batch_size)
+            with watch.reading():
+                placed = placement.place(batches.at(rows))
+            stop = one_a_device(signals.received is not None, mesh) if several else None
+            host_seconds = one_a_device(np.float32(watch.host_seconds), mesh) if several else None
+            loss_limit = same_everywhere(np.float32(in_flight.losses.limit(step + 1)), mesh) if judged else None
+            profiler.before(step + 1)
             with jax.transfer_guard("disallow"):
-                state, metrics = parts.train_step(state, placed, stop)
-            in_flight.add(step + 1, metrics, data_step=rows // batch_size)
+                state, metrics = parts.train_step(state, placed, stop, loss_limit, host_seconds)
             step, rows = step + 1, rows + batch_size
+            in_flight.add(step, metrics, rows=rows)
+            profiler.after(step, metrics)
 
             eval_due = eval_every is not None and (step % eval_every == 0 or step == config.training.steps)
             save_due = config.checkpoint.every is not None and step % config.checkpoint.every == 0
-            if step == first + 1 or eval_due or save_due:
+            if compile_started is not None or eval_due or save_due:
                 in_flight.wait(at_most=0)
-                if step == first + 1:
+                if compile_started is not None:
                     in_use = memory_in_use()
                     used = "" if in_use is None else f"; {in_use / 2**30:.2f} GiB of device memory at most"
                     display.note(f"first step, with compilation: {time.monotonic() - compile_started:.1f} s{used}")
-                if eval_due:
+                    compile_started = None
+                if in_flight.bad is None and eval_due:
                     evaluate_now()
-                if save_due:
+                if in_flight.bad is None and save_due:
                     save()
-                in_flight.restart_clock()
-        in_flight.wait(at_most=0)
+                watch.restart()
         save()
         checkpoints.wait()
         log.draw()
@@ -179,8 +213,8 @@ def train(config: TrainConfig) -> None:
 
 def _resume(
     config: TrainConfig, checkpoints: Checkpoints, abstract: TrainState, data: Data, display: Display
-) -> tuple[TrainState, int]:
-    """The state of the latest checkpoint and the rows consumed until then."""
+) -> tuple[TrainState, Position]:
+    """The state of the latest checkpoint, and its position."""
     state, position = checkpoints.restore(abstract)
     if position.rows % config.training.batch_size:
         raise ConfigError(
@@ -193,101 +227,7 @@ def _resume(
         display.note(f"  changed since then: {change}")
     if position.data != data.fingerprint:
         display.note("  changed since then: the documents; the rows from here on are not those the run would have had")
-    return state, position.rows
-
-
-class _StepsInFlight:
-    """Steps that were dispatched and whose metrics are yet to be waited for, checked, shown and recorded."""
-
-    stop = False
-    """Whether the metrics of a finished step say that a process was asked to stop."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        model_config: ModelConfig,
-        mesh: Mesh,
-        data: Data,
-        log: MetricsLog,
-        display: Display,
-    ):
-        self._config, self._model_config, self._mesh, self._data = config, model_config, mesh, data
-        self._log, self._display = log, display
-        self._steps: deque[tuple[int, Metrics, int]] = deque()
-        self._timed: _Timed | None = None
-
-    def add(self, step: int, metrics: Metrics, *, data_step: int) -> None:
-        """Adds a step; `data_step` is the number of its batch in the data."""
-        self._steps.append((step, metrics, data_step))
-
-    def restart_clock(self) -> None:
-        """Measures the speed from now on: what lies behind (compilation, evaluation, saving) does not count."""
-        self._timed = _Timed(start=time.monotonic())
-
-    def wait(self, *, at_most: int) -> None:
-        """Waits for the oldest steps until at most so many are left."""
-        while len(self._steps) > at_most:
-            self._finish(*self._steps.popleft())
-
-    def _finish(self, step: int, metrics: Metrics, data_step: int) -> None:
-        values: dict[str, Any] = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        self.stop |= values.pop("stop", False)
-        if not math.isfinite(values["bits_per_byte"]):  # sources of bare ids have no bytes
-            del values["bits_per_byte"]
-        if self._timed is not None:
-            # Of the whole batch, of which this process may have read a part only.
-            lengths = self._data.document_lengths(step=data_step, batch_size=self._config.training.batch_size)
-            self._timed.add(lengths, self._model_config)
-        self._display.step(step)
-        finite, total = values["finite"], self._config.training.steps
-        if not finite or step % self._config.metrics.every == 0 or step == total:
-            seconds_left = None
-            if self._timed is not None:
-                values |= self._timed.rates(self._mesh)
-                seconds_left = self._timed.seconds_a_step() * (total - step)
-                self.restart_clock()
-            memory = memory_in_use()
-            if memory is not None:
-                values["memory_gib"] = memory / 2**30
-            self._log.write(step, values)
-            self._display.record(step, values, seconds_left=seconds_left)
-        if not finite:
-            _check_nonfinite(step, values, self._config.training, self._display)
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Timed:
-    """What was done since a moment without pauses."""
-
-    start: float
-    steps: int = 0
-    tokens: int = 0
-    forward_flops: float = 0.0
-
-    def add(self, lengths: Int[np.ndarray, " documents"], model_config: ModelConfig) -> None:
-        self.steps += 1
-        self.tokens += int(lengths.sum())
-        self.forward_flops += forward_flops(model_config, lengths)
-
-    def seconds_a_step(self) -> float:
-        return (time.monotonic() - self.start) / self.steps
-
-    def rates(self, mesh: Mesh) -> dict[str, float]:
-        """tokens_per_second (padding left out) and, where the peak of the device is known, mfu."""
-        seconds = time.monotonic() - self.start
-        device_kind = mesh.devices.flat[0].device_kind
-        mfu = model_flops_utilization(self.forward_flops, seconds, device_kind=device_kind, num_devices=mesh.size)
-        return {"tokens_per_second": self.tokens / seconds} | ({} if mfu is None else {"mfu": mfu})
-
-
-def _check_nonfinite(step: int, values: dict[str, Any], config: TrainingConfig, display: Display) -> None:
-    what = f"step {step}: loss {values['loss']} and gradient norm {values['grad_norm']} are not both finite"
-    if config.on_nonfinite == "stop":
-        raise NonFiniteError(
-            f"{what}; stopped. Lower optimizer.learning_rate, or set training.on_nonfinite=skip to leave out such "
-            "steps; running again goes on from the last checkpoint"
-        )
-    display.note(f"{what}; skipped, {values['skipped_steps']} so far")
+    return state, position
 
 
 def _held_out_text(values: Mapping[str, float]) -> str:

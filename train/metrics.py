@@ -1,14 +1,34 @@
 """What a run records: metrics.jsonl, TensorBoard events and loss.png."""
 
+import importlib.util
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+
+from train.schema import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; needs the package wandb."""
+
+    project: str
+    """Name of the project that the run is shown in."""
+    name: str | None = None
+    """Name of the run. Default: one that Weights & Biases makes up."""
+    mode: Literal["online", "offline"] = "online"
+    """`online` sends each record; `offline` writes them under wandb in run_dir, for `wandb sync` to send."""
+
+    def __post_init__(self):
+        if not self.project:
+            raise ValueError("project: got empty text, wanted the name of a project")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +41,20 @@ class MetricsConfig:
     """Also write TensorBoard events, under tensorboard in run_dir."""
     plot: bool = True
     """Also draw loss.png in run_dir, at every evaluation and at the end."""
+    wandb: WandbConfig | None = None
+    """Also log to Weights & Biases. Null: do not."""
 
     def __post_init__(self):
         if self.every < 1:
             raise ValueError(f"every: got {self.every}, wanted 1 or more")
+
+    def check_installed(self) -> None:
+        """Raises ConfigError where a form is asked for whose package is not there."""
+        if self.wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"metrics.wandb: got project {self.wandb.project!r}, wanted the package wandb to be installed; run "
+                "`python -m pip install wandb`, or leave metrics.wandb out"
+            )
 
 
 class MetricsLog:
@@ -36,21 +66,36 @@ class MetricsLog:
       run_dir: The run's folder; made if it is not there.
       config: Which forms to write.
       step: The step the run starts or resumes from.
+      settings: The run's config as plain data, for Weights & Biases to show.
     """
 
-    def __init__(self, run_dir: str | Path, config: MetricsConfig, *, step: int):
+    def __init__(
+        self, run_dir: str | Path, config: MetricsConfig, *, step: int, settings: Mapping[str, Any] | None = None
+    ):
         self.path = Path(run_dir) / "metrics.jsonl"
-        self._file = self._events = None
+        self._config = config
+        self._file = self._events = self._wandb = None
         self._plot = config.plot and jax.process_index() == 0
         if jax.process_index() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if config.wandb is not None:
+            self._wandb = _wandb_run(self.path.parent, config.wandb, settings or {})
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         drop_records_after(self.path, step)
         self._file = self.path.open("a", encoding="ascii")
-        if config.tensorboard:
+        if self._config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=step + 1)
+            self._events = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Drops the records after a step, which the run has gone back to."""
+        if self._file is not None:
+            self._close_files()
+            self._open(step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record; numbers that are not finite become null, which JSON can hold."""
@@ -63,6 +108,8 @@ class MetricsLog:
             for name, value in record.items():
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in record.items() if value is not None})
 
     def draw(self) -> None:
         """Rewrites loss.png from metrics.jsonl."""
@@ -71,10 +118,46 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes the files."""
+        self._close_files()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _close_files(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _wandb_run(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> Any:
+    """The run at Weights & Biases, the same one each time that this run goes on.
+
+    Raises: ConfigError where it cannot be started, such as without a key.
+    """
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12], encoding="ascii")
+    try:
+        run = wandb.init(
+            project=config.project,
+            name=config.name,
+            id=id_file.read_text(encoding="ascii").strip(),
+            resume="allow",
+            mode=config.mode,
+            dir=str(run_dir),
+            config=dict(settings),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"metrics.wandb: got mode={config.mode}, but Weights & Biases does not start "
+            f"({' '.join(str(error).split())}); run `wandb login`, or set metrics.wandb.mode=offline"
+        ) from error
+    # By the step of the record: its own count could not go back, as a run does that is resumed or rewound.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _plain(value: Any) -> Any:

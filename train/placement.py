@@ -83,7 +83,12 @@ def _balanced(balancer: Balancer, row: Row) -> BalancedRow:
     return balancer.row(row["positions"], row["segment_ids"])
 
 
-def one_flag_a_device(flag: bool, mesh: Mesh) -> jax.Array:
-    """bool [devices], in which the devices of each process hold that process's flag."""
+def one_a_device(value: bool | np.float32, mesh: Mesh) -> jax.Array:
+    """[devices], in which the devices of each process hold that process's value."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([flag]))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([value]))
+
+
+def same_everywhere(value: np.float32, mesh: Mesh) -> jax.Array:
+    """A scalar that all processes know."""
+    return jax.make_array_from_callback((), NamedSharding(mesh, PartitionSpec()), lambda _: np.array(value))

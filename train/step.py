@@ -1,5 +1,6 @@
 """One optimizer step as one jitted function over split state."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from longctx.losses import cross_entropy
 from longctx.sharding import batch_sharding
 from train.optimizer import Schedule
+from train.spikes import SpikeConfig
 from train.state import TrainState, float32
 
 Batch = Mapping[str, Any]
@@ -36,11 +38,17 @@ class TrainingConfig:
     """Microbatches that a step is cut into; their gradient sums are added in float32 before one update."""
     z_loss: float = 0.0
     """Weight of the penalty on the squared log-normalizer of the logits; 0 switches it off."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a non-finite loss or gradient does: stop the run, or skip and count the step. Never is it applied."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """What a non-finite loss or gradient does: stop the run, skip and count the step, or rewind as `spikes.action` can.
+    Never is it applied."""
+    spikes: SpikeConfig = dataclasses.field(default_factory=SpikeConfig)
+    """Losses far above the recent ones."""
+    max_repeats: int = 10
+    """Most steps in a row that are skipped, and most times that the run goes back to one checkpoint, before it
+    stops."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate_steps"):
+        for name in ("steps", "batch_size", "accumulate_steps", "max_repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
         if self.z_loss < 0:
@@ -50,6 +58,11 @@ class TrainingConfig:
                 f"accumulate_steps: got {self.accumulate_steps}, which does not divide batch_size={self.batch_size}; "
                 "choose a divisor"
             )
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether the run may go back to a checkpoint."""
+        return "rewind" in (self.on_nonfinite, self.spikes.action)
 
 
 def bits_per_byte(nll_sum, num_bytes):
@@ -66,6 +79,7 @@ def make_train_step(
     mesh: Mesh | AbstractMesh,
     *,
     is_stochastic: bool = False,
+    deterministic: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted step; the state passed to it is donated.
 
@@ -84,10 +98,14 @@ def make_train_step(
       is_stochastic: Whether the model draws random numbers, for dropout: then its call is given a key for each row,
         `rngs`, which follows from the state's key, the number of the step and the row. So neither the mesh, nor how
         the batch is cut, nor a resume changes what is drawn.
-    Returns: step(state, batch, stop=None) -> (state, metrics). Metrics are scalars: loss (mean nll in nats a token),
-      bits_per_byte, z_loss (when on), grad_norm (before clipping), learning_rate, tokens (total weight),
-      finite, skipped_steps, and, where `stop` is given (bool [devices]), stop: whether any of it is true, by which
-      processes agree. A step that is not finite leaves parameters and optimizer state as they were.
+      deterministic: Whether XLA must compile for the same bits each time, where it would not in any case: on GPUs.
+    Returns: step(state, batch, stop=None, loss_limit=None, host_seconds=None) -> (state, metrics). Metrics are
+      scalars: loss (mean nll in nats a token), bits_per_byte, z_loss (when on), grad_norm (before clipping),
+      learning_rate, tokens (total weight), finite, skipped_steps. Where `stop` is given (bool [devices]) also stop:
+      whether any of it is true, by which processes agree. Where `loss_limit` is (float32 []), spike: whether the loss
+      is above it. Where `host_seconds` is (float32 [devices]), its maximum, whose place that is, and its mean:
+      slowest_seconds, slowest_place, mean_seconds. A step that is not finite, or a spike that spikes.action does not
+      let pass, leaves parameters and optimizer state as they were.
     Memory: a float32 copy of the gradients beside the state, sharded like the parameters.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -120,17 +138,27 @@ def make_train_step(
         carry, _ = jax.lax.scan(body, ((jnp.float32(0.0),) * 3, zeros), {k: split(v) for k, v in batch.items()})
         return carry
 
-    def step(state: TrainState, batch: Batch, stop: jax.Array | None = None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState,
+        batch: Batch,
+        stop: jax.Array | None = None,
+        loss_limit: jax.Array | None = None,
+        host_seconds: jax.Array | None = None,
+    ) -> tuple[TrainState, Metrics]:
         if is_stochastic:
             batch = {**batch, "row_keys": _row_keys(state, len(batch["tokens"]))}
         (loss, nll, weight), gradients = accumulate(state.params, batch)
         divisor = jnp.where(weight > 0, weight, 1.0)
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
         grad_norm = optax.tree_utils.tree_norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if loss_limit is not None:
+            is_spike = nll / divisor > loss_limit
+            if config.spikes.action in ("skip", "rewind"):
+                applied = finite & ~is_spike
 
-        def keep_finite(new, old):
-            return jnp.where(finite, new, old)
+        def keep_applied(new, old):
+            return jnp.where(applied, new, old)
 
         with jax.named_scope("optimizer"):
             params = float32(state.params)
@@ -140,10 +168,10 @@ def make_train_step(
             params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
             new_state = TrainState(
                 step=state.step + 1,
-                params=jax.tree.map(keep_finite, params, state.params),
-                opt_state=jax.tree.map(keep_finite, opt_state, state.opt_state),
+                params=jax.tree.map(keep_applied, params, state.params),
+                opt_state=jax.tree.map(keep_applied, opt_state, state.opt_state),
                 rng=state.rng,
-                skipped_steps=state.skipped_steps + jnp.where(finite, 0, 1).astype(jnp.int32),
+                skipped_steps=state.skipped_steps + jnp.where(applied, 0, 1).astype(jnp.int32),
             )
         metrics = {
             "loss": nll / divisor,
@@ -158,9 +186,19 @@ def make_train_step(
             metrics["z_loss"] = (loss - nll) / divisor
         if stop is not None:
             metrics["stop"] = jnp.any(stop)
+        if loss_limit is not None:
+            metrics["spike"] = is_spike
+        if host_seconds is not None:
+            metrics |= {
+                "slowest_seconds": jnp.max(host_seconds),
+                "slowest_place": jnp.argmax(host_seconds),
+                "mean_seconds": jnp.mean(host_seconds),
+            }
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=_compiler_options(mesh))
+    on_gpus = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "gpu"
+    options = gpu_compiler_options(deterministic=deterministic) if on_gpus else {}
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
@@ -169,11 +207,15 @@ def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
     return jax.random.split(key, num_rows)
 
 
-def _compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str]:
-    """What XLA has to be told on GPUs, where it keeps one collective in flight at a time.
+def gpu_compiler_options(*, deterministic: bool) -> dict[str, str]:
+    """What XLA has to be told on GPUs.
 
-    A ring's backward pass has two at every hop, keys with values and their gradients, and the parameters of the next
-    layer are on their way beside them.
+    It keeps one collective in flight at a time there. A ring's backward pass has two at every hop, keys with values and
+    their gradients, and the parameters of the next layer are on their way beside them.
+
+    Args:
+      deterministic: Whether to leave out operations whose sums have no fixed order, and the choice of an algorithm by
+        timing, which may choose another in the next run.
     """
-    on_gpus = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "gpu"
-    return {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"} if on_gpus else {}
+    options = {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"}
+    return options | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})

@@ -159,7 +159,8 @@ def test_what_a_run_writes(finished):
     second = next(r for r in records if r["step"] == 2)
     assert set(second) == {
         "step", "loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens", "finite", "skipped_steps",
-        "tokens_per_second",
+        "tokens_per_second", "data_wait_share", "step_seconds_p50", "step_seconds_p95", "step_seconds_max",
+        "host_memory_gib",
     }  # fmt: skip
     evaluations = [r for r in records if "eval/loss" in r]
     assert [r["step"] for r in evaluations] == [0, 10, 20]

@@ -1,9 +1,11 @@
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from train.metrics import MetricsConfig, MetricsLog, draw_losses, drop_records_after, read_records
+from train.metrics import MetricsConfig, MetricsLog, WandbConfig, draw_losses, drop_records_after, read_records
+from train.schema import ConfigError
 
 
 def test_records_are_json_lines(tmp_path):
@@ -64,3 +66,70 @@ def test_a_run_without_records_draws_an_empty_plot(tmp_path):
 def test_refused_settings():
     with pytest.raises(ValueError, match="every: got 0, wanted 1 or more"):
         MetricsConfig(every=0)
+
+
+class StandInForWandb:
+    """What is asked of the package, noted."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.calls = []
+
+    def init(self, **arguments):
+        self.calls.append(arguments)
+        return self
+
+    def define_metric(self, name, **_):
+        self.calls.append(name)
+
+    def log(self, record):
+        self.calls.append(record)
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+def test_weights_and_biases_gets_each_record_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    stand_in = StandInForWandb()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    config = MetricsConfig(tensorboard=False, plot=False, wandb=WandbConfig(project="long", mode="offline"))
+    for step in (0, 1):
+        log = MetricsLog(tmp_path, config, step=step, settings={"seed": 3})
+        log.write(step + 1, {"loss": 2.5, "grad_norm": float("nan")})
+        log.close()
+    first, second = (call for call in stand_in.calls if isinstance(call, dict) and "id" in call)
+    assert first == second and (first["project"], first["mode"], first["config"]) == ("long", "offline", {"seed": 3})
+    assert first["dir"] == str(tmp_path) and first["resume"] == "allow"
+    assert stand_in.calls[3:5] == [{"step": 1, "loss": 2.5}, "finish"]
+
+
+def test_weights_and_biases_that_is_not_installed_is_an_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr("train.metrics.importlib.util.find_spec", lambda name: None)
+    config = MetricsConfig(wandb=WandbConfig(project="long"))
+    with pytest.raises(ConfigError, match="metrics.wandb: got project 'long', wanted the package wandb .* pip install"):
+        config.check_installed()
+    MetricsConfig().check_installed()
+
+
+def test_weights_and_biases_that_does_not_start(tmp_path, monkeypatch):
+    stand_in = StandInForWandb()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+
+    def refuse(**_):
+        raise stand_in.Error("no API key configured")
+
+    monkeypatch.setattr(stand_in, "init", refuse)
+    with pytest.raises(ConfigError, match="does not start .no API key configured.; run `wandb login`, or set"):
+        MetricsLog(tmp_path, MetricsConfig(tensorboard=False, wandb=WandbConfig(project="long")), step=0)
+
+
+def test_going_back_drops_the_records_behind(tmp_path):
+    log = MetricsLog(tmp_path, MetricsConfig(tensorboard=True, plot=False), step=0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step)})
+    log.rewind(1)
+    log.write(2, {"loss": 20.0})
+    log.close()
+    assert [r["loss"] for r in read_records(tmp_path / "metrics.jsonl")] == [1.0, 20.0]

@@ -6,7 +6,7 @@ import pytest
 from longctx import AttentionSharding, masks
 from longctx.context_parallel import Balancer, ContextParallelConfig, Layout
 from longctx.sharding import MeshConfig, make_mesh
-from train.placement import BatchPlacement, one_flag_a_device
+from train.placement import BatchPlacement, one_a_device
 
 LENGTH = 24
 
@@ -91,6 +91,6 @@ def test_a_process_reads_its_rows_and_its_tokens_only(monkeypatch):
 def test_a_flag_a_device():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     for flag in (True, False):
-        flags = one_flag_a_device(flag, mesh)
+        flags = one_a_device(flag, mesh)
         assert flags.shape == (8,) and (np.asarray(flags) == flag).all()
         assert {shard.data.shape for shard in flags.addressable_shards} == {(1,)}

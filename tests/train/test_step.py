@@ -8,7 +8,7 @@ from flax import nnx
 
 from longctx.sharding import MeshConfig, make_mesh
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from train.placement import BatchPlacement, one_flag_a_device
+from train.placement import BatchPlacement, one_a_device
 from train.state import abstract_model, abstract_state, create_state
 from train.step import TrainingConfig, make_train_step
 
@@ -31,7 +31,7 @@ def setup(build, *, mesh=MESH, optimizer=None, is_stochastic=False, **training):
     def run(state, batch, stop=None):
         rows, length = batch["tokens"].shape
         with jax.set_mesh(mesh):
-            flags = None if stop is None else one_flag_a_device(stop, mesh)
+            flags = None if stop is None else one_a_device(stop, mesh)
             placement = BatchPlacement(mesh, batch_size=rows, order=np.arange(length))
             state, metrics = step(state, placement.place(batch), flags)
             return state, jax.device_get(metrics)

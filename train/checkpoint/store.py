@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Position:
     """Fingerprint of the documents that the rows were made of."""
     config: Mapping[str, Any]
     """The resolved config of the run that saved it, as plain data."""
+    losses: Sequence[tuple[int, float]] = ()
+    """The recent (step, loss) by which the next steps are judged; none where spikes are ignored."""
 
 
 class Checkpoints:

@@ -72,9 +72,9 @@ class DataConfig:
             )
         if self.tokenizer.startswith("ids:"):
             count = self.tokenizer.removeprefix("ids:")
-            if not (count.isascii() and count.isdigit() and int(count) >= 2):
+            if not (count.isascii() and count.isdigit() and len(count) < 11 and 2 <= int(count) <= 2**31):
                 raise ValueError(
-                    f"tokenizer: got {self.tokenizer!r}, wanted 'ids:N' with N >= 2, such as 'ids:32768'; "
+                    f"tokenizer: got {self.tokenizer[:40]!r}, wanted 'ids:N' with 2 <= N <= 2^31, such as 'ids:32768'; "
                     "count the end id N - 1 that stands between documents"
                 )
         if self.end_token is not None and (self.tokenizer == "bytes" or self.tokenizer.startswith("ids:")):

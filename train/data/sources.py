@@ -208,8 +208,9 @@ class TokensSource(SourceConfig):
             raise DataError(f"{file}: got suffix {file.suffix!r}, wanted .npy, .bin; rename or convert the file")
         try:
             array = np.load(file, mmap_mode="r")
-        except ValueError as error:
-            raise DataError(f"{file}: not a .npy file ({error}); save it with numpy.save") from None
+        except Exception as error:  # the header is parsed as Python, which raises many types for damaged ones
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(f"{file}: not a .npy file ({reason}); save it with numpy.save") from None
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise DataError(f"{file}: got {array.dtype} {array.shape}, wanted integers in one dimension; save it again")
         if not len(array):

@@ -67,7 +67,8 @@ def read_documents(path: Path, fields: Fields, report: ReadReport, progress: Byt
         else:
             yield from _read_whole(path, report, progress)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; make it readable or leave it out") from None
+        reason = error.strerror or " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read: {reason}; make it readable or leave it out") from None
 
 
 def _read_whole(path: Path, report: ReadReport, progress: ByteProgress) -> Iterator[TextDocument]:
@@ -86,10 +87,9 @@ def _read_jsonl(path: Path, fields: Fields, report: ReadReport, progress: BytePr
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{place}: broken JSON ({error.msg} at column {error.colno}); mend or remove the line"
-                ) from None
+            except (ValueError, RecursionError) as error:  # also integers and nesting beyond Python's limits
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise DataError(f"{place}: broken JSON ({reason}); mend or remove the line") from None
             if not isinstance(record, dict):
                 raise DataError(
                     f"{place}: got a JSON {type(record).__name__}, wanted an object; mend or remove the line"
@@ -121,8 +121,8 @@ def _read_parquet(path: Path, fields: Fields, report: ReadReport, progress: Byte
         raise DataError(f"{path}: .parquet files need the pyarrow package; install 'longctx-jax[data]'") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file ({' '.join(str(error).split())}); write it again") from None
+    except pyarrow.ArrowException as error:
+        raise _not_parquet(path, error) from None
     with file:
         for name in fields.names():
             if name not in file.schema_arrow.names:
@@ -134,15 +134,32 @@ def _read_parquet(path: Path, fields: Fields, report: ReadReport, progress: Byte
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise DataError(f"{path}: field {name!r} is a {kind}, wanted a string; write it as text")
         bytes_per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(fields.names())):
+        batches = file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(fields.names()))
+        first_row = 0
+        while True:
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                # As bytes, for a writer may have put there what is not UTF-8.
+                columns = [batch.column(name).cast(pyarrow.large_binary()).to_pylist() for name in fields.names()]
+            except (pyarrow.ArrowException, OSError) as error:
+                raise _not_parquet(path, error) from None
             progress.advance(round(bytes_per_row * batch.num_rows))
-            columns = [batch.column(name).to_pylist() for name in fields.names()]
-            for values in zip(*columns, strict=True):
-                yield fields.document(["" if value is None else value for value in values])
+            for number, values in enumerate(zip(*columns, strict=True), start=first_row):
+                yield fields.document([_utf8(value or b"", f"{path} row {number}", report) for value in values])
+            first_row += batch.num_rows
+
+
+def _not_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a parquet file ({' '.join(str(error).split())[:300]}); write it again")
 
 
 def _decode(content: bytes, place: str, report: ReadReport) -> str:
-    content = content.removeprefix(codecs.BOM_UTF8)
+    return _utf8(content.removeprefix(codecs.BOM_UTF8), place, report)
+
+
+def _utf8(content: bytes, place: str, report: ReadReport) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:

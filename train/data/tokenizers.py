@@ -18,6 +18,8 @@ from train.data.errors import DataError
 # Names of the end-of-document token in published tokenizers; the first that the vocabulary holds is used.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|endofdocument|>", "[SEP]")
 NUM_BYTE_VALUES = 256
+_MOST_IDS_A_TOKEN = 16  # more of them in a tokenizer.json is damage, not a gap for tokens to come
+_IDS_TO_SPARE = 1024
 
 
 @runtime_checkable
@@ -85,7 +87,7 @@ class IdTokenizer:
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         words = text.split()
         for word in words:
-            if not (word.isascii() and word.isdigit() and int(word) < self.end_id):
+            if not (word.isascii() and word.isdigit() and len(word) < 20 and int(word) < self.end_id):
                 raise DataError(
                     f"data.tokenizer='ids:{self.vocab_size}': got text {word[:40]!r}, wanted ids from 0 to "
                     f"{self.end_id - 1} separated by blanks; use 'bytes' or a tokenizer.json for text"
@@ -129,7 +131,12 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > _MOST_IDS_A_TOKEN * len(vocabulary) + _IDS_TO_SPARE:
+            raise DataError(
+                f"data.tokenizer={str(path)!r}: its greatest id is {self.vocab_size - 1} for {len(vocabulary)} tokens, "
+                "wanted ids that follow each other, since the model has a row for each; number its tokens anew"
+            )
         candidates = END_TOKENS if end_token is None else (end_token,)
         found = [token for token in candidates if token in vocabulary]
         if not found:

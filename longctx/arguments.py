@@ -1,0 +1,42 @@
+"""What layers ask of the arrays that they are called with."""
+
+import jax
+import jax.numpy as jnp
+
+
+def check_features(layer: str, x: jax.Array, dim: int) -> None:
+    """Raises ValueError unless x is of floats and has `dim` features last."""
+    if x.ndim < 1 or x.shape[-1] != dim:
+        dims = x.shape[-1] if x.ndim else "no"
+        raise ValueError(f"x: got {dims} dims in shape {x.shape}, wanted the layer's dim={dim} last ({layer})")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: got {x.dtype}, wanted floats; cast it, or embed token ids first ({layer})")
+
+
+def check_sequence(
+    layer: str,
+    x_BTD: jax.Array,
+    dim: int,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> None:
+    """Raises ValueError unless x is [batch, length, dim] of floats, none of them 0, and the others fit it."""
+    check_features(layer, x_BTD, dim)
+    if x_BTD.ndim != 3 or 0 in x_BTD.shape:
+        raise ValueError(f"x: got shape {x_BTD.shape}, wanted [batch, length, {dim}], no dimension 0 ({layer})")
+    check_tokens(layer, x_BTD.shape[:2], positions=positions, segment_ids=segment_ids)
+
+
+def check_tokens(layer: str, shape: tuple[int, ...], **of_tokens: jax.Array | None) -> None:
+    """Raises ValueError, naming the argument, unless each is None or int32 [batch or 1, length]."""
+    batch_size, length = shape
+    for name, array in of_tokens.items():
+        if array is None:
+            continue
+        if array.shape not in ((batch_size, length), (1, length)):
+            raise ValueError(
+                f"{name}: got shape {array.shape}, wanted {(batch_size, length)} as of x, or {(1, length)} ({layer})"
+            )
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name}: got {array.dtype}, wanted int32; cast it ({layer})")
