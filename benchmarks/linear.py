@@ -65,12 +65,14 @@ def all_candidates(
 def our_candidate(case: LinearCase, implementation: str, *, max_length: int | None = None) -> Candidate:
     """The public op with a named implementation, for rows up to a length."""
 
-    def attend(q, k, v, decay, segment_ids):
+    def attend(q, k, v, decay, *rest):
+        *beta, segment_ids = rest
         if max_length is not None and case.length > max_length:
             raise NotImplementedError(
                 f"left out of rows of more than {max_length:,} tokens; --implementations {implementation} measures it"
             )
-        return api.linear_attention(q, k, v, decay=decay, segment_ids=segment_ids, implementation=implementation)
+        gates = {"decay": decay, "beta": beta[0] if beta else None}
+        return api.linear_attention(q, k, v, **gates, segment_ids=segment_ids, implementation=implementation)
 
     return Candidate(
         name=f"longctx {implementation}",
@@ -91,14 +93,19 @@ class _Linear:
     dtype: str
 
     def lower(self, candidate: Candidate, case: LinearCase, which: Pass) -> jax.stages.Lowered:
-        def forward(q, k, v, decay, dout, extra):
-            return (candidate.attend(q, k, v, decay, extra),)
+        def forward(*arguments):
+            *operands, _, extra = arguments
+            return (candidate.attend(*operands, extra),)
 
-        def forward_and_backward(q, k, v, decay, dout, extra):
-            inputs = q, k, v, decay
-            differentiated, rest = inputs[: case.num_differentiated], inputs[case.num_differentiated :]
-            out, vjp = jax.vjp(lambda *x: candidate.attend(*x, *rest, extra), *differentiated)
-            return out, *vjp(dout)
+        def forward_and_backward(*arguments):
+            *operands, dout, extra = arguments
+            given = {i: operands[i] for i in case.differentiated}
+
+            def attend(given):
+                return candidate.attend(*(given.get(i, x) for i, x in enumerate(operands)), extra)
+
+            out, vjp = jax.vjp(attend, given)
+            return out, *vjp(dout)[0].values()
 
         program = forward if which == "forward" else forward_and_backward
         return jax.jit(program).lower(*case.shapes(self.dtype), jax.eval_shape(candidate.extra))

@@ -130,9 +130,10 @@ def _tokamax(case: Case) -> list[Candidate]:
 
 
 def _jla_linear(case: LinearCase) -> list[Candidate]:
-    """Its Mosaic GPU kernels of simple GLA, which take a gate for each token and head: a fixed decay is spread inside
-    the program, as its layer of Lightning Attention does, and no decay is a gate of 0. Where value heads share queries
-    and keys, its backward that adds up their gradients inside the kernel, an option, is another.
+    """Its Mosaic GPU kernels: of GLA, DeltaNet and Gated DeltaNet; else of simple GLA, which take a gate for each token
+    and head: a fixed decay is spread inside the program, as its layer of Lightning Attention does, and no decay is a
+    gate of 0. Where value heads share queries and keys, its backward that adds up their gradients inside the kernel, an
+    option, is another.
     """
     _needs_gpu()
     if not {case.key_dim, case.value_dim} <= {64, 128}:
@@ -156,8 +157,17 @@ def _jla_linear(case: LinearCase) -> list[Candidate]:
             segment_ids=ids, grouped_key_grads=True,
         )[0]  # fmt: skip
 
+    def attend_gla(q, k, v, decay, ids):
+        return linear_attention("gla", q, k, v, g=decay, segment_ids=ids, impl="mosaic_gpu")[0]
+
+    def attend_delta(q, k, v, decay, beta, ids):
+        kind, gates = ("deltanet", {}) if decay is None else ("gated_deltanet", {"g": decay})
+        return linear_attention(kind, q, k, v, beta=beta, **gates, segment_ids=ids, impl="mosaic_gpu")[0]
+
+    if case.delta or case.kind == "vector":
+        attend = attend_delta if case.delta else attend_gla
     plain = Candidate(name="jla", ours=False, deterministic=True, attend=attend, extra=segment_ids)
-    if case.num_heads == case.num_qk_heads:
+    if case.num_heads == case.num_qk_heads or case.delta or case.kind == "vector":
         return [plain]
     grouped = dataclasses.replace(plain, name="jla grouped", attend=attend_grouped, passes=("forward+backward",))
     return [plain, grouped]

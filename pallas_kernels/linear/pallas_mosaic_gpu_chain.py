@@ -312,9 +312,8 @@ class _Block:
             arrive(self.ready + copy, 2 * WARPGROUP)
             return self.matmul(v, k, acc=self.kept(slot, state), transpose_a=True)
         solve = shared.solve.at[slot]
-        said = self.matmul(operand, k, transpose_b=True)
+        said, written = self.products((operand, k, False, True), (v, solve, True, True))
         said = self.by_tokens(shared.reads, slot, said)
-        written = self.matmul(v, solve, transpose_a=True, transpose_b=True)
         written = self.matmul((-said).astype(v.dtype), solve, acc=written, transpose_b=True)
         plgpu.commit_smem()  # a warp may be ahead of another's matmul
         v[...] = written.astype(v.dtype)  # transposed: what readers multiply
@@ -332,8 +331,8 @@ class _Block:
             plgpu.commit_smem()
             arrive(self.ready + copy, 2 * WARPGROUP)
             return self.matmul(dout, q, acc=self.kept(slot, state), transpose_a=True)
-        by_state = self.by_tokens(shared.writes, slot, self.matmul(operand, k, transpose_b=True))
-        dwritten = self.matmul(dout, scores, acc=by_state, transpose_a=True).astype(dout.dtype)
+        by_state, by_out = self.products((operand, k, False, True), (dout, scores, True, False))
+        dwritten = (self.by_tokens(shared.writes, slot, by_state) + by_out).astype(dout.dtype)
         plgpu.commit_smem()  # a warp may be ahead of another's matmul
         scores[...] = dwritten  # nobody reads it again
         plgpu.commit_smem()
@@ -413,6 +412,21 @@ class _Block:
         if self.shared.reads is None:
             return x
         return x * _spread(plgpu.load(self.shared.reads.at[slot], layout=ROW, optimized=False), x.shape, 0)
+
+    def products(self, *factors):
+        """a b of each (a, b, transpose_a, transpose_b), all in flight at the same time."""
+        if self.config.interpret:
+            return [self.matmul(a, b, transpose_a=of_a, transpose_b=of_b) for a, b, of_a, of_b in factors]
+        factors = [
+            (a.transpose((1, 0)) if of_a else a, b.transpose((1, 0)) if of_b else b) for a, b, of_a, of_b in factors
+        ]
+
+        def multiply(*accs):
+            for acc, (a, b) in zip(accs, factors, strict=True):
+                plgpu.wgmma(acc, a, b)
+            return [acc[...] for acc in accs]
+
+        return pl.run_scoped(multiply, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in factors))
 
     def matmul(self, a, b, *, acc=None, transpose_a: bool = False, transpose_b: bool = False):
         """acc + a b, with a in shared memory or in registers; float32 in registers."""

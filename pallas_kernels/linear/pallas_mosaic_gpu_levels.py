@@ -9,6 +9,7 @@ Reference: Yang et al. 2024, Gated Linear Attention, arXiv:2312.06635, section 4
 taken down to single tokens.
 """
 
+import itertools
 import math
 import struct
 from typing import Any, NamedTuple
@@ -188,6 +189,10 @@ def _spread(x, dim: int) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [dim]), MATRIX)
 
 
+_BATCH = 16
+"""Tokens whose loads begin before the first store: the assembler moves no load past a store, which may alias."""
+
+
 class _Columns:
     """Inline PTX by a thread for each dim: tiles of 16 bits `[64, H]` in shared memory and floats `[64, H]`, of which
     there is one for each warpgroup.
@@ -199,8 +204,8 @@ class _Columns:
         self.head_dim = head_dim
         self.lines = [
             ".reg .b32 column, low, tile, offset, warpgroup, of_warpgroup;",
-            ".reg .f32 factor, x, y;",
-            ".reg .b16 half;",
+            f".reg .f32 factor, x, {', '.join(f'y{i}, given{i}' for i in range(_BATCH))};",
+            f".reg .b16 half, {', '.join(f'half{i}' for i in range(_BATCH))};",
             ".reg .pred idle;",
             "mov.u32 column, %tid.x;",
             "shr.u32 warpgroup, column, 7;",
@@ -237,7 +242,7 @@ class _Columns:
         self.lines += [f".reg .b32 {name};", f"cvt.u32.u64 {name}, {operand};"]
 
     def load(self, into: str, tile: str, token: int) -> None:
-        self.lines += [f"ld.shared.b16 half, [{self._at(tile, token)}];", f"cvt.f32.bf16 {into}, half;"]
+        self.lines.append(f"ld.shared.b16 {into}, [{self._at(tile, token)}];")
 
     def store(self, tile: str, token: int, x: str) -> None:
         self.lines += [f"cvt.rn.bf16.f32 half, {x};", f"st.shared.b16 [{self._at(tile, token)}], half;"]
@@ -253,6 +258,12 @@ class _Columns:
 
     def multiply(self, x: str, y: str, z: str) -> None:
         self.lines.append(f"mul.f32 {x}, {y}, {z};")
+
+    def scale(self, half: str, *factors: str) -> None:
+        """Makes x the product of 16 bits and the factors."""
+        self.lines.append(f"cvt.f32.bf16 x, {half};")
+        for factor in factors:
+            self.multiply("x", "x", factor)
 
     def one(self, x: str) -> None:
         self.lines.append(f"mov.f32 {x}, 0f3F800000;")
@@ -278,11 +289,13 @@ def exponentials(decay) -> None:
         ptx = _Columns(head_dim)
         ptx.floats("e", "$0")
         log2_e = f"0f{_bits(_LOG2_E)}"
-        for token in range(CHUNK):
-            ptx.load_float("x", "e", token)
-            ptx.multiply("x", "x", log2_e)
-            ptx.lines.append("ex2.approx.f32 x, x;")
-            ptx.store_float("e", token, "x")
+        for batch in itertools.batched(range(CHUNK), _BATCH):
+            for i, token in enumerate(batch):
+                ptx.load_float(f"y{i}", "e", token)
+            for i, token in enumerate(batch):
+                ptx.multiply("x", f"y{i}", log2_e)
+                ptx.lines.append("ex2.approx.f32 x, x;")
+                ptx.store_float("e", token, "x")
         ptx.emit(decay)
 
     emit(decay)
@@ -300,25 +313,26 @@ def level(q, k, decays, operand, size: int, factors=None) -> None:
         for i, name in enumerate(("q", "k", "z", "f")[: len(tiles)]):
             ptx.tile(name, f"${i + 1}")
 
-        def put(source: str, token: int) -> None:
-            ptx.load("x", source, token)
-            ptx.multiply("x", "x", "factor")
-            ptx.store("z", token, "x")
-            if len(tiles) == 4:
-                ptx.store("f", token, "factor")
-
+        steps = []  # what to multiply, the token, and whether a half begins
         for start in range(0, CHUNK, 2 * size):
-            ptx.one("factor")
-            for token in reversed(range(start, start + size)):
-                put("k", token)
-                if token > start:
-                    ptx.load_float("y", "e", token)
-                    ptx.multiply("factor", "factor", "y")
-            ptx.one("factor")
-            for token in range(start + size, start + 2 * size):
-                ptx.load_float("y", "e", token)
-                ptx.multiply("factor", "factor", "y")
-                put("q", token)
+            middle = start + size
+            steps += [("k", token, token == middle - 1) for token in reversed(range(start, middle))]
+            steps += [("q", token, token == middle) for token in range(middle, middle + size)]
+        for batch in itertools.batched(steps, _BATCH):
+            for i, (source, token, _) in enumerate(batch):
+                ptx.load(f"half{i}", source, token)
+                ptx.load_float(f"y{i}", "e", token)
+            for i, (source, token, begins) in enumerate(batch):
+                if begins:
+                    ptx.one("factor")
+                if source == "q":
+                    ptx.multiply("factor", "factor", f"y{i}")
+                ptx.scale(f"half{i}", "factor")
+                ptx.store("z", token, "x")
+                if factors is not None:
+                    ptx.store("f", token, "factor")
+                if source == "k":
+                    ptx.multiply("factor", "factor", f"y{i}")
         ptx.emit(decays, *tiles)
 
     emit(decays, *tiles)
@@ -338,22 +352,25 @@ def whole_chunk(source, decays, of_documents, operand, factors, *, reverse: bool
             ptx.tile(name, f"${i + 1}")
         if scalars:
             ptx.scalars("documents", "$4")
-            ptx.lines.append(".reg .f32 given, limited;")
+            ptx.lines.append(".reg .f32 limited;")
         ptx.one("factor")
-        for token in reversed(range(CHUNK)) if reverse else range(CHUNK):
-            ptx.load_float("y", "e", token)
-            if not reverse:
-                ptx.multiply("factor", "factor", "y")
-            ptx.load("x", "s", token)
-            ptx.multiply("x", "x", "factor")
-            if scalars:
-                ptx.load_scalar("given", "documents", token)
-                ptx.multiply("x", "x", "given")
-                ptx.multiply("limited", "factor", "given")
-            ptx.store("z", token, "x")
-            ptx.store("f", token, "limited" if scalars else "factor")
-            if reverse:
-                ptx.multiply("factor", "factor", "y")
+        for batch in itertools.batched(reversed(range(CHUNK)) if reverse else range(CHUNK), _BATCH):
+            for i, token in enumerate(batch):
+                ptx.load(f"half{i}", "s", token)
+                ptx.load_float(f"y{i}", "e", token)
+                if scalars:
+                    ptx.load_scalar(f"given{i}", "documents", token)
+            for i, token in enumerate(batch):
+                if not reverse:
+                    ptx.multiply("factor", "factor", f"y{i}")
+                if scalars:
+                    ptx.multiply("limited", "factor", f"given{i}")
+                factor = "limited" if scalars else "factor"
+                ptx.scale(f"half{i}", factor)
+                ptx.store("z", token, "x")
+                ptx.store("f", token, factor)
+                if reverse:
+                    ptx.multiply("factor", "factor", f"y{i}")
         ptx.emit(*refs)
 
     emit(decays, source, operand, factors, *scalars)
@@ -368,11 +385,13 @@ def sum_from(tile, at_end) -> None:
         ptx = _Columns(head_dim)
         ptx.floats("t", "$0")
         ptx.floats("end", "$1", rows=1)
-        ptx.load_float("x", "end", 0)
-        for token in reversed(range(CHUNK)):
-            ptx.load_float("y", "t", token)
-            ptx.lines.append("add.f32 x, x, y;")
-            ptx.store_float("t", token, "x")
+        ptx.load_float("factor", "end", 0)
+        for batch in itertools.batched(reversed(range(CHUNK)), _BATCH):
+            for i, token in enumerate(batch):
+                ptx.load_float(f"y{i}", "t", token)
+            for i, token in enumerate(batch):
+                ptx.lines.append(f"add.f32 factor, factor, y{i};")
+                ptx.store_float("t", token, "factor")
         ptx.emit(tile, at_end)
 
     emit(tile, at_end)
@@ -404,27 +423,25 @@ def _to_states(shared: _Shared, scale: float) -> None:
             ptx.scalars("reads", "$4")
             ptx.scalars("writes", "$5")
 
-        def scale_by(tile: str, token: int, of_document: str) -> None:
-            ptx.load("x", tile, token)
-            ptx.multiply("x", "x", "factor")
-            if with_documents:
-                ptx.load_scalar("y", of_document, token)
-                ptx.multiply("x", "x", "y")
+        def scale_all(tile: str, of_document: str, tokens, *, reverse: bool, by: tuple[str, ...] = ()) -> None:
+            ptx.one("factor")
+            for batch in itertools.batched(tokens, _BATCH):
+                for i, token in enumerate(batch):
+                    ptx.load(f"half{i}", tile, token)
+                    ptx.load_float(f"y{i}", "e", token)
+                    if with_documents:
+                        ptx.load_scalar(f"given{i}", of_document, token)
+                for i, token in enumerate(batch):
+                    if not reverse:
+                        ptx.multiply("factor", "factor", f"y{i}")
+                    ptx.scale(f"half{i}", "factor", *by, *((f"given{i}",) if with_documents else ()))
+                    ptx.store(tile, token, "x")
+                    if reverse:
+                        ptx.multiply("factor", "factor", f"y{i}")
 
-        ptx.one("factor")
-        for token in range(CHUNK):
-            ptx.load_float("y", "e", token)
-            ptx.multiply("factor", "factor", "y")
-            scale_by("q", token, "reads")
-            ptx.multiply("x", "x", f"0f{_bits(scale)}")
-            ptx.store("q", token, "x")
+        scale_all("q", "reads", range(CHUNK), reverse=False, by=(f"0f{_bits(scale)}",))
         ptx.store_float("keeps", 0, "factor")
-        ptx.one("factor")
-        for token in reversed(range(CHUNK)):
-            scale_by("k", token, "writes")
-            ptx.store("k", token, "x")
-            ptx.load_float("y", "e", token)
-            ptx.multiply("factor", "factor", "y")
+        scale_all("k", "writes", reversed(range(CHUNK)), reverse=True)
         ptx.emit(*refs)
 
     emit(shared.decay, shared.q, shared.k, shared.keeps, *scalars)

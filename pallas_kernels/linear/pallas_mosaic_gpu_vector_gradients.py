@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
 from pallas_kernels.linear.prepared import LEVELS
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, sync
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -236,7 +237,15 @@ class _Chunk:
         columns = pl.ds(self.side * CHUNK, CHUNK)
         keeps = self.inputs.keeps.at[self.batch, self.head, self.chunk, columns]
         keeps = _spread(plgpu.load(keeps, layout=_COLUMN, optimized=False), 1)
-        shared.at_end.at[self.side][...] = (to_state + keeps * kept).sum(axis=0)
+        of_tokens = to_state + keeps * kept
+
+        def put() -> None:
+            shared.at_end.at[self.side][...] = of_tokens.sum(axis=0)
+
+        # One warpgroup after the other: a sum over warps goes through memory that the compiler has but once.
+        for side in range(self.keys):
+            pl.when(self.side == side)(put)
+            sync(NAMED_BARRIERS.start, self.keys * WARPGROUP)
 
     # Decays.
 

@@ -189,11 +189,40 @@ def test_the_truth_is_the_token_by_token_reference(documents):
         out, vjp = jax.vjp(function, *inputs)
         return out, *vjp(dout)
 
+    names = linear_check.LinearCheck(case=case, which="forward+backward", dtype="float32").names
     for name, got, want in zip(
-        linear_check.NAMES, jax.jit(results, static_argnums=0)(truth), jax.jit(results, static_argnums=0)(reference),
+        names, jax.jit(results, static_argnums=0)(truth), jax.jit(results, static_argnums=0)(reference),
         strict=True,
     ):  # fmt: skip
         assert_close(name, got, want, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "delta"), [("vector", False), ("none", True), ("scalar", True)])
+def test_the_truth_of_other_rules_is_the_reference(kind, delta):
+    """By the check's own program, which takes the reference for right; and what is off by a little for wrong."""
+    case = LinearCase(
+        kind=kind, batch_size=2, length=300, num_heads=3, num_qk_heads=3, key_dim=4, value_dim=5, delta=delta,
+        documents=(100, 1, 199),
+    )  # fmt: skip
+    check = linear_check.LinearCheck(case=case, which="forward+backward", dtype="float32")
+    inputs = case.inputs("float32")
+    *operands, dout = inputs
+
+    def results(given):
+        given = [given.get(i, x) for i, x in enumerate(operands)]
+        beta = given[4] if delta else None
+        return linear_attention(
+            *given[:3], decay=given[3], beta=beta, segment_ids=case.segment_ids, implementation="reference"
+        )
+
+    out, vjp = jax.vjp(results, {i: operands[i] for i in case.differentiated})
+    found = out, *vjp(dout)[0].values()
+    program = check.lower().compile()
+    assert check.problem(program, inputs, found) is None
+    for i, name in enumerate(check.names):
+        wrong = tuple(1.001 * x if j == i else x for j, x in enumerate(found))
+        assert f"of {name}'s greatest" in check.problem(program, inputs, wrong)
 
 
 def test_a_fixed_decay_is_no_argument_of_the_gradients():
@@ -216,7 +245,7 @@ def test_flops_and_bytes_are_those_of_the_floor():
 
 def test_the_cases_are_those_of_the_bars():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 16
+    assert len(set(names)) == len(names) == 22
     assert {
         f"{kind} {shape} 16/16 D{dim}"
         for kind in ("fixed", "scalar")
@@ -228,8 +257,11 @@ def test_the_cases_are_those_of_the_bars():
     assert [case.name for case in documents] == [f"{x}, documents 16 B1 S32768 16/16 D128" for x in ("fixed", "scalar")]
     for case in documents:
         assert sum(case.documents) == case.length and dataclasses.replace(case, documents=None) in CASES
-    with pytest.raises(ValueError, match="LinearCase: got kind='vector', wanted 'none', 'fixed' or 'scalar'"):
-        dataclasses.replace(documents[0], kind="vector")
+    assert {
+        f"{rule} {shape} 16/16 D128"
+        for rule in ("vector", "delta none", "delta scalar")
+        for shape in ("B2 S8192", "B1 S32768")
+    } <= set(names)
 
 
 @pytest.mark.parametrize(
