@@ -184,7 +184,7 @@ CASES = {
     "all_gather_strided": ("all_gather", {"context_inner": 4, "tensor": 2}, "strided"),
     "usp_documents": ("usp", {"context_outer": 2, "context_inner": 4}, "documents"),
 }
-QUICK = ("all_gather", "usp")  # the groups of usp are a ring
+QUICK = ("usp",)  # whose groups are a ring; test_hybrid.py has all_gather
 
 
 @pytest.mark.parametrize(
