@@ -335,8 +335,10 @@ def test_what_is_split_over_devices_is_state_passings_to_say():
     assert config.transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16") == state_passing.transfers(
         sharding, rows=3, num_heads=4, key_dim=4, value_dim=4, degree=4, heads_split=2, normalize=True, segment_ids=True
     )
-    striped = AttentionSharding(layout=Layout(name="striped", stripe_size=4))
-    assert "layout=striped" in config.refusal(DIM, **split, sharding=striped)
+    # Tokens come into runs, if they are whole stripes of each device's part.
+    in_stripes = [AttentionSharding(layout=Layout(name="striped", stripe_size=size)) for size in (4, 8)]
+    assert config.refusal(DIM, **split, sharding=in_stripes[0]) is None
+    assert "layout=striped" in config.refusal(DIM, **split, sharding=in_stripes[1])
 
 
 HYBRID = ModelConfig(

@@ -395,7 +395,10 @@ def test_the_bytes_of_the_guide():
 # What is refused.
 
 REFUSALS = [
-    (dict(layout="striped"), "got layout=striped; choose layout=contiguous or zigzag$"),
+    (
+        dict(layout="striped"),
+        r"got layout=striped; choose layout=contiguous or zigzag, or bring the tokens into runs \(.*Relayout\)$",
+    ),
     (dict(delta_rule=True), r"got beta, the delta rule, over a sequence split over 4 devices; keep the sequences"),
     (dict(heads_split=3), "splits 4 heads over 3 devices, wanted a multiple of 3; change the heads or the mesh$"),
     (
