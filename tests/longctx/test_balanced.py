@@ -184,7 +184,7 @@ CASES = {
     "all_gather_strided": ("all_gather", {"context_inner": 4, "tensor": 2}, "strided"),
     "usp_documents": ("usp", {"context_outer": 2, "context_inner": 4}, "documents"),
 }
-QUICK = ("all_gather", "usp")  # the groups of usp are a ring
+QUICK = ("usp",)  # whose groups are a ring; test_hybrid.py has all_gather
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,8 @@ def test_it_equals_one_device(name):
         arrays
     )
     order, _ = balanced_order(mask, PACKED, LAYOUT, strategy, degree=degree, inner_degree=inner)
-    assert not np.array_equal(order[0], order[1])
+    # All orders are even to ulysses, which keeps the one that is dealt.
+    assert np.array_equal(order[0], order[1]) == (strategy == "ulysses")
     sharding = AttentionSharding(strategy=strategy, layout=LAYOUT)
     mesh = make_mesh(MeshConfig(**mesh_shape), jax.devices()[: int(np.prod(list(mesh_shape.values())))])
 

@@ -372,8 +372,6 @@ def test_what_is_split_over_devices_is_state_passings_to_say():
     assert config.transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16") == state_passing.transfers(
         sharding, rows=3, num_heads=4, key_dim=4, value_dim=4, degree=4, heads_split=2, normalize=True, segment_ids=True
     )
-    striped = AttentionSharding(layout=Layout(name="striped", stripe_size=4))
-    assert "layout=striped" in config.refusal(DIM, **split, sharding=striped)
     gla = CONFIGS["gla"].transfers(DIM, rows=3, **split, sharding=sharding, dtype="bfloat16")
     assert {transfer.num_bytes for transfer in gla} == {3 * 1 * (4 * 6 + 4) * 4, 3 * 4}
     # 2 of 4 heads of values, 1 of 2 of queries and keys: matrices of 6 x 6, and 2 tokens of 2 x 6 + 2 x 5 channels.
@@ -385,6 +383,10 @@ def test_what_is_split_over_devices_is_state_passings_to_say():
         "a convolution of 3 tokens reads 2 before a device's own, got runs of 1 (8 tokens over 4 devices, "
         "layout=zigzag); make rows longer, or conv_size smaller"
     )
+    # Tokens come into runs, if they are whole stripes of each device's part.
+    in_stripes = [AttentionSharding(layout=Layout(name="striped", stripe_size=size)) for size in (4, 8)]
+    assert config.refusal(DIM, **split, sharding=in_stripes[0]) is None
+    assert "layout=striped" in config.refusal(DIM, **split, sharding=in_stripes[1])
 
 
 HYBRID = ModelConfig(

@@ -392,7 +392,10 @@ def test_the_bytes_of_the_guide():
 # What is refused.
 
 REFUSALS = [
-    (dict(layout="striped"), "got layout=striped; choose layout=contiguous or zigzag$"),
+    (
+        dict(layout="striped"),
+        r"got layout=striped; choose layout=contiguous or zigzag, or bring the tokens into runs \(.*Relayout\)$",
+    ),
     (dict(heads_split=3), "splits 4 heads over 3 devices, wanted a multiple of 3; change the heads or the mesh$"),
     (
         dict(num_heads=12, num_key_heads=6, heads_split=4),
