@@ -76,7 +76,7 @@ def sharded_short_convolution(
       segment_ids: Document of each token, as of `linear_attention`; all padding is one document.
       sharding: As for `sharded_linear_attention`.
     Returns: the y, in the dtypes of the xs, computed in float32.
-    Raises: ValueError where a run has fewer than W - 1 tokens, or as `sharded_linear_attention`.
+    Raises: ValueError, saying why, where the tokens cannot be split as they are: `refusal`.
     Cost: O(B T C W); what is sent is at the head of this file.
     """
     width, (batch_size, length) = kernels[0].shape[0], xs[0].shape[:2]
@@ -154,18 +154,28 @@ def empty_recent(
 
 
 def refusal(sharding: AttentionSharding, *, width: int, seq_len: int, degree: int) -> str | None:
-    """Why a convolution cannot be split this way, beside what state passing says; None if it can."""
+    """Why a convolution cannot be split this way, in one sentence with a remedy; None if it can."""
     layout = sharding.layout or Layout()
-    runs = layout.runs(degree)
-    if degree == 1 or runs is None or seq_len % layout.multiple(degree):
-        return None  # not this file's to say
-    run = seq_len // degree // runs.shape[1]
-    if run >= width - 1:
+    runs, multiple = layout.runs(degree), layout.multiple(degree)
+    if degree == 1:
         return None
-    return (
-        f"a convolution of {width} tokens reads {width - 1} before a device's own, got runs of {run} "
-        f"({seq_len} tokens over {degree} devices, layout={layout.name}); make rows longer, or conv_size smaller"
-    )
+    if runs is None:
+        return (
+            f"a convolution needs devices that hold runs of neighbouring tokens, got layout={layout.name}; choose "
+            "layout=contiguous or zigzag"
+        )
+    if seq_len % multiple:
+        return (
+            f"a convolution over {degree} devices takes a multiple of {multiple} tokens, got {seq_len}; pad the rows, "
+            "or change the layout or the mesh"
+        )
+    run = seq_len // degree // runs.shape[1]
+    if run < width - 1:
+        return (
+            f"a convolution of {width} tokens reads {width - 1} before a device's own, got runs of {run} "
+            f"({seq_len} tokens over {degree} devices, layout={layout.name}); make rows longer, or conv_size smaller"
+        )
+    return None
 
 
 def transfers(

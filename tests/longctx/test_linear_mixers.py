@@ -480,6 +480,26 @@ def test_a_layer_over_a_mesh_equals_one_device(name):
         np.testing.assert_allclose(g, w, atol=1e-5 * max(1.0, float(jnp.max(jnp.abs(w)))), rtol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [3, 11])
+def test_a_layer_with_convolutions_prefills_over_a_mesh_as_it_computes(length):
+    """A context whose runs are one token, shorter than what a token reads, and a longer one; then one token more."""
+    layer, x = build(CONFIGS["gated_delta"]), tokens()[:, : length + 1]
+    whole = jax.jit(type(layer).__call__)(layer, x)
+    plan = PrefillPlan(length=length, degree=2)
+    with jax.set_mesh(make_mesh(MeshConfig(context_inner=2, tensor=2), jax.devices()[:4])):
+
+        @jax.jit
+        def run(layer, x):
+            y, cache = layer.prefill(x[:, plan.places], plan, length + 1)
+            return y, *layer.decode(x[:, length:], cache)
+
+        y, last, cache = jax.block_until_ready(run(layer, x))
+    np.testing.assert_allclose(y[:, plan.places >= 0], whole[:, plan.places[plan.places >= 0]], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(last, whole[:, length:], atol=1e-5, rtol=1e-4)
+    assert [recent.shape for recent in cache.recent] == [(2, 2, 2, 6), (2, 2, 2, 6), (2, 2, 4, 5)]
+
+
 def test_star_prefill_is_refused_with_its_reason():
     layer = build(CONFIGS["linear"])
     plan = PrefillPlan(length=8, degree=1, star_block=4)

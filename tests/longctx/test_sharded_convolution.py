@@ -208,15 +208,33 @@ def test_channels_of_heads_that_do_not_divide_are_whole():
     assert [SHAPE.channels(split) for split in (1, 2, 4)] == [26, 13, 6 + 5]
 
 
-def test_runs_shorter_than_what_is_read_are_refused():
-    message = (
+REFUSALS = [
+    (
+        ("zigzag", 4, 32),
         "a convolution of 4 tokens reads 3 before a device's own, got runs of 2 (32 tokens over 8 devices, "
-        "layout=zigzag); make rows longer, or conv_size smaller"
-    )
-    zigzag = AttentionSharding(layout=LAYOUTS["zigzag"])
-    assert convolution.refusal(zigzag, width=4, seq_len=32, degree=8) == message
-    assert convolution.refusal(zigzag, width=3, seq_len=32, degree=8) is None
-    arrays = inputs(length=32)
+        "layout=zigzag); make rows longer, or conv_size smaller",
+    ),
+    (
+        ("striped", 4, 64),
+        "a convolution needs devices that hold runs of neighbouring tokens, got layout=striped; choose "
+        "layout=contiguous or zigzag",
+    ),
+    (
+        ("zigzag", 4, 56),
+        "a convolution over 8 devices takes a multiple of 16 tokens, got 56; pad the rows, or change the layout or the "
+        "mesh",
+    ),
+]
+
+
+@pytest.mark.parametrize(("split", "message"), REFUSALS)
+def test_what_cannot_be_split_is_refused_in_a_sentence(split, message):
+    layout, width, length = split
+    sharding = AttentionSharding(layout=LAYOUTS[layout])
+    assert convolution.refusal(sharding, width=width, seq_len=length, degree=8) == message
+    assert convolution.refusal(sharding, width=width, seq_len=length, degree=1) is None
+    arrays = inputs(length=length)
     with jax.set_mesh(make_mesh(MeshConfig(context_inner=8))):
         with pytest.raises(ValueError, match=re.escape(message)):
-            sharded_short_convolution(arrays["x"], arrays["kernel"], sharding=zigzag)
+            sharded_short_convolution(arrays["x"], arrays["kernel"], sharding=sharding)
+    assert convolution.refusal(AttentionSharding(), width=3, seq_len=32, degree=8) is None
