@@ -4,6 +4,7 @@ What the compiler makes of it is in tests/aot.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -142,9 +143,10 @@ def test_heads_dealt_out_to_two_cores(monkeypatch, capfd):
 def test_refusals(monkeypatch):
     def call(**options):
         with jax.set_mesh(make_mesh(MeshConfig(context_inner=DEGREE), jax.devices()[:DEGREE])):
-            x = jnp.zeros((1, 512, 2, 64), options.pop("dtype", jnp.float32))
+            x = jax.ShapeDtypeStruct((1, 512, 2, 64), options.pop("dtype", jnp.float32))
             sharding = AttentionSharding(strategy="ring_dma")
-            return sharded_attention(x, x, x, mask=masks.causal(), tokens=Tokens(), sharding=sharding, **options)
+            attend = functools.partial(sharded_attention, mask=masks.causal(), tokens=Tokens(), sharding=sharding)
+            return jax.eval_shape(functools.partial(attend, **options), x, x, x)
 
     with pytest.raises(NotImplementedError, match="ring_dma runs on tpu, got cpu; choose strategy=ring"):
         call()
