@@ -48,7 +48,7 @@ TINY = {
 _FLOATS = (0.0, -0.0, -1.0, 1e308, -1e308, 5e-324, 1e-45, 1e38, 1e39, 0.5, 1.0, 2.0)
 _INTS = (0, -1, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**31), -(2**63))
 _MOST_STEPS = 8  # what asks for more than these may ask for more time or memory than there is
-_LARGEST = 64
+_LARGEST = 128
 _NOT_YAML = (
     b"",
     b"# nothing\n",
