@@ -18,8 +18,7 @@ from longctx.context_parallel.usp import Usp
 from pallas_kernels import Mask
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy
-    for strategy in (Ring(), RingDma(), AllGather(), Ulysses(), Halo(), Usp(), DoubleRing())
+    strategy.name: strategy for strategy in (Ring(), RingDma(), AllGather(), Ulysses(), Halo(), Usp(), DoubleRing())
 }
 
 
