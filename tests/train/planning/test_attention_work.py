@@ -34,8 +34,9 @@ def test_tiles_are_those_of_the_implementation(platform, implementation, mixer, 
         target=SimpleNamespace(platform=platform),
         config=SimpleNamespace(
             data=SimpleNamespace(seq_len=8192),
-            context_parallel=ContextParallelConfig(),
+            row_order=lambda sizes: ContextParallelConfig().order(8192, sizes["context_inner"]),
         ),
+        mesh=SimpleNamespace(shape={"context_inner": 2}),
         sharding=AttentionSharding(),
         parts=SimpleNamespace(model=SimpleNamespace(mixers={"far": AttentionConfig(num_heads=1, **mixer)})),
     )
