@@ -68,7 +68,7 @@ def test_without_a_compiler_formulas_are_given_and_marked(capsys, no_compiler):
 
 def test_exposed_hops_are_a_problem(capsys):
     """Those of a ring, which has compute to hide them behind, but too little where rows are short."""
-    ring = [GPUS, "--devices", "h100:8", "--formula", "context_parallel.window_strategy=null"]
+    ring = [GPUS, "--devices", "h100:8", "--formula", "context_parallel={strategy: ring, layout: zigzag}"]
     assert plan.main(ring) == 0
     assert plan.main([*ring, "data.seq_len=2048", "model.mixers.local.window=256"]) == plan.PROBLEM_CODE
     assert (
