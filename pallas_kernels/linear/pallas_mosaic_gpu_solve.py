@@ -164,6 +164,35 @@ def _substituted(system: jax.Array, beta: jax.Array) -> jax.Array:
     return lax.fori_loop(0, CHUNK, tell, jnp.eye(CHUNK, dtype=jnp.float32)) * beta
 
 
+_WARP = 32
+_GROUP = 16
+
+
+def _told(rows: range) -> list[str]:
+    """PTX that tells later rows of those: what the next rows are told by is loaded while the last ones are told."""
+    groups = [
+        (m, range(first, min(first + _GROUP, CHUNK))) for m in rows for first in range((m + 1) // 4 * 4, CHUNK, _GROUP)
+    ]
+
+    def load(number: int) -> list[str]:
+        m, group = groups[number]
+        name = [f"l{number % 2 * _GROUP + i}" for i in range(_GROUP)]
+        return [
+            f"ld.shared.v4.f32 {{{', '.join(name[i : i + 4])}}}, [system + {4 * (m * CHUNK + group[i])}];"
+            for i in range(0, len(group), 4)
+        ]
+
+    lines = load(0)
+    for number, (m, group) in enumerate(groups):
+        lines += load(number + 1) if number + 1 < len(groups) else []
+        if number == 0 or groups[number - 1][0] != m:
+            lines.append(f"neg.f32 minus, x{m};")
+        lines += [
+            f"fma.rn.f32 x{row}, l{number % 2 * _GROUP + i}, minus, x{row};" for i, row in enumerate(group) if row > m
+        ]
+    return lines
+
+
 def _substitute(system, beta, solve) -> None:
     """solve = (1 + L)^-1 diag(beta), 16 bits `[64, 64]`, of the system L^T, float32 `[64, 64]`.
 
@@ -174,27 +203,29 @@ def _substitute(system, beta, solve) -> None:
     def emit(_, system, beta, solve):
         i64 = ir.IntegerType.get_signless(64)
         addresses = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(x)) for x in (system, beta, solve)]
-        x, told = [f"x{i}" for i in range(CHUNK)], [f"l{i}" for i in range(4)]
+        x, told = [f"x{i}" for i in range(CHUNK)], [f"l{i}" for i in range(2 * _GROUP)]
         lines = [
             f".reg .f32 {', '.join((*x, *told, 'minus', 'b'))};",
             ".reg .b32 system, beta, solve, column, at;",
             ".reg .b16 rounded;",
-            ".reg .pred idle, own;",
+            ".reg .pred idle, own, second;",
             "cvt.u32.u64 system, $0;",
             "cvt.u32.u64 beta, $1;",
             "cvt.u32.u64 solve, $2;",
-            "mov.u32 column, %tid.x;",
+            # Of blocks side by side on a multiprocessor half take its other schedulers.
+            "mov.u32 column, %ctaid.x;",
+            "shr.u32 column, column, 1;",
+            f"and.b32 column, column, {CHUNK};",
+            "mov.u32 at, %tid.x;",
+            "xor.b32 column, column, at;",
             f"setp.ge.u32 idle, column, {CHUNK};",
             "@idle bra DONE;",
+            f"setp.ge.u32 second, column, {_WARP};",
         ]
         for i in range(CHUNK):
             lines += [f"setp.eq.u32 own, column, {i};", f"selp.f32 x{i}, 0f3F800000, 0f00000000, own;"]
-        for m in range(CHUNK - 1):
-            lines.append(f"neg.f32 minus, x{m};")
-            for first in range((m + 1) // 4 * 4, CHUNK, 4):
-                address = 4 * (m * CHUNK + first)
-                lines.append(f"ld.shared.v4.f32 {{{', '.join(told)}}}, [system + {address}];")
-                lines += [f"fma.rn.f32 x{i}, l{i - first}, minus, x{i};" for i in range(max(first, m + 1), first + 4)]
+        # The rows before its own are 0 to a column.
+        lines += ["@second bra SECOND;", *_told(range(_WARP)), "SECOND:", *_told(range(_WARP, CHUNK - 1))]
         lines += [
             "shl.b32 at, column, 2;",
             "add.u32 at, at, beta;",
