@@ -105,8 +105,10 @@ def examine(name: str, generation: str, length: int, dump: Path) -> Found | str:
     arguments = [array(heads) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS, NUM_HEADS)]
     for file in dump.iterdir():
         file.unlink()
+    run = IMPLEMENTATIONS[name](
+        MOSAIC_TPU_ATTENTION[generation], length
+    )  # splash makes arrays, which no TPU here holds
     with jax.set_mesh(mesh):
-        run = IMPLEMENTATIONS[name](MOSAIC_TPU_ATTENTION[generation], length)
         try:
             program = jax.jit(run).lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
