@@ -21,7 +21,7 @@ from pallas_kernels.linear.prepared import (
     untile,
     without_starts,
 )
-from pallas_kernels.linear.state import LinearState
+from pallas_kernels.linear.state import LinearState, before_each
 from pallas_kernels.wgmma import TILE_ROWS
 
 
@@ -29,17 +29,16 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Option
     """As `api.linear_attention_forward`, except for parts of runs."""
     chunks = factors_of(v, decay, segment_ids)
     prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
-    of_part = part_chunks(v, num_cores)
+    T, of_part = v.shape[1], part_chunks(v, num_cores)
     inputs = _inputs(prepared, v, _first(k, v, initial_state), interpret)
-    swept = chain.sweep(
-        inputs,
-        num_heads=v.shape[2],
-        length=v.shape[1],
-        config=chain.Config(
-            reverse=False, scale=options.scale, part_chunks=of_part, starts=True, interpret=interpret
-        ),
-    )  # fmt: skip
-    return swept.out[:, : v.shape[1]], swept.end[:, 0].mT, swept.starts.mT
+    if beta is None:
+        inputs = _in_parts(inputs, T, of_part, reverse=False, interpret=interpret)
+    config = chain.Config(
+        reverse=False, scale=options.scale, part_chunks=of_part, starts=beta is not None, interpret=interpret
+    )
+    swept = chain.sweep(inputs, num_heads=v.shape[2], length=T, config=config)
+    starts = inputs.before if swept.starts is None else swept.starts
+    return swept.out[:, :T], swept.end[:, -1].mT, starts.mT
 
 
 def backward(
@@ -75,13 +74,14 @@ def backward(
         ),
         **sizes,
     )  # fmt: skip
-    after = chain.sweep(
-        _inputs(prepared, dout, _first(k, v, dstate), interpret),
-        config=chain.Config(
-            reverse=True, scale=options.scale, part_chunks=num_chunks, snapshots=True, interpret=interpret
-        ),
-        **sizes,
+    inputs = _inputs(prepared, dout, _first(k, v, dstate), interpret)
+    if beta is None:
+        inputs = _in_parts(inputs, T, of_part, reverse=True, interpret=interpret)
+    config = chain.Config(
+        reverse=True, scale=options.scale, part_chunks=of_part if beta is None else num_chunks, snapshots=True,
+        interpret=interpret,
     )  # fmt: skip
+    after = chain.sweep(inputs, config=config, **sizes)
     call = {
         "decay": decay if options.decay_gradient else None,
         "segment_ids": segment_ids,
@@ -229,6 +229,26 @@ def part_chunks(v, num_cores: int) -> int:
     chunks = -(-T // CHUNK)
     parts = max(1, num_cores // (B * N * (V // chain.COLUMNS)))
     return -(-chunks // parts)
+
+
+def _in_parts(inputs: chain.Inputs, length: int, of_part: int, *, reverse: bool, interpret) -> chain.Inputs:
+    """The same with the state before each part in place of that before the row: by a pass over what is written.
+
+    Not of a delta rule, where the map of a part would be a matrix.
+    """
+    (B, N, num_chunks, H), V = inputs.keeps.shape, inputs.v.shape[3]
+    num_parts = -(-num_chunks // of_part)
+    if num_parts == 1:
+        return inputs
+    zeros = jnp.zeros((B, num_parts, N, V, H), jnp.float32)
+    written = inputs._replace(q=None, k=inputs.q if reverse else inputs.k, scores=None, before=zeros)
+    config = chain.Config(reverse=reverse, scale=1.0, part_chunks=of_part, interpret=interpret)
+    swept = chain.sweep(written, num_heads=N, length=length, config=config)
+    padding = (0, 0), (0, 0), (0, num_parts * of_part - num_chunks), (0, 0)
+    keeps = jnp.pad(inputs.keeps, padding, constant_values=1.0).reshape(B, N, num_parts, of_part, H)
+    parts = LinearState(value=swept.end.mT, decay=jnp.moveaxis(jnp.prod(keeps, axis=3), 2, 1))
+    before, _ = before_each(parts, inputs.before[:, 0].mT, reverse=reverse)
+    return inputs._replace(before=before.mT)
 
 
 def _first(k, v, state) -> jax.Array:
