@@ -18,7 +18,8 @@ NOTES = (
     "% of copy is that over the bytes a second, read and written, of the copy of the same run. TFLOP/s count the "
     "recurrence, which chunks exceed: forward 4 T N H V B, three times that with backward.",
     "What is timed agrees in full, out and every gradient, with a computation by chunks or tokens in float32 at the "
-    "highest matmul precision that shares no code with the family. Segment ids are built and inputs drawn outside the timing.",
+    "highest matmul precision that shares no code with the family. Segment ids are built and inputs drawn outside "
+    "the timing.",
 )
 MAX_DOCUMENTS_OVER_DENSE = 1.05
 MAX_OVER_SHORTEST = 1.05
