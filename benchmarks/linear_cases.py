@@ -13,6 +13,11 @@ from pallas_kernels.linear.options import DecayKind
 MATMULS: dict[Pass, int] = {"forward": 2, "forward+backward": 6}
 
 
+_DELTA_RULES: dict[DecayKind, str] = {
+    "none": "delta", "fixed": "fixed_delta", "scalar": "gated_delta", "vector": "vector_delta"
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearCase(Batch):
     """Causal linear attention of one shape.
@@ -38,7 +43,7 @@ class LinearCase(Batch):
         documents = "" if self.documents is None else f", documents {len(self.documents)}"
         dims = self.key_dim if self.key_dim == self.value_dim else f"{self.key_dim}/{self.value_dim}"
         shape = f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_qk_heads} D{dims}"
-        rule = f"delta {self.kind}" if self.delta else self.kind
+        rule = _DELTA_RULES[self.kind] if self.delta else self.kind
         return f"{rule}{documents} {shape}"
 
     @property

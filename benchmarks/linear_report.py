@@ -10,14 +10,16 @@ NOTES = (
     "Cases: kind, rows B of S tokens, heads of the values / of queries and keys, their dim (keys / values where they "
     "differ). `none` has no decay; `fixed` a constant one a head, of which no gradient is taken (Lightning Attention); "
     "`scalar` a gate a token and head, whose gradient is part of what is timed (simple GLA, Mamba-2); `vector` one for "
-    "each dim of the keys too (GLA); `delta` is a delta rule (DeltaNet; with `scalar` Gated DeltaNet).",
+    "each dim of the keys too (GLA); `delta` and `gated_delta` are the delta rule without and with a gate a "
+    "token (DeltaNet, Gated DeltaNet).",
     "GB/s count what must be moved, of arrays as large as q or v: forward reads q, k, v and writes out; with backward "
     "q, k, v, dout are read, out, dq, dk, dv written, and q, k, v read again: 4 and 11 arrays where all are alike; "
     "gates of each dim, float32, are 1 and 3 more. "
     "% of copy is that over the bytes a second, read and written, of the copy of the same run. TFLOP/s count the "
     "recurrence, which chunks exceed: forward 4 T N H V B, three times that with backward.",
-    "What is timed agrees in full, out and every gradient, with a computation by chunks in float32 at the highest "
-    "matmul precision that shares no code with the family. Segment ids are built and inputs drawn outside the timing.",
+    "What is timed agrees in full, out and every gradient, with a computation by chunks or tokens in float32 at the "
+    "highest matmul precision that shares no code with the family. Segment ids are built and inputs drawn outside "
+    "the timing.",
 )
 MAX_DOCUMENTS_OVER_DENSE = 1.05
 MAX_OVER_SHORTEST = 1.05

@@ -259,7 +259,7 @@ def test_the_cases_are_those_of_the_bars():
         assert sum(case.documents) == case.length and dataclasses.replace(case, documents=None) in CASES
     assert {
         f"{rule} {shape} 16/16 D128"
-        for rule in ("vector", "delta none", "delta scalar")
+        for rule in ("vector", "delta", "gated_delta")
         for shape in ("B2 S8192", "B1 S32768")
     } <= set(names)
 
