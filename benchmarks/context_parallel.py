@@ -144,6 +144,7 @@ CASES = (
             Way(strategy="all_gather", layout=_ZIGZAG),
             Way(strategy="ulysses"),
             Way(strategy="usp", layout=_ZIGZAG),
+            Way(strategy="double_ring", layout=_ZIGZAG),
             Way(strategy="halo"),
         ),
     ),
@@ -193,6 +194,7 @@ SMOKE = (
             Way(strategy="ring", layout=_ZIGZAG),
             Way(strategy="ulysses"),
             Way(strategy="usp", layout=_ZIGZAG),
+            Way(strategy="double_ring", layout=_ZIGZAG),
             Way(strategy="halo"),
         ),
     ),
@@ -277,7 +279,7 @@ class _Trial:
     @property
     def mesh(self) -> Mesh:
         """Of pairs of devices for a strategy of two levels, which has them as groups."""
-        inner = 2 if self.way.strategy == "usp" and self.degree % 2 == 0 else self.degree
+        inner = 2 if self.way.strategy in ("usp", "double_ring") and self.degree % 2 == 0 else self.degree
         sizes = MeshConfig(context_outer=self.degree // inner, context_inner=inner)
         return make_mesh(sizes, jax.devices()[: self.degree])
 

@@ -25,12 +25,13 @@ from benchmarks.results import problem_of
 from pallas_kernels import dispatch
 from pallas_kernels.compiling import compile_all
 from pallas_kernels.machine import describe, slug
-from train.assemble import Parts, assemble, batch_placement, start_mesh
+from train.assemble import Parts, assemble, batch_placement
 from train.config import TrainConfig
 from train.data import Data, open_data
 from train.evaluation import EvalSums, evaluate, make_eval_step
 from train.loop import MAX_STEPS_IN_FLIGHT
 from train.placement import BatchPlacement
+from train.planning.auto import start
 from train.schema import to_dict
 from train.state import TrainState, create_state
 from train.step import NonFiniteError
@@ -85,9 +86,11 @@ def compare(options: argparse.Namespace) -> Comparison:
             f"mixers.{min(unused)}: got a setting of a mixer that is not compared, wanted one of --mixers "
             f"{options.mixers}; leave it out"
         )
+    base, mesh, choices = start(base)
+    for note in choices:
+        _say(note)
     configs = {spec: with_mixers(base, spec, of_mixers) for spec in specs}
     lengths = [base.data.seq_len, *evaluated_lengths(options.lengths, base.data.seq_len, task)]
-    mesh = start_mesh(base)
     comparison = _nothing_yet(options, base)
     stem = f"{comparison.machine['date']}_{slug(comparison.machine['device'])}_learning_{options.task}"
     stem = options.out / free_stem(stem, options.out)

@@ -11,11 +11,12 @@ from benchmarks.measure import Ceiling, matmul_ceiling, memory_bytes, time_calls
 from benchmarks.results import Row
 from longctx.model import forward_flops
 from pallas_kernels import dispatch
-from train.assemble import assemble, batch_placement, memory_in_use, start_mesh
+from train.assemble import assemble, batch_placement, memory_in_use
 from train.config import load_config
 from train.data import open_data
 from train.devices import model_flops_utilization
 from train.loop import MAX_STEPS_IN_FLIGHT
+from train.planning.auto import start
 from train.state import create_state
 
 NUM_BATCHES = 4  # taken in turn, and placed before the clock starts: packing differs from batch to batch
@@ -34,7 +35,9 @@ def measure_train(
       documents at hand, as MFU does.
     """
     config = load_config(config_path, overrides)
-    mesh = start_mesh(config)
+    config, mesh, choices = start(config)
+    for note in choices:
+        progress(note)
     ceiling = matmul_ceiling(repetitions=repetitions)
     progress(f"{mesh.devices.flat[0].device_kind}: {ceiling}")
     with jax.set_mesh(mesh):

@@ -112,7 +112,7 @@ class RingDma(Ring):
         block = min(BLOCKWISE_ATTENTION[self.platform].block_kv, -(-length // LANES) * LANES)
         padded = batch_size, -(-length // block) * block, setting.num_kv_heads
         lanes = sum(-(-dim // LANES) * LANES for dim in (key_dim, value_dim))
-        by_kernel = functools.partial(Transfer, kind="remote-dma", count=num_sent, beside_compute=True)
+        by_kernel = functools.partial(Transfer, kind="remote-dma", count=num_sent, beside_calls=1)
         return (
             by_kernel(phase="forward", num_bytes=num_bytes(dtype, *padded, lanes)),
             by_kernel(phase="backward", num_bytes=num_bytes(dtype, *padded, lanes)),

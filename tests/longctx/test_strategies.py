@@ -356,7 +356,9 @@ def test_the_strategies_are_those_that_a_config_may_name():
 @pytest.mark.parametrize("field", ["strategy", "window_strategy"])
 def test_a_strategy_that_is_not_there_is_refused(field):
     unchecked = getattr(AttentionSharding.__init__, "__wrapped__", AttentionSharding.__init__)
-    with pytest.raises(ValueError, match=f"AttentionSharding: {field}='star', wanted one of ring, all_gather, ulysses"):
+    with pytest.raises(
+        ValueError, match=f"AttentionSharding: {field}='star', wanted one of ring, ring_dma, all_gather"
+    ):
         unchecked(object.__new__(AttentionSharding), **{field: "star"})
 
 

@@ -29,6 +29,7 @@ from train.planning.links import Links, Place
 from train.planning.target import GPUS_A_HOST, Target, local_target, places
 
 PLAINER_FIRST = ("ring", "all_gather", "ulysses", "halo", "usp", "double_ring")
+"""What is chosen from: what runs on any device. To the model `ring_dma` is `ring`."""
 _TWO_LEVELS = ("usp", "double_ring")
 _LAYOUTS = ("zigzag", "contiguous", "striped")
 _EQUAL = 1.005  # costs that differ by less are the same: the model is not that good
@@ -287,7 +288,7 @@ class _Open:
                 "kind attention; name a strategy"
             )
         settings = self.config.context_parallel
-        strategies = {kind.name: tuple(STRATEGIES) for kind in kinds}
+        strategies = {kind.name: PLAINER_FIRST for kind in kinds}
         if settings.window_strategy is not None:
             strategies[_WINDOWS] = (settings.window_strategy,)
         layouts = [settings.placement] if settings.layout else [Layout(name=name) for name in _LAYOUTS]
