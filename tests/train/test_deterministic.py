@@ -44,7 +44,7 @@ def started():
     jax.devices()
 
 
-@pytest.mark.parametrize("devices", [pytest.param("1", marks=pytest.mark.slow), "8"])
+@pytest.mark.parametrize("devices", ["1", pytest.param("8", marks=pytest.mark.slow)])
 def test_two_runs_are_equal_bit_for_bit(tmp_path, devices):
     file = tmp_path / "config.yaml"
     config = CONFIG | {"mesh": MESHES[devices], "distributed": {"virtual_cpu_devices": int(devices)}}
