@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
+from pallas_kernels.linear.pallas_mosaic_gpu_tiles import spread
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, do_not_unroll, sync
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
@@ -347,13 +348,13 @@ class _Block:
         if self.shared.keeps is None:
             return state
         keeps = plgpu.load(self.shared.keeps.at[slot], layout=_COLUMN, optimized=False)
-        return state * _spread(keeps, state.shape, 1)
+        return state * spread(keeps, 1, state.shape)
 
     def by_tokens(self, factors, slot, x):
         """`[columns, tokens]` times the factor of each token."""
         if factors is None:
             return x
-        return x * _spread(plgpu.load(factors.at[slot], layout=_COLUMN, optimized=False), x.shape, 1)
+        return x * spread(plgpu.load(factors.at[slot], layout=_COLUMN, optimized=False), 1, x.shape)
 
     # The third warpgroup.
 
@@ -411,7 +412,7 @@ class _Block:
         x = x * self.config.scale
         if self.shared.reads is None:
             return x
-        return x * _spread(plgpu.load(self.shared.reads.at[slot], layout=ROW, optimized=False), x.shape, 0)
+        return x * spread(plgpu.load(self.shared.reads.at[slot], layout=ROW, optimized=False), 0, x.shape)
 
     def products(self, *factors):
         """a b of each (a, b, transpose_a, transpose_b), all in flight at the same time."""
@@ -445,8 +446,3 @@ class _Block:
             return acc[...]
 
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def _spread(x, shape: tuple[int, int], dim: int) -> jax.Array:
-    """A vector as a matrix: of one value a row, dim 0, or a column, dim 1."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [dim]), MATRIX)

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.linear.pallas_mosaic_gpu_tiles import matmul, spread
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -184,14 +185,14 @@ class _Chunk:
         log_column, document_column = self.of_tokens(_COLUMN)
         same = None
         if document_row is not None:
-            rows = _spread(document_row, 0)
-            same = (rows == _spread(document_column, 1)) & (rows >= 0)
+            rows = spread(document_row, 0)
+            same = (rows == spread(document_column, 1)) & (rows >= 0)
         self.before, self.after, self.itself = (
             x if same is None else x & same for x in (row > column, row < column, row == column)
         )
         self.decay = self.decay_back = None
         if log_row is not None:
-            apart = _spread(log_row, 0) - _spread(log_column, 1)
+            apart = spread(log_row, 0) - spread(log_column, 1)
             self.decay, self.decay_back = jnp.exp2(apart), jnp.exp2(-apart)
 
     def of_tokens(self, layout):
@@ -296,7 +297,7 @@ class _Chunk:
         if factors is None:
             return x
         at = factors.at[self.batch, self.head, self.tokens]
-        return x * _spread(plgpu.load(at, layout=ROW, optimized=False), 0)
+        return x * spread(plgpu.load(at, layout=ROW, optimized=False), 0)
 
     def of_side(self, ref):
         return ref.at[self.side, self.batch, self.head, self.tokens]
@@ -313,31 +314,6 @@ class _Chunk:
         """The factors of a product over all columns."""
         return [(a.at[i], b.at[i], transpose_a, transpose_b) for i in range(num)]
 
-    def matmul(self, factors, *, acc=None):
-        """acc + the sum of a b over (a, b, transpose_a, transpose_b); a may be in registers."""
-        if self.interpret:
-            for a, b, transpose_a, transpose_b in factors:
-                a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
-                product = jnp.dot(
-                    a.T if transpose_a else a, b.T if transpose_b else b, preferred_element_type=jnp.float32
-                )  # fmt: skip
-                acc = product if acc is None else acc + product
-            return acc
-
-        def multiply(acc) -> None:
-            for a, b, transpose_a, transpose_b in factors:
-                a, b = a.transpose((1, 0)) if transpose_a else a, b.transpose((1, 0)) if transpose_b else b
-                plgpu.wgmma(acc, a, b)
-
-        def multiplied(acc):
-            multiply(acc)
-            return acc[...]
-
-        if acc is not None:
-            return pl.run_state(multiply)(plgpu.ACC.init(acc))
-        return pl.run_scoped(multiplied, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-
-
-def _spread(x, dim: int) -> jax.Array:
-    """A vector as a matrix: of one value a row, dim 0, or a column, dim 1."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [dim]), MATRIX)
+    def matmul(self, factors, **options):
+        """`tiles.matmul` by this warpgroup."""
+        return matmul(factors, interpret=self.interpret, **options)

@@ -24,6 +24,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.linear.pallas_mosaic_gpu_tiles import spread
 from pallas_kernels.linear.prepared import LEVELS
 from pallas_kernels.mosaic_gpu import WARPGROUP
 from pallas_kernels.wgmma import MATRIX, ROW, TILE_BYTES, TILE_ROWS, TRANSFORMS
@@ -138,7 +139,7 @@ def _prepare_chunk(
     row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
     document = None
     if inputs.document is not None:
-        document = _spread(plgpu.load(inputs.document.at[batch, tokens], layout=ROW, optimized=False), 0)
+        document = spread(plgpu.load(inputs.document.at[batch, tokens], layout=ROW, optimized=False), 0)
     scores = product(shared.q, shared.k, interpret)  # of a token with itself, which nothing decays
     if not interpret:
         exponentials(shared.decay)
@@ -156,7 +157,7 @@ def _prepare_chunk(
     seen = row >= column
     if document is not None:
         of_column = plgpu.load(inputs.document.at[batch, tokens], layout=_COLUMN, optimized=False)
-        seen &= (document == _spread(of_column, 1)) & (document >= 0)
+        seen &= (document == spread(of_column, 1)) & (document >= 0)
     shared.scores[...] = jnp.where(seen, scores * scale, 0.0).astype(shared.scores.dtype)
     # q and k were read by a matmul before the levels.
     if interpret:
@@ -183,10 +184,6 @@ def product(a, b, interpret):
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-
-
-def _spread(x, dim: int) -> jax.Array:
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [dim]), MATRIX)
 
 
 _BATCH = 16

@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.linear.pallas_mosaic_gpu_tiles import spread
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -111,17 +112,17 @@ def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, s
     of_column, document_of_column = of_tokens(_COLUMN)
     seen = None
     if document_of_row is not None:
-        rows, columns = _spread(document_of_row, 0), _spread(document_of_column, 1)
+        rows, columns = spread(document_of_row, 0), spread(document_of_column, 1)
         seen = (rows == columns) & (rows >= 0)
     # Transposed: the column of the system that a known row is told by is a row in memory.
     later = row < column if seen is None else seen & (row < column)
     if of_row is not None:
-        products = products * jnp.exp2(_spread(of_column, 1) - _spread(of_row, 0))
+        products = products * jnp.exp2(spread(of_column, 1) - spread(of_row, 0))
     beta = plgpu.load(refs["beta_smem"], layout=_COLUMN, optimized=False)
-    refs["system"][...] = jnp.where(later, products * _spread(beta, 1), 0.0)
+    refs["system"][...] = jnp.where(later, products * spread(beta, 1), 0.0)
     scores = _product(q, k, interpret) * scale
     if of_row is not None:
-        scores = scores * jnp.exp2(_spread(of_row, 0) - _spread(of_column, 1))
+        scores = scores * jnp.exp2(spread(of_row, 0) - spread(of_column, 1))
     earlier = row >= column if seen is None else seen & (row >= column)
     refs["scores_smem"][...] = jnp.where(earlier, scores, 0.0).astype(q.dtype)
     plgpu.commit_smem()
@@ -147,11 +148,6 @@ def _product(a, b, interpret):
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-
-
-def _spread(x, dim: int) -> jax.Array:
-    """A vector as a matrix: of one value a row, dim 0, or a column, dim 1."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [dim]), MATRIX)
 
 
 def _substituted(system: jax.Array, beta: jax.Array) -> jax.Array:

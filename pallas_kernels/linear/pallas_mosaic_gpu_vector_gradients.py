@@ -15,12 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
+from pallas_kernels.linear.pallas_mosaic_gpu_tiles import matmul, spread
 from pallas_kernels.linear.prepared import LEVELS
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, sync
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
-_SIDES = 2
 
 
 class Inputs(NamedTuple):
@@ -218,7 +218,7 @@ class _Chunk:
         above = self.matmul([(shared.v.at[i], shared.dout.at[i], False, True) for i in range(self.values)])
         dscores = jnp.where(row >= column, below, above) * self.scale
         if of_row is not None:
-            rows, columns = _spread(of_row, 0), _spread(self.document(_COLUMN), 1)
+            rows, columns = spread(of_row, 0), spread(self.document(_COLUMN), 1)
             dscores = jnp.where((rows == columns) & (rows >= 0), dscores, 0.0)
         return dscores.astype(shared.q.dtype)
 
@@ -236,7 +236,7 @@ class _Chunk:
             kept = state * dstate if kept is None else kept + state * dstate
         columns = pl.ds(self.side * CHUNK, CHUNK)
         keeps = self.inputs.keeps.at[self.batch, self.head, self.chunk, columns]
-        keeps = _spread(plgpu.load(keeps, layout=_COLUMN, optimized=False), 1)
+        keeps = spread(plgpu.load(keeps, layout=_COLUMN, optimized=False), 1)
         of_tokens = to_state + keeps * kept
 
         def put() -> None:
@@ -292,27 +292,6 @@ class _Chunk:
         """Of the values' columns and a state the keys' columns."""
         return [(values.at[i], states.at[i * self.keys + self.side], False, False) for i in range(self.values)]
 
-    def matmul(self, factors):
-        """The sum of a b over (a, b, transpose_a, transpose_b); a may be in registers."""
-        if self.interpret:
-            acc = None
-            for a, b, transpose_a, transpose_b in factors:
-                a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
-                product = jnp.dot(
-                    a.T if transpose_a else a, b.T if transpose_b else b, preferred_element_type=jnp.float32
-                )  # fmt: skip
-                acc = product if acc is None else acc + product
-            return acc
-
-        def multiply(acc):
-            for a, b, transpose_a, transpose_b in factors:
-                a, b = a.transpose((1, 0)) if transpose_a else a, b.transpose((1, 0)) if transpose_b else b
-                plgpu.wgmma(acc, a, b)
-            return acc[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-
-
-def _spread(x, dim: int) -> jax.Array:
-    """A vector as a matrix: of one value a row, dim 0, or a column, dim 1."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [dim]), MATRIX)
+    def matmul(self, factors, **options):
+        """`tiles.matmul` by this warpgroup."""
+        return matmul(factors, interpret=self.interpret, **options)
