@@ -77,6 +77,7 @@ class Config:
 
     Attributes:
       scale: Multiplies q.k.
+      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
       kv_len: Number of keys, of which the last block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, tile]` each; None where all may, of those that are visited.
@@ -87,6 +88,7 @@ class Config:
     """
 
     scale: float
+    soft_cap: float | None
     kv_len: int
     pair_test: PairTest | None
     scales_dq: bool
@@ -412,13 +414,19 @@ class _Block:
         plgpu.barrier_wait(shared.tile_full.at[slot])
         s, dp = self.scores(slot)
         lse = plgpu.load(shared.lse.at[slot], layout=COLUMN, optimized=False)
-        p = jnp.exp2(s * (config.scale * _LOG2_E) - columns(lse, self.tile))
+        to_base_2, slope = config.scale * _LOG2_E, None
+        if config.soft_cap is not None:
+            s = jnp.tanh(s * (config.scale / config.soft_cap))
+            # As precise as the tanh; with float32's registers beside those of p there would be spills.
+            to_base_2, slope = config.soft_cap * _LOG2_E, (1.0 - s * s).astype(jnp.float16)
+        p = jnp.exp2(s * to_base_2 - columns(lse, self.tile))
         dp, p = self.settle(dp, p)
 
         def gradient_of_logits(p, dp, part: int):
             """Of the part-th 64 queries."""
             delta = plgpu.load(shared.delta.at[slot, pl.ds(part * ROWS, ROWS)], layout=COLUMN, optimized=False)
-            return p * (dp - columns(delta, p.shape))
+            ds = p * (dp - columns(delta, p.shape))
+            return ds if slope is None else ds * slope[:, part * ROWS : (part + 1) * ROWS].astype(jnp.float32)
 
         if config.tests_blocks:
             p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)

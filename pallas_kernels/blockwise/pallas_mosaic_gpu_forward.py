@@ -6,7 +6,8 @@ its row of the schedule names, into shared memory (TMA, two buffers each); the c
 and give it back.
 
 On chip: q (two tiles, so that the next item's is there in time), k and v (two blocks each), and out on its way to
-memory, in shared memory; logits, probabilities, the running maximum, sum and result in registers.
+memory, in shared memory; logits, probabilities, the running maximum, sum and result in registers. Where head dims are
+wide there is room for one tile of q only, and out goes to memory from registers.
 
 Where the time goes, and what hides it:
 - The tensor cores are what is scarce. Consumers take turns at them: in its turn one starts the logits of block i and
@@ -47,6 +48,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     columns,
     indices,
     rows,
+    store_parts_of_sectors,
     token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
@@ -57,7 +59,6 @@ from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
 
 NUM_STAGES = 2
 """Buffers of keys, and of values."""
-_Q_SLOTS = 2
 
 SLACK = 8.0
 """By how much (base 2) logits may exceed what they are measured against: 2^8 is far from overflow in 16 bits."""
@@ -72,21 +73,25 @@ class Config:
 
     Attributes:
       scale: Multiplies q.k; positive.
+      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
       block_q, block_kv: Tokens of a tile of queries and of a block of keys; those of the schedule.
       kv_len: Number of keys, of which a block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, block_kv]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
+      q_slots: Buffers of queries. Where there are two there is one for out, too.
       return_carry: Whether to return the running softmax rather than the result.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
     scale: float
+    soft_cap: float | None
     block_q: int
     block_kv: int
     kv_len: int
     pair_test: PairTest | None
     num_cores: int
+    q_slots: int = 2
     return_carry: bool = False
     interpret: Any = None
 
@@ -113,7 +118,8 @@ class Config:
 class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
-    q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel.
+    q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
+    is None has seen no values.
     """
 
     q: Any
@@ -128,7 +134,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What it writes: out and lse, or the carry; in whole tiles, but for out."""
+    """What it writes: out and lse, or the carry; in whole tiles, but for an out that shared memory has a buffer for."""
 
     out: Any
     lse: Any
@@ -138,22 +144,23 @@ class Outputs(NamedTuple):
 def attend(inputs: Inputs, config: Config) -> Outputs:
     """Runs the kernel."""
     B, T, N, H = inputs.q.shape
-    S, K = inputs.k.shape[1:3]
+    S, K, V = inputs.v.shape[1:]
     num_rows = -(-T // config.block_q)
     deal = Deal.of(
         num_pairs=B * N,
         num_ranks=num_rows,
-        pair_bytes=2 * S * H * inputs.k.dtype.itemsize,
+        pair_bytes=S * (H + V) * inputs.k.dtype.itemsize,
         group=N // K,
         num_cores=config.num_cores,
     )
     padded_len = num_rows * config.block_q
     row_vector = jax.ShapeDtypeStruct((B, N, padded_len), jnp.float32)
     if config.return_carry:
-        acc = jax.ShapeDtypeStruct((B, padded_len, N, H), jnp.float32)
+        acc = jax.ShapeDtypeStruct((B, padded_len, N, V), jnp.float32)
         outputs = Outputs(None, None, SoftmaxCarry(max=row_vector, sum=row_vector, acc=acc))
     else:
-        outputs = Outputs(jax.ShapeDtypeStruct((B, T, N, H), inputs.q.dtype), row_vector, None)
+        out_len = T if config.q_slots > 1 else padded_len
+        outputs = Outputs(jax.ShapeDtypeStruct((B, out_len, N, V), inputs.q.dtype), row_vector, None)
     input_leaves, input_tree = jax.tree.flatten(inputs)
     output_leaves, output_tree = jax.tree.flatten(outputs)
 
@@ -162,11 +169,21 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         input_refs, output_refs = (
             jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves)) for tree in (input_tree, output_tree)
         )
-        _Block(config, deal, input_refs, output_refs, _Shared(*refs)).run()
+        _Block(config, deal, input_refs, output_refs, jax.tree.unflatten(shared_tree, refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
 
+    shared = _Shared(
+        q=smem(config.q_slots, config.block_q, H),
+        k=smem(NUM_STAGES, config.block_kv, H),
+        v=smem(NUM_STAGES, config.block_kv, V),
+        out=smem(config.num_consumers, ROWS, V) if config.q_slots > 1 else None,
+        q_full=plgpu.Barrier(num_barriers=config.q_slots),
+        k_full=plgpu.Barrier(num_barriers=NUM_STAGES),
+        v_full=plgpu.Barrier(num_barriers=NUM_STAGES),
+    )
+    shared_leaves, shared_tree = jax.tree.flatten(shared)
     results = plgpu.kernel(
         body,
         out_type=output_leaves,
@@ -174,15 +191,7 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         grid_names=("block",),
         num_threads=config.num_consumers + 1,
         thread_name="warpgroup",
-        scratch_types=_Shared(
-            q=smem(_Q_SLOTS, config.block_q, H),
-            k=smem(NUM_STAGES, config.block_kv, H),
-            v=smem(NUM_STAGES, config.block_kv, H),
-            out=smem(config.num_consumers, ROWS, H),
-            q_full=plgpu.Barrier(num_barriers=_Q_SLOTS),
-            k_full=plgpu.Barrier(num_barriers=NUM_STAGES),
-            v_full=plgpu.Barrier(num_barriers=NUM_STAGES),
-        ),
+        scratch_types=shared_leaves,
         # No thread reads shared memory that it has written, so Pallas need not separate the two.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
@@ -191,7 +200,7 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barriers that say when a buffer is full."""
+    """Shared memory, and the barriers that say when a buffer is full; out is None where there is no room for it."""
 
     q: Any
     k: Any
@@ -209,7 +218,7 @@ class _Running(NamedTuple):
       started: Whether there is such an item: not before the first.
       batch, head, row: Which.
       num_blocks: Blocks of keys visited until now, in all items.
-      acc: Result until now, less the last block, `[64, H]`.
+      acc: Result until now, less the last block, `[64, V]`.
       row_max: What logits are measured against, base 2, `[64]`.
       row_sum: Parts of the sum of probabilities, `[64, 8]`.
       p: Probabilities of the last block, 16 bits, `[64, block_kv]`.
@@ -232,7 +241,7 @@ class _Block:
     def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: Outputs, shared: _Shared):
         self.config = config
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
-        num_heads, self.head_dim = inputs.q.shape[2:]
+        num_heads, self.value_dim = inputs.q.shape[2], inputs.v.shape[3]
         self.group = num_heads // inputs.k.shape[2]
         self.walk = Walk(deal=deal, ranges=inputs.ranges, num_heads=num_heads, tests_blocks=config.tests_blocks)
         self.dtype = inputs.q.dtype
@@ -241,7 +250,7 @@ class _Block:
         # Named barriers: the consumers' turns, and what tells the producer that a buffer may be filled again.
         self.turn = NAMED_BARRIERS.start
         self.q_free = self.turn + config.num_consumers
-        self.k_free = self.q_free + _Q_SLOTS
+        self.k_free = self.q_free + config.q_slots
         self.v_free = self.k_free + NUM_STAGES
         assert self.v_free + NUM_STAGES <= NAMED_BARRIERS.stop
         self.everyone = WARPGROUP * (config.num_consumers + 1)
@@ -265,7 +274,7 @@ class _Block:
         inputs, shared, block_q, block_kv = self.inputs, self.shared, self.config.block_q, self.config.block_kv
 
         def one_item(number, item: Item, num_blocks):
-            slot = lax.rem(number, _Q_SLOTS)
+            slot = lax.rem(number, self.config.q_slots)
             sync(self.q_free + slot, self.everyone)
             queries = inputs.q.at[item.batch, pl.ds(item.row * block_q, block_q), item.head]
             plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
@@ -287,7 +296,7 @@ class _Block:
     # A consumer.
 
     def consume(self) -> None:
-        for slot in range(_Q_SLOTS):
+        for slot in range(self.config.q_slots):
             arrive(self.q_free + slot, self.everyone)
         for slot in range(NUM_STAGES):
             arrive(self.k_free + slot, self.everyone)
@@ -299,7 +308,7 @@ class _Block:
         plgpu.wait_smem_to_gmem(0)
 
     def consume_item(self, number, item: Item, running: _Running) -> _Running:
-        slot = lax.rem(number, _Q_SLOTS)
+        slot = lax.rem(number, self.config.q_slots)
         plgpu.barrier_wait(self.shared.q_full.at[slot])
         allowed = self.pair_test(item)
 
@@ -326,7 +335,7 @@ class _Block:
             head=zero,
             row=zero,
             num_blocks=zero,
-            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX),
+            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.value_dim), jnp.float32), MATRIX),
             row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), ROW),
             row_sum=plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), MATRIX),
             p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), MATRIX),
@@ -457,6 +466,9 @@ class _Block:
     def softmax(self, s, row_max, row_sum, bits):
         """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""
         to_base_2 = self.config.scale * _LOG2_E
+        if self.config.soft_cap is not None:
+            s = jnp.tanh(s * (self.config.scale / self.config.soft_cap))
+            to_base_2 = self.config.soft_cap * _LOG2_E
         if bits is not None:
             s = jnp.where(bits, s, -jnp.inf)
         greatest = s.max(axis=1) * to_base_2
@@ -512,11 +524,13 @@ class _Block:
             old_max, old_sum = (
                 plgpu.load(x.at[of_rows], layout=ROW, optimized=False) for x in (before.max, before.sum)
             )
-            old_acc = plgpu.load(before.acc.at[tile], layout=MATRIX, optimized=False)
             old_max = jnp.where(old_max == -jnp.inf, _LOWEST, old_max * _LOG2_E)
             new_max = jnp.maximum(row_max, old_max)
             old, new = jnp.exp2(old_max - new_max), jnp.exp2(row_max - new_max)
-            acc = acc * rows(new, acc.shape) + old_acc * rows(old, acc.shape)
+            acc = acc * rows(new, acc.shape)
+            if before.acc is not None:
+                old_acc = plgpu.load(before.acc.at[tile], layout=MATRIX, optimized=False)
+                acc = acc + old_acc * rows(old, acc.shape)
             row_max, row_sum = new_max, row_sum * new + old_sum * old
         empty = row_sum == 0
         if self.config.return_carry:
@@ -529,6 +543,13 @@ class _Block:
         lse = (row_max + jnp.log2(some)) * (1 / _LOG2_E)
         self.outputs.lse.at[of_rows][...] = jnp.where(empty, -jnp.inf, lse)
         out = acc * rows(1.0 / some, acc.shape)
+        if self.shared.out is None:
+            target = self.outputs.out.at[tile]
+            if self.config.interpret:
+                target[...] = out.astype(self.dtype)
+            else:
+                store_parts_of_sectors(target, out.astype(self.dtype))
+            return
         staged = self.shared.out.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's
         staged[...] = out.astype(self.dtype)

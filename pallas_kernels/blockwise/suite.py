@@ -191,7 +191,6 @@ _EVERYTHING = Serves(
 )
 
 _NOT_ON_HOPPER = {
-    *("soft_cap_D64", "soft_cap_empty_rows_gqa_D128"),
     "table_of_64_D64",  # its blocks are smaller than the kernel's, whose pair test reads no table
     *(case.name for case in KERNEL_CASES if case.dropout_rate),
 }
