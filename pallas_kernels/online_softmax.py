@@ -39,7 +39,7 @@ class SoftmaxCarry:
 
     max: Leaf
     sum: Leaf
-    acc: Leaf | None
+    acc: Leaf
 
     @classmethod
     def empty(cls, *, batch_size: int, q_len: int, num_heads: int, value_dim: int) -> "SoftmaxCarry":
