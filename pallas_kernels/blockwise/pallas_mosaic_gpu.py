@@ -23,10 +23,10 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kern
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest, Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
-from pallas_kernels.dropout import Dropout
+from pallas_kernels.dropout import Dropout, key_words
 from pallas_kernels.mask import Full, Mask
 from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
@@ -50,7 +50,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
-    _check_call(q, v, dropout, options)
+    _check_call(q, v, options)
     given_dim, (head_dim, value_dim) = v.shape[3], dims_of(q, v)
     q, k, v = _filled(q, head_dim), _filled(k, head_dim), _filled(v, value_dim)
     tokens = tokens or Tokens()
@@ -69,6 +69,7 @@ def forward(
         v=_whole_tiles(v),
         ranges=jax.tree.map(jnp.asarray, ranges),
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
+        words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
         carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
     outputs = forward_kernel.attend(
@@ -79,6 +80,7 @@ def forward(
             ),
             scale=options.scale,
             soft_cap=options.logits_soft_cap,
+            dropout_rate=0.0 if dropout is None else dropout.rate,
             block_q=sizes.block_q,
             block_kv=block_kv,
             kv_len=kv_len,
@@ -113,7 +115,7 @@ def backward(
     interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    _check_call(q, v, dropout, options)
+    _check_call(q, v, options)
     tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
     sizes = _block_sizes("schedule", tokens, schedule, options)
@@ -134,11 +136,13 @@ def backward(
             "lse": lse,
             "delta": jnp.pad(delta, rows),
             **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
+            "words": _words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
         },
         accumulate=tuple(None if x is None else _filled(x, dim) for x, dim in zip(accumulate, dims, strict=True)),
         q_len=q_len,
         kv_len=kv_len,
         options=options,
+        dropout_rate=0.0 if dropout is None else dropout.rate,
         pair_test=functools.partial(
             _pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]
         ),
@@ -164,6 +168,7 @@ class _Backward:
     q_len: int
     kv_len: int
     options: Options
+    dropout_rate: float
     pair_test: Callable[..., PairTest | None]
     interpret: Any
 
@@ -210,6 +215,7 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
             pair_test=call.pair_test(columns=backward_kernel.TILES[head_dim]),
             scale=options.scale,
             soft_cap=options.logits_soft_cap,
+            dropout_rate=call.dropout_rate,
             kv_len=call.kv_len,
             scales_dq=running_dq is not None,
             shares=shares,
@@ -242,6 +248,7 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, 
             gradient=name,
             scale=call.options.scale,
             soft_cap=call.options.logits_soft_cap,
+            dropout_rate=call.dropout_rate,
             kv_len=call.kv_len,
             pair_test=call.pair_test(columns=split_kernel.TILE),
             num_cores=num_cores,
@@ -287,15 +294,13 @@ def _most_heads_together(mask: Mask, head_dim: int, length: int) -> int:
     return 1 if head_dim > 64 else 2
 
 
-def _check_call(q, v, dropout: Dropout | None, options: Options) -> None:
+def _check_call(q, v, options: Options) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
     most = DIMS[-1]
     if q.shape[3] > most[0] or v.shape[3] > most[1]:
         refuse(f"the head dim of q and k is {q.shape[3]} and of v {v.shape[3]}, it takes those up to {most[0]}")
-    if dropout is not None:
-        refuse("it has no dropout")
     if not options.scale > 0:
         refuse(f"scale={options.scale}, it takes positive ones")
 
@@ -414,6 +419,16 @@ def _padded_tokens(tokens: Tokens, mask: Mask, padding_q: int, padding_kv: int) 
         "q_segment_ids": _padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
         "kv_segment_ids": _padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
     }
+
+
+def _words(
+    dropout: Dropout | None, tokens: Tokens, q_len: int, kv_len: int, padding_q: int, padding_kv: int
+) -> Words | None:
+    """Dropout's words of tokens, as kernels take them; whatever pairs of tokens that are not there come to."""
+    if dropout is None:
+        return None
+    queries = (jnp.pad(x, ((0, 0), (0, 0), (0, padding_q))) for x in dropout.query_words(tokens.queries(q_len)))
+    return Words(*queries, jnp.pad(key_words(tokens.keys(kv_len)), ((0, 0), (0, padding_kv))))
 
 
 def _padded(x, padding: int):

@@ -7,7 +7,7 @@ and give it back.
 
 On chip: q (two tiles, so that the next item's is there in time), k and v (two blocks each), and out on its way to
 memory, in shared memory; logits, probabilities, the running maximum, sum and result in registers. Where head dims are
-wide there is room for one tile of q only, and out goes to memory from registers.
+wide there is room for one tile of q only, and out goes to memory from registers, as with dropout.
 
 Where the time goes, and what hides it:
 - The tensor cores are what is scarce. Consumers take turns at them: in its turn one starts the logits of block i and
@@ -45,13 +45,15 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     MATRIX,
     ROW,
     PairTest,
+    Words,
     columns,
     indices,
     rows,
     store_parts_of_sectors,
     token_vectors,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.dropout import is_kept
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import BlockRanges
@@ -74,18 +76,20 @@ class Config:
     Attributes:
       scale: Multiplies q.k; positive.
       soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
+      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
       block_q, block_kv: Tokens of a tile of queries and of a block of keys; those of the schedule.
       kv_len: Number of keys, of which a block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, block_kv]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
-      q_slots: Buffers of queries. Where there are two there is one for out, too.
+      q_slots: Buffers of queries.
       return_carry: Whether to return the running softmax rather than the result.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
     scale: float
     soft_cap: float | None
+    dropout_rate: float
     block_q: int
     block_kv: int
     kv_len: int
@@ -106,6 +110,11 @@ class Config:
         return self.pair_test is not None or self.has_ragged_keys
 
     @property
+    def stages_out(self) -> bool:
+        """Whether there is room for out in shared memory, beside two tiles of q and no words of keys."""
+        return self.q_slots > 1 and not self.dropout_rate
+
+    @property
     def num_consumers(self) -> int:
         return self.block_q // ROWS
 
@@ -119,7 +128,7 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values.
+    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys.
     """
 
     q: Any
@@ -130,6 +139,7 @@ class Inputs(NamedTuple):
     kv_positions: Any
     q_segment_ids: Any
     kv_segment_ids: Any
+    words: Words | None
     carry: SoftmaxCarry | None
 
 
@@ -159,7 +169,7 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         acc = jax.ShapeDtypeStruct((B, padded_len, N, V), jnp.float32)
         outputs = Outputs(None, None, SoftmaxCarry(max=row_vector, sum=row_vector, acc=acc))
     else:
-        out_len = T if config.q_slots > 1 else padded_len
+        out_len = T if config.stages_out else padded_len
         outputs = Outputs(jax.ShapeDtypeStruct((B, out_len, N, V), inputs.q.dtype), row_vector, None)
     input_leaves, input_tree = jax.tree.flatten(inputs)
     output_leaves, output_tree = jax.tree.flatten(outputs)
@@ -178,10 +188,12 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         q=smem(config.q_slots, config.block_q, H),
         k=smem(NUM_STAGES, config.block_kv, H),
         v=smem(NUM_STAGES, config.block_kv, V),
-        out=smem(config.num_consumers, ROWS, V) if config.q_slots > 1 else None,
+        out=smem(config.num_consumers, ROWS, V) if config.stages_out else None,
+        kv_words=plgpu.SMEM((NUM_STAGES, config.block_kv), jnp.uint32) if config.dropout_rate else None,
         q_full=plgpu.Barrier(num_barriers=config.q_slots),
         k_full=plgpu.Barrier(num_barriers=NUM_STAGES),
         v_full=plgpu.Barrier(num_barriers=NUM_STAGES),
+        kv_words_full=plgpu.Barrier(num_barriers=NUM_STAGES) if config.dropout_rate else None,
     )
     shared_leaves, shared_tree = jax.tree.flatten(shared)
     results = plgpu.kernel(
@@ -200,15 +212,18 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barriers that say when a buffer is full; out is None where there is no room for it."""
+    """Shared memory, and the barriers that say when a buffer is full; out is None where there is no room for it, and
+    the words of keys where nothing is dropped."""
 
     q: Any
     k: Any
     v: Any
     out: Any
+    kv_words: Any
     q_full: Any
     k_full: Any
     v_full: Any
+    kv_words_full: Any
 
 
 class _Running(NamedTuple):
@@ -287,6 +302,10 @@ class _Block:
                 plgpu.copy_gmem_to_smem(inputs.k.at[at], shared.k.at[slot], shared.k_full.at[slot])
                 sync(self.v_free + slot, self.everyone)
                 plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
+                if inputs.words is not None:
+                    words = inputs.words.keys
+                    words = words.at[row_of_batch(words, item.batch), pl.ds(j * block_kv, block_kv)]
+                    plgpu.copy_gmem_to_smem(words, shared.kv_words.at[slot], shared.kv_words_full.at[slot])
                 return num_blocks + 1
 
             return self.walk.visit(item, load, load, num_blocks, skip=0)
@@ -311,10 +330,11 @@ class _Block:
         slot = lax.rem(number, self.config.q_slots)
         plgpu.barrier_wait(self.shared.q_full.at[slot])
         allowed = self.pair_test(item)
+        words = self.query_words(item)
 
         def attend(running: _Running) -> _Running:
-            running = self.first_step(item, slot, running, allowed)
-            step = functools.partial(self.next_step, q_slot=slot)
+            running = self.first_step(item, slot, running, allowed, words)
+            step = functools.partial(self.next_step, q_slot=slot, words=words)
             return self.walk.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
 
         def skip(running: _Running) -> _Running:
@@ -341,7 +361,7 @@ class _Block:
             p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), MATRIX),
         )
 
-    def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable) -> _Running:
+    def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable, words) -> _Running:
         """The first logits of an item, beside the last product of the item before, which is then written.
 
         Before the first item there is none: then zeros are multiplied with whatever is in the buffer, for nothing.
@@ -351,7 +371,8 @@ class _Block:
         pl.when(running.started)(lambda: plgpu.barrier_wait(self.shared.v_full.at[previous]))
         j = self.walk.first_block(item)
         s, acc = self.start(q_slot, running)
-        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j))
+        kept = self.kept(running, words)
+        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j), kept)
         acc, p = self.finish(acc, p, None, None)
 
         @pl.when(running.started)
@@ -371,13 +392,14 @@ class _Block:
             p=p.astype(self.dtype),
         )
 
-    def next_step(self, j, running: _Running, *, q_slot, allowed: Callable | None = None) -> _Running:
+    def next_step(self, j, running: _Running, *, q_slot, words, allowed: Callable | None = None) -> _Running:
         """Logits of block j, beside the product of the block before."""
         previous = self.previous_slot(running)
         plgpu.barrier_wait(self.shared.v_full.at[previous])
         s, acc = self.start(q_slot, running)
         bits = None if allowed is None else allowed(j)
-        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits)
+        kept = self.kept(running, words)
+        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits, kept)
         acc, p = self.finish(acc, p, rescale, Arrival(self.v_free + previous, self.everyone))
         return running._replace(
             num_blocks=running.num_blocks + 1,
@@ -463,7 +485,7 @@ class _Block:
         plgpu.commit_smem()
         return result
 
-    def softmax(self, s, row_max, row_sum, bits):
+    def softmax(self, s, row_max, row_sum, bits, kept):
         """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""
         to_base_2 = self.config.scale * _LOG2_E
         if self.config.soft_cap is not None:
@@ -478,7 +500,27 @@ class _Block:
         row_sum = row_sum * rows(rescale, row_sum.shape)
         for i in range(0, self.config.block_kv, 8):
             row_sum = row_sum + p[:, i : i + 8]
+        if kept is not None:
+            p = jnp.where(kept, p, 0.0)
         return new_max, row_sum, p, rescale
+
+    def query_words(self, item: Item) -> list | None:
+        """Dropout's words of this warpgroup's queries; None where nothing is dropped."""
+        words = self.inputs.words
+        if words is None:
+            return None
+        at = row_of_batch(words.first, item.batch), item.head, pl.ds(self.q_start(item.row), ROWS)
+        return [plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (words.first, words.second)]
+
+    def kept(self, running: _Running, words: list | None) -> jax.Array | None:
+        """Which pairs with the next block of keys dropout keeps; the words of keys are given back with the values."""
+        if words is None:
+            return None
+        slot = lax.rem(running.num_blocks, NUM_STAGES)
+        plgpu.barrier_wait(self.shared.kv_words_full.at[slot])
+        kv_words = columns(plgpu.load(self.shared.kv_words.at[slot], layout=COLUMN, optimized=False), self.tile)
+        first, second = (rows(x, self.tile) for x in words)
+        return is_kept(self.config.dropout_rate, (first, second), kv_words)
 
     def q_start(self, row) -> ArrayLike:
         """Where this warpgroup's queries begin. From a row each time: a loop that carried it would forget that it is a
@@ -519,6 +561,8 @@ class _Block:
         q_start = self.q_start(row)
         of_rows = batch, head, pl.ds(q_start, ROWS)
         tile = batch, pl.ds(q_start, ROWS), head
+        if self.config.dropout_rate:
+            acc = acc * (1 / (1 - self.config.dropout_rate))
         if self.inputs.carry is not None:
             before = self.inputs.carry
             old_max, old_sum = (

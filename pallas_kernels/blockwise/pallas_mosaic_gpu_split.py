@@ -35,13 +35,16 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     MATRIX,
     ROW,
     PairTest,
+    Words,
     columns,
+    dropped,
     indices,
     rows,
     store_parts_of_sectors,
     token_vectors,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.dropout import is_kept
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS
@@ -64,6 +67,7 @@ class Config:
       gradient: Which one.
       scale: Multiplies q.k.
       soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
+      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
       kv_len: Number of keys, of which the last block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, 64]` each; None where all may, of those that are visited.
@@ -74,6 +78,7 @@ class Config:
     gradient: Literal["dq", "dk", "dv"]
     scale: float
     soft_cap: float | None
+    dropout_rate: float
     kv_len: int
     pair_test: PairTest | None
     num_cores: int
@@ -106,6 +111,7 @@ class Inputs(NamedTuple):
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
+      words: Dropout's, of queries and heads (two) and of keys.
       running: What to add the gradient to, float32.
     """
 
@@ -120,6 +126,7 @@ class Inputs(NamedTuple):
     kv_positions: Any
     q_segment_ids: Any
     kv_segment_ids: Any
+    words: Words | None
     running: Any
 
 
@@ -322,18 +329,18 @@ class _Block:
                 plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (self.inputs.lse, self.inputs.delta)
             ]
         plgpu.barrier_wait(self.shared.a_full)
-        allowed = self.pair_test(item, start)
+        allowed, kept = self.pair_test(item, start), self.kept(item, start)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.output.shape[3]), jnp.float32), MATRIX)
 
         def one_tile(tile: _Tile, state):
-            return self.step(tile, allowed, lse_and_delta, *state)
+            return self.step(tile, allowed, kept, lse_and_delta, *state)
 
         count, gradient = self.for_each_tile(item, one_tile, (count, nothing))
         arrive(self.a_free, self.everyone)
         self.write(item, start, gradient)
         return count
 
-    def step(self, tile: _Tile, allowed: Callable, lse_and_delta, count, gradient):
+    def step(self, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta, count, gradient):
         """One tile."""
         config, shared = self.config, self.shared
         slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
@@ -352,6 +359,8 @@ class _Block:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
         p = jnp.exp2(s * to_base_2 - of_queries(0, shared.lse))
+        if kept is not None:
+            p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
         if config.needs_dp:
             dp, p = self.settle(dp, p)
             arrive(self.b_2_free + slot_2, self.everyone)
@@ -359,8 +368,10 @@ class _Block:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
         if config.tests_blocks:
             p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
-        x = p
+        x = p if kept is None else jnp.maximum(p, 0.0)
         if config.needs_dp:
+            if kept is not None:
+                p, dp = dropped(p, dp, config.dropout_rate)
             x = p * (dp - of_queries(1, shared.delta))
             x = x if slope is None else x * slope
         factor, factor_slot = (shared.b, slot) if config.needs_dp else (shared.b_2, slot_2)
@@ -421,11 +432,32 @@ class _Block:
 
         return allowed
 
+    def kept(self, item: Item, start) -> Callable | None:
+        """kept(tile): which pairs of this warpgroup's rows and of a tile dropout keeps; None for all."""
+        words, of_queries, shape = self.inputs.words, self.config.rows_are_queries, (ROWS, TILE)
+        if words is None:
+            return None
+
+        def words_of(tokens, head, layout, *, queries: bool) -> list:
+            arrays = (words.first, words.second) if queries else (words.keys,)
+            at = (head, tokens) if queries else (tokens,)
+            refs = [x.at[row_of_batch(x, item.batch), *at] for x in arrays]
+            spread = rows if layout is ROW else columns
+            return [spread(plgpu.load(ref, layout=layout, optimized=False), shape) for ref in refs]
+
+        own = words_of(pl.ds(start, ROWS), item.head, ROW, queries=of_queries)
+
+        def kept(tile: _Tile) -> jax.Array:
+            other = words_of(pl.ds(tile.index * TILE, TILE), tile.head, COLUMN, queries=not of_queries)
+            query_words, (kv_words,) = (own, other) if of_queries else (other, own)
+            return is_kept(self.config.dropout_rate, tuple(query_words), kv_words)
+
+        return kept
+
     def write(self, item: Item, start, gradient) -> None:
         """Writes the gradient of 64 rows, added to what is running."""
         at = item.batch, pl.ds(start, ROWS), item.head
-        if self.config.needs_dp:
-            gradient = gradient * self.config.scale
+        gradient = gradient * (self.config.scale if self.config.needs_dp else 1 / (1 - self.config.dropout_rate))
         if self.inputs.running is not None:
             gradient = gradient + plgpu.load(self.inputs.running.at[at], layout=MATRIX, optimized=False)
         target = self.output.at[at]

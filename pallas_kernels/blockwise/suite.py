@@ -190,10 +190,7 @@ _EVERYTHING = Serves(
     ways=frozenset(WAYS),
 )
 
-_NOT_ON_HOPPER = {
-    "table_of_64_D64",  # its blocks are smaller than the kernel's, whose pair test reads no table
-    *(case.name for case in KERNEL_CASES if case.dropout_rate),
-}
+_NOT_ON_HOPPER = {"table_of_64_D64"}  # its blocks are smaller than the kernel's, whose pair test reads no table
 
 # Tables are memory, which a pair test does not read, and the default blocks are larger than theirs.
 _NOT_ON_TPU = {

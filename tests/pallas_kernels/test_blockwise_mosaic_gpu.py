@@ -329,7 +329,6 @@ ALONE = pytest.mark.parametrize("op", [forward_alone, backward_alone])
         refusal("it needs an NVIDIA Hopper GPU", device=A100),
         refusal("q is float32, it takes bfloat16 and float16", dtype="float32"),
         refusal("the head dim of q and k is 320 and of v 320, it takes those up to 256", head_dim=320),
-        refusal("it has no dropout", dropout=Dropout(rate=0.1, seeds=np.zeros((2, 4), np.uint32))),
         refusal("scale=-1.0, it takes positive ones", scale=-1.0),
         refusal("it uses concatenate", mask=Table(np.eye(5, dtype=bool), block_q=64, block_kv=64)),
         refusal(
@@ -357,8 +356,8 @@ def test_refuses(device, message, options, op):
 
 @pytest.mark.parametrize(
     ("given", "taken"),
-    [((8, 8), (64, 64)), ((64, 65), (128, 128)), ((96, 96), (128, 128)), ((192, 128), (192, 128)), ((129, 64), (192, 128)),
-     ((192, 192), (256, 256)), ((64, 256), (256, 256))],
+    [((8, 8), (64, 64)), ((64, 65), (128, 128)), ((96, 96), (128, 128)), ((192, 128), (192, 128)),
+     ((129, 64), (192, 128)), ((192, 192), (256, 256)), ((64, 256), (256, 256))],
 )  # fmt: skip
 def test_head_dims_are_filled_up_to_those_of_a_kernel(given, taken):
     q, v = (jnp.zeros((1, 1, 1, dim)) for dim in given)
