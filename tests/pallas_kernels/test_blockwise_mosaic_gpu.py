@@ -125,7 +125,7 @@ INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64",
                "cross_one_key_D64", "documents_padding_row_D64", "per_head_blocks_D64", "chosen_by_head_D64",
                "chosen_by_head_D128", "chosen_large_blocks_D64", "soft_cap_D64", "soft_cap_empty_rows_gqa_D128",
                "gqa_T129_D256", "documents_D256", "cross_mqa_D256", "values_of_128_gqa_documents_D192",
-               "causal_gqa_D80", "values_of_64_D128")  # fmt: skip
+               "causal_gqa_D80", "values_of_64_D128", "dropout_D64", "dropout_documents_gqa_D256")  # fmt: skip
 INTERPRETED_QUICK = ("cross_fewer_keys_D128", "documents_D128", "empty_rows_D64", "chosen_by_head_D64", "gqa_T129_D256")
 
 
@@ -154,6 +154,9 @@ INTERPRETED_BACKWARD = {
     "values_of_128_gqa_documents_D192": True,
     "causal_gqa_D80": True,
     "values_of_128_D64": False,
+    "dropout_D64": True,
+    "dropout_D128": False,
+    "dropout_documents_gqa_D256": True,
 }
 
 
@@ -196,6 +199,7 @@ def fixed(case, detect_races: bool) -> dict:
         "tokens": arguments["tokens"],
         "schedule": arguments["schedule"],
         "options": options,
+        "dropout": arguments["dropout"],
         "interpret": interpret,
     }
 
@@ -281,7 +285,7 @@ def test_carry_in_the_interpreter(name):
 
 @pytest.mark.parametrize("name", some_slow([case.name for case in WITH_SINKS], []))
 def test_sinks_in_the_interpreter(name):
-    """A carry to start from, no keys seen; rows that see no key end with it."""
+    """A carry to start from, no keys seen, and no values; rows that see no key end with it."""
     case, want = CASES_BY_NAME[name], truth(name)
     inputs = case.inputs("bfloat16")
     batch_size, q_len, _, _ = inputs["q"].shape
@@ -289,6 +293,9 @@ def test_sinks_in_the_interpreter(name):
     out, lse = in_interpreter(case, inputs, carry=carry)
     assert_close("out", out, want["out"], "bfloat16")
     assert_close("lse", lse, want["lse"], "float16")
+    whole = in_interpreter(case, inputs, carry=carry.whole(case.head_dim))
+    np.testing.assert_array_equal(out, whole[0])
+    np.testing.assert_array_equal(lse, whole[1])
 
 
 def test_large_logits_that_grow_from_block_to_block():
@@ -364,16 +371,26 @@ def test_head_dims_are_filled_up_to_those_of_a_kernel(given, taken):
     assert pallas_mosaic_gpu.dims_of(q, v) == taken
 
 
-def test_is_what_a_hopper_takes_first():
-    q, k, _ = shapes(128, "bfloat16")
+@pytest.mark.parametrize(
+    ("dtype", "options", "taken"),
+    [
+        ("bfloat16", {}, "mosaic_gpu"),
+        ("float16", {"logits_soft_cap": 30.0}, "mosaic_gpu"),
+        ("bfloat16", {"dropout": Dropout(rate=0.1, seeds=np.zeros((2, 4), np.uint32))}, "mosaic_gpu"),
+        ("float32", {}, "xla"),
+    ],
+    ids=["plain", "soft_cap", "dropout", "float32"],
+)
+def test_what_a_hopper_takes_first(dtype, options, taken):
+    q, k, _ = shapes(128, dtype)
 
     def differentiate(q, k, v):
-        out, vjp = jax.vjp(functools.partial(blockwise_attention, mask=Causal()), q, k, v)
+        out, vjp = jax.vjp(functools.partial(blockwise_attention, mask=Causal(), **options), q, k, v)
         return vjp(out)
 
-    with tracing_for(H100), dispatch.record() as taken:
+    with tracing_for(H100), dispatch.record() as record:
         jax.eval_shape(differentiate, q, k, k)
-    assert taken == BOTH
+    assert record == [(op, taken) for op, _ in BOTH]
 
 
 def _is_odd(q_positions, kv_positions, q_segment_ids, kv_segment_ids):
