@@ -93,9 +93,7 @@ def forward(
     if not return_carry:
         return outputs.out[:, :q_len, :, :given_dim], outputs.lse[..., :q_len]
     after = outputs.carry
-    return SoftmaxCarry(
-        max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len, :, :given_dim]
-    )
+    return SoftmaxCarry(max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len, :, :given_dim])
 
 
 def backward(
@@ -143,9 +141,7 @@ def backward(
         kv_len=kv_len,
         options=options,
         dropout_rate=0.0 if dropout is None else dropout.rate,
-        pair_test=functools.partial(
-            _pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]
-        ),
+        pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
         interpret=interpret,
     )
     differentiate = _differentiate if head_dim <= _WIDE else _differentiate_split
