@@ -33,11 +33,14 @@ BLOCKWISE_ATTENTION = {
 # [B, N, block_q, block_kv] float32 tile of logits at a time, and large ones keep a GPU's matmuls busy.
 XLA_TILES = {"gpu": BlockSizes(block_q=1024, block_kv=1024)}
 
-# What the Hopper kernel walks: by head dim where it makes its own schedule, and where one is handed to it, which must
-# do for both. Three warpgroups of 64 queries hide more of the softmax, and at head dim 64 there are registers for them.
+# What the Hopper kernel walks: by head dim of q and k where it makes its own schedule, and where one is handed to it,
+# which must do for all. Three warpgroups of 64 queries hide more of the softmax, and at head dim 64 there are registers
+# for them; at 256 shared memory holds blocks of 64 keys.
 MOSAIC_GPU_ATTENTION = {
     64: BlockSizes(block_q=192, block_kv=128),
     128: BlockSizes(block_q=128, block_kv=128),
+    192: BlockSizes(block_q=128, block_kv=128),
+    256: BlockSizes(block_q=128, block_kv=64),
     "schedule": BLOCKWISE_ATTENTION["gpu"],
 }
 

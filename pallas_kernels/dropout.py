@@ -7,9 +7,10 @@ it again instead of keeping it.
 
   c = mix(mix(s_k) + p_k)                                          a word a key
   a = mix(mix(seed + mix(s_q)) + p_q),  b = the same of ~seed      two words a query and head
-  keep iff  h >= rate 2^32,  h = mix_b(c ^ a)                      per pair: 2 multiplications and 7 cheaper operations
+  keep iff  h >= rate 2^32,  h = mix_b(c ^ a)                      per pair: 2 multiplications and 6 cheaper operations
 
-s are segment ids, p positions, mix is the finalizer below, and mix_b is the same with b added in its middle. For one
+s are segment ids, p positions, mix is the finalizer below, and mix_b is the same with b added in its middle. What of
+mix_b is linear in a and c, or a multiple of b, is done to the words and not to each pair. For one
 query h is a permutation of the words of keys, which all differ within a document, and 64 bits pick that permutation:
 the draws of two queries are related only where both words agree. Of billions of seeds, which have 32 bits, some agree.
 
@@ -27,6 +28,8 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from pallas_kernels.tokens import Leaf, TokenAxis, Tokens
+
+_FIRST_FACTOR, _SECOND_FACTOR = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 
 
 @jax.tree_util.register_dataclass
@@ -68,14 +71,14 @@ class Dropout:
         return cls(rate=rate, seeds=jax.vmap(lambda key: jax.random.bits(key, (num_heads,), jnp.uint32))(key))
 
     def query_words(self, queries: TokenAxis) -> tuple[jax.Array, jax.Array]:
-        """The two words of each query, uint32 `[B or 1, N, T]`, of tokens `[B or 1, T]`."""
+        """The two words of each query, as `is_kept` takes them: uint32 `[B or 1, N, T]`, of tokens `[B or 1, T]`."""
         segments, positions = (x[:, None, :].astype(jnp.uint32) for x in (queries.segment_ids, queries.positions))
-        return tuple(_mix(_mix(seeds[:, :, None] + _mix(segments)) + positions) for seeds in (self.seeds, ~self.seeds))
+        a, b = (_mix(_mix(seeds[:, :, None] + _mix(segments)) + positions) for seeds in (self.seeds, ~self.seeds))
+        return _opened(a), b * _SECOND_FACTOR
 
     def multipliers(self, query_words: tuple[jax.Array, jax.Array], kv_words: jax.Array) -> jax.Array:
         """Z: float32, 0 or 1 / (1 - rate), of words that broadcast against each other."""
-        first, second = query_words
-        kept = _mix(first ^ kv_words, second) >= np.uint32(min(round(self.rate * 2**32), 2**32 - 1))
+        kept = is_kept(self.rate, query_words, kv_words)
         return jnp.where(kept, np.float32(1 / (1 - self.rate)), np.float32(0))
 
     def dense(self, tokens: Tokens | None, q_len: int, kv_len: int) -> jax.Array:
@@ -87,8 +90,14 @@ class Dropout:
 
 
 def key_words(keys: TokenAxis) -> UInt32[Array, "B S"]:
-    """The word of each key, for all seeds."""
-    return _mix(_mix(keys.segment_ids.astype(jnp.uint32)) + keys.positions.astype(jnp.uint32))
+    """The word of each key, for all seeds, as `is_kept` takes it."""
+    return _opened(_mix(_mix(keys.segment_ids.astype(jnp.uint32)) + keys.positions.astype(jnp.uint32)))
+
+
+def is_kept(rate: float, query_words: tuple[jax.Array, jax.Array], kv_words: jax.Array) -> jax.Array:
+    """Whether pairs are kept, of words that broadcast against each other; also inside kernels."""
+    first, second = query_words
+    return _closed(first ^ kv_words, second) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def check_rate(name: str, rate: float) -> None:
@@ -97,12 +106,19 @@ def check_rate(name: str, rate: float) -> None:
         raise ValueError(f"{name}={rate}, wanted 0 <= rate < 1; 0 drops nothing")
 
 
-def _mix(x: jax.Array, between: jax.Array | None = None) -> jax.Array:
-    """A bijection of uint32 whose every output bit depends on every input bit; `between` is added in its middle."""
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x7FEB352D)
-    x ^= x >> np.uint32(15)
-    if between is not None:
-        x += between
-    x *= np.uint32(0x846CA68B)
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 whose every output bit depends on every input bit."""
+    return _closed(_opened(x), np.uint32(0))
+
+
+def _opened(x: jax.Array) -> jax.Array:
+    """The first step of a mix; of an exclusive or it is that of its sides."""
+    return x ^ (x >> np.uint32(16))
+
+
+def _closed(x: jax.Array, between: jax.Array | np.uint32) -> jax.Array:
+    """The other steps; `between` is what was added in the middle, times the second factor."""
+    x = x * _FIRST_FACTOR
+    x = x ^ (x >> np.uint32(15))
+    x = x * _SECOND_FACTOR + between
     return x ^ (x >> np.uint32(16))

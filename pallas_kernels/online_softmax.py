@@ -32,7 +32,7 @@ class SoftmaxCarry:
       max: What logits are measured against, `[B, N, T]`: the greatest seen, or less by 8 log 2 at most; -inf where
         there was none.
       sum: Sum of exp(logit - max) over the keys seen, `[B, N, T]`.
-      acc: Sum of exp(logit - max) v over the keys seen, `[B, T, N, V]`.
+      acc: Sum of exp(logit - max) v over the keys seen, `[B, T, N, V]`; None for zeros, where none was seen.
 
     Reference: Milakov and Gimelshein 2018, Online normalizer calculation for softmax, arXiv:1805.02867, Algorithm 3.
     """
@@ -52,19 +52,29 @@ class SoftmaxCarry:
         )
 
     @classmethod
-    def of_sinks(cls, sinks: Float[Array, " N"], *, batch_size: int, q_len: int, value_dim: int) -> "SoftmaxCarry":
+    def of_sinks(
+        cls, sinks: Float[Array, " N"], *, batch_size: int, q_len: int, value_dim: int | None = None
+    ) -> "SoftmaxCarry":
         """The state before any key where each query head has a sink: a logit that has been seen, with no value.
 
         Args:
           sinks: Of each query head; -inf is none.
+          value_dim: Of acc; None leaves acc out.
         """
         sinks = sinks.astype(jnp.float32)
         rows = (batch_size, sinks.shape[0], q_len)
         return cls(
             max=jnp.broadcast_to(sinks[:, None], rows),
             sum=jnp.broadcast_to(jnp.where(sinks == -jnp.inf, 0.0, 1.0)[:, None], rows),
-            acc=jnp.zeros((batch_size, q_len, sinks.shape[0], value_dim), jnp.float32),
-        )
+            acc=None,
+        ).whole(value_dim)
+
+    def whole(self, value_dim: int | None) -> "SoftmaxCarry":
+        """The same with zeros of this dim where acc is None; None leaves it so."""
+        if self.acc is not None or value_dim is None:
+            return self
+        batch_size, num_heads, q_len = self.max.shape
+        return dataclasses.replace(self, acc=jnp.zeros((batch_size, q_len, num_heads, value_dim), jnp.float32))
 
     def finalize(self, dtype: DTypeLike) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
         """`(out, lse)` over the keys seen: out = acc / sum in `dtype`, lse = max + log(sum)."""

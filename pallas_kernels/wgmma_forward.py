@@ -52,17 +52,17 @@ def start(
       k_free: Arrived at as soon as s is done.
     Returns: s, float32 `[64, block]`, and acc in flight: only `finish` may have it.
     """
-    head_dim, block = acc.shape[1], k_smem.shape[1]
+    (block, head_dim), value_dim = k_smem.shape[1:], acc.shape[1]
     dtype = PTX_DTYPES[p.dtype.name]
     smem = plgpu.RefType(TRANSFORMS)
     scalars = q_tile, k_slot, v_slot, issued.barrier, k_free.barrier
 
     @plgpu.inline_mgpu(
         arg_types=(MATRIX, MATRIX, smem, smem, smem, *(SCALAR,) * len(scalars)),
-        return_type=(array_type((ROWS, block), MATRIX), array_type((ROWS, head_dim), IN_FLIGHT)),
+        return_type=(array_type((ROWS, block), MATRIX), array_type((ROWS, value_dim), IN_FLIGHT)),
     )
     def emit(_, acc, p, q_smem, k_smem, v_smem, q_tile, k_slot, v_slot, issued_at, free_at):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
+        row_of_tiles, row_of_v_tiles = head_dim // 64 * TILE_BYTES, value_dim // 64 * TILE_BYTES
         ptx = Ptx()
         s_registers = ptx.write(block // 2)
         acc_registers = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
@@ -72,21 +72,21 @@ def start(
             (
                 descriptor(q_smem, (q_tile, ROWS * head_dim * 2), leading=0, stride=row_of_tiles),
                 descriptor(k_smem, (k_slot, block * head_dim * 2), leading=0, stride=row_of_tiles),
-                descriptor(v_smem, (v_slot, block * head_dim * 2), leading=TILE_BYTES, stride=row_of_tiles),
+                descriptor(v_smem, (v_slot, block * value_dim * 2), leading=TILE_BYTES, stride=row_of_v_tiles),
             ),
         )
         issued_name, free_name = ptx.read("r", (x.registers.item() for x in (issued_at, free_at)))
         ptx.begin()
         ptx.matmul(s_registers, q, k, contracted=head_dim, dtype=dtype, fresh=True)
         ptx.commit()
-        ptx.matmul(acc_registers, p_registers, v, contracted=block, dtype=dtype, b_rows=row_of_tiles)
+        ptx.matmul(acc_registers, p_registers, v, contracted=block, dtype=dtype, b_rows=row_of_v_tiles)
         ptx.commit()
         ptx.arrive(issued_name, issued.num_threads)
         ptx.wait(1)
         ptx.arrive(free_name, k_free.num_threads)
         values = ptx.emit()
         s, acc = values[: len(s_registers)], values[len(s_registers) :]
-        return fragmented(s, (ROWS, block)).to_layout(MATRIX.to_mgpu()), fragmented(acc, (ROWS, head_dim))
+        return fragmented(s, (ROWS, block)).to_layout(MATRIX.to_mgpu()), fragmented(acc, (ROWS, value_dim))
 
     return emit(acc, p, q_smem, k_smem, v_smem, *int32s(scalars))
 

@@ -138,7 +138,7 @@ def blockwise_attention_forward(
         )
     if carry is not None:
         B, T, N, V = *q.shape[:3], v.shape[3]
-        expected = {"max": (B, N, T), "sum": (B, N, T), "acc": (B, T, N, V)}
+        expected = {"max": (B, N, T), "sum": (B, N, T)} | ({} if carry.acc is None else {"acc": (B, T, N, V)})
         _check_float32(op, "carry.{}", {name: getattr(carry, name) for name in expected}, expected)
     return dispatch.run(
         op,
@@ -149,7 +149,7 @@ def blockwise_attention_forward(
         v,
         tokens=tokens,
         schedule=schedule,
-        carry=_starting_from(sinks, q, v) if carry is None else carry,
+        carry=_starting_from(sinks, q) if carry is None else carry,
         return_carry=return_carry,
         options=options,
         dropout=dropout,
@@ -304,7 +304,7 @@ def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedul
         v,
         tokens=tokens,
         schedule=schedule,
-        carry=_starting_from(sinks, q, v),
+        carry=_starting_from(sinks, q),
         return_carry=False,
         options=options,
         dropout=dropout,
@@ -340,11 +340,11 @@ def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _starting_from(sinks, q, v) -> SoftmaxCarry | None:
+def _starting_from(sinks, q) -> SoftmaxCarry | None:
     """The carry that sinks are. So an implementation that takes a carry serves sinks, and knows nothing of them."""
     if sinks is None:
         return None
-    return SoftmaxCarry.of_sinks(sinks, batch_size=q.shape[0], q_len=q.shape[1], value_dim=v.shape[3])
+    return SoftmaxCarry.of_sinks(sinks, batch_size=q.shape[0], q_len=q.shape[1])
 
 
 def _refuse_bias(op: str, bias) -> None:

@@ -10,7 +10,9 @@ Reference: see pallas_mosaic_gpu_forward.py.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,10 +21,12 @@ import jax.numpy as jnp
 from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
+from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest, Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
-from pallas_kernels.dropout import Dropout
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
+from pallas_kernels.dropout import Dropout, key_words
 from pallas_kernels.mask import Full, Mask
 from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
@@ -31,7 +35,12 @@ from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static
 from pallas_kernels.tokens import Tokens
 from pallas_kernels.wgmma import ROWS, TILE_ROWS
 
-HEAD_DIMS = (64, 128)
+DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
+"""Head dims of q and k, and of v, that there are kernels for; others are filled up with zeros."""
+_MOST_KEYS = {256: 64}
+"""Of a block of the forward pass, by head dim of q and k, where its shared memory cannot hold those of a schedule."""
+_WIDE = 128
+"""The forward pass keeps two tiles of q up to this head dim, and one of wider ones."""
 _LEAST_ITEMS_A_CORE = 1.5
 """Of the backward pass. Items of a causal mask differ in length: fewer leave some without work in the end."""
 
@@ -41,42 +50,50 @@ def forward(
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
-    _check_call(q, v, dropout, options)
+    _check_call(q, v, options)
+    given_dim, (head_dim, value_dim) = v.shape[3], dims_of(q, v)
+    q, k, v = _filled(q, head_dim), _filled(k, head_dim), _filled(v, value_dim)
     tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
-    sizes = _block_sizes(q.shape[3], tokens, schedule, options)
+    sizes = _block_sizes(head_dim, tokens, schedule, options)
     ranges = _schedule(q_len, kv_len, tokens, schedule, sizes, options).kv_blocks
     if kv_len < sizes.block_kv:
         # The schedule's one block of keys is shorter than the kernel's, which reads on behind the last key.
         ranges = _without_full_blocks(ranges)
-    padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
+    block_kv = min(sizes.block_kv, _MOST_KEYS.get(head_dim, sizes.block_kv))
+    ranges = _in_parts(ranges, sizes.block_kv // block_kv, num_blocks=-(-kv_len // block_kv))
+    padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % block_kv
     inputs = forward_kernel.Inputs(
         q=_whole_tiles(q),
         k=_whole_tiles(k),
         v=_whole_tiles(v),
         ranges=jax.tree.map(jnp.asarray, ranges),
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
-        carry=None if carry is None else _padded_carry(carry, padding_q),
+        words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
+        carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
     outputs = forward_kernel.attend(
         inputs,
         forward_kernel.Config(
             pair_test=_pair_test(
-                q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2], columns=sizes.block_kv
+                q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2], columns=block_kv
             ),
             scale=options.scale,
+            soft_cap=options.logits_soft_cap,
+            dropout_rate=0.0 if dropout is None else dropout.rate,
             block_q=sizes.block_q,
-            block_kv=sizes.block_kv,
+            block_kv=block_kv,
             kv_len=kv_len,
             num_cores=num_cores,
+            q_slots=2 if head_dim <= _WIDE else 1,
             return_carry=return_carry,
             interpret=interpret,
         ),
     )
     if not return_carry:
-        return outputs.out[:, :q_len], outputs.lse[..., :q_len]
+        return outputs.out[:, :q_len, :, :given_dim], outputs.lse[..., :q_len]
     after = outputs.carry
-    return SoftmaxCarry(max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len])
+    return SoftmaxCarry(max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len, :, :given_dim])
 
 
 def backward(
@@ -96,76 +113,109 @@ def backward(
     interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    # By one block of threads where it is interpreted: more would have to take turns there too.
-    num_cores = hopper_cores(interpret)
-    _check_call(q, v, dropout, options)
+    _check_call(q, v, options)
     tokens = tokens or Tokens()
-    q_len, kv_len, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    q_len, kv_len = q.shape[1], k.shape[1]
     sizes = _block_sizes("schedule", tokens, schedule, options)
     blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
-    ranges = blocks.q_blocks
-    if kv_len < sizes.block_kv:
-        ranges = _without_full_blocks(ranges)
-    batch_size, _, num_heads, _ = q.shape
+    padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
+    delta = delta_of(out, dout, dlse)
+    rows = (0, 0), (0, 0), (0, padding_q)
+    # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
+    lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
+    head_dim, value_dim = dims_of(q, v)
+    dims = head_dim, head_dim, value_dim
+    call = _Backward(
+        operands={
+            "q": _whole_tiles(_filled(q, head_dim)),
+            "k": _whole_tiles(_filled(k, head_dim)),
+            "v": _whole_tiles(_filled(v, value_dim)),
+            "dout": _whole_tiles(_filled(dout.astype(q.dtype), value_dim)),
+            "lse": lse,
+            "delta": jnp.pad(delta, rows),
+            **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
+            "words": _words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
+        },
+        accumulate=tuple(None if x is None else _filled(x, dim) for x, dim in zip(accumulate, dims, strict=True)),
+        q_len=q_len,
+        kv_len=kv_len,
+        options=options,
+        dropout_rate=0.0 if dropout is None else dropout.rate,
+        pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
+        interpret=interpret,
+    )
+    differentiate = _differentiate if head_dim <= _WIDE else _differentiate_split
+    gradients = zip(differentiate(call, blocks), (q, k, v), strict=True)
+    return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Backward:
+    """A call of the backward pass, its head dims filled up.
+
+    Attributes:
+      operands: Of the kernels' inputs those that are not made of the schedule.
+      accumulate: Running dq, dk and dv, not padded; None for none.
+      pair_test: `_pair_test` of a number of columns.
+    """
+
+    operands: dict[str, Any]
+    accumulate: tuple[Any, Any, Any]
+    q_len: int
+    kv_len: int
+    options: Options
+    dropout_rate: float
+    pair_test: Callable[..., PairTest | None]
+    interpret: Any
+
+
+def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk and dv, padded, by the fused kernel."""
+    # By one block of threads where it is interpreted: more would have to take turns there too.
+    num_cores = hopper_cores(call.interpret)
+    options, sizes, q, k = call.options, blocks.block_sizes, call.operands["q"], call.operands["k"]
+    batch_size, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
+    ranges = blocks.q_blocks if call.kv_len >= backward_kernel.BLOCK else _without_full_blocks(blocks.q_blocks)
     num_items = batch_size * num_kv_heads * ranges.num_rows
     shares = num_shares(num_heads // num_kv_heads, num_items=num_items, num_cores=num_cores)
     num_pairs_of_row = num_kv_heads * shares
     # Of a query head: q and dout, and dq in float32.
-    pair_bytes = num_heads // num_pairs_of_row * q_len * head_dim * (2 * q.dtype.itemsize + 4)
+    pair_bytes = num_heads // num_pairs_of_row * call.q_len * head_dim * (2 * q.dtype.itemsize + 4)
     plan = make_plan(
         ranges,
-        num_q_blocks=-(-q_len // sizes.block_q),
+        num_q_blocks=-(-call.q_len // sizes.block_q),
         batch_size=batch_size,
         num_heads=num_heads,
         num_kv_heads=num_pairs_of_row,
         pair_bytes=pair_bytes,
         num_cores=num_cores,
         deterministic=options.deterministic,
-        most_heads_together=_most_heads_together(options.mask, head_dim, max(q_len, kv_len)),
+        most_heads_together=_most_heads_together(options.mask, head_dim, max(call.q_len, call.kv_len)),
     )
-    padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
-    delta = delta_of(out, dout, dlse)
-    rows = (0, 0), (0, 0), (0, padding_q)
-    # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
-    lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
-    running_dq, *running = accumulate
-    running = None if running[0] is None else tuple(_padded_length(x, padding_kv) for x in running)
-    in_kernel = running if shares == 1 else None
-    dq = jnp.zeros(q.shape, jnp.float32) if running_dq is None else running_dq
+    running_dq, *running = call.accumulate
+    running = None if running[0] is None else tuple(_whole_blocks(x) for x in running)
+    dq = jnp.zeros((batch_size, call.q_len, num_heads, head_dim), jnp.float32) if running_dq is None else running_dq
     inputs = backward_kernel.Inputs(
-        q=_whole_tiles(q),
-        k=_whole_tiles(k),
-        v=_whole_tiles(v),
-        dout=_whole_tiles(dout.astype(q.dtype)),
-        lse=lse,
-        delta=jnp.pad(delta, rows),
+        **call.operands,
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
-        **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         turns=jax.tree.map(jnp.asarray, plan.turns),
-        running=in_kernel,
+        running=running if shares == 1 else None,
     )
     dq, dk, dv = backward_kernel.differentiate(
         inputs,
         # The interpreter, unlike a copy, does not leave out what lies behind the end.
-        _whole_tiles(dq) if interpret is None else _padded_length(dq, padding_q),
+        _whole_tiles(dq) if call.interpret is None else _whole_blocks(dq),
         plan,
         backward_kernel.Config(
-            pair_test=_pair_test(
-                q_len,
-                kv_len,
-                tokens,
-                schedule,
-                sizes,
-                options,
-                num_heads=num_heads,
-                columns=backward_kernel.TILES[head_dim],
-            ),
+            pair_test=call.pair_test(columns=backward_kernel.TILES[head_dim]),
             scale=options.scale,
-            kv_len=kv_len,
+            soft_cap=options.logits_soft_cap,
+            dropout_rate=call.dropout_rate,
+            kv_len=call.kv_len,
             scales_dq=running_dq is not None,
             shares=shares,
-            interpret=interpret,
+            interpret=call.interpret,
         ),
     )
     if shares > 1:
@@ -173,10 +223,37 @@ def backward(
             _sum_of_shares(x, shares, before, k.dtype)
             for x, before in zip((dk, dv), running or (None, None), strict=True)
         )
-    dq, dk, dv = dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len]
     if running_dq is None:
         dq = (dq * options.scale).astype(q.dtype)
     return dq, dk, dv
+
+
+def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, ...]:
+    """dq, dk and dv, padded, by a kernel each."""
+    num_cores = hopper_cores(call.interpret, interpreted=4)
+
+    def gradient(name: str, ranges: BlockRanges, running):
+        if call.kv_len < split_kernel.BLOCK:
+            ranges = _without_full_blocks(ranges)
+        inputs = split_kernel.Inputs(
+            **call.operands,
+            ranges=jax.tree.map(jnp.asarray, ranges),
+            running=None if running is None else _whole_blocks(running),
+        )
+        config = split_kernel.Config(
+            gradient=name,
+            scale=call.options.scale,
+            soft_cap=call.options.logits_soft_cap,
+            dropout_rate=call.dropout_rate,
+            kv_len=call.kv_len,
+            pair_test=call.pair_test(columns=split_kernel.TILE),
+            num_cores=num_cores,
+            interpret=call.interpret,
+        )
+        return split_kernel.differentiate(inputs, config)
+
+    sides = blocks.kv_blocks, blocks.q_blocks, blocks.q_blocks
+    return tuple(gradient(*of) for of in zip(("dq", "dk", "dv"), sides, call.accumulate, strict=True))
 
 
 def num_shares(group: int, *, num_items: int, num_cores: int) -> int:
@@ -213,20 +290,20 @@ def _most_heads_together(mask: Mask, head_dim: int, length: int) -> int:
     return 1 if head_dim > 64 else 2
 
 
-def _check_call(q, v, dropout: Dropout | None, options: Options) -> None:
+def _check_call(q, v, options: Options) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         refuse(f"q is {q.dtype}, it takes bfloat16 and float16")
-    if q.shape[3] not in HEAD_DIMS:
-        refuse(f"head dim {q.shape[3]}, it takes {' and '.join(map(str, HEAD_DIMS))}")
-    if v.shape[3] != q.shape[3]:
-        refuse(f"values have head dim {v.shape[3]} and keys {q.shape[3]}, it takes one head dim")
-    if options.logits_soft_cap is not None:
-        refuse("it has no soft cap of logits")
-    if dropout is not None:
-        refuse("it has no dropout")
+    most = DIMS[-1]
+    if q.shape[3] > most[0] or v.shape[3] > most[1]:
+        refuse(f"the head dim of q and k is {q.shape[3]} and of v {v.shape[3]}, it takes those up to {most[0]}")
     if not options.scale > 0:
         refuse(f"scale={options.scale}, it takes positive ones")
+
+
+def dims_of(q, v) -> tuple[int, int]:
+    """Of DIMS, the first that q and k, and v, fit into."""
+    return next(dims for dims in DIMS if q.shape[3] <= dims[0] and v.shape[3] <= dims[1])
 
 
 def _in_order(tokens: Tokens) -> bool:
@@ -298,13 +375,31 @@ def _pair_test(
     return PairTest(pair_test, reads)
 
 
+def _in_parts(ranges: BlockRanges, parts: int, num_blocks: int) -> BlockRanges:
+    """Ranges over blocks as ranges over their parts, of which there are `num_blocks`: the last block may have fewer."""
+    if parts == 1:
+        return ranges
+    return dataclasses.replace(ranges, **{x: (getattr(ranges, x) * parts).clip(0, num_blocks) for x in Range._fields})
+
+
 def _without_full_blocks(ranges: BlockRanges) -> BlockRanges:
     return dataclasses.replace(ranges, full_start=ranges.start, full_stop=ranges.start)
+
+
+def _whole_blocks(x_BLNH):
+    """The same, its length padded with zeros to whole blocks of a schedule."""
+    return _padded_length(x_BLNH, -x_BLNH.shape[1] % backward_kernel.BLOCK)
 
 
 def _whole_tiles(x_BLNH):
     """The same, its length padded with zeros to what shared memory is tiled by."""
     return _padded_length(x_BLNH, -x_BLNH.shape[1] % TILE_ROWS)
+
+
+def _filled(x_BLNH, dim: int):
+    """The same, its head dim filled up with zeros."""
+    missing = dim - x_BLNH.shape[3]
+    return jnp.pad(x_BLNH, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x_BLNH
 
 
 def _padded_length(x_BLNH, padding: int):
@@ -322,17 +417,27 @@ def _padded_tokens(tokens: Tokens, mask: Mask, padding_q: int, padding_kv: int) 
     }
 
 
+def _words(
+    dropout: Dropout | None, tokens: Tokens, q_len: int, kv_len: int, padding_q: int, padding_kv: int
+) -> Words | None:
+    """Dropout's words of tokens, as kernels take them; whatever pairs of tokens that are not there come to."""
+    if dropout is None:
+        return None
+    queries = (jnp.pad(x, ((0, 0), (0, 0), (0, padding_q))) for x in dropout.query_words(tokens.queries(q_len)))
+    return Words(*queries, jnp.pad(key_words(tokens.keys(kv_len)), ((0, 0), (0, padding_kv))))
+
+
 def _padded(x, padding: int):
     """`[B or 1, length]`, its last token repeated."""
     return x if x is None or not padding else jnp.pad(x, ((0, 0), (0, padding)), mode="edge")
 
 
-def _padded_carry(carry: SoftmaxCarry, padding: int) -> SoftmaxCarry:
-    if not padding:
-        return carry
+def _padded_carry(carry: SoftmaxCarry, padding: int, value_dim: int) -> SoftmaxCarry:
+    """Of whole tiles of queries, and of the kernel's values."""
+    acc = None if carry.acc is None else _filled(carry.acc, value_dim)
     rows = (0, 0), (0, 0), (0, padding)
     return SoftmaxCarry(
         max=jnp.pad(carry.max, rows, constant_values=-jnp.inf),
         sum=jnp.pad(carry.sum, rows),
-        acc=jnp.pad(carry.acc, ((0, 0), (0, padding), (0, 0), (0, 0))),
+        acc=None if acc is None else _padded_length(acc, padding),
     )

@@ -39,7 +39,9 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     MATRIX,
     ROW,
     PairTest,
+    Words,
     columns,
+    dropped,
     indices,
     rows,
     store_parts_of_sectors,
@@ -47,6 +49,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.dropout import is_kept
 from pallas_kernels.mosaic_gpu import (
     NAMED_BARRIERS,
     WARPGROUP,
@@ -77,6 +80,8 @@ class Config:
 
     Attributes:
       scale: Multiplies q.k.
+      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
+      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
       kv_len: Number of keys, of which the last block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, tile]` each; None where all may, of those that are visited.
@@ -87,6 +92,8 @@ class Config:
     """
 
     scale: float
+    soft_cap: float | None
+    dropout_rate: float
     kv_len: int
     pair_test: PairTest | None
     scales_dq: bool
@@ -112,6 +119,7 @@ class Inputs(NamedTuple):
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
+      words: Dropout's, of queries and heads (two) and of keys.
       turns: The plan's.
       running: dk and dv to add to, float32.
     """
@@ -127,6 +135,7 @@ class Inputs(NamedTuple):
     kv_positions: Any
     q_segment_ids: Any
     kv_segment_ids: Any
+    words: Words | None
     turns: Turns | None
     running: tuple[Any, Any] | None
 
@@ -396,35 +405,48 @@ class _Block:
     def consume_item(self, item: Item, count):
         plgpu.barrier_wait(self.shared.kv_full)
         allowed = self.pair_test(item)
+        kept = self.kept(item)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)
 
         def one_tile(tile: _Tile, state):
-            return self.step(tile, allowed, *state)
+            return self.step(tile, allowed, kept, *state)
 
         count, dk, dv = self.for_each_tile(item, one_tile, (count, nothing, nothing))
         arrive(self.kv_free, self.consumers_and_one)
+        if self.config.dropout_rate:
+            dv = dv * (1 / (1 - self.config.dropout_rate))
         self.write(item, dk * self.config.scale, dv)
         return count
 
-    def step(self, tile: _Tile, allowed: Callable, count, dk, dv):
+    def step(self, tile: _Tile, allowed: Callable, kept: Callable | None, count, dk, dv):
         """One tile of queries."""
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
         plgpu.barrier_wait(shared.tile_full.at[slot])
         s, dp = self.scores(slot)
         lse = plgpu.load(shared.lse.at[slot], layout=COLUMN, optimized=False)
-        p = jnp.exp2(s * (config.scale * _LOG2_E) - columns(lse, self.tile))
+        to_base_2, slope = config.scale * _LOG2_E, None
+        if config.soft_cap is not None:
+            s = jnp.tanh(s * (config.scale / config.soft_cap))
+            # As precise as the tanh; with float32's registers beside those of p there would be spills.
+            to_base_2, slope = config.soft_cap * _LOG2_E, (1.0 - s * s).astype(jnp.float16)
+        p = jnp.exp2(s * to_base_2 - columns(lse, self.tile))
+        if kept is not None:
+            p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
         dp, p = self.settle(dp, p)
 
         def gradient_of_logits(p, dp, part: int):
             """Of the part-th 64 queries."""
             delta = plgpu.load(shared.delta.at[slot, pl.ds(part * ROWS, ROWS)], layout=COLUMN, optimized=False)
-            return p * (dp - columns(delta, p.shape))
+            if kept is not None:
+                p, dp = dropped(p, dp, config.dropout_rate)
+            ds = p * (dp - columns(delta, p.shape))
+            return ds if slope is None else ds * slope[:, part * ROWS : (part + 1) * ROWS].astype(jnp.float32)
 
         if config.tests_blocks:
             p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
         ds = [gradient_of_logits(p[:, :ROWS] if self.two_parts else p, dp, 0).astype(self.dtype)]
         others = p[:, ROWS:] if self.two_parts else None
-        p = p.astype(self.dtype)
+        p = (p if kept is None else jnp.maximum(p, 0.0)).astype(self.dtype)
         if self.two_parts:
             dp, dv = self.more(slot, dv, p)
             dv, second = self.settle(dv, gradient_of_logits(others, dp, 1))
@@ -527,6 +549,25 @@ class _Block:
             return bits
 
         return allowed
+
+    def kept(self, item: Item) -> Callable | None:
+        """kept(tile): which pairs of this warpgroup's keys and of a tile's queries dropout keeps; None for all."""
+        words = self.inputs.words
+        if words is None:
+            return None
+        keys = pl.ds(item.row * BLOCK + self.warpgroup * ROWS, ROWS)
+        keys = words.keys.at[row_of_batch(words.keys, item.batch), keys]
+        kv_words = rows(plgpu.load(keys, layout=ROW, optimized=False), self.tile)
+
+        def kept(tile: _Tile) -> jax.Array:
+            at = row_of_batch(words.first, item.batch), tile.head, pl.ds(tile.index * self.tile_len, self.tile_len)
+            query_words = tuple(
+                columns(plgpu.load(x.at[at], layout=COLUMN, optimized=False), self.tile)
+                for x in (words.first, words.second)
+            )
+            return is_kept(self.config.dropout_rate, query_words, kv_words)
+
+        return kept
 
     def write(self, item: Item, dk, dv) -> None:
         """Writes what has come of 64 keys, added to what is running."""

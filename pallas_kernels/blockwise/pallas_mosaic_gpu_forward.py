@@ -6,7 +6,8 @@ its row of the schedule names, into shared memory (TMA, two buffers each); the c
 and give it back.
 
 On chip: q (two tiles, so that the next item's is there in time), k and v (two blocks each), and out on its way to
-memory, in shared memory; logits, probabilities, the running maximum, sum and result in registers.
+memory, in shared memory; logits, probabilities, the running maximum, sum and result in registers. Where head dims are
+wide there is room for one tile of q only, and out goes to memory from registers, as with dropout.
 
 Where the time goes, and what hides it:
 - The tensor cores are what is scarce. Consumers take turns at them: in its turn one starts the logits of block i and
@@ -44,12 +45,15 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     MATRIX,
     ROW,
     PairTest,
+    Words,
     columns,
     indices,
     rows,
+    store_parts_of_sectors,
     token_vectors,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.dropout import is_kept
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import BlockRanges
@@ -57,7 +61,6 @@ from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
 
 NUM_STAGES = 2
 """Buffers of keys, and of values."""
-_Q_SLOTS = 2
 
 SLACK = 8.0
 """By how much (base 2) logits may exceed what they are measured against: 2^8 is far from overflow in 16 bits."""
@@ -72,21 +75,27 @@ class Config:
 
     Attributes:
       scale: Multiplies q.k; positive.
+      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
+      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
       block_q, block_kv: Tokens of a tile of queries and of a block of keys; those of the schedule.
       kv_len: Number of keys, of which a block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, block_kv]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
+      q_slots: Buffers of queries.
       return_carry: Whether to return the running softmax rather than the result.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
     scale: float
+    soft_cap: float | None
+    dropout_rate: float
     block_q: int
     block_kv: int
     kv_len: int
     pair_test: PairTest | None
     num_cores: int
+    q_slots: int = 2
     return_carry: bool = False
     interpret: Any = None
 
@@ -101,6 +110,11 @@ class Config:
         return self.pair_test is not None or self.has_ragged_keys
 
     @property
+    def stages_out(self) -> bool:
+        """Whether there is room for out in shared memory, beside two tiles of q and no words of keys."""
+        return self.q_slots > 1 and not self.dropout_rate
+
+    @property
     def num_consumers(self) -> int:
         return self.block_q // ROWS
 
@@ -113,7 +127,8 @@ class Config:
 class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
-    q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel.
+    q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
+    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys.
     """
 
     q: Any
@@ -124,11 +139,12 @@ class Inputs(NamedTuple):
     kv_positions: Any
     q_segment_ids: Any
     kv_segment_ids: Any
+    words: Words | None
     carry: SoftmaxCarry | None
 
 
 class Outputs(NamedTuple):
-    """What it writes: out and lse, or the carry; in whole tiles, but for out."""
+    """What it writes: out and lse, or the carry; in whole tiles, but for an out that shared memory has a buffer for."""
 
     out: Any
     lse: Any
@@ -138,22 +154,23 @@ class Outputs(NamedTuple):
 def attend(inputs: Inputs, config: Config) -> Outputs:
     """Runs the kernel."""
     B, T, N, H = inputs.q.shape
-    S, K = inputs.k.shape[1:3]
+    S, K, V = inputs.v.shape[1:]
     num_rows = -(-T // config.block_q)
     deal = Deal.of(
         num_pairs=B * N,
         num_ranks=num_rows,
-        pair_bytes=2 * S * H * inputs.k.dtype.itemsize,
+        pair_bytes=S * (H + V) * inputs.k.dtype.itemsize,
         group=N // K,
         num_cores=config.num_cores,
     )
     padded_len = num_rows * config.block_q
     row_vector = jax.ShapeDtypeStruct((B, N, padded_len), jnp.float32)
     if config.return_carry:
-        acc = jax.ShapeDtypeStruct((B, padded_len, N, H), jnp.float32)
+        acc = jax.ShapeDtypeStruct((B, padded_len, N, V), jnp.float32)
         outputs = Outputs(None, None, SoftmaxCarry(max=row_vector, sum=row_vector, acc=acc))
     else:
-        outputs = Outputs(jax.ShapeDtypeStruct((B, T, N, H), inputs.q.dtype), row_vector, None)
+        out_len = T if config.stages_out else padded_len
+        outputs = Outputs(jax.ShapeDtypeStruct((B, out_len, N, V), inputs.q.dtype), row_vector, None)
     input_leaves, input_tree = jax.tree.flatten(inputs)
     output_leaves, output_tree = jax.tree.flatten(outputs)
 
@@ -162,11 +179,23 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         input_refs, output_refs = (
             jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves)) for tree in (input_tree, output_tree)
         )
-        _Block(config, deal, input_refs, output_refs, _Shared(*refs)).run()
+        _Block(config, deal, input_refs, output_refs, jax.tree.unflatten(shared_tree, refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
 
+    shared = _Shared(
+        q=smem(config.q_slots, config.block_q, H),
+        k=smem(NUM_STAGES, config.block_kv, H),
+        v=smem(NUM_STAGES, config.block_kv, V),
+        out=smem(config.num_consumers, ROWS, V) if config.stages_out else None,
+        kv_words=plgpu.SMEM((NUM_STAGES, config.block_kv), jnp.uint32) if config.dropout_rate else None,
+        q_full=plgpu.Barrier(num_barriers=config.q_slots),
+        k_full=plgpu.Barrier(num_barriers=NUM_STAGES),
+        v_full=plgpu.Barrier(num_barriers=NUM_STAGES),
+        kv_words_full=plgpu.Barrier(num_barriers=NUM_STAGES) if config.dropout_rate else None,
+    )
+    shared_leaves, shared_tree = jax.tree.flatten(shared)
     results = plgpu.kernel(
         body,
         out_type=output_leaves,
@@ -174,15 +203,7 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         grid_names=("block",),
         num_threads=config.num_consumers + 1,
         thread_name="warpgroup",
-        scratch_types=_Shared(
-            q=smem(_Q_SLOTS, config.block_q, H),
-            k=smem(NUM_STAGES, config.block_kv, H),
-            v=smem(NUM_STAGES, config.block_kv, H),
-            out=smem(config.num_consumers, ROWS, H),
-            q_full=plgpu.Barrier(num_barriers=_Q_SLOTS),
-            k_full=plgpu.Barrier(num_barriers=NUM_STAGES),
-            v_full=plgpu.Barrier(num_barriers=NUM_STAGES),
-        ),
+        scratch_types=shared_leaves,
         # No thread reads shared memory that it has written, so Pallas need not separate the two.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
@@ -191,15 +212,18 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barriers that say when a buffer is full."""
+    """Shared memory, and the barriers that say when a buffer is full; out is None where there is no room for it, and
+    the words of keys where nothing is dropped."""
 
     q: Any
     k: Any
     v: Any
     out: Any
+    kv_words: Any
     q_full: Any
     k_full: Any
     v_full: Any
+    kv_words_full: Any
 
 
 class _Running(NamedTuple):
@@ -209,7 +233,7 @@ class _Running(NamedTuple):
       started: Whether there is such an item: not before the first.
       batch, head, row: Which.
       num_blocks: Blocks of keys visited until now, in all items.
-      acc: Result until now, less the last block, `[64, H]`.
+      acc: Result until now, less the last block, `[64, V]`.
       row_max: What logits are measured against, base 2, `[64]`.
       row_sum: Parts of the sum of probabilities, `[64, 8]`.
       p: Probabilities of the last block, 16 bits, `[64, block_kv]`.
@@ -232,7 +256,7 @@ class _Block:
     def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: Outputs, shared: _Shared):
         self.config = config
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
-        num_heads, self.head_dim = inputs.q.shape[2:]
+        num_heads, self.value_dim = inputs.q.shape[2], inputs.v.shape[3]
         self.group = num_heads // inputs.k.shape[2]
         self.walk = Walk(deal=deal, ranges=inputs.ranges, num_heads=num_heads, tests_blocks=config.tests_blocks)
         self.dtype = inputs.q.dtype
@@ -241,7 +265,7 @@ class _Block:
         # Named barriers: the consumers' turns, and what tells the producer that a buffer may be filled again.
         self.turn = NAMED_BARRIERS.start
         self.q_free = self.turn + config.num_consumers
-        self.k_free = self.q_free + _Q_SLOTS
+        self.k_free = self.q_free + config.q_slots
         self.v_free = self.k_free + NUM_STAGES
         assert self.v_free + NUM_STAGES <= NAMED_BARRIERS.stop
         self.everyone = WARPGROUP * (config.num_consumers + 1)
@@ -265,7 +289,7 @@ class _Block:
         inputs, shared, block_q, block_kv = self.inputs, self.shared, self.config.block_q, self.config.block_kv
 
         def one_item(number, item: Item, num_blocks):
-            slot = lax.rem(number, _Q_SLOTS)
+            slot = lax.rem(number, self.config.q_slots)
             sync(self.q_free + slot, self.everyone)
             queries = inputs.q.at[item.batch, pl.ds(item.row * block_q, block_q), item.head]
             plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
@@ -278,6 +302,10 @@ class _Block:
                 plgpu.copy_gmem_to_smem(inputs.k.at[at], shared.k.at[slot], shared.k_full.at[slot])
                 sync(self.v_free + slot, self.everyone)
                 plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
+                if inputs.words is not None:
+                    words = inputs.words.keys
+                    words = words.at[row_of_batch(words, item.batch), pl.ds(j * block_kv, block_kv)]
+                    plgpu.copy_gmem_to_smem(words, shared.kv_words.at[slot], shared.kv_words_full.at[slot])
                 return num_blocks + 1
 
             return self.walk.visit(item, load, load, num_blocks, skip=0)
@@ -287,7 +315,7 @@ class _Block:
     # A consumer.
 
     def consume(self) -> None:
-        for slot in range(_Q_SLOTS):
+        for slot in range(self.config.q_slots):
             arrive(self.q_free + slot, self.everyone)
         for slot in range(NUM_STAGES):
             arrive(self.k_free + slot, self.everyone)
@@ -299,13 +327,14 @@ class _Block:
         plgpu.wait_smem_to_gmem(0)
 
     def consume_item(self, number, item: Item, running: _Running) -> _Running:
-        slot = lax.rem(number, _Q_SLOTS)
+        slot = lax.rem(number, self.config.q_slots)
         plgpu.barrier_wait(self.shared.q_full.at[slot])
         allowed = self.pair_test(item)
+        words = self.query_words(item)
 
         def attend(running: _Running) -> _Running:
-            running = self.first_step(item, slot, running, allowed)
-            step = functools.partial(self.next_step, q_slot=slot)
+            running = self.first_step(item, slot, running, allowed, words)
+            step = functools.partial(self.next_step, q_slot=slot, words=words)
             return self.walk.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
 
         def skip(running: _Running) -> _Running:
@@ -326,13 +355,13 @@ class _Block:
             head=zero,
             row=zero,
             num_blocks=zero,
-            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX),
+            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.value_dim), jnp.float32), MATRIX),
             row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), ROW),
             row_sum=plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), MATRIX),
             p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), MATRIX),
         )
 
-    def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable) -> _Running:
+    def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable, words) -> _Running:
         """The first logits of an item, beside the last product of the item before, which is then written.
 
         Before the first item there is none: then zeros are multiplied with whatever is in the buffer, for nothing.
@@ -342,7 +371,8 @@ class _Block:
         pl.when(running.started)(lambda: plgpu.barrier_wait(self.shared.v_full.at[previous]))
         j = self.walk.first_block(item)
         s, acc = self.start(q_slot, running)
-        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j))
+        kept = self.kept(running, words)
+        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j), kept)
         acc, p = self.finish(acc, p, None, None)
 
         @pl.when(running.started)
@@ -362,13 +392,14 @@ class _Block:
             p=p.astype(self.dtype),
         )
 
-    def next_step(self, j, running: _Running, *, q_slot, allowed: Callable | None = None) -> _Running:
+    def next_step(self, j, running: _Running, *, q_slot, words, allowed: Callable | None = None) -> _Running:
         """Logits of block j, beside the product of the block before."""
         previous = self.previous_slot(running)
         plgpu.barrier_wait(self.shared.v_full.at[previous])
         s, acc = self.start(q_slot, running)
         bits = None if allowed is None else allowed(j)
-        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits)
+        kept = self.kept(running, words)
+        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits, kept)
         acc, p = self.finish(acc, p, rescale, Arrival(self.v_free + previous, self.everyone))
         return running._replace(
             num_blocks=running.num_blocks + 1,
@@ -454,9 +485,12 @@ class _Block:
         plgpu.commit_smem()
         return result
 
-    def softmax(self, s, row_max, row_sum, bits):
+    def softmax(self, s, row_max, row_sum, bits, kept):
         """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""
         to_base_2 = self.config.scale * _LOG2_E
+        if self.config.soft_cap is not None:
+            s = jnp.tanh(s * (self.config.scale / self.config.soft_cap))
+            to_base_2 = self.config.soft_cap * _LOG2_E
         if bits is not None:
             s = jnp.where(bits, s, -jnp.inf)
         greatest = s.max(axis=1) * to_base_2
@@ -466,7 +500,27 @@ class _Block:
         row_sum = row_sum * rows(rescale, row_sum.shape)
         for i in range(0, self.config.block_kv, 8):
             row_sum = row_sum + p[:, i : i + 8]
+        if kept is not None:
+            p = jnp.where(kept, p, 0.0)
         return new_max, row_sum, p, rescale
+
+    def query_words(self, item: Item) -> list | None:
+        """Dropout's words of this warpgroup's queries; None where nothing is dropped."""
+        words = self.inputs.words
+        if words is None:
+            return None
+        at = row_of_batch(words.first, item.batch), item.head, pl.ds(self.q_start(item.row), ROWS)
+        return [plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (words.first, words.second)]
+
+    def kept(self, running: _Running, words: list | None) -> jax.Array | None:
+        """Which pairs with the next block of keys dropout keeps; the words of keys are given back with the values."""
+        if words is None:
+            return None
+        slot = lax.rem(running.num_blocks, NUM_STAGES)
+        plgpu.barrier_wait(self.shared.kv_words_full.at[slot])
+        kv_words = columns(plgpu.load(self.shared.kv_words.at[slot], layout=COLUMN, optimized=False), self.tile)
+        first, second = (rows(x, self.tile) for x in words)
+        return is_kept(self.config.dropout_rate, (first, second), kv_words)
 
     def q_start(self, row) -> ArrayLike:
         """Where this warpgroup's queries begin. From a row each time: a loop that carried it would forget that it is a
@@ -507,16 +561,20 @@ class _Block:
         q_start = self.q_start(row)
         of_rows = batch, head, pl.ds(q_start, ROWS)
         tile = batch, pl.ds(q_start, ROWS), head
+        if self.config.dropout_rate:
+            acc = acc * (1 / (1 - self.config.dropout_rate))
         if self.inputs.carry is not None:
             before = self.inputs.carry
             old_max, old_sum = (
                 plgpu.load(x.at[of_rows], layout=ROW, optimized=False) for x in (before.max, before.sum)
             )
-            old_acc = plgpu.load(before.acc.at[tile], layout=MATRIX, optimized=False)
             old_max = jnp.where(old_max == -jnp.inf, _LOWEST, old_max * _LOG2_E)
             new_max = jnp.maximum(row_max, old_max)
             old, new = jnp.exp2(old_max - new_max), jnp.exp2(row_max - new_max)
-            acc = acc * rows(new, acc.shape) + old_acc * rows(old, acc.shape)
+            acc = acc * rows(new, acc.shape)
+            if before.acc is not None:
+                old_acc = plgpu.load(before.acc.at[tile], layout=MATRIX, optimized=False)
+                acc = acc + old_acc * rows(old, acc.shape)
             row_max, row_sum = new_max, row_sum * new + old_sum * old
         empty = row_sum == 0
         if self.config.return_carry:
@@ -529,6 +587,13 @@ class _Block:
         lse = (row_max + jnp.log2(some)) * (1 / _LOG2_E)
         self.outputs.lse.at[of_rows][...] = jnp.where(empty, -jnp.inf, lse)
         out = acc * rows(1.0 / some, acc.shape)
+        if self.shared.out is None:
+            target = self.outputs.out.at[tile]
+            if self.config.interpret:
+                target[...] = out.astype(self.dtype)
+            else:
+                store_parts_of_sectors(target, out.astype(self.dtype))
+            return
         staged = self.shared.out.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's
         staged[...] = out.astype(self.dtype)

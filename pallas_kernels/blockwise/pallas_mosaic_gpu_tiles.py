@@ -1,7 +1,7 @@
 """What the Hopper kernels do with a tile in registers: vectors along its rows and columns."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,19 @@ class PairTest(NamedTuple):
 
     allowed: Callable[..., jax.Array]
     reads: frozenset[int]
+
+
+class Words(NamedTuple):
+    """Dropout's words of tokens, uint32, in whole blocks of the schedule.
+
+    Attributes:
+      first, second: Of each query and head, `[B or 1, N, T]`.
+      keys: `[B or 1, S]`.
+    """
+
+    first: Any
+    second: Any
+    keys: Any
 
 
 def rows(x, shape: tuple[int, ...]) -> jax.Array | None:
@@ -63,6 +76,11 @@ def indices(start, length: int, layout) -> jax.Array:
 def zeros(start, length: int, layout) -> jax.Array:
     del start
     return plgpu.layout_cast(jnp.zeros((length,), jnp.int32), layout)
+
+
+def dropped(p, dp, rate: float) -> tuple[jax.Array, jax.Array]:
+    """Probabilities, of which those that dropout drops came with a minus, and the gradients of what is left of them."""
+    return jnp.abs(p), jnp.where(p > 0, dp * (1 / (1 - rate)), 0.0)
 
 
 def store_parts_of_sectors(ref, value) -> None:

@@ -54,7 +54,7 @@ def forward(
         v=by_head(v, block_kv),
         words=call.words_of_queries(),
         **call.token_rows(),
-        carry=None if carry is None else carry_by_head(carry, block_q),
+        carry=None if carry is None else carry_by_head(carry.whole(v.shape[3]), block_q),
     )
     config = call.config_of(block_q, block_kv)
     result = forward_kernel.kernel(inputs, config, return_carry=return_carry)(inputs, config)

@@ -35,6 +35,7 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options,
     row_sum = jnp.sum(p, axis=-1)
     acc = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), _per_query_head(v, q))
     if carry is not None:
+        carry = carry.whole(v.shape[3])
         rescale = jnp.exp(carry.max - finite_max(row_max))
         row_sum += rescale * carry.sum
         acc += rescale.transpose(0, 2, 1)[..., None] * carry.acc

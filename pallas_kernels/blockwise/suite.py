@@ -14,6 +14,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.blockwise import api, reference
 from pallas_kernels.blockwise.cases import CASES, KERNEL_CASES, Case
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.pallas_mosaic_tpu import HEAD_DIMS as TPU_HEAD_DIMS
 from pallas_kernels.testing import Family, Serves, Trial, Way
 from pallas_kernels.tokens import Tokens
 
@@ -190,16 +191,14 @@ _EVERYTHING = Serves(
     ways=frozenset(WAYS),
 )
 
-_NOT_ON_HOPPER = {
-    *("soft_cap_D64", "soft_cap_empty_rows_gqa_D128"),
-    "table_of_64_D64",  # its blocks are smaller than the kernel's, whose pair test reads no table
-    *(case.name for case in KERNEL_CASES if case.dropout_rate),
-}
+_NOT_ON_HOPPER = {"table_of_64_D64"}  # its blocks are smaller than the kernel's, whose pair test reads no table
 
 # Tables are memory, which a pair test does not read, and the default blocks are larger than theirs.
+# Other head dims than its own it refuses.
 _NOT_ON_TPU = {
     *("table_D128", "table_of_64_D64"),
     *(case.name for case in KERNEL_CASES if case.dropout_rate or case.chosen),
+    *(case.name for case in KERNEL_CASES if case.head_dim not in TPU_HEAD_DIMS),
 }
 
 # An implementation that api.py has and this has not fails the suite.
@@ -222,7 +221,7 @@ SERVES = {
             *("head_dim_64_gqa_scale", "head_dim_128_cross_mqa", "head_dim_128_window_gqa"),
             *("causal_D64", "causal_D128", "full_D128", "causal_T1000_D64", "causal_T1000_D128"),
             *("gqa_D128", "gqa_heads_of_3_rows_D64", "mqa_D64", "scale_D128"),
-            *("window_D64", "window_D128"),
+            *("window_D64", "window_D128", "causal_D96", "causal_gqa_D80"),
         }),
         dtypes=frozenset({"bfloat16", "float16"}),
         ways=frozenset({"forward", "gradient in any order"}),

@@ -29,6 +29,7 @@ from pallas_kernels.tokens import TokenAxis, Tokens
 
 def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
     """`blockwise_attention_forward` on any platform."""
+    carry = None if carry is None else carry.whole(v.shape[3])
     if schedule is not None and schedule.is_selection:
         return _forward_by_lists(q, k, v, tokens, Lists(q, k, schedule), carry, return_carry, options, dropout)
     schedule = _schedule(q, k, tokens, schedule, options)

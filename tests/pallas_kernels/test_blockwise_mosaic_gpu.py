@@ -63,7 +63,7 @@ def test_lowers_for_cuda(case):
     with tracing_for(H100), dispatch.record() as taken:
         gradients, text = lowered(differentiate, *inputs.values())
     assert taken == BOTH
-    assert text.count("mosaic_gpu_v2") == 2
+    assert text.count("mosaic_gpu_v2") == (2 if case.head_dim <= 128 else 4)
     assert [like(x) for x in gradients] == [like(inputs[name]) for name in "qkv"]
 
 
@@ -82,12 +82,15 @@ def test_a_mask_of_segment_ids_alone_lowers_without_positions():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(64, 64), (128, 128), pytest.param(192, 128, marks=pytest.mark.slow), (256, 256)]
+)
 @pytest.mark.parametrize("in_order", [True, False], ids=["in_order", "positions"])
-def test_every_configuration_lowers_as_a_hop(head_dim, dtype, in_order):
+def test_every_configuration_lowers_as_a_hop(head_dim, value_dim, dtype, in_order):
     """With a carry and with running gradients; gradients in any order too."""
-    q, k, carry = shapes(head_dim, dtype)
-    running = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, k))
+    q, k, _ = shapes(head_dim, dtype)
+    out, v, carry = shapes(value_dim, dtype)
+    running = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v))
     tokens = None if in_order else Tokens.self_attention(*(jnp.zeros((1, 300), jnp.int32),) * 2)
     options = {"mask": Causal() & SameDocument(), "tokens": tokens, "implementation": "mosaic_gpu"}
 
@@ -98,12 +101,13 @@ def test_every_configuration_lowers_as_a_hop(head_dim, dtype, in_order):
         return after, (out, lse), backward(accumulate=running), backward(deterministic=False)
 
     with tracing_for(H100):
-        (after, (out, lse), added, gradients), text = lowered(hop, q, k, k, carry, running)
-    assert text.count("mosaic_gpu_v2") == 4
+        (after, (got, lse), added, gradients), text = lowered(hop, q, k, v, carry, running)
+    # Of wide heads dq, dk and dv have a kernel each.
+    assert text.count("mosaic_gpu_v2") == (4 if head_dim <= 128 else 8)
     assert jax.tree.map(like, after) == jax.tree.map(like, carry)
-    assert like(out) == like(q) and like(lse) == ((2, 4, 300), jnp.float32)
+    assert like(got) == like(out) and like(lse) == ((2, 4, 300), jnp.float32)
     assert [like(x) for x in added] == [like(x) for x in running]
-    assert [like(x) for x in gradients] == [like(x) for x in (q, k, k)]
+    assert [like(x) for x in gradients] == [like(x) for x in (q, k, v)]
 
 
 def like(x) -> tuple:
@@ -119,8 +123,10 @@ def shapes(head_dim: int, dtype: str, q_len: int = 300):
 INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64", "documents_D128", "empty_rows_D64",
                "all_empty_D128", "sinks_window_D64", "striped_documents_window_D64", "one_token_D64", "table_D128",
                "cross_one_key_D64", "documents_padding_row_D64", "per_head_blocks_D64", "chosen_by_head_D64",
-               "chosen_by_head_D128", "chosen_large_blocks_D64")  # fmt: skip
-INTERPRETED_QUICK = ("cross_fewer_keys_D128", "documents_D128", "empty_rows_D64", "chosen_by_head_D64")
+               "chosen_by_head_D128", "chosen_large_blocks_D64", "soft_cap_D64", "soft_cap_empty_rows_gqa_D128",
+               "gqa_T129_D256", "documents_D256", "cross_mqa_D256", "values_of_128_gqa_documents_D192",
+               "causal_gqa_D80", "values_of_64_D128", "dropout_D64", "dropout_documents_gqa_D256")  # fmt: skip
+INTERPRETED_QUICK = ("cross_fewer_keys_D128", "documents_D128", "empty_rows_D64", "chosen_by_head_D64", "gqa_T129_D256")
 
 
 # And whether gradients are added to running ones.
@@ -137,6 +143,20 @@ INTERPRETED_BACKWARD = {
     "chosen_by_head_D128": True,
     "chosen_by_kv_head_documents_D128": False,
     "chosen_large_blocks_D64": False,
+    "soft_cap_D64": False,
+    "soft_cap_empty_rows_gqa_D128": True,
+    "gqa_T129_D256": False,
+    "documents_D256": True,
+    "cross_mqa_D256": False,
+    "window_soft_cap_D256": True,
+    "chosen_by_head_D256": False,
+    "values_of_128_D192": False,
+    "values_of_128_gqa_documents_D192": True,
+    "causal_gqa_D80": True,
+    "values_of_128_D64": False,
+    "dropout_D64": True,
+    "dropout_D128": False,
+    "dropout_documents_gqa_D256": True,
 }
 
 
@@ -170,7 +190,7 @@ def fixed(case, detect_races: bool) -> dict:
     options = Options(
         mask=case.mask,
         scale=case.scale or case.head_dim**-0.5,
-        logits_soft_cap=None,
+        logits_soft_cap=case.logits_soft_cap,
         block_sizes=arguments["block_sizes"],
         deterministic=True,
     )
@@ -179,6 +199,7 @@ def fixed(case, detect_races: bool) -> dict:
         "tokens": arguments["tokens"],
         "schedule": arguments["schedule"],
         "options": options,
+        "dropout": arguments["dropout"],
         "interpret": interpret,
     }
 
@@ -264,14 +285,17 @@ def test_carry_in_the_interpreter(name):
 
 @pytest.mark.parametrize("name", some_slow([case.name for case in WITH_SINKS], []))
 def test_sinks_in_the_interpreter(name):
-    """A carry to start from, no keys seen; rows that see no key end with it."""
+    """A carry to start from, no keys seen, and no values; rows that see no key end with it."""
     case, want = CASES_BY_NAME[name], truth(name)
     inputs = case.inputs("bfloat16")
-    batch_size, q_len, _, head_dim = inputs["q"].shape
-    carry = SoftmaxCarry.of_sinks(inputs["sinks"], batch_size=batch_size, q_len=q_len, value_dim=head_dim)
+    batch_size, q_len, _, _ = inputs["q"].shape
+    carry = SoftmaxCarry.of_sinks(inputs["sinks"], batch_size=batch_size, q_len=q_len)
     out, lse = in_interpreter(case, inputs, carry=carry)
     assert_close("out", out, want["out"], "bfloat16")
     assert_close("lse", lse, want["lse"], "float16")
+    whole = in_interpreter(case, inputs, carry=carry.whole(case.head_dim))
+    np.testing.assert_array_equal(out, whole[0])
+    np.testing.assert_array_equal(lse, whole[1])
 
 
 def test_large_logits_that_grow_from_block_to_block():
@@ -311,9 +335,7 @@ ALONE = pytest.mark.parametrize("op", [forward_alone, backward_alone])
     [
         refusal("it needs an NVIDIA Hopper GPU", device=A100),
         refusal("q is float32, it takes bfloat16 and float16", dtype="float32"),
-        refusal("head dim 96, it takes 64 and 128", head_dim=96),
-        refusal("it has no soft cap of logits", logits_soft_cap=20.0),
-        refusal("it has no dropout", dropout=Dropout(rate=0.1, seeds=np.zeros((2, 4), np.uint32))),
+        refusal("the head dim of q and k is 320 and of v 320, it takes those up to 256", head_dim=320),
         refusal("scale=-1.0, it takes positive ones", scale=-1.0),
         refusal("it uses concatenate", mask=Table(np.eye(5, dtype=bool), block_q=64, block_kv=64)),
         refusal(
@@ -339,24 +361,36 @@ def test_refuses(device, message, options, op):
         jax.eval_shape(functools.partial(op, **options), q, k, k)
 
 
-@ALONE
-def test_values_of_another_head_dim_are_refused(op):
-    q, k, _ = shapes(64, "bfloat16")
-    v = jax.ShapeDtypeStruct((2, 300, 2, 128), "bfloat16")
-    with tracing_for(H100), pytest.raises(NotImplementedError, match="values have head dim 128 and keys 64"):
-        jax.eval_shape(functools.partial(op, mask=Causal()), q, k, v)
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [((8, 8), (64, 64)), ((64, 65), (128, 128)), ((96, 96), (128, 128)), ((192, 128), (192, 128)),
+     ((129, 64), (192, 128)), ((192, 192), (256, 256)), ((64, 256), (256, 256))],
+)  # fmt: skip
+def test_head_dims_are_filled_up_to_those_of_a_kernel(given, taken):
+    q, v = (jnp.zeros((1, 1, 1, dim)) for dim in given)
+    assert pallas_mosaic_gpu.dims_of(q, v) == taken
 
 
-def test_is_what_a_hopper_takes_first():
-    q, k, _ = shapes(128, "bfloat16")
+@pytest.mark.parametrize(
+    ("dtype", "options", "taken"),
+    [
+        ("bfloat16", {}, "mosaic_gpu"),
+        ("float16", {"logits_soft_cap": 30.0}, "mosaic_gpu"),
+        ("bfloat16", {"dropout": Dropout(rate=0.1, seeds=np.zeros((2, 4), np.uint32))}, "mosaic_gpu"),
+        ("float32", {}, "xla"),
+    ],
+    ids=["plain", "soft_cap", "dropout", "float32"],
+)
+def test_what_a_hopper_takes_first(dtype, options, taken):
+    q, k, _ = shapes(128, dtype)
 
     def differentiate(q, k, v):
-        out, vjp = jax.vjp(functools.partial(blockwise_attention, mask=Causal()), q, k, v)
+        out, vjp = jax.vjp(functools.partial(blockwise_attention, mask=Causal(), **options), q, k, v)
         return vjp(out)
 
-    with tracing_for(H100), dispatch.record() as taken:
+    with tracing_for(H100), dispatch.record() as record:
         jax.eval_shape(differentiate, q, k, k)
-    assert taken == BOTH
+    assert record == [(op, taken) for op, _ in BOTH]
 
 
 def _is_odd(q_positions, kv_positions, q_segment_ids, kv_segment_ids):

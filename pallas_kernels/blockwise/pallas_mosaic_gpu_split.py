@@ -1,0 +1,471 @@
+"""The backward kernels of blockwise attention on Hopper GPUs for wide heads (Mosaic GPU): one each of dq, dk and dv.
+
+Grid: one block of threads a multiprocessor, each with a list of items; an item is 128 rows of one head, queries for dq,
+keys for dk and dv. A producer warpgroup copies the rows, and tiles of 64 of what the schedule says that they visit (for
+dk and dv of all query heads of the kv head), into shared memory. Two consumers, 64 rows each, keep the gradient of
+their rows in registers over the whole item.
+
+On chip: the rows, as queries with dout or keys with values, and the tiles, in shared memory; logits, their gradients
+and dq, dk or dv in registers.
+
+At head dim 256 dk and dv of 64 keys are 256 registers a thread, and there are 232: so the fused kernel of narrower
+heads (pallas_mosaic_gpu_backward.py) cannot be. Its 5 matmuls are 8 here, 2 of them to compute the logits anew and 1
+the gradients of probabilities; in exchange no float32 sum of dq goes through shared memory and the second-level cache,
+and each gradient has one owner that adds it up, so that it comes out the same each time without turns.
+
+Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+
+from pallas_kernels import wgmma_backward, wgmma_split
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
+    COLUMN,
+    MATRIX,
+    ROW,
+    PairTest,
+    Words,
+    columns,
+    dropped,
+    indices,
+    rows,
+    store_parts_of_sectors,
+    token_vectors,
+)
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.dropout import is_kept
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
+from pallas_kernels.schedule import BlockRanges
+from pallas_kernels.wgmma import ROWS, TRANSFORMS
+
+BLOCK = 128
+"""Tokens of the schedule's blocks, and rows of an item."""
+TILE = 64
+"""Tokens of what the rows visit in a step."""
+_SLOTS = 2
+_NUM_CONSUMERS = 2
+_SHARED_BYTES = 220 * 1024  # of the 227 KB that a block of threads may have, what buffers of operands may take
+_LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is static of a call.
+
+    Attributes:
+      gradient: Which one.
+      scale: Multiplies q.k.
+      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
+      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
+      kv_len: Number of keys, of which the last block may hold fewer than it has room for.
+      pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
+        `[64, 64]` each; None where all may, of those that are visited.
+      num_cores: Multiprocessors.
+      interpret: Whether to run on a CPU, in JAX's interpreter.
+    """
+
+    gradient: Literal["dq", "dk", "dv"]
+    scale: float
+    soft_cap: float | None
+    dropout_rate: float
+    kv_len: int
+    pair_test: PairTest | None
+    num_cores: int
+    interpret: Any = None
+
+    @property
+    def has_ragged_keys(self) -> bool:
+        return self.kv_len % BLOCK != 0
+
+    @property
+    def tests_blocks(self) -> bool:
+        """Whether blocks may need the pair test, or to have keys left out."""
+        return self.pair_test is not None or self.has_ragged_keys
+
+    @property
+    def rows_are_queries(self) -> bool:
+        return self.gradient == "dq"
+
+    @property
+    def needs_dp(self) -> bool:
+        return self.gradient != "dv"
+
+
+class Inputs(NamedTuple):
+    """What a kernel reads; None where there is nothing to read.
+
+    q, k, v and dout are of lengths that are multiples of 8, the others of whole blocks of the schedule.
+
+    Attributes:
+      lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
+      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
+      ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
+      words: Dropout's, of queries and heads (two) and of keys.
+      running: What to add the gradient to, float32.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    lse: Any
+    delta: Any
+    ranges: BlockRanges
+    q_positions: Any
+    kv_positions: Any
+    q_segment_ids: Any
+    kv_segment_ids: Any
+    words: Words | None
+    running: Any
+
+
+def differentiate(inputs: Inputs, config: Config) -> jax.Array:
+    """Runs the kernel: the gradient in whole blocks, float32 where something is running."""
+    own, other = (inputs.q, inputs.k) if config.rows_are_queries else (inputs.k, inputs.q)
+    (B, length, num_heads, H), V = own.shape, inputs.v.shape[3]
+    of_gradient = inputs.v if config.gradient == "dv" else own
+    num_rows = -(-length // BLOCK)
+    deal = Deal.of(
+        num_pairs=B * num_heads,
+        num_ranks=num_rows,
+        pair_bytes=other.shape[1] * max(1, other.shape[2] // num_heads) * (H + V) * own.dtype.itemsize,
+        group=max(1, num_heads // other.shape[2]),
+        num_cores=config.num_cores,
+    )
+    dtype = of_gradient.dtype if inputs.running is None else jnp.float32
+    leaves, tree = jax.tree.flatten(inputs)
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, own.dtype, transforms=TRANSFORMS)
+
+    def vector():
+        return plgpu.SMEM((_SLOTS, TILE), jnp.float32)
+
+    # b' takes one slot where two do not fit: it is given back while b is still needed.
+    held = (BLOCK + _SLOTS * TILE) * H + (config.needs_dp * BLOCK + _SLOTS * TILE) * V
+    slots_2 = _SLOTS if held * own.dtype.itemsize <= _SHARED_BYTES else 1
+    vectors = 0 if config.rows_are_queries else 2 if config.needs_dp else 1
+    shared = _Shared(
+        a=smem(BLOCK, H),
+        a_2=smem(BLOCK, V) if config.needs_dp else None,
+        b=smem(_SLOTS, TILE, H),
+        b_2=smem(slots_2, TILE, V),
+        lse=vector() if vectors else None,
+        delta=vector() if vectors == 2 else None,
+        a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp),
+        b_full=plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=_SLOTS),
+        b_2_full=plgpu.Barrier(num_barriers=slots_2),
+    )
+    shared_leaves, shared_tree = jax.tree.flatten(shared)
+
+    def body(*refs):
+        refs = iter(refs)
+        inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        output = next(refs)
+        _Block(config, deal, inputs, output, jax.tree.unflatten(shared_tree, refs)).run()
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((B, num_rows * BLOCK, num_heads, of_gradient.shape[3]), dtype),
+        grid=(deal.num_blocks,),
+        grid_names=("block",),
+        num_threads=_NUM_CONSUMERS + 1,
+        thread_name="warpgroup",
+        scratch_types=shared_leaves,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=config.interpret,
+    )(*leaves)
+
+
+class _Shared(NamedTuple):
+    """Shared memory, and the barriers that say when a buffer is full.
+
+    Attributes:
+      a, a_2: The rows: queries and dout for dq, else keys and values; values only where they are needed.
+      b, b_2: Tiles of what they visit: keys and values for dq, else queries and dout.
+      lse, delta: Of a tile of queries; None where the rows are queries, and delta for dv.
+    """
+
+    a: Any
+    a_2: Any
+    b: Any
+    b_2: Any
+    lse: Any
+    delta: Any
+    a_full: Any
+    b_full: Any
+    b_2_full: Any
+
+
+class _Tile(NamedTuple):
+    """A tile that an item visits.
+
+    Attributes:
+      head: The query head.
+      index: The tile, counted over the whole length.
+      is_full: Whether it needs no pair test.
+    """
+
+    head: ArrayLike
+    index: ArrayLike
+    is_full: ArrayLike
+
+
+class _Block:
+    """What one block of threads does."""
+
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, output, shared: _Shared):
+        self.config, self.inputs, self.output, self.shared = config, inputs, output, shared
+        self.num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
+        self.group = self.num_heads // num_kv_heads
+        self.walk = Walk(
+            deal=deal,
+            ranges=inputs.ranges,
+            num_heads=self.num_heads if config.rows_are_queries else num_kv_heads,
+            tests_blocks=config.tests_blocks,
+        )
+        self.dtype = inputs.q.dtype
+        self.slots_2 = shared.b_2.shape[0]
+        self.warpgroup = lax.axis_index("warpgroup")
+        # Named barriers that tell the producer that a buffer may be filled again.
+        self.a_free = NAMED_BARRIERS.start
+        self.b_free = self.a_free + 1
+        self.b_2_free = self.b_free + _SLOTS
+        self.everyone = WARPGROUP * (_NUM_CONSUMERS + 1)
+
+    def run(self) -> None:
+        @pl.when(self.warpgroup < _NUM_CONSUMERS)
+        def _():
+            plgpu.set_max_registers(240, action="increase")
+            self.consume()
+
+        @pl.when(self.warpgroup == _NUM_CONSUMERS)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+            self.produce()
+
+    def for_each_tile(self, item: Item, body: Callable, state):
+        """state = body(a _Tile, state), tile by tile, for dk and dv of all query heads."""
+
+        def one_head(number, state):
+            head = item.head if self.config.rows_are_queries else item.head * self.group + number
+            num_lists = self.inputs.ranges.num_lists
+            which = 0 if num_lists == 1 else lax.div(head * num_lists, self.num_heads)
+
+            def one_block(block, is_full, number, state):
+                del number
+
+                def one_tile(i, state):
+                    return body(_Tile(head, block * (BLOCK // TILE) + i, is_full), state)
+
+                return lax.fori_loop(0, BLOCK // TILE, one_tile, state)
+
+            return self.walk.visit_in_order(item, which, one_block, state, ascending=True)
+
+        return lax.fori_loop(0, 1 if self.config.rows_are_queries else self.group, one_head, state)
+
+    # The producer.
+
+    def produce(self) -> None:
+        config, inputs, shared = self.config, self.inputs, self.shared
+        queries, keys = (inputs.q, inputs.dout), (inputs.k, inputs.v)
+        own, others = (queries, keys) if config.rows_are_queries else (keys, queries)
+
+        def one_item(number, item: Item, count):
+            del number
+            sync(self.a_free, self.everyone)
+            at = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
+            for source, target in zip(own, (shared.a, shared.a_2), strict=True):
+                if target is not None:
+                    plgpu.copy_gmem_to_smem(source.at[at], target, shared.a_full)
+
+            def load(tile: _Tile, count):
+                slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
+                tokens = pl.ds(tile.index * TILE, TILE)
+                head = lax.div(tile.head, self.group) if config.rows_are_queries else tile.head
+                at = item.batch, tokens, head
+                sync(self.b_free + slot, self.everyone)
+                plgpu.copy_gmem_to_smem(others[0].at[at], shared.b.at[slot], shared.b_full.at[slot])
+                for source, target in ((inputs.lse, shared.lse), (inputs.delta, shared.delta)):
+                    if target is not None:
+                        rows_at = item.batch, tile.head, tokens
+                        plgpu.copy_gmem_to_smem(source.at[rows_at], target.at[slot], shared.b_full.at[slot])
+                sync(self.b_2_free + slot_2, self.everyone)
+                plgpu.copy_gmem_to_smem(others[1].at[at], shared.b_2.at[slot_2], shared.b_2_full.at[slot_2])
+                return count + 1
+
+            return self.for_each_tile(item, load, count)
+
+        self.walk.for_each_item(one_item, jnp.int32(0))
+
+    # A consumer.
+
+    def consume(self) -> None:
+        arrive(self.a_free, self.everyone)
+        for slot in range(_SLOTS):
+            arrive(self.b_free + slot, self.everyone)
+        for slot in range(self.slots_2):
+            arrive(self.b_2_free + slot, self.everyone)
+        self.walk.for_each_item(self.consume_item, jnp.int32(0))
+
+    def consume_item(self, number, item: Item, count):
+        del number
+        start = item.row * BLOCK + self.warpgroup * ROWS
+        lse_and_delta = None
+        if self.config.rows_are_queries:
+            at = item.batch, item.head, pl.ds(start, ROWS)
+            lse_and_delta = [
+                plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (self.inputs.lse, self.inputs.delta)
+            ]
+        plgpu.barrier_wait(self.shared.a_full)
+        allowed, kept = self.pair_test(item, start), self.kept(item, start)
+        nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.output.shape[3]), jnp.float32), MATRIX)
+
+        def one_tile(tile: _Tile, state):
+            return self.step(tile, allowed, kept, lse_and_delta, *state)
+
+        count, gradient = self.for_each_tile(item, one_tile, (count, nothing))
+        arrive(self.a_free, self.everyone)
+        self.write(item, start, gradient)
+        return count
+
+    def step(self, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta, count, gradient):
+        """One tile."""
+        config, shared = self.config, self.shared
+        slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
+        plgpu.barrier_wait(shared.b_full.at[slot])
+        if config.needs_dp:
+            plgpu.barrier_wait(shared.b_2_full.at[slot_2])
+        s, dp = self.scores(slot, slot_2)
+
+        def of_queries(number: int, ref):
+            if lse_and_delta is not None:
+                return rows(lse_and_delta[number], s.shape)
+            return columns(plgpu.load(ref.at[slot], layout=COLUMN, optimized=False), s.shape)
+
+        to_base_2, slope = config.scale * _LOG2_E, None
+        if config.soft_cap is not None:
+            s = jnp.tanh(s * (config.scale / config.soft_cap))
+            to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
+        p = jnp.exp2(s * to_base_2 - of_queries(0, shared.lse))
+        if kept is not None:
+            p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
+        if config.needs_dp:
+            dp, p = self.settle(dp, p)
+            arrive(self.b_2_free + slot_2, self.everyone)
+        else:
+            plgpu.barrier_wait(shared.b_2_full.at[slot_2])
+        if config.tests_blocks:
+            p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
+        x = p if kept is None else jnp.maximum(p, 0.0)
+        if config.needs_dp:
+            if kept is not None:
+                p, dp = dropped(p, dp, config.dropout_rate)
+            x = p * (dp - of_queries(1, shared.delta))
+            x = x if slope is None else x * slope
+        factor, factor_slot = (shared.b, slot) if config.needs_dp else (shared.b_2, slot_2)
+        gradient = self.product(gradient, x.astype(self.dtype), factor, factor_slot)
+        arrive(self.b_free + slot, self.everyone)
+        if not config.needs_dp:
+            arrive(self.b_2_free + slot_2, self.everyone)
+        return count + 1, gradient
+
+    # Parts of a step: matmuls.
+
+    def scores(self, slot, slot_2):
+        shared = self.shared
+        second = (shared.a_2, shared.b_2, slot_2) if self.config.needs_dp else None
+        if not self.config.interpret:
+            return wgmma_split.scores((shared.a, shared.b, slot), second, warpgroup=self.warpgroup)
+        mine = pl.ds(self.warpgroup * ROWS, ROWS)
+        s = _dot(shared.a.at[mine][...], shared.b[slot].T)
+        return s, None if second is None else _dot(shared.a_2.at[mine][...], shared.b_2[slot_2].T)
+
+    def settle(self, in_flight, x):
+        return (in_flight, x) if self.config.interpret else wgmma_backward.settle(in_flight, x)
+
+    def product(self, gradient, x, factor, slot):
+        if not self.config.interpret:
+            return wgmma_split.product(gradient, x, factor, slot=slot)
+        gradient = gradient + _dot(x, factor[slot])
+        plgpu.commit_smem()  # an ordinary read, which a copy may overwrite only behind a fence
+        return gradient
+
+    def pair_test(self, item: Item, start) -> Callable:
+        """allowed(tile): which pairs of this warpgroup's rows and of a tile may attend."""
+        inputs, test, of_queries = self.inputs, self.config.pair_test, self.config.rows_are_queries
+        shape = ROWS, TILE
+
+        def vectors(at, is_of_queries: bool):
+            sides = {"q": at, "kv": None} if is_of_queries else {"q": None, "kv": at}
+            positions_and_ids = token_vectors(inputs, test, batch=item.batch, **sides)
+            return positions_and_ids[0 if is_of_queries else 1 :: 2]
+
+        if test is not None:
+            own = [rows(x, shape) for x in vectors((start, ROWS, ROW), of_queries)]
+
+        def allowed(tile: _Tile) -> jax.Array:
+            tile_start, bits = tile.index * TILE, None
+            if test is not None:
+                other = [columns(x, shape) for x in vectors((tile_start, TILE, COLUMN), not of_queries)]
+                (q_positions, q_ids), (kv_positions, kv_ids) = (own, other) if of_queries else (other, own)
+                bits = test.allowed(tile.head, q_positions, kv_positions, q_ids, kv_ids)
+            if self.config.has_ragged_keys:
+                if of_queries:
+                    keys = columns(indices(tile_start, TILE, COLUMN), shape)
+                else:
+                    keys = rows(indices(start, ROWS, ROW), shape)
+                are_keys = keys < self.config.kv_len
+                bits = are_keys if bits is None else bits & are_keys
+            return bits
+
+        return allowed
+
+    def kept(self, item: Item, start) -> Callable | None:
+        """kept(tile): which pairs of this warpgroup's rows and of a tile dropout keeps; None for all."""
+        words, of_queries, shape = self.inputs.words, self.config.rows_are_queries, (ROWS, TILE)
+        if words is None:
+            return None
+
+        def words_of(tokens, head, layout, *, queries: bool) -> list:
+            arrays = (words.first, words.second) if queries else (words.keys,)
+            at = (head, tokens) if queries else (tokens,)
+            refs = [x.at[row_of_batch(x, item.batch), *at] for x in arrays]
+            spread = rows if layout is ROW else columns
+            return [spread(plgpu.load(ref, layout=layout, optimized=False), shape) for ref in refs]
+
+        own = words_of(pl.ds(start, ROWS), item.head, ROW, queries=of_queries)
+
+        def kept(tile: _Tile) -> jax.Array:
+            other = words_of(pl.ds(tile.index * TILE, TILE), tile.head, COLUMN, queries=not of_queries)
+            query_words, (kv_words,) = (own, other) if of_queries else (other, own)
+            return is_kept(self.config.dropout_rate, tuple(query_words), kv_words)
+
+        return kept
+
+    def write(self, item: Item, start, gradient) -> None:
+        """Writes the gradient of 64 rows, added to what is running."""
+        at = item.batch, pl.ds(start, ROWS), item.head
+        gradient = gradient * (self.config.scale if self.config.needs_dp else 1 / (1 - self.config.dropout_rate))
+        if self.inputs.running is not None:
+            gradient = gradient + plgpu.load(self.inputs.running.at[at], layout=MATRIX, optimized=False)
+        target = self.output.at[at]
+        if self.config.interpret:
+            target[...] = gradient.astype(target.dtype)
+        else:
+            store_parts_of_sectors(target, gradient.astype(target.dtype))
+
+
+def _dot(x, y) -> jax.Array:
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
