@@ -1,0 +1,484 @@
+"""The kernels of attention of few queries to many keys on Hopper GPUs (Mosaic GPU): keys split over multiprocessors.
+
+What takes time is reading the keys and values, once; the rows of a tile are all that reads them: the queries of a row
+of the batch, of all query heads that share a kv head. All blocks of keys that are to be read, of all rows and kv heads,
+stand in one line, which is cut into as many runs of equal length as there are multiprocessors, wherever that falls. So
+all finish together, however few rows there are and however much their keys differ in number.
+
+A run is, for each kv head of a row that it comes by, a piece of its blocks, one after the other. A producer warpgroup
+copies them into shared memory (TMA), far ahead; two consumers take them in turns, each with a softmax of its own, and
+write what comes of a piece as two parts: out and lse over the keys seen. The second kernel merges the parts of each
+query:
+
+  lse = log sum_i exp(lse_i);  out = sum_i exp(lse_i - lse) out_i
+
+Where run c meets pair p (a row of the batch and a tile of its queries) the parts are the (c + p)-th two: from one piece
+to the next either the run is the next or the pair is, so no two share a place, and those of a pair stand together.
+
+Reference: Dao et al. 2023, Flash-Decoding for long-context inference; runs of a line, whatever they cut: Osama et al.
+2023, Stream-K, arXiv:2301.03598.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
+    COLUMN,
+    MATRIX,
+    ROW,
+    PairTest,
+    columns,
+    indices,
+    rows,
+    token_vectors,
+)
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, sync
+from pallas_kernels.wgmma import ROWS, TILE_ROWS, TRANSFORMS
+
+_CONSUMERS = 2
+_Q_SLOTS = 2
+_SHARED_BYTES = 226 * 1024  # of the 227 KB that a block of threads may have
+_MOST_SLOTS = 6
+_AT_ONCE = 8  # parts that the merge reads at a time
+_LANES = WARPGROUP  # numbers of a row that the merge takes together, one a thread
+
+_LOG2_E = math.log2(math.e)
+_LOWEST = -1e30  # of what logits are measured against: finite, so that rows that see nothing make no nan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is static of a call.
+
+    Attributes:
+      scale: Multiplies q.k; positive.
+      block: Keys of a block.
+      kv_len: Number of keys, of which the last block may hold fewer than it has room for.
+      q_len: Queries of a row of the batch.
+      num_heads: Query heads.
+      pair_test: Whether pairs may attend, of their positions and segment ids (q, kv, q, kv), `[64, block]` each; None
+        where all may, of those that are visited.
+      num_runs: Runs that the line is cut into: multiprocessors.
+      interpret: Whether to run on a CPU, in JAX's interpreter.
+    """
+
+    scale: float
+    block: int
+    kv_len: int
+    q_len: int
+    num_heads: int
+    pair_test: PairTest | None
+    num_runs: int
+    interpret: Any = None
+
+
+class Line(NamedTuple):
+    """The blocks of keys to read, in one line: row by row of the batch, in each tile by tile of queries.
+
+    Attributes:
+      blocks: Of each row, in order, int32 `[B or 1, most]`: 2 j for block j, or 2 j + 1 where it needs the pair test.
+        What follows the row's last is anything.
+      counts: How many each row has, int32 `[B]`.
+      starts: Where each row begins in the line, and where the last one ends, int32 `[B + 1]`.
+      first_pair: The pair that each run begins in, int32 `[runs]`.
+      first_block: At how manieth of its blocks, int32 `[runs]`.
+    """
+
+    blocks: Any
+    counts: Any
+    starts: Any
+    first_pair: Any
+    first_block: Any
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads; None where there is nothing to read.
+
+    Attributes:
+      q: The rows of each tile, `[B, K, 64 tiles, H]`: query t of the g-th head of a kv head is row t G + g. Those
+        behind the last are anything.
+      k, v: `[B, S, K, H]` and `[B, S, K, V]`, S a multiple of 8.
+      line: What to read.
+      q_positions, q_segment_ids: Of the rows, int32 `[B or 1, 64 tiles]`.
+      kv_positions, kv_segment_ids: Int32 `[B or 1, whole blocks]`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    line: Line
+    q_positions: Any
+    kv_positions: Any
+    q_segment_ids: Any
+    kv_segment_ids: Any
+
+    @property
+    def pairs_of_row(self) -> int:
+        """Kv heads times tiles of queries."""
+        return self.q.shape[1] * (self.q.shape[2] // ROWS)
+
+
+def num_slots(key_dim: int, value_dim: int, block: int) -> int:
+    """Blocks of keys and values that shared memory has room for; even, so that a slot is always one consumer's."""
+    used = _Q_SLOTS * ROWS * key_dim * 2 + _CONSUMERS * ROWS * value_dim * 4
+    return min(_MOST_SLOTS, (_SHARED_BYTES - used) // (block * (key_dim + value_dim) * 2)) // 2 * 2
+
+
+def attend(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs both kernels: the running softmax (max, sum, acc) as in SoftmaxCarry, in base e, float32."""
+    parts, lse_parts = _run(_Split, inputs, config)
+    return _merged(parts, lse_parts, inputs, config)
+
+
+def _run(role: type, inputs: Inputs, config: Config) -> list[jax.Array]:
+    H, V = inputs.q.shape[3], inputs.v.shape[3]
+    slots = num_slots(H, V, config.block)
+    num_parts = config.num_runs + inputs.q.shape[0] * inputs.pairs_of_row - 1
+    group = config.num_heads // inputs.q.shape[1]
+    num_rows = min(ROWS, -(-config.q_len * group // TILE_ROWS) * TILE_ROWS)
+    out_type = [
+        jax.ShapeDtypeStruct((num_parts, _CONSUMERS, num_rows, -(-V // _LANES) * _LANES), jnp.float32),
+        jax.ShapeDtypeStruct((num_parts, _CONSUMERS, ROWS), jnp.float32),
+    ]
+    leaves, tree = jax.tree.flatten(inputs)
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
+
+    def body(*refs):
+        refs = iter(refs)
+        inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        results = list(itertools.islice(refs, len(out_type)))
+        role(config, inputs, results, _Shared(*refs)).run()
+
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(config.num_runs,),
+        grid_names=("block",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        scratch_types=_Shared(
+            q=smem(_Q_SLOTS, ROWS, H),
+            k=smem(slots, config.block, H),
+            v=smem(slots, config.block, V),
+            out=plgpu.SMEM((_CONSUMERS, ROWS, V), jnp.float32),
+            q_full=plgpu.Barrier(num_barriers=_Q_SLOTS),
+            k_full=plgpu.Barrier(num_barriers=slots),
+            v_full=plgpu.Barrier(num_barriers=slots),
+        ),
+        # No thread reads shared memory that it has written, so Pallas need not separate the two.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=config.interpret,
+    )(*leaves)
+
+
+class _Shared(NamedTuple):
+    """Shared memory, and the barriers that say when a buffer is full."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+
+
+class _Piece(NamedTuple):
+    """A run's blocks of one pair.
+
+    Attributes:
+      number: Pieces of the run before it.
+      batch, kv_head, tile: The pair: a row of the batch, and a tile of the queries of a kv head.
+      part: Where its parts go.
+      first, count: Its blocks, of those of the row.
+      blocks_before: Blocks of the run before it.
+    """
+
+    number: ArrayLike
+    batch: ArrayLike
+    kv_head: ArrayLike
+    tile: ArrayLike
+    part: ArrayLike
+    first: ArrayLike
+    count: ArrayLike
+    blocks_before: ArrayLike
+
+
+class _Running(NamedTuple):
+    """A consumer's softmax: `acc [64, V]`, what logits are measured against, base 2, and their sum, `[64]` each."""
+
+    acc: jax.Array
+    row_max: jax.Array
+    row_sum: jax.Array
+
+
+class _Split:
+    """What one block of threads does."""
+
+    def __init__(self, config: Config, inputs: Inputs, results: list, shared: _Shared):
+        self.config, self.inputs, self.shared = config, inputs, shared
+        self.parts, self.lse_parts = results
+        self.num_slots = shared.k.shape[0]
+        self.tile = ROWS, config.block
+        self.warpgroup = lax.axis_index("warpgroup")
+        # Named barriers, which tell the producer that a buffer may be filled again.
+        self.q_free = NAMED_BARRIERS.start
+        self.free = self.q_free + _Q_SLOTS
+        assert self.free + self.num_slots <= NAMED_BARRIERS.stop
+        self.two, self.everyone = 2 * WARPGROUP, (_CONSUMERS + 1) * WARPGROUP
+
+    def run(self) -> None:
+        @pl.when(self.warpgroup < _CONSUMERS)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            self.consume()
+
+        @pl.when(self.warpgroup == _CONSUMERS)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            self.produce()
+
+    def for_each_piece(self, body: Callable[[_Piece], None]) -> None:
+        line, run = self.inputs.line, lax.axis_index("block")
+        pairs_of_row, num_tiles = self.inputs.pairs_of_row, self.inputs.q.shape[2] // ROWS
+        num_rows = self.inputs.q.shape[0]
+        length = _length_of_run(line.starts[num_rows], run, self.config.num_runs)
+
+        def some_left(loop):
+            number, pair, first, done = loop
+            del number, pair, first
+            return done < length
+
+        def one_piece(loop):
+            number, pair, first, done = loop
+            batch, of_row = lax.div(pair, pairs_of_row), lax.rem(pair, pairs_of_row)
+            count = jnp.minimum(line.counts[batch] - first, length - done)
+            piece = _Piece(
+                number=number,
+                batch=batch,
+                kv_head=lax.div(of_row, num_tiles),
+                tile=lax.rem(of_row, num_tiles),
+                part=run + pair,
+                first=first,
+                count=count,
+                blocks_before=done,
+            )
+            pl.when(count > 0)(lambda: body(piece))
+            return number + (count > 0).astype(jnp.int32), pair + 1, jnp.int32(0), done + count
+
+        start = jnp.int32(0), line.first_pair[run], line.first_block[run], jnp.int32(0)
+        lax.while_loop(some_left, one_piece, start)
+
+    def block_of(self, piece: _Piece, i) -> ArrayLike:
+        """The i-th of a piece, as the line has it; behind its end any other."""
+        blocks = self.inputs.line.blocks
+        return blocks[row_of_batch(blocks, piece.batch), jnp.minimum(piece.first + i, blocks.shape[1] - 1)]
+
+    # The producer.
+
+    def produce(self) -> None:
+        inputs, shared, block = self.inputs, self.shared, self.config.block
+
+        def one_piece(piece: _Piece) -> None:
+            slot = lax.rem(piece.number, _Q_SLOTS)
+            sync(self.q_free + slot, self.everyone)
+            queries = inputs.q.at[piece.batch, piece.kv_head, pl.ds(piece.tile * ROWS, ROWS)]
+            plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
+
+            def one_block(i, entry):
+                ahead = self.block_of(piece, i + 1)
+                slot = lax.rem(piece.blocks_before + i, self.num_slots)
+                at = piece.batch, pl.ds(lax.div(entry, 2) * block, block), piece.kv_head
+                sync(self.free + slot, self.two)
+                plgpu.copy_gmem_to_smem(inputs.k.at[at], shared.k.at[slot], shared.k_full.at[slot])
+                plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
+                return ahead
+
+            lax.fori_loop(0, piece.count, one_block, self.block_of(piece, 0))
+
+        self.for_each_piece(one_piece)
+
+    # A consumer.
+
+    def consume(self) -> None:
+        for slot in range(_Q_SLOTS):
+            arrive(self.q_free + slot, self.everyone)
+        for slot in range(0, self.num_slots, _CONSUMERS):
+            arrive(self.free + self.warpgroup + slot, self.two)
+        self.for_each_piece(self.consume_piece)
+        plgpu.wait_smem_to_gmem(0)
+
+    def consume_piece(self, piece: _Piece) -> None:
+        q_slot = lax.rem(piece.number, _Q_SLOTS)
+        plgpu.barrier_wait(self.shared.q_full.at[q_slot])
+        allowed = self.pair_test(piece)
+        # The run's blocks go to the consumers in turns.
+        first = lax.rem(self.warpgroup + piece.blocks_before, _CONSUMERS)
+
+        def one_block(i, loop):
+            entry, running = loop
+            i = first + _CONSUMERS * i
+            ahead = self.block_of(piece, i + _CONSUMERS)
+            slot = lax.rem(piece.blocks_before + i, self.num_slots)
+            return ahead, self.step(entry, q_slot, slot, running, allowed)
+
+        mine = lax.div(piece.count - first + _CONSUMERS - 1, _CONSUMERS)
+        loop = self.block_of(piece, first), self.nothing_running()
+        _, running = lax.fori_loop(0, mine, one_block, loop)
+        arrive(self.q_free + q_slot, self.everyone)
+        self.write(piece.part, running)
+
+    def nothing_running(self) -> _Running:
+        value_dim = self.inputs.v.shape[3]
+        return _Running(
+            acc=plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), MATRIX),
+            row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), ROW),
+            row_sum=plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
+        )
+
+    def step(self, entry, q_slot, slot, running: _Running, allowed: Callable) -> _Running:
+        """One block of keys."""
+        shared, to_base_2 = self.shared, self.config.scale * _LOG2_E
+        plgpu.barrier_wait(shared.k_full.at[slot])
+
+        def logits(s_ref):
+            plgpu.wgmma(s_ref, shared.q.at[q_slot], shared.k.at[slot].transpose((1, 0)))
+            return s_ref[...]
+
+        s = pl.run_scoped(logits, plgpu.ACC(self.tile, jnp.float32))
+        if self.config.pair_test is not None:
+            needs_test = lax.rem(entry, 2) == 1
+            s = lax.cond(needs_test, lambda s: jnp.where(allowed(lax.div(entry, 2)), s, -jnp.inf), lambda s: s, s)
+        new_max = jnp.maximum(running.row_max, s.max(axis=1) * to_base_2)
+        rescale = jnp.exp2(running.row_max - new_max)
+        p = jnp.exp2(s * to_base_2 - rows(new_max, self.tile))
+        row_sum = running.row_sum * rescale + p.sum(axis=1)
+        acc = running.acc * rows(rescale, running.acc.shape)
+        p = p.astype(self.inputs.q.dtype)
+        plgpu.barrier_wait(shared.v_full.at[slot])
+        if self.config.interpret:
+            # By an ordinary read, which a copy may overwrite only behind a fence.
+            acc = acc + jnp.dot(p, shared.v[slot], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+        else:
+            acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, shared.v.at[slot]))(plgpu.ACC.init(acc))
+        arrive(self.free + slot, self.two)
+        return _Running(acc=acc, row_max=new_max, row_sum=row_sum)
+
+    def pair_test(self, piece: _Piece) -> Callable[[ArrayLike], jax.Array]:
+        """allowed(j): which pairs of the piece's queries and the keys of block j may attend."""
+        inputs, block, test = self.inputs, self.config.block, self.config.pair_test
+        if test is not None:
+            of_q = piece.tile * ROWS, ROWS, ROW
+            q_positions, _, q_segments, _ = token_vectors(inputs, test, batch=piece.batch, q=of_q, kv=None)
+
+        def allowed(j) -> jax.Array:
+            of_kv = j * block, block, COLUMN
+            _, kv_positions, _, kv_segments = token_vectors(inputs, test, batch=piece.batch, q=None, kv=of_kv)
+            bits = test.allowed(
+                rows(q_positions, self.tile),
+                columns(kv_positions, self.tile),
+                rows(q_segments, self.tile),
+                columns(kv_segments, self.tile),
+            )
+            if self.config.kv_len % block:
+                bits = bits & (columns(indices(j * block, block, COLUMN), self.tile) < self.config.kv_len)
+            return bits
+
+        return allowed
+
+    def write(self, part, running: _Running) -> None:
+        """Writes a part."""
+        empty = running.row_sum == 0
+        some = jnp.where(empty, 1.0, running.row_sum)
+        self.lse_parts.at[part, self.warpgroup][...] = jnp.where(empty, _LOWEST, running.row_max + jnp.log2(some))
+        staged = self.shared.out.at[self.warpgroup]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last piece's
+        staged[...] = running.acc * rows(1.0 / some, running.acc.shape)
+        plgpu.commit_smem()
+        num_rows, value_dim = self.parts.shape[2], self.inputs.v.shape[3]
+        to = self.parts.at[part, self.warpgroup, :, pl.ds(0, value_dim)]
+        plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, num_rows)], to)
+
+
+def _length_of_run(line_len, run, num_runs: int) -> ArrayLike:
+    return lax.div(line_len, num_runs) + (run < lax.rem(line_len, num_runs)).astype(jnp.int32)
+
+
+def start_of_run(line_len, run, num_runs: int) -> ArrayLike:
+    """Where a run begins in the line."""
+    return run * lax.div(line_len, num_runs) + jnp.minimum(run, lax.rem(line_len, num_runs))
+
+
+def _run_at(line_len, place, num_runs: int) -> ArrayLike:
+    """The run that a place in the line belongs to."""
+    length, longer = lax.div(line_len, num_runs), lax.rem(line_len, num_runs)
+    of_longer = lax.div(place, length + 1)
+    of_others = longer + lax.div(place - longer * (length + 1), jnp.maximum(length, 1))
+    return jnp.where(place < longer * (length + 1), of_longer, of_others)
+
+
+def _merged(parts, lse_parts, inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The running softmax of every query, from its parts: a block of threads a query of a head."""
+    (B, K), V = inputs.q.shape[:2], inputs.v.shape[3]
+    T, N = config.q_len, config.num_heads
+    group, num_tiles, padded_dim = N // K, inputs.q.shape[2] // ROWS, parts.shape[3]
+    row_vector = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    layout = plgpu.Layout.WG_STRIDED((padded_dim,), vec_size=padded_dim // _LANES)
+
+    def body(parts, lse_parts, starts, counts, max_ref, sum_ref, acc_ref):
+        batch, head, t = (lax.axis_index(name) for name in ("batch", "head", "token"))
+        row = t * group + lax.rem(head, group)
+        tile, row = lax.div(row, ROWS), lax.rem(row, ROWS)
+        of_row = lax.div(head, group) * num_tiles + tile
+        pair, line_len = batch * inputs.pairs_of_row + of_row, starts[B]
+        start, count = starts[batch] + of_row * counts[batch], counts[batch]
+        first = _run_at(line_len, start, config.num_runs) + pair
+        last = _run_at(line_len, start + count - 1, config.num_runs) + pair
+        # Rows without a key have no parts.
+        num = jnp.where(count > 0, _CONSUMERS * (last - first + 1), 0)
+
+        def some_parts(i, loop):
+            greatest, total, acc = loop
+            at = [i * _AT_ONCE + n for n in range(_AT_ONCE)]
+            places = [jnp.minimum(x, num - 1) for x in at]
+            found = [(first + lax.div(x, _CONSUMERS), lax.rem(x, _CONSUMERS), row) for x in places]
+            lse = [jnp.where(x < num, lse_parts[place], _LOWEST) for x, place in zip(at, found, strict=True)]
+            values = [plgpu.load(parts.at[place], layout=layout, optimized=False) for place in found]
+            new = functools.reduce(jnp.maximum, lse, greatest)
+            rescale = jnp.exp2(greatest - new)
+            total, acc = total * rescale, acc * rescale
+            for x, value in zip(lse, values, strict=True):
+                weight = jnp.where(x > _LOWEST, jnp.exp2(x - new), 0.0)
+                total, acc = total + weight, acc + value * weight
+            return new, total, acc
+
+        nothing = jnp.float32(_LOWEST), jnp.float32(0), plgpu.layout_cast(jnp.zeros((padded_dim,), jnp.float32), layout)
+        greatest, total, acc = lax.fori_loop(0, lax.div(num + _AT_ONCE - 1, _AT_ONCE), some_parts, nothing)
+        max_ref[batch, head, t] = jnp.where(total == 0, -jnp.inf, greatest * (1 / _LOG2_E))
+        sum_ref[batch, head, t] = total
+        acc_ref.at[batch, t, head][...] = acc
+
+    greatest, total, acc = plgpu.kernel(
+        body,
+        out_type=[row_vector, row_vector, jax.ShapeDtypeStruct((B, T, N, padded_dim), jnp.float32)],
+        grid=(B, N, T),
+        grid_names=("batch", "head", "token"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=config.interpret,
+    )(parts, lse_parts, inputs.line.starts, inputs.line.counts)
+    return greatest, total, acc[..., :V]
