@@ -62,13 +62,16 @@ def forward(
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, num_rows - T * group), (0, 0)))
     q_axis = tokens.queries(T)
     padding = -S % block
+    pair_test = _pair_test(options, S, block)
+    # Not those of queries that the test does not read: each would be a kernel of its own.
+    reads = frozenset() if pair_test is None else pair_test.reads
     inputs = kernels.Inputs(
         q=queries,
         k=_whole_tiles(k),
         v=_whole_tiles(v),
         line=_line(tokens, options, B, T, S, block, K * (num_rows // ROWS), num_cores),
-        q_positions=rows_of(q_axis.positions, 1),
-        q_segment_ids=rows_of(q_axis.segment_ids, 1),
+        q_positions=rows_of(q_axis.positions, 1) if 0 in reads else None,
+        q_segment_ids=rows_of(q_axis.segment_ids, 1) if 2 in reads else None,
         kv_positions=_padded(tokens.kv_positions, padding),
         kv_segment_ids=_padded(tokens.kv_segment_ids, padding),
     )
@@ -78,13 +81,15 @@ def forward(
         kv_len=S,
         q_len=T,
         num_heads=N,
-        pair_test=_pair_test(options, S, block),
+        pair_test=pair_test,
         num_runs=num_cores,
+        return_carry=return_carry or carry is not None,
         interpret=interpret,
     )
-    row_max, row_sum, acc = kernels.attend(inputs, config)
-    after = SoftmaxCarry(max=row_max, sum=row_sum, acc=acc)
-    after = after if carry is None else carry.merge(after)
+    result = kernels.attend(inputs, config)
+    if carry is None:
+        return result
+    after = carry.merge(result)
     return after if return_carry else after.finalize(q.dtype)
 
 
@@ -102,16 +107,22 @@ def _line(
         of_q = (x[:, t : t + 1] for x in q)
         return options.mask.allowed(next(of_q), positions, next(of_q), segment_ids) & is_key
 
-    # Query by query, so that what is reduced are rows of keys.
-    judged = [judge(t) for t in range(q_len)]
-    some, every = (functools.reduce(each, judged) for each in (operator.or_, operator.and_))
-    some, every = (x.reshape(-1, num_blocks, block) for x in (some, every))
-    some, every = some.any(axis=2), every.all(axis=2)
-    entry = 2 * jnp.arange(num_blocks, dtype=jnp.int32) + (~every).astype(jnp.int32)
-    place = jnp.cumsum(some, axis=1, dtype=jnp.int32)
-    row = jnp.arange(len(some))[:, None]
-    blocks = jnp.zeros(some.shape, jnp.int32).at[row, jnp.where(some, place - 1, num_blocks)].set(entry, mode="drop")
-    counts = jnp.broadcast_to(place[:, -1], (batch_size,))
+    # Query by query, so that what is summed are rows of keys.
+    num_allowed = functools.reduce(operator.add, (judge(t).astype(jnp.int32) for t in range(q_len)))
+    num_allowed = num_allowed.reshape(-1, num_blocks, block).sum(axis=2)
+    number, some = jnp.arange(num_blocks, dtype=jnp.int32), num_allowed > 0
+    entry = 2 * number + (num_allowed != q_len * block).astype(jnp.int32)
+    if options.mask.num_runs(kv_len, q_len + block - 1) == 1:
+        # A run of blocks: what may be empty in it, in a cache out of order, is read for nothing.
+        blocks = entry
+        offset = jnp.min(jnp.where(some, number, num_blocks), axis=1)
+        count = jnp.maximum(jnp.max(jnp.where(some, number + 1, 0), axis=1) - offset, 0)
+    else:
+        place = jnp.cumsum(some, axis=1, dtype=jnp.int32)
+        count, offset = place[:, -1], jnp.zeros((len(some),), jnp.int32)
+        at = jnp.arange(len(some))[:, None], jnp.where(some, place - 1, num_blocks)
+        blocks = jnp.zeros_like(entry).at[at].set(entry, mode="drop")
+    counts, offsets = (jnp.broadcast_to(x, (batch_size,)) for x in (count, offset))
     starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(counts * pairs_of_row, dtype=jnp.int32)])
     start = kernels.start_of_run(starts[-1], jnp.arange(runs, dtype=jnp.int32), runs)
     batch = jnp.sum(starts[1:] <= start[:, None], axis=1, dtype=jnp.int32)
@@ -120,6 +131,7 @@ def _line(
     before = start - starts[batch]
     return kernels.Line(
         blocks=blocks,
+        offsets=offsets,
         counts=counts,
         starts=starts,
         first_pair=batch * pairs_of_row + before // count,

@@ -45,13 +45,14 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, sync
+from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.wgmma import ROWS, TILE_ROWS, TRANSFORMS
 
 _CONSUMERS = 2
 _Q_SLOTS = 2
 _SHARED_BYTES = 226 * 1024  # of the 227 KB that a block of threads may have
 _MOST_SLOTS = 6
-_AT_ONCE = 8  # parts that the merge reads at a time
+_AT_ONCE = 16  # parts that the merge reads at a time
 _LANES = WARPGROUP  # numbers of a row that the merge takes together, one a thread
 
 _LOG2_E = math.log2(math.e)
@@ -71,6 +72,7 @@ class Config:
       pair_test: Whether pairs may attend, of their positions and segment ids (q, kv, q, kv), `[64, block]` each; None
         where all may, of those that are visited.
       num_runs: Runs that the line is cut into: multiprocessors.
+      return_carry: Whether to return the running softmax rather than the result.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
@@ -81,6 +83,7 @@ class Config:
     num_heads: int
     pair_test: PairTest | None
     num_runs: int
+    return_carry: bool
     interpret: Any = None
 
 
@@ -88,8 +91,8 @@ class Line(NamedTuple):
     """The blocks of keys to read, in one line: row by row of the batch, in each tile by tile of queries.
 
     Attributes:
-      blocks: Of each row, in order, int32 `[B or 1, most]`: 2 j for block j, or 2 j + 1 where it needs the pair test.
-        What follows the row's last is anything.
+      blocks: Lists of blocks, int32 `[B or 1, most]`: 2 j for block j, or 2 j + 1 where it needs the pair test.
+      offsets: Where each row's own begin in its list, int32 `[B]`.
       counts: How many each row has, int32 `[B]`.
       starts: Where each row begins in the line, and where the last one ends, int32 `[B + 1]`.
       first_pair: The pair that each run begins in, int32 `[runs]`.
@@ -97,6 +100,7 @@ class Line(NamedTuple):
     """
 
     blocks: Any
+    offsets: Any
     counts: Any
     starts: Any
     first_pair: Any
@@ -136,13 +140,16 @@ def num_slots(key_dim: int, value_dim: int, block: int) -> int:
     return min(_MOST_SLOTS, (_SHARED_BYTES - used) // (block * (key_dim + value_dim) * 2)) // 2 * 2
 
 
-def attend(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs both kernels: the running softmax (max, sum, acc) as in SoftmaxCarry, in base e, float32."""
-    parts, lse_parts = _run(_Split, inputs, config)
-    return _merged(parts, lse_parts, inputs, config)
+def attend(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
+    """Runs both kernels: out and lse, or the running softmax, of every query."""
+    return _merged(*_parts(inputs, config), inputs, config)
 
 
-def _run(role: type, inputs: Inputs, config: Config) -> list[jax.Array]:
+def _parts(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array]:
+    """What the runs make of their pieces: out `[parts, 2, rows, V]` and lse, base 2, `[parts, 2, 64]`, float32.
+
+    V is filled up to a multiple of 128, by anything. Where a part has seen no key its lse is _LOWEST.
+    """
     H, V = inputs.q.shape[3], inputs.v.shape[3]
     slots = num_slots(H, V, config.block)
     num_parts = config.num_runs + inputs.q.shape[0] * inputs.pairs_of_row - 1
@@ -161,9 +168,9 @@ def _run(role: type, inputs: Inputs, config: Config) -> list[jax.Array]:
         refs = iter(refs)
         inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         results = list(itertools.islice(refs, len(out_type)))
-        role(config, inputs, results, _Shared(*refs)).run()
+        _Split(config, inputs, results, _Shared(*refs)).run()
 
-    return plgpu.kernel(
+    parts, lse_parts = plgpu.kernel(
         body,
         out_type=out_type,
         grid=(config.num_runs,),
@@ -183,6 +190,7 @@ def _run(role: type, inputs: Inputs, config: Config) -> list[jax.Array]:
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
+    return parts, lse_parts
 
 
 class _Shared(NamedTuple):
@@ -204,7 +212,7 @@ class _Piece(NamedTuple):
       number: Pieces of the run before it.
       batch, kv_head, tile: The pair: a row of the batch, and a tile of the queries of a kv head.
       part: Where its parts go.
-      first, count: Its blocks, of those of the row.
+      start, count: Its blocks, of the row's list.
       blocks_before: Blocks of the run before it.
     """
 
@@ -213,7 +221,7 @@ class _Piece(NamedTuple):
     kv_head: ArrayLike
     tile: ArrayLike
     part: ArrayLike
-    first: ArrayLike
+    start: ArrayLike
     count: ArrayLike
     blocks_before: ArrayLike
 
@@ -273,7 +281,7 @@ class _Split:
                 kv_head=lax.div(of_row, num_tiles),
                 tile=lax.rem(of_row, num_tiles),
                 part=run + pair,
-                first=first,
+                start=line.offsets[batch] + first,
                 count=count,
                 blocks_before=done,
             )
@@ -286,7 +294,7 @@ class _Split:
     def block_of(self, piece: _Piece, i) -> ArrayLike:
         """The i-th of a piece, as the line has it; behind its end any other."""
         blocks = self.inputs.line.blocks
-        return blocks[row_of_batch(blocks, piece.batch), jnp.minimum(piece.first + i, blocks.shape[1] - 1)]
+        return blocks[row_of_batch(blocks, piece.batch), jnp.minimum(piece.start + i, blocks.shape[1] - 1)]
 
     # The producer.
 
@@ -432,15 +440,16 @@ def _run_at(line_len, place, num_runs: int) -> ArrayLike:
     return jnp.where(place < longer * (length + 1), of_longer, of_others)
 
 
-def _merged(parts, lse_parts, inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The running softmax of every query, from its parts: a block of threads a query of a head."""
+def _merged(parts, lse_parts, inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
+    """What the parts of every query are together: a block of threads a query of a head."""
     (B, K), V = inputs.q.shape[:2], inputs.v.shape[3]
     T, N = config.q_len, config.num_heads
     group, num_tiles, padded_dim = N // K, inputs.q.shape[2] // ROWS, parts.shape[3]
     row_vector = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    out_dtype = jnp.float32 if config.return_carry else inputs.q.dtype
     layout = plgpu.Layout.WG_STRIDED((padded_dim,), vec_size=padded_dim // _LANES)
 
-    def body(parts, lse_parts, starts, counts, max_ref, sum_ref, acc_ref):
+    def body(parts, lse_parts, starts, counts, out_ref, *row_refs):
         batch, head, t = (lax.axis_index(name) for name in ("batch", "head", "token"))
         row = t * group + lax.rem(head, group)
         tile, row = lax.div(row, ROWS), lax.rem(row, ROWS)
@@ -454,31 +463,41 @@ def _merged(parts, lse_parts, inputs: Inputs, config: Config) -> tuple[jax.Array
 
         def some_parts(i, loop):
             greatest, total, acc = loop
-            at = [i * _AT_ONCE + n for n in range(_AT_ONCE)]
-            places = [jnp.minimum(x, num - 1) for x in at]
-            found = [(first + lax.div(x, _CONSUMERS), lax.rem(x, _CONSUMERS), row) for x in places]
-            lse = [jnp.where(x < num, lse_parts[place], _LOWEST) for x, place in zip(at, found, strict=True)]
-            values = [plgpu.load(parts.at[place], layout=layout, optimized=False) for place in found]
-            new = functools.reduce(jnp.maximum, lse, greatest)
+            numbers = [i * _AT_ONCE + n for n in range(_AT_ONCE)]
+            clipped = [jnp.minimum(n, num - 1) for n in numbers]
+            places = [(first + lax.div(n, _CONSUMERS), lax.rem(n, _CONSUMERS), row) for n in clipped]
+            lses = [jnp.where(n < num, lse_parts[at], _LOWEST) for n, at in zip(numbers, places, strict=True)]
+            values = [plgpu.load(parts.at[at], layout=layout, optimized=False) for at in places]
+            new = functools.reduce(jnp.maximum, lses, greatest)
             rescale = jnp.exp2(greatest - new)
             total, acc = total * rescale, acc * rescale
-            for x, value in zip(lse, values, strict=True):
-                weight = jnp.where(x > _LOWEST, jnp.exp2(x - new), 0.0)
+            for lse, value in zip(lses, values, strict=True):
+                weight = jnp.where(lse > _LOWEST, jnp.exp2(lse - new), 0.0)
                 total, acc = total + weight, acc + value * weight
             return new, total, acc
 
-        nothing = jnp.float32(_LOWEST), jnp.float32(0), plgpu.layout_cast(jnp.zeros((padded_dim,), jnp.float32), layout)
-        greatest, total, acc = lax.fori_loop(0, lax.div(num + _AT_ONCE - 1, _AT_ONCE), some_parts, nothing)
-        max_ref[batch, head, t] = jnp.where(total == 0, -jnp.inf, greatest * (1 / _LOG2_E))
-        sum_ref[batch, head, t] = total
-        acc_ref.at[batch, t, head][...] = acc
+        nothing = plgpu.layout_cast(jnp.zeros((padded_dim,), jnp.float32), layout)
+        num_rounds = lax.div(num + _AT_ONCE - 1, _AT_ONCE)
+        greatest, total, acc = lax.fori_loop(0, num_rounds, some_parts, (jnp.float32(_LOWEST), jnp.float32(0), nothing))
+        empty = total == 0
+        if config.return_carry:
+            max_ref, sum_ref = row_refs
+            max_ref[batch, head, t] = jnp.where(empty, -jnp.inf, greatest * (1 / _LOG2_E))
+            sum_ref[batch, head, t] = total
+        else:
+            some = jnp.where(empty, 1.0, total)
+            acc = acc * (1.0 / some)
+            (lse_ref,) = row_refs
+            lse_ref[batch, head, t] = jnp.where(empty, -jnp.inf, (greatest + jnp.log2(some)) * (1 / _LOG2_E))
+        out_ref.at[batch, t, head][...] = acc.astype(out_dtype)
 
-    greatest, total, acc = plgpu.kernel(
+    out, *of_rows = plgpu.kernel(
         body,
-        out_type=[row_vector, row_vector, jax.ShapeDtypeStruct((B, T, N, padded_dim), jnp.float32)],
+        out_type=[jax.ShapeDtypeStruct((B, T, N, padded_dim), out_dtype)] + [row_vector] * (1 + config.return_carry),
         grid=(B, N, T),
         grid_names=("batch", "head", "token"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(parts, lse_parts, inputs.line.starts, inputs.line.counts)
-    return greatest, total, acc[..., :V]
+    out = out[..., :V]
+    return SoftmaxCarry(max=of_rows[0], sum=of_rows[1], acc=out) if config.return_carry else (out, of_rows[0])
