@@ -21,7 +21,15 @@ from longctx.context_parallel.config import AttentionSharding
 from longctx.context_parallel.kv_cache import EMPTY, KVCache, room_of, write_own
 from longctx.context_parallel.layout import Layout
 from longctx.context_parallel.tree import tree_backward, tree_decode
-from pallas_kernels import PADDING_SEGMENT_ID, BlockSizes, Mask, Tokens, blockwise_attention, make_schedule
+from pallas_kernels import (
+    PADDING_SEGMENT_ID,
+    BlockSizes,
+    Mask,
+    Tokens,
+    blockwise_attention,
+    latent_attention,
+    make_schedule,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,17 +190,23 @@ def sharded_decode(
       q, k, v: Of the new tokens, global.
       cache: From `empty_cache`, `sharded_prefill` or the previous call, with the same sharding.
       mask: Which pairs may attend; one document a row.
-      value_dim: If given, values are so many first dims of the keys, and v is None.
+      value_dim: If given, values are so many first dims of the keys, which have one head, and v is None; `scale` must
+        be given then.
       sharding: The mesh axes to split over; None means those of `longctx.make_mesh` where such a mesh is in scope, and
         otherwise one device.
       sinks, deterministic, **options: As `blockwise_attention`.
     Returns: out `[B, T, N, V]` and the cache with T more tokens. Differentiable in q, k, v, sinks and the cache's
       arrays.
     Raises: ValueError where T exceeds the slots of the cache, or an axis is not of the mesh, or does not divide the
-      slots.
+      slots, or value_dim does not go with the others.
     Cost: what tree.py states; nothing of the size of the cache moves. Where q, k and v come in split along T, they are
       gathered.
     """
+    if value_dim is not None and (v is not None or sinks is not None or k.shape[2] != 1):
+        raise ValueError(
+            f"decode: value_dim={value_dim} with v, with sinks or with {k.shape[2]} kv heads, wanted keys of one head "
+            "alone, whose first dims are the values; leave it out, or them"
+        )
     num_new, num_slots = q.shape[1], cache.k.shape[1]
     if num_new > num_slots:
         raise ValueError(
@@ -214,12 +228,19 @@ def sharded_decode(
         kv_segment_ids=cache.segment_ids,
     )
     options = options | {"mask": within_documents(mask)}
-    values = cache.v if value_dim is None else cache.k[..., :value_dim]
     if split is None:
-        options |= {"sinks": sinks, "deterministic": deterministic}
-        return blockwise_attention(q, cache.k, values, tokens=tokens, **options), cache
-    call = _Call(split=split, uses_lse=sinks is not None, deterministic=deterministic, options=tuple(options.items()))
-    out, lse = _attend(call, q, cache.k, values, tokens)
+        options |= {"tokens": tokens, "deterministic": deterministic}
+        if value_dim is not None:
+            return latent_attention(q, cache.k[:, :, 0], value_dim=value_dim, **options), cache
+        return blockwise_attention(q, cache.k, cache.v, sinks=sinks, **options), cache
+    call = _Call(
+        split=split,
+        value_dim=value_dim,
+        uses_lse=sinks is not None,
+        deterministic=deterministic,
+        options=tuple(options.items()),
+    )
+    out, lse = _attend(call, q, cache.k, cache.v, tokens)
     if sinks is not None:
         # What sum exp S is of it and exp(sink) together.
         sees_some = lse > -jnp.inf
@@ -408,6 +429,7 @@ class _Call:
     `uses_lse` says whether anything depends on lse: where nothing does, its cotangent is None."""
 
     split: CacheSplit
+    value_dim: int | None
     uses_lse: bool
     deterministic: bool
     options: tuple[tuple[str, Any], ...]
@@ -438,7 +460,7 @@ def _attend_fwd(call: _Call, q, k, v, tokens):
 
     def shard(q, k, v, tokens):
         with jax.named_scope(HOP_SCOPE):
-            return tree_decode(q, k, v, tokens, axes=split.sequence, **dict(call.options))
+            return tree_decode(q, k, v, tokens, axes=split.sequence, value_dim=call.value_dim, **dict(call.options))
 
     kv, whole = split.slots_spec[0], split.whole_spec
     out, lse = jax.shard_map(
@@ -455,7 +477,7 @@ def _attend_bwd(call: _Call, residuals, cotangents):
 
     def shard(q, k, v, out, lse, dout, dlse, tokens):
         dlse = dlse if call.uses_lse else None
-        options = dict(call.options) | {"deterministic": call.deterministic}
+        options = dict(call.options) | {"deterministic": call.deterministic, "value_dim": call.value_dim}
         with jax.named_scope(HOP_SCOPE):
             return tree_backward(q, k, v, out, lse, dout, dlse, tokens, axes=split.sequence, **options)
 

@@ -27,8 +27,8 @@ MOST_QUERIES = 16
 """Queries of a row up to which the keys are split. More fill the tiles of the kernel made for many, which reads the
 keys once for each query head; and pairs are judged one query at a time."""
 
-BLOCK = {64: 128, 128: 64}
-"""Keys of a block, by head dim."""
+BLOCK = {64: 128, 128: 64, 576: 64}
+"""Keys of a block, by their dims; 576 are those of latent attention."""
 
 
 def serves(q_len: int, schedule: Schedule | None, options: Options) -> bool:
@@ -46,9 +46,23 @@ def serves(q_len: int, schedule: Schedule | None, options: Options) -> bool:
 
 
 def forward(
-    q, k, v, *, tokens: Tokens, carry, return_carry, options: Options, num_cores: int, interpret=None
+    q,
+    k,
+    v,
+    *,
+    tokens: Tokens,
+    carry,
+    return_carry,
+    options: Options,
+    num_cores: int,
+    value_dim: int | None = None,
+    interpret=None,
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
-    """`blockwise_attention_forward` of few queries; of a call that it `serves`."""
+    """`blockwise_attention_forward` of few queries; of a call that it `serves`.
+
+    Args:
+      v: None where values are the first `value_dim` dims of the keys.
+    """
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     block, group = BLOCK[H], N // K
     num_rows = -(-T * group // ROWS) * ROWS
@@ -68,7 +82,7 @@ def forward(
     inputs = kernels.Inputs(
         q=queries,
         k=_whole_tiles(k),
-        v=_whole_tiles(v),
+        v=None if v is None else _whole_tiles(v),
         line=_line(tokens, options, B, T, S, block, K * (num_rows // ROWS), num_cores),
         q_positions=rows_of(q_axis.positions, 1) if 0 in reads else None,
         q_segment_ids=rows_of(q_axis.segment_ids, 1) if 2 in reads else None,
@@ -78,6 +92,7 @@ def forward(
     config = kernels.Config(
         scale=options.scale,
         block=block,
+        value_dim=value_dim if v is None else v.shape[3],
         kv_len=S,
         q_len=T,
         num_heads=N,

@@ -15,6 +15,9 @@ query:
 Where run c meets pair p (a row of the batch and a tile of its queries) the parts are the (c + p)-th two: from one piece
 to the next either the run is the next or the pair is, so no two share a place, and those of a pair stand together.
 
+Values may be the first dims of the keys, as those of latent attention are, which are many: then keys alone are copied,
+both consumers take every block, each for half of the dims of the values, and a piece is one part.
+
 Reference: Dao et al. 2023, Flash-Decoding for long-context inference; runs of a line, whatever they cut: Osama et al.
 2023, Stream-K, arXiv:2301.03598.
 """
@@ -66,6 +69,7 @@ class Config:
     Attributes:
       scale: Multiplies q.k; positive.
       block: Keys of a block.
+      value_dim: Dims of values, V.
       kv_len: Number of keys, of which the last block may hold fewer than it has room for.
       q_len: Queries of a row of the batch.
       num_heads: Query heads.
@@ -78,6 +82,7 @@ class Config:
 
     scale: float
     block: int
+    value_dim: int
     kv_len: int
     q_len: int
     num_heads: int
@@ -113,7 +118,7 @@ class Inputs(NamedTuple):
     Attributes:
       q: The rows of each tile, `[B, K, 64 tiles, H]`: query t of the g-th head of a kv head is row t G + g. Those
         behind the last are anything.
-      k, v: `[B, S, K, H]` and `[B, S, K, V]`, S a multiple of 8.
+      k, v: `[B, S, K, H]` and `[B, S, K, V]`, S a multiple of 8; v None where values are the first dims of the keys.
       line: What to read.
       q_positions, q_segment_ids: Of the rows, int32 `[B or 1, 64 tiles]`.
       kv_positions, kv_segment_ids: Int32 `[B or 1, whole blocks]`.
@@ -140,35 +145,56 @@ def num_slots(key_dim: int, value_dim: int, block: int) -> int:
     return min(_MOST_SLOTS, (_SHARED_BYTES - used) // (block * (key_dim + value_dim) * 2)) // 2 * 2
 
 
+def num_slots_of_keys(key_dim: int, block: int) -> int:
+    """Blocks of keys that it has room for where values are part of them, beside one tile of queries."""
+    return min(_MOST_SLOTS, (_SHARED_BYTES - ROWS * key_dim * 2) // (block * key_dim * 2))
+
+
 def attend(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """Runs both kernels: out and lse, or the running softmax, of every query."""
     return _merged(*_parts(inputs, config), inputs, config)
 
 
 def _parts(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array]:
-    """What the runs make of their pieces: out `[parts, 2, rows, V]` and lse, base 2, `[parts, 2, 64]`, float32.
+    """What the runs make of their pieces: out `[parts, 2, rows, V]` and lse, base 2, `[parts, 2, 64]`, float32; 1 in
+    place of 2 where values are the first dims of the keys.
 
     V is filled up to a multiple of 128, by anything. Where a part has seen no key its lse is _LOWEST.
     """
-    H, V = inputs.q.shape[3], inputs.v.shape[3]
-    slots = num_slots(H, V, config.block)
+    H, V, has_values = inputs.q.shape[3], config.value_dim, inputs.v is not None
+    slots = num_slots(H, V, config.block) if has_values else num_slots_of_keys(H, config.block)
+    q_slots = _Q_SLOTS if has_values else 1
     num_parts = config.num_runs + inputs.q.shape[0] * inputs.pairs_of_row - 1
     group = config.num_heads // inputs.q.shape[1]
-    num_rows = min(ROWS, -(-config.q_len * group // TILE_ROWS) * TILE_ROWS)
+    num_rows = min(ROWS, -(-config.q_len * group // TILE_ROWS) * TILE_ROWS) if has_values else ROWS
+    of_piece = _CONSUMERS if has_values else 1
     out_type = [
-        jax.ShapeDtypeStruct((num_parts, _CONSUMERS, num_rows, -(-V // _LANES) * _LANES), jnp.float32),
-        jax.ShapeDtypeStruct((num_parts, _CONSUMERS, ROWS), jnp.float32),
+        jax.ShapeDtypeStruct((num_parts, of_piece, num_rows, -(-V // _LANES) * _LANES), jnp.float32),
+        jax.ShapeDtypeStruct((num_parts, of_piece, ROWS), jnp.float32),
     ]
     leaves, tree = jax.tree.flatten(inputs)
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
 
+    scratch, shared_tree = jax.tree.flatten(
+        _Shared(
+            q=smem(q_slots, ROWS, H),
+            k=smem(slots, config.block, H),
+            v=smem(slots, config.block, V) if has_values else None,
+            out=plgpu.SMEM((_CONSUMERS, ROWS, V), jnp.float32) if has_values else None,
+            q_full=plgpu.Barrier(num_barriers=q_slots),
+            k_full=plgpu.Barrier(num_barriers=slots),
+            v_full=plgpu.Barrier(num_barriers=slots) if has_values else None,
+        )
+    )
+
     def body(*refs):
         refs = iter(refs)
         inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         results = list(itertools.islice(refs, len(out_type)))
-        _Split(config, inputs, results, _Shared(*refs)).run()
+        role = _Split if has_values else _SplitKeys
+        role(config, inputs, results, jax.tree.unflatten(shared_tree, refs)).run()
 
     parts, lse_parts = plgpu.kernel(
         body,
@@ -177,15 +203,7 @@ def _parts(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array]:
         grid_names=("block",),
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
-        scratch_types=_Shared(
-            q=smem(_Q_SLOTS, ROWS, H),
-            k=smem(slots, config.block, H),
-            v=smem(slots, config.block, V),
-            out=plgpu.SMEM((_CONSUMERS, ROWS, V), jnp.float32),
-            q_full=plgpu.Barrier(num_barriers=_Q_SLOTS),
-            k_full=plgpu.Barrier(num_barriers=slots),
-            v_full=plgpu.Barrier(num_barriers=slots),
-        ),
+        scratch_types=scratch,
         # No thread reads shared memory that it has written, so Pallas need not separate the two.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
@@ -194,7 +212,7 @@ def _parts(inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array]:
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barriers that say when a buffer is full."""
+    """Shared memory, and the barriers that say when a buffer is full; None for what is not there."""
 
     q: Any
     k: Any
@@ -235,19 +253,26 @@ class _Running(NamedTuple):
 
 
 class _Split:
-    """What one block of threads does."""
+    """What one block of threads does.
+
+    Attributes:
+      readers: Consumers that read a block.
+    """
+
+    readers = 1
 
     def __init__(self, config: Config, inputs: Inputs, results: list, shared: _Shared):
         self.config, self.inputs, self.shared = config, inputs, shared
         self.parts, self.lse_parts = results
-        self.num_slots = shared.k.shape[0]
+        self.num_slots, self.num_q_slots = shared.k.shape[0], shared.q.shape[0]
         self.tile = ROWS, config.block
         self.warpgroup = lax.axis_index("warpgroup")
-        # Named barriers, which tell the producer that a buffer may be filled again.
+        # Named barriers, which tell the producer that a buffer may be filled again, and how many threads they take.
         self.q_free = NAMED_BARRIERS.start
-        self.free = self.q_free + _Q_SLOTS
+        self.free = self.q_free + self.num_q_slots
         assert self.free + self.num_slots <= NAMED_BARRIERS.stop
-        self.two, self.everyone = 2 * WARPGROUP, (_CONSUMERS + 1) * WARPGROUP
+        self.everyone = (_CONSUMERS + 1) * WARPGROUP
+        self.sharers = (self.readers + 1) * WARPGROUP
 
     def run(self) -> None:
         @pl.when(self.warpgroup < _CONSUMERS)
@@ -302,7 +327,7 @@ class _Split:
         inputs, shared, block = self.inputs, self.shared, self.config.block
 
         def one_piece(piece: _Piece) -> None:
-            slot = lax.rem(piece.number, _Q_SLOTS)
+            slot = lax.rem(piece.number, self.num_q_slots)
             sync(self.q_free + slot, self.everyone)
             queries = inputs.q.at[piece.batch, piece.kv_head, pl.ds(piece.tile * ROWS, ROWS)]
             plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
@@ -311,9 +336,10 @@ class _Split:
                 ahead = self.block_of(piece, i + 1)
                 slot = lax.rem(piece.blocks_before + i, self.num_slots)
                 at = piece.batch, pl.ds(lax.div(entry, 2) * block, block), piece.kv_head
-                sync(self.free + slot, self.two)
+                sync(self.free + slot, self.sharers)
                 plgpu.copy_gmem_to_smem(inputs.k.at[at], shared.k.at[slot], shared.k_full.at[slot])
-                plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
+                if inputs.v is not None:
+                    plgpu.copy_gmem_to_smem(inputs.v.at[at], shared.v.at[slot], shared.v_full.at[slot])
                 return ahead
 
             lax.fori_loop(0, piece.count, one_block, self.block_of(piece, 0))
@@ -323,37 +349,48 @@ class _Split:
     # A consumer.
 
     def consume(self) -> None:
-        for slot in range(_Q_SLOTS):
+        for slot in range(self.num_q_slots):
             arrive(self.q_free + slot, self.everyone)
-        for slot in range(0, self.num_slots, _CONSUMERS):
-            arrive(self.free + self.warpgroup + slot, self.two)
+        self.give_all_back()
         self.for_each_piece(self.consume_piece)
         plgpu.wait_smem_to_gmem(0)
 
+    def give_all_back(self) -> None:
+        """Tells the producer that the slots of this consumer may be filled for the first time."""
+        for slot in range(0, self.num_slots, _CONSUMERS):
+            arrive(self.free + self.warpgroup + slot, self.sharers)
+
+    def blocks_of(self, piece: _Piece) -> tuple[ArrayLike, int]:
+        """The first of a piece's blocks that is this consumer's, and how many on the next is: they go in turns."""
+        return lax.rem(self.warpgroup + piece.blocks_before, _CONSUMERS), _CONSUMERS
+
+    @property
+    def columns(self) -> int:
+        """Dims of the values that a consumer's result has."""
+        return self.config.value_dim
+
     def consume_piece(self, piece: _Piece) -> None:
-        q_slot = lax.rem(piece.number, _Q_SLOTS)
+        q_slot = lax.rem(piece.number, self.num_q_slots)
         plgpu.barrier_wait(self.shared.q_full.at[q_slot])
         allowed = self.pair_test(piece)
-        # The run's blocks go to the consumers in turns.
-        first = lax.rem(self.warpgroup + piece.blocks_before, _CONSUMERS)
+        first, stride = self.blocks_of(piece)
 
         def one_block(i, loop):
             entry, running = loop
-            i = first + _CONSUMERS * i
-            ahead = self.block_of(piece, i + _CONSUMERS)
+            i = first + stride * i
+            ahead = self.block_of(piece, i + stride)
             slot = lax.rem(piece.blocks_before + i, self.num_slots)
             return ahead, self.step(entry, q_slot, slot, running, allowed)
 
-        mine = lax.div(piece.count - first + _CONSUMERS - 1, _CONSUMERS)
+        mine = lax.div(piece.count - first + stride - 1, stride)
         loop = self.block_of(piece, first), self.nothing_running()
         _, running = lax.fori_loop(0, mine, one_block, loop)
         arrive(self.q_free + q_slot, self.everyone)
         self.write(piece.part, running)
 
     def nothing_running(self) -> _Running:
-        value_dim = self.inputs.v.shape[3]
         return _Running(
-            acc=plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), MATRIX),
+            acc=plgpu.layout_cast(jnp.zeros((ROWS, self.columns), jnp.float32), MATRIX),
             row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), ROW),
             row_sum=plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
         )
@@ -376,16 +413,22 @@ class _Split:
         p = jnp.exp2(s * to_base_2 - rows(new_max, self.tile))
         row_sum = running.row_sum * rescale + p.sum(axis=1)
         acc = running.acc * rows(rescale, running.acc.shape)
-        p = p.astype(self.inputs.q.dtype)
-        plgpu.barrier_wait(shared.v_full.at[slot])
+        acc = self.add_product(acc, p.astype(self.inputs.q.dtype), slot)
+        arrive(self.free + slot, self.sharers)
+        return _Running(acc=acc, row_max=new_max, row_sum=row_sum)
+
+    def add_product(self, acc, p, slot) -> jax.Array:
+        """acc + p v of a slot's values."""
+        plgpu.barrier_wait(self.shared.v_full.at[slot])
+        return self.multiply(acc, p, self.shared.v.at[slot])
+
+    def multiply(self, acc, p, v_smem) -> jax.Array:
         if self.config.interpret:
             # By an ordinary read, which a copy may overwrite only behind a fence.
-            acc = acc + jnp.dot(p, shared.v[slot], preferred_element_type=jnp.float32)
+            acc = acc + jnp.dot(p, v_smem[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
-        else:
-            acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, shared.v.at[slot]))(plgpu.ACC.init(acc))
-        arrive(self.free + slot, self.two)
-        return _Running(acc=acc, row_max=new_max, row_sum=row_sum)
+            return acc
+        return pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_smem))(plgpu.ACC.init(acc))
 
     def pair_test(self, piece: _Piece) -> Callable[[ArrayLike], jax.Array]:
         """allowed(j): which pairs of the piece's queries and the keys of block j may attend."""
@@ -418,9 +461,44 @@ class _Split:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last piece's
         staged[...] = running.acc * rows(1.0 / some, running.acc.shape)
         plgpu.commit_smem()
-        num_rows, value_dim = self.parts.shape[2], self.inputs.v.shape[3]
-        to = self.parts.at[part, self.warpgroup, :, pl.ds(0, value_dim)]
-        plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, num_rows)], to)
+        to = self.parts.at[part, self.warpgroup, :, pl.ds(0, self.columns)]
+        plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, self.parts.shape[2])], to)
+
+
+class _SplitKeys(_Split):
+    """What one block of threads does where values are the first dims of the keys: consumers share out these dims."""
+
+    readers = _CONSUMERS
+
+    @property
+    def columns(self) -> int:
+        return self.config.value_dim // _CONSUMERS
+
+    def give_all_back(self) -> None:
+        for slot in range(self.num_slots):
+            arrive(self.free + slot, self.sharers)
+
+    def blocks_of(self, piece: _Piece) -> tuple[ArrayLike, int]:
+        return jnp.int32(0), 1
+
+    def add_product(self, acc, p, slot) -> jax.Array:
+        def of(consumer: int):
+            columns = pl.ds(consumer * self.columns, self.columns)
+            return lambda acc, p: self.multiply(acc, p, self.shared.k.at[slot, :, columns])
+
+        return lax.cond(self.warpgroup == 0, of(0), of(1), acc, p)
+
+    def write(self, part, running: _Running) -> None:
+        empty = running.row_sum == 0
+        some = jnp.where(empty, 1.0, running.row_sum)
+
+        @pl.when(self.warpgroup == 0)
+        def _():
+            self.lse_parts.at[part, 0][...] = jnp.where(empty, _LOWEST, running.row_max + jnp.log2(some))
+
+        # Shared memory is full: all 64 rows, from the registers.
+        to = self.parts.at[part, 0, :, pl.ds(self.warpgroup * self.columns, self.columns)]
+        to[...] = running.acc * rows(1.0 / some, running.acc.shape)
 
 
 def _length_of_run(line_len, run, num_runs: int) -> ArrayLike:
@@ -442,9 +520,10 @@ def _run_at(line_len, place, num_runs: int) -> ArrayLike:
 
 def _merged(parts, lse_parts, inputs: Inputs, config: Config) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """What the parts of every query are together: a block of threads a query of a head."""
-    (B, K), V = inputs.q.shape[:2], inputs.v.shape[3]
+    (B, K), V = inputs.q.shape[:2], config.value_dim
     T, N = config.q_len, config.num_heads
-    group, num_tiles, padded_dim = N // K, inputs.q.shape[2] // ROWS, parts.shape[3]
+    group, num_tiles = N // K, inputs.q.shape[2] // ROWS
+    of_piece, padded_dim = parts.shape[1], parts.shape[3]
     row_vector = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     out_dtype = jnp.float32 if config.return_carry else inputs.q.dtype
     layout = plgpu.Layout.WG_STRIDED((padded_dim,), vec_size=padded_dim // _LANES)
@@ -459,13 +538,13 @@ def _merged(parts, lse_parts, inputs: Inputs, config: Config) -> tuple[jax.Array
         first = _run_at(line_len, start, config.num_runs) + pair
         last = _run_at(line_len, start + count - 1, config.num_runs) + pair
         # Rows without a key have no parts.
-        num = jnp.where(count > 0, _CONSUMERS * (last - first + 1), 0)
+        num = jnp.where(count > 0, of_piece * (last - first + 1), 0)
 
         def some_parts(i, loop):
             greatest, total, acc = loop
             numbers = [i * _AT_ONCE + n for n in range(_AT_ONCE)]
             clipped = [jnp.minimum(n, num - 1) for n in numbers]
-            places = [(first + lax.div(n, _CONSUMERS), lax.rem(n, _CONSUMERS), row) for n in clipped]
+            places = [(first + lax.div(n, of_piece), lax.rem(n, of_piece), row) for n in clipped]
             lses = [jnp.where(n < num, lse_parts[at], _LOWEST) for n, at in zip(numbers, places, strict=True)]
             values = [plgpu.load(parts.at[at], layout=layout, optimized=False) for at in places]
             new = functools.reduce(jnp.maximum, lses, greatest)
