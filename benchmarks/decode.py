@@ -13,7 +13,13 @@ from benchmarks.measure import Bandwidth
 from benchmarks.peers import Candidate
 from benchmarks.results import Row
 from benchmarks.side_by_side import measure_side_by_side
-from pallas_kernels import PADDING_SEGMENT_ID, Mask, Tokens, blockwise_attention_forward
+from pallas_kernels import (
+    PADDING_SEGMENT_ID,
+    Mask,
+    Tokens,
+    blockwise_attention_forward,
+    latent_attention_forward,
+)
 from pallas_kernels.mask import Causal, SameDocument, Window
 from pallas_kernels.testing import TOLERANCE, relative_errors
 
@@ -23,7 +29,8 @@ NOTES = (
     "as it is filled. % of copy is that over the bytes a second, read and written, of the copy of the same run. Which "
     "blocks to read is found inside the timing, from positions and segment ids, as a decoding step does.",
     "What is timed agrees with the float32 formula, every row and head. Peers are handed the number of tokens of each "
-    "row, and serve neither several new tokens, each of which sees one more, nor a window.",
+    "row, and serve neither several new tokens, each of which sees one more, nor a window. Of latents, which are keys "
+    "and, in their first dims, values of all heads, the bytes are counted once.",
 )
 PEERS = ("cudnn", "triton")
 OURS = ("mosaic_gpu", "xla")
@@ -38,6 +45,7 @@ class DecodeCase:
       num_slots: Tokens that it has room for.
       q_len: New tokens of a row.
       window: Tokens that each sees, itself included; None for all before it.
+      value_dim: If given, the cache holds latents of one head, whose first dims are the values.
     """
 
     lengths: tuple[int, ...]
@@ -47,17 +55,17 @@ class DecodeCase:
     num_kv_heads: int = 8
     head_dim: int = 128
     window: int | None = None
+    value_dim: int | None = None
 
     @property
     def name(self) -> str:
         same = len(set(self.lengths)) == 1
         length = f"S{self.lengths[0]}" if same else f"S{min(self.lengths)}..{max(self.lengths)}"
         room = "" if same and self.lengths[0] == self.num_slots else f" of {self.num_slots}"
-        window = "" if self.window is None else f"window {self.window} "
-        return (
-            f"{window}B{len(self.lengths)} {length}{room} T{self.q_len} {self.num_heads}/{self.num_kv_heads} "
-            f"D{self.head_dim}"
-        )
+        kind = "" if self.window is None else f"window {self.window} "
+        kind = kind if self.value_dim is None else "latents "
+        dims = f"D{self.head_dim}" + ("" if self.value_dim is None else f" of {self.value_dim} values")
+        return f"{kind}B{len(self.lengths)} {length}{room} T{self.q_len} {self.num_heads}/{self.num_kv_heads} {dims}"
 
     @property
     def mask(self) -> Mask:
@@ -89,18 +97,28 @@ class DecodeCase:
 
     def bytes(self, dtype: str) -> int:
         """Of those keys and their values."""
-        return 2 * self.num_read * self.num_kv_heads * self.head_dim * jnp.dtype(dtype).itemsize
+        arrays = 2 if self.value_dim is None else 1
+        return arrays * self.num_read * self.num_kv_heads * self.head_dim * jnp.dtype(dtype).itemsize
 
     def shapes(self, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """q, k and v."""
+        """q, k and v; of latents q and k."""
         batch_size = len(self.lengths)
         q = (batch_size, self.q_len, self.num_heads, self.head_dim)
         kv = (batch_size, self.num_slots, self.num_kv_heads, self.head_dim)
-        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, kv, kv))
+        shapes = (q, kv, kv) if self.value_dim is None else (q, kv)
+        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
     def inputs(self, dtype: str) -> tuple[jax.Array, ...]:
-        keys = jax.random.split(jax.random.key(0), 3)
-        return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, self.shapes(dtype), strict=True))
+        shapes = self.shapes(dtype)
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, shapes, strict=True))
+
+
+def _latents(lengths: tuple[int, ...], num_heads: int) -> DecodeCase:
+    """Of DeepSeek-V2 and V3."""
+    return DecodeCase(
+        lengths=lengths, num_slots=max(lengths), num_heads=num_heads, num_kv_heads=1, head_dim=576, value_dim=512
+    )
 
 
 _RAGGED = tuple(int(n) for n in np.random.default_rng(0).integers(512, 16385, 16))
@@ -113,10 +131,13 @@ CASES = (
     DecodeCase(lengths=(8192,) * 16, num_slots=8192),
     DecodeCase(lengths=_RAGGED, num_slots=16384),
     DecodeCase(lengths=(1048576,), num_slots=1048576, window=65536),
+    *(_latents((131072,), num_heads) for num_heads in (16, 128)),
+    _latents((8192,) * 16, 16),
 )
 SMOKE = (
     DecodeCase(lengths=(40, 1, 96), num_slots=96, q_len=1, num_heads=4, num_kv_heads=2, head_dim=16),
     DecodeCase(lengths=(90,), num_slots=96, q_len=3, num_heads=2, num_kv_heads=1, head_dim=16, window=24),
+    DecodeCase(lengths=(90, 7), num_slots=96, num_heads=4, num_kv_heads=1, head_dim=24, value_dim=16),
 )
 
 
@@ -147,8 +168,15 @@ def measure_decode(
 
 def _candidates(case: DecodeCase, *, implementations: Sequence[str], peers: Sequence[str]) -> Iterator[Candidate | Row]:
     def ours(name: str) -> Candidate:
-        def attend(q, k, v, tokens):
-            return blockwise_attention_forward(q, k, v, mask=case.mask, tokens=tokens, implementation=name)[0]
+        call = {"mask": case.mask, "implementation": name}
+
+        def attend(*operands):
+            *qkv, tokens = operands
+            if case.value_dim is None:
+                return blockwise_attention_forward(*qkv, tokens=tokens, **call)[0]
+            q, k = qkv
+            latents = functools.partial(latent_attention_forward, value_dim=case.value_dim, scale=case.head_dim**-0.5)
+            return latents(q, k[:, :, 0], tokens=tokens, **call)[0]
 
         return _candidate(f"longctx {name}", attend, lambda: case.tokens, ours=True)
 
@@ -167,6 +195,8 @@ def _candidate(name: str, attend: Callable, extra: Callable, *, ours: bool) -> C
 def _one_token(case: DecodeCase) -> None:
     if jax.default_backend() != "gpu":
         raise NotImplementedError(f"needs an NVIDIA GPU, the platform is {jax.default_backend()}")
+    if case.value_dim is not None:
+        raise NotImplementedError("it has no latents")
     if case.q_len > 1 or case.window is not None:
         raise NotImplementedError("it is handed lengths of rows alone: one new token, no window")
 
@@ -245,7 +275,9 @@ def _formula(case: DecodeCase) -> Callable:
     """softmax(q k^T / sqrt(H)) v in float32, a row and kv head at a time."""
 
     @jax.jit
-    def formula(q, k, v, tokens):
+    def formula(*operands):
+        q, k, *others = operands
+        tokens, v = others[-1], k[..., : case.value_dim] if case.value_dim is not None else others[0]
         B, T, N, H = q.shape
         K = k.shape[2]
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -261,6 +293,6 @@ def _formula(case: DecodeCase) -> Callable:
             return einsum("TGS,SH->TGH", jax.nn.softmax(logits, axis=-1), v_SH)
 
         out = jax.lax.map(one, jnp.arange(B * K))
-        return out.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+        return out.reshape(B, K, T, N // K, -1).transpose(0, 2, 1, 3, 4).reshape(B, T, N, -1)
 
     return formula

@@ -16,13 +16,15 @@ from benchmarks.results import Results
 def test_the_keys_read_are_those_that_any_query_sees(case):
     dense = np.asarray(case.mask.dense(case.tokens, case.q_len, case.num_slots)).reshape(-1, case.q_len, case.num_slots)
     assert case.num_read == dense.any(axis=1).sum()
-    assert case.bytes("bfloat16") == 2 * 2 * case.num_read * case.num_kv_heads * case.head_dim
+    arrays = 2 if case.value_dim is None else 1
+    assert case.bytes("bfloat16") == arrays * 2 * case.num_read * case.num_kv_heads * case.head_dim
 
 
 def test_names_tell_cases_apart():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    assert names[2] == "B1 S131072 T1 32/8 D128" and names[-1] == "window 65536 B1 S1048576 T1 32/8 D128"
+    assert names[2] == "B1 S131072 T1 32/8 D128" and names[-4] == "window 65536 B1 S1048576 T1 32/8 D128"
+    assert names[-1] == "latents B16 S8192 T1 16/1 D576 of 512 values"
     assert CASES[2].bytes("bfloat16") == 2**29
 
 
@@ -62,5 +64,5 @@ def test_smoke_cases_end_to_end(tmp_path, capsys):
     timed = [row for row in results.rows if row.ours]
     assert {row.case for row in timed} == {case.name for case in SMOKE}
     assert all(row.problem is None and row.details["% of copy"] > 0 for row in timed)
-    assert all(row.problem.startswith("refused: needs an NVIDIA GPU") for row in results.rows if not row.ours)
+    assert all(row.problem.startswith("refused: ") for row in results.rows if not row.ours)
     assert jnp.isfinite(results.copy_gb_per_second)
