@@ -54,6 +54,7 @@ def test_a_command_line_that_does_not_fit_is_told(capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_smoke_cases_end_to_end(tmp_path, capsys):
     assert run.main(["--family", "decode", "--list", "--cases", "T8"]) == 0
     assert "B1 S131072 T8 32/8 D128  (536.9 MB read)" in capsys.readouterr().out

@@ -100,7 +100,9 @@ def test_every_option_reaches_the_layer():
     assert nnx.eval_shape(lambda: default.build(DIM, rngs=nnx.Rngs(0))).q.kernel.shape == (DIM, 1, 192)
 
 
-@pytest.mark.parametrize("config", [CONFIG, WITHOUT_Q_RANK], ids=["q_rank", "window"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, pytest.param(WITHOUT_Q_RANK, marks=pytest.mark.slow)], ids=["q_rank", "window"]
+)
 def test_a_layer_is_the_papers_equations(config):
     """In packed documents too; every parameter's gradient, and that of x."""
     layer, x = build(config), inputs()
@@ -218,6 +220,7 @@ def test_prefill_and_decoding_over_a_mesh(mesh_shape, star_block):
     assert int(cache.length) == LENGTH and np.isfinite(rest).all()
 
 
+@pytest.mark.slow
 def test_a_model_decodes_in_half_precision():
     config = ModelConfig(vocab_size=13, dim=DIM, num_layers=2, mlp_dim=8, mixers={"mla": CONFIG}, pattern=("mla",))
     model = jax.jit(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))()

@@ -22,7 +22,7 @@ from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.testing import H100, assert_close, tracing_for
 
 CASES = {case.name: case for case in KERNEL_CASES if case.q_len <= pallas_mosaic_gpu_decode.MOST_QUERIES}
-QUICK = ("decode_D64", "decode_some_tokens_gqa_D128", "decode_sinks_window_D64")
+QUICK = ("decode_some_tokens_gqa_D128", "decode_sinks_window_D64")
 
 
 def options(mask, head_dim=128, block_sizes=None) -> Options:
@@ -61,6 +61,7 @@ def test_equals_reference_in_the_interpreter(name):
     assert_close("lse", lse, want["lse"], "float16")
 
 
+@pytest.mark.slow
 def test_a_carry_goes_on():
     """Keys once more after a carry over all of them: each weighs twice, so out stays and lse grows by log 2."""
     case, want = CASES["decode_D64"], truth("decode_D64")
@@ -76,15 +77,15 @@ def test_large_logits_and_empty_slots_that_hold_anything():
     case = CASES["decode_D64"]
     inputs = case.inputs("bfloat16")
     inputs["q"] = inputs["q"] * jnp.bfloat16(64)
-    want, want_lse = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()}), None
+    want = suite.truth(case)({name: x.astype(jnp.float32) for name, x in inputs.items()})
     slots = np.arange(700)[None, :, None, None]
     # Blocks of 128: all of those that have no token of the row.
     behind = slots >= -(-np.array(case.cached)[:, None, None, None] // 128) * 128
     for name in "kv":
         inputs[name] = jnp.where(behind, jnp.nan, inputs[name]).astype(jnp.bfloat16)
-    out, want_lse = in_interpreter(case, inputs)
+    out, lse = in_interpreter(case, inputs)
     assert_close("out", out, want["out"], "bfloat16")
-    assert_close("lse", want_lse, want["lse"], "float16")
+    assert_close("lse", lse, want["lse"], "float16")
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def by_reference(q, latents, tokens):
     return latent.FORWARD["reference"](q.astype(jnp.float32), latents.astype(jnp.float32), **call)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("xla", marks=pytest.mark.slow)])
 def test_equals_blockwise_attention(implementation):
     """Forward and both gradients, of keys and of values that are part of them."""
     q, latents = inputs(2, 3, 70, 4, (12, 8), "float32")
@@ -68,7 +68,7 @@ def test_equals_blockwise_attention(implementation):
 
 @pytest.mark.parametrize(
     ("lengths", "q_len", "num_heads"),
-    [([150, 0, 64], 1, 16), pytest.param([150, 3], 2, 40, marks=pytest.mark.slow)],
+    [([150, 0], 1, 4), pytest.param([150, 3], 2, 40, marks=pytest.mark.slow)],
     ids=["ragged", "two_tiles"],
 )
 def test_the_kernels_for_hopper_in_the_interpreter(lengths, q_len, num_heads):
