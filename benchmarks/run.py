@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import linear, linear_cases, linear_report, sparse, sparse_cases
+from benchmarks import decode, linear, linear_cases, linear_report, sparse, sparse_cases
 from benchmarks.blockwise import OURS, measure_blockwise
 from benchmarks.cases import CASES, PASSES, SMOKE, WHOLE_PASSES, AttentionCase, Batch, Case, Pass
 from benchmarks.linear import measure_linear
@@ -23,7 +23,7 @@ from benchmarks.report import write_report
 from benchmarks.results import Results, Row, with_peer_ratios
 from pallas_kernels.machine import describe
 
-FAMILIES = ("blockwise", "patterns", "sparse", "linear", "context_parallel", "train")
+FAMILIES = ("blockwise", "decode", "patterns", "sparse", "linear", "context_parallel", "train")
 BLOCKWISE_FLOPS = (
     "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward, 2.5 times for "
     "the backward pass alone. What is timed agrees with the float32 formula on a sample of query rows, out and every "
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options)
         if options.family == "context_parallel":
             return _context_parallel(options)
+        if options.family == "decode":
+            return _decode(options)
         if options.family == "linear":
             return _linear(options)
         if options.family == "patterns":
@@ -164,6 +166,39 @@ def _blockwise(options: argparse.Namespace) -> int:
     return _finish(options, rows, ceiling, settings, notes)
 
 
+def _decode(options: argparse.Namespace) -> int:
+    cases = chosen_cases(options.cases, decode.CASES, decode.SMOKE)
+    if options.list:
+        for case in cases:
+            print(f"{case.name}  ({case.bytes(options.dtype) / 1e6:.4g} MB read)")
+        return 0
+    if options.config is not None:
+        raise ValueError("--config: goes with --family train, got --family decode; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    if options.passes not in (None, "forward"):
+        raise ValueError(f"--passes: got {options.passes!r}, wanted forward: decoding has no other")
+    peers = decode.PEERS if options.peers is None else tuple(filter(None, options.peers.split(",")))
+    if unknown := set(peers) - set(decode.PEERS):
+        raise ValueError(f"--peers: got {','.join(sorted(unknown))!r}, wanted some of {','.join(decode.PEERS)}")
+    implementations = chosen_implementations(options.implementations, decode.OURS)
+    ceiling = matmul_ceiling(repetitions=options.repetitions)
+    bandwidth = copy_bandwidth(repetitions=options.repetitions)
+    _say(f"{jax.devices()[0].device_kind}: {ceiling}, {bandwidth}")
+    rows = decode.measure_decode(
+        cases,
+        bandwidth=bandwidth,
+        implementations=implementations,
+        peers=peers,
+        dtype=options.dtype,
+        repetitions=options.repetitions,
+        progress=_say,
+    )
+    settings = {"dtype": options.dtype, "repetitions": options.repetitions, "cases": options.cases or "all"}
+    notes = [*decode.NOTES, *_interrupted(cases, rows)]
+    return _finish(options, rows, ceiling, settings, notes, bandwidth=bandwidth)
+
+
 def _linear(options: argparse.Namespace) -> int:
     cases = chosen_cases(options.cases, linear_cases.CASES, linear_cases.SMOKE)
     if options.list:
@@ -277,7 +312,7 @@ def _beside_dense[C: AttentionCase](
     return _finish(options, rows, ceiling, settings, notes)
 
 
-def _interrupted(cases: Sequence[Batch], rows: Sequence[Row]) -> list[str]:
+def _interrupted(cases: Sequence[Batch | decode.DecodeCase], rows: Sequence[Row]) -> list[str]:
     """A note of the cases that have no row of a pass."""
     measured = {row.case for row in rows if row.which in PASSES}
     missing = [case.name for case in cases if case.name not in measured]

@@ -17,10 +17,12 @@ from longctx.mixers.gla import GlaConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.mamba2 import Mamba2, Mamba2Config
+from longctx.mixers.mla import MlaConfig
 from longctx.mixers.moba import MobaConfig
 from longctx.mixers.nsa import NsaConfig
 from longctx.mixers.regla import ReglaConfig
 from longctx.mixers.retention import RetentionConfig
+from longctx.mla import MlaAttention
 from longctx.mlp import SwiGLU
 from longctx.moba import MobaAttention
 from longctx.model import DecodeCache, ModelConfig, TransformerLM, forward_flops
@@ -51,6 +53,8 @@ __all__ = [
     "Mamba2Config",
     "MeshConfig",
     "MixerConfig",
+    "MlaAttention",
+    "MlaConfig",
     "MobaAttention",
     "MobaCache",
     "MobaConfig",

@@ -298,7 +298,7 @@ class Attention(GroupedQueryLayer):
         """Attends from the next T tokens of one document a row to those before them and to each other.
 
         Step by step this equals one call on all tokens for every mask that lets no token see a later one. The
-        implementation is left to the dispatch, since kernels made for training refuse single queries.
+        implementation is left to the dispatch, since not all that serve training serve single queries.
 
         Args:
           x_BTD: T = 1 to generate, T > 1 to prefill.

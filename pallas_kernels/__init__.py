@@ -12,6 +12,7 @@ from pallas_kernels.blockwise.api import (
     ring_kernels,
     sinks_gradient,
 )
+from pallas_kernels.blockwise.latent import latent_attention, latent_attention_forward
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.linear.api import (
@@ -41,6 +42,8 @@ __all__ = [
     "blockwise_attention",
     "blockwise_attention_backward",
     "blockwise_attention_forward",
+    "latent_attention",
+    "latent_attention_forward",
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_forward",

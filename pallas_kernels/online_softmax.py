@@ -76,6 +76,18 @@ class SoftmaxCarry:
         batch_size, num_heads, q_len = self.max.shape
         return dataclasses.replace(self, acc=jnp.zeros((batch_size, q_len, num_heads, value_dim), jnp.float32))
 
+    def merge(self, other: "SoftmaxCarry") -> "SoftmaxCarry":
+        """The state over the keys of both, which must be disjoint. O(B T N V) elementwise."""
+        top = jnp.maximum(self.max, other.max)
+        mine, others = (jnp.exp(x.max - finite_max(top)) for x in (self, other))
+
+        def rows(x_BNT):
+            return x_BNT.transpose(0, 2, 1)[..., None]
+
+        return SoftmaxCarry(
+            max=top, sum=mine * self.sum + others * other.sum, acc=rows(mine) * self.acc + rows(others) * other.acc
+        )
+
     def finalize(self, dtype: DTypeLike) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
         """`(out, lse)` over the keys seen: out = acc / sum in `dtype`, lse = max + log(sum)."""
         empty = self.sum == 0

@@ -21,7 +21,15 @@ from longctx.context_parallel.config import AttentionSharding
 from longctx.context_parallel.kv_cache import EMPTY, KVCache, room_of, write_own
 from longctx.context_parallel.layout import Layout
 from longctx.context_parallel.tree import tree_backward, tree_decode
-from pallas_kernels import PADDING_SEGMENT_ID, BlockSizes, Mask, Tokens, blockwise_attention, make_schedule
+from pallas_kernels import (
+    PADDING_SEGMENT_ID,
+    BlockSizes,
+    Mask,
+    Tokens,
+    blockwise_attention,
+    latent_attention,
+    make_schedule,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +136,7 @@ def empty_cache(
     max_length: int,
     num_kv_heads: int,
     head_dim: int,
+    values: bool = True,
     dtype: DTypeLike,
     mask: Mask,
     sharding: AttentionSharding | None = None,
@@ -136,6 +145,7 @@ def empty_cache(
 
     Args:
       batch_size, num_kv_heads, head_dim: Global.
+      values: Whether values have slots of their own; False where they are the first dims of the keys.
       max_length: Tokens to have room for; rounded up to a multiple of P.
       dtype: Of keys and values.
       mask: The layer's.
@@ -150,7 +160,7 @@ def empty_cache(
     def zeros():
         return KVCache(
             k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype) if values else None,
             positions=jnp.full((num_slots,), EMPTY, jnp.int32),
             length=jnp.zeros((), jnp.int32),
             room=jnp.asarray(num_slots, jnp.int32),
@@ -162,15 +172,16 @@ def empty_cache(
 def sharded_decode(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"] | None,
     cache: KVCache,
     *,
     mask: Mask,
+    value_dim: int | None = None,
     sharding: AttentionSharding | None = None,
     sinks: Float[Array, " N"] | None = None,
     deterministic: bool = True,
     **options,
-) -> tuple[Float[Array, "B T N H"], KVCache]:
+) -> tuple[Float[Array, "B T N V"], KVCache]:
     """Attention of the next T tokens to those of a cache, and to each other, by tree attention over the mesh in scope.
 
     Every device takes the keys and values that are dealt to it, and attends from all queries to its own slots.
@@ -179,16 +190,23 @@ def sharded_decode(
       q, k, v: Of the new tokens, global.
       cache: From `empty_cache`, `sharded_prefill` or the previous call, with the same sharding.
       mask: Which pairs may attend; one document a row.
+      value_dim: If given, values are so many first dims of the keys, which have one head, and v is None; `scale` must
+        be given then.
       sharding: The mesh axes to split over; None means those of `longctx.make_mesh` where such a mesh is in scope, and
         otherwise one device.
       sinks, deterministic, **options: As `blockwise_attention`.
-    Returns: out `[B, T, N, H]` and the cache with T more tokens. Differentiable in q, k, v, sinks and the cache's
+    Returns: out `[B, T, N, V]` and the cache with T more tokens. Differentiable in q, k, v, sinks and the cache's
       arrays.
     Raises: ValueError where T exceeds the slots of the cache, or an axis is not of the mesh, or does not divide the
-      slots.
+      slots, or value_dim does not go with the others.
     Cost: what tree.py states; nothing of the size of the cache moves. Where q, k and v come in split along T, they are
       gathered.
     """
+    if value_dim is not None and (v is not None or sinks is not None or k.shape[2] != 1):
+        raise ValueError(
+            f"decode: value_dim={value_dim} with v, with sinks or with {k.shape[2]} kv heads, wanted keys of one head "
+            "alone, whose first dims are the values; leave it out, or them"
+        )
     num_new, num_slots = q.shape[1], cache.k.shape[1]
     if num_new > num_slots:
         raise ValueError(
@@ -211,9 +229,17 @@ def sharded_decode(
     )
     options = options | {"mask": within_documents(mask)}
     if split is None:
-        options |= {"sinks": sinks, "deterministic": deterministic}
-        return blockwise_attention(q, cache.k, cache.v, tokens=tokens, **options), cache
-    call = _Call(split=split, uses_lse=sinks is not None, deterministic=deterministic, options=tuple(options.items()))
+        options |= {"tokens": tokens, "deterministic": deterministic}
+        if value_dim is not None:
+            return latent_attention(q, cache.k[:, :, 0], value_dim=value_dim, **options), cache
+        return blockwise_attention(q, cache.k, cache.v, sinks=sinks, **options), cache
+    call = _Call(
+        split=split,
+        value_dim=value_dim,
+        uses_lse=sinks is not None,
+        deterministic=deterministic,
+        options=tuple(options.items()),
+    )
     out, lse = _attend(call, q, cache.k, cache.v, tokens)
     if sinks is not None:
         # What sum exp S is of it and exp(sink) together.
@@ -259,17 +285,18 @@ def prefill_schedule(
 def sharded_prefill(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
     *,
     plan: PrefillPlan,
     num_slots: int,
     mask: Mask,
+    kept: tuple[jax.Array, jax.Array | None] | None = None,
     schedule: AnySchedule | None = None,
     sharding: AttentionSharding | None = None,
     sinks: Float[Array, " N"] | None = None,
     deterministic: bool = True,
     **options,
-) -> tuple[Float[Array, "B T N H"], KVCache]:
+) -> tuple[Float[Array, "B T N V"], KVCache]:
     """Attention within a context that is split over devices, and a cache that holds it; keys stay where they are.
 
     Args:
@@ -278,6 +305,7 @@ def sharded_prefill(
         strategy. Else star attention, of which nothing is sent.
       num_slots: Slots of a device, from `plan.num_slots`.
       mask: Which pairs may attend, were it not for the plan; one document a row.
+      kept: What the cache is to hold, `[B, T, heads, dims]` each, of values maybe None; None means k and v.
       schedule: From `prefill_schedule` with the same mask, plan and sharding; None builds it here.
       sharding: As for `sharded_decode`.
       sinks, deterministic, **options: As `blockwise_attention`.
@@ -314,12 +342,14 @@ def sharded_prefill(
             padding = [(0, spare if d == dim else 0) for d in range(x.ndim)]
             return jnp.pad(x, padding, constant_values=jnp.asarray(fill, x.dtype))
 
-        return run(k, 1), run(v, 1), run(places, 0, EMPTY)
+        return run(k, 1), None if v is None else run(v, 1), run(places, 0, EMPTY)
 
+    kept = (k, v) if kept is None else kept
     if split is not None:
-        keep = jax.shard_map(keep, in_specs=split.slots_spec, out_specs=split.slots_spec, check_vma=False)
+        of_kept = CacheSplit.of(sharding, batch_size=q.shape[0], num_kv_heads=kept[0].shape[2], mask=mask).slots_spec
+        keep = jax.shard_map(keep, in_specs=of_kept, out_specs=of_kept, check_vma=False)
     cache = KVCache(
-        *keep(k, v, jnp.asarray(plan.places)),
+        *keep(*kept, jnp.asarray(plan.places)),
         length=jnp.asarray(plan.length, jnp.int32),
         room=jnp.asarray(room_of(plan.num_filled, num_slots), jnp.int32),
     )
@@ -399,12 +429,13 @@ class _Call:
     `uses_lse` says whether anything depends on lse: where nothing does, its cotangent is None."""
 
     split: CacheSplit
+    value_dim: int | None
     uses_lse: bool
     deterministic: bool
     options: tuple[tuple[str, Any], ...]
 
 
-def _written(split: CacheSplit | None, cache: KVCache, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+def _written(split: CacheSplit | None, cache: KVCache, k: jax.Array, v: jax.Array | None) -> tuple:
     """k, v and positions of the cache with the new tokens in it."""
     arguments = *cache[:3], cache.length, k, v
     if split is None:
@@ -429,7 +460,7 @@ def _attend_fwd(call: _Call, q, k, v, tokens):
 
     def shard(q, k, v, tokens):
         with jax.named_scope(HOP_SCOPE):
-            return tree_decode(q, k, v, tokens, axes=split.sequence, **dict(call.options))
+            return tree_decode(q, k, v, tokens, axes=split.sequence, value_dim=call.value_dim, **dict(call.options))
 
     kv, whole = split.slots_spec[0], split.whole_spec
     out, lse = jax.shard_map(
@@ -446,7 +477,7 @@ def _attend_bwd(call: _Call, residuals, cotangents):
 
     def shard(q, k, v, out, lse, dout, dlse, tokens):
         dlse = dlse if call.uses_lse else None
-        options = dict(call.options) | {"deterministic": call.deterministic}
+        options = dict(call.options) | {"deterministic": call.deterministic, "value_dim": call.value_dim}
         with jax.named_scope(HOP_SCOPE):
             return tree_backward(q, k, v, out, lse, dout, dlse, tokens, axes=split.sequence, **options)
 

@@ -23,8 +23,8 @@ class KVCache(NamedTuple):
 
     k: jax.Array
     """Keys, rotated, `[B, S, K, H]`; S is over all devices."""
-    v: jax.Array
-    """Values, `[B, S, K, H]`."""
+    v: jax.Array | None
+    """Values, `[B, S, K, V]`; None where they are the first dims of the keys."""
     positions: jax.Array
     """Position of the token in each slot, -1 where there is none; int32 `[S]`."""
     length: jax.Array
@@ -50,20 +50,20 @@ def room_of(num_filled: Int[np.ndarray, " devices"], num_slots: int) -> int:
 
 def write_own(
     k_slots: Float[Array, "B L K H"],
-    v_slots: Float[Array, "B L K V"],
+    v_slots: Float[Array, "B L K V"] | None,
     positions: Int[Array, " L"],
     length: Int[Array, ""],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K V"],
+    v_BTKV: Float[Array, "B T K V"] | None,
     *,
     axes: tuple[str, ...],
-) -> tuple[Float[Array, "B L K H"], Float[Array, "B L K V"], Int[Array, " L"]]:
+) -> tuple[Float[Array, "B L K H"], Float[Array, "B L K V"] | None, Int[Array, " L"]]:
     """This device's slots with those of T new tokens that are dealt to it; per shard, nothing is sent.
 
     Args:
       k_slots, v_slots, positions: This device's.
       length: Tokens held so far, on all devices.
-      k_BTKH, v_BTKH: Of the new tokens, all of them, on every device; T at most the slots of all devices.
+      k_BTKH, v_BTKV: Of the new tokens, all of them, on every device; T at most the slots of all devices.
       axes: The mesh axes that split the slots; () where one device has them all.
     Returns: the slots and their positions; tokens that found none are left out.
     Cost: reads and writes ceil(T / P) slots.
@@ -84,4 +84,5 @@ def write_own(
         return jax.lax.dynamic_update_slice_in_dim(slots, jnp.where(is_new_here, new, window), start, dim)
 
     new_positions = length + jnp.arange(num_new, dtype=jnp.int32)
-    return write(k_slots, k_BTKH, 1), write(v_slots, v_BTKH, 1), write(positions, new_positions, 0)
+    v_slots = None if v_slots is None else write(v_slots, v_BTKV, 1)
+    return write(k_slots, k_BTKH, 1), v_slots, write(positions, new_positions, 0)

@@ -18,6 +18,7 @@ Preconditions: none. Any mask, any order of the keys, any number of them on a de
 Reference: Shyam et al., Tree Attention, arXiv:2408.04093, Algorithm 3, which reduces max, numerator and denominator.
 """
 
+import functools
 import math
 
 import jax
@@ -29,6 +30,7 @@ from pallas_kernels import (
     Tokens,
     blockwise_attention_backward,
     blockwise_attention_forward,
+    latent_attention_forward,
 )
 from pallas_kernels.online_softmax import finite_max
 
@@ -37,7 +39,7 @@ GATHER_UP_TO = 1 << 20
 starting another collective costs."""
 
 
-def tree_decode(q, k, v, tokens: Tokens, *, axes: tuple[str, ...], **options):
+def tree_decode(q, k, v, tokens: Tokens, *, axes: tuple[str, ...], value_dim: int | None = None, **options):
     """`(out, lse)` of queries that every device has over the keys of all devices; per shard.
 
     Args:
@@ -45,18 +47,45 @@ def tree_decode(q, k, v, tokens: Tokens, *, axes: tuple[str, ...], **options):
       k, v: `[B, L, K, H]`, `[B, L, K, V]`, this device's keys and values.
       tokens: Of the queries and of this device's keys, nothing None: a shard cannot know its place in the sequence.
       axes: The mesh axes that split the keys; () where they are whole.
-      **options: As `blockwise_attention_forward`.
+      value_dim: If given, v is None, K is 1, and values are so many first dims of the keys.
+      **options: As `blockwise_attention_forward`, or `latent_attention_forward` with value_dim.
     Returns: out `[B, T, N, V]` in q's dtype, lse `[B, N, T]`, the same on every device; out = 0 and lse = -inf for
       queries that may attend to nothing on any device.
     """
+    if value_dim is None:
+        attend = functools.partial(blockwise_attention_forward, q, k, v, tokens=tokens, **options)
+    else:
+        attend = functools.partial(
+            latent_attention_forward, q, k[:, :, 0], value_dim=value_dim, tokens=tokens, **options
+        )
     if not axes:
-        return blockwise_attention_forward(q, k, v, tokens=tokens, **options)
-    carry = blockwise_attention_forward(q, k, v, tokens=tokens, return_carry=True, **options)
+        return attend()
+    carry = attend(return_carry=True)
     return _merged(carry, axes).finalize(q.dtype)
 
 
-def tree_backward(q, k, v, out, lse, dout, dlse, tokens: Tokens, *, axes: tuple[str, ...], **options):
-    """`(dq, dk, dv)` in their dtypes, dq the same on every device, dk and dv of this device's keys; per shard."""
+def tree_backward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    tokens: Tokens,
+    *,
+    axes: tuple[str, ...],
+    value_dim: int | None = None,
+    **options,
+):
+    """`(dq, dk, dv)` in their dtypes, dq the same on every device, dk and dv of this device's keys; per shard.
+
+    With value_dim v and dv are None.
+    """
+    if value_dim is not None:
+        values = k[..., :value_dim]
+        dq, dk, dv = tree_backward(q, k, values, out, lse, dout, dlse, tokens, axes=axes, **options)
+        return dq, dk.at[..., :value_dim].add(dv), None
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     dq, dk, dv = blockwise_attention_backward(
         q, k, v, out, lse, dout, dlse, tokens=tokens, accumulate=zeros, **options

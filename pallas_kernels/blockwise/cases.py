@@ -13,9 +13,9 @@ from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocumen
 from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
 from pallas_kernels.schedule import Schedule
 from pallas_kernels.testing import packed_tokens
-from pallas_kernels.tokens import Tokens
+from pallas_kernels.tokens import PADDING_SEGMENT_ID, Tokens
 
-_SINCE_RECORDED = ("sinks", "dropout_rate", "chosen")
+_SINCE_RECORDED = ("sinks", "dropout_rate", "chosen", "cached")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Case:
       sinks: Whether each query head has a learned sink; the mask of sink tokens is another thing.
       dropout_rate: The share of pairs that is dropped.
       chosen: What blocks are attended to; None for all that the mask allows.
+      cached: If given, keys are the slots of a cache, of which the first so many of each row of the batch hold a token;
+        the queries are the last tokens among them. Where a row holds fewer, its first queries see nothing.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Case:
     sinks: bool = False
     dropout_rate: float = 0.0
     chosen: Chosen | None = None
+    cached: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
         """All that the case is. Fields that outcomes on record do not know of are left out at their defaults, so that
@@ -83,7 +86,9 @@ class Case:
 
     def tokens(self) -> Tokens | None:
         """The case's tokens, or None for the static path."""
-        if self.documents is not None:
+        if self.cached is not None:
+            tokens = self._cached_tokens()
+        elif self.documents is not None:
             tokens = packed_tokens(self.documents, self.q_len)
         elif self.stripe is not None:
             tokens = Tokens.self_attention(np.arange(self.q_len, dtype=np.int32)[None])
@@ -93,6 +98,17 @@ class Case:
             order = np.arange(self.q_len).reshape(-1, self.stripe).T.reshape(-1)
             tokens = jax.tree.map(lambda x: x[:, order], tokens)
         return jax.tree.map(jnp.asarray, tokens)
+
+    def _cached_tokens(self) -> Tokens:
+        lengths = np.array(self.cached, np.int32)[:, None]
+        slots = np.arange(self.kv_len or self.q_len, dtype=np.int32)[None]
+        q_positions = lengths - self.q_len + np.arange(self.q_len, dtype=np.int32)
+        return Tokens(
+            q_positions=q_positions,
+            q_segment_ids=np.zeros_like(q_positions),
+            kv_positions=slots,
+            kv_segment_ids=np.where(slots < lengths, 0, PADDING_SEGMENT_ID).astype(np.int32),
+        )
 
     def inputs(self, dtype: str, seed: int = 0) -> dict[str, jax.Array]:
         """q, k, v, cotangents dout and dlse, and sinks if any: normal, rounded to `dtype` (dlse and sinks float32)."""
@@ -323,4 +339,17 @@ KERNEL_CASES = (
                  chosen=Chosen(num_lists=2, block_sizes=BlockSizes(block_q=256, block_kv=384))),
     _kernel_case("chosen_ragged_cross", Full(), 300, kv_len=517, head_dim=128, sinks=True,
                  chosen=Chosen(num_lists=1, block_sizes=_LARGE)),
+    _kernel_case("decode", Causal() & SameDocument(), 1, kv_len=700, batch_size=4, num_heads=8,
+                 cached=(517, 1, 0, 700), all_ways=True),
+    _kernel_case("decode", Causal() & SameDocument(), 1, kv_len=2048, head_dim=128, num_heads=8,
+                 cached=(2048, 300)),
+    _kernel_case("decode_some_tokens_gqa", Causal() & SameDocument(), 4, kv_len=1000, head_dim=128, batch_size=3,
+                 num_heads=6, num_kv_heads=2, cached=(1000, 130, 2), all_ways=True),
+    _kernel_case("decode_sinks_window", Causal() & (Prefix(4) | Window(left=100)) & SameDocument(), 8, kv_len=1400,
+                 cached=(1391, 64)),
+    _kernel_case("decode_many_rows", Causal() & SameDocument(), 16, kv_len=517, head_dim=128, num_heads=10,
+                 num_kv_heads=1, cached=(517, 20)),
+    _kernel_case("decode_cross_ragged", Full(), 3, kv_len=517, num_heads=4),
+    _kernel_case("decode_learned_sinks", Causal() & SameDocument(), 2, kv_len=600, head_dim=128, num_heads=4,
+                 cached=(0, 555), sinks=True, all_ways=True),
 )  # fmt: skip

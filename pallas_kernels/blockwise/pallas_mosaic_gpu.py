@@ -4,7 +4,8 @@ The kernels walk schedules. Where tokens are in order (none are given), the sche
 while the program is being traced, and is part of it. Then its tiles are those that suit the head dim best, and whether
 any visited block needs the pair test is known too, so that full attention and masks of whole blocks have no such code.
 Where tokens are given, or blocks were chosen, the
-schedule is the caller's, or is built here, in blocks of 128 x 128.
+schedule is the caller's, or is built here, in blocks of 128 x 128. Few queries, as in decoding, have kernels of their
+own (pallas_mosaic_gpu_decode.py), which split the keys over the multiprocessors.
 
 Reference: see pallas_mosaic_gpu_forward.py.
 """
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
+from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
@@ -51,9 +53,14 @@ def forward(
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
     _check_call(q, v, options)
+    tokens = tokens or Tokens()
+    # A head dim that has to be filled up would have the keys copied.
+    is_whole = q.shape[3] == v.shape[3] and q.shape[3] in decode.BLOCK
+    if is_whole and dropout is None and decode.serves(q.shape[1], schedule, options):
+        arguments = {"tokens": tokens, "carry": carry, "return_carry": return_carry, "options": options}
+        return decode.forward(q, k, v, **arguments, num_cores=num_cores, interpret=interpret)
     given_dim, (head_dim, value_dim) = v.shape[3], dims_of(q, v)
     q, k, v = _filled(q, head_dim), _filled(k, head_dim), _filled(v, value_dim)
-    tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
     sizes = _block_sizes(head_dim, tokens, schedule, options)
     ranges = _schedule(q_len, kv_len, tokens, schedule, sizes, options).kv_blocks

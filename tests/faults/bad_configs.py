@@ -155,6 +155,7 @@ _OVERRIDES = (
     "training.on_nonfinite=no",
     "model.mixers.global={kind: moba, num_heads: 2, chunk_size: 0}",
     "model.mixers.global={kind: nsa, num_heads: 2, block_size: 7}",
+    "model.mixers.global={kind: mla, num_heads: 2, rope_dim: 5}",
     "model.mixers.global={kind: linear, num_heads: 2, feature_map: cosine}",
     "model.mixers.global={kind: mamba2, num_heads: 0}",
     "model.mixers.global={kind: retention, num_heads: 3}",
@@ -176,7 +177,8 @@ class BadConfig:
 def _bases() -> list[dict[str, Any]]:
     """The configs of the repository and one of each mixer's kind, every default written out."""
     files = [read_mapping(path) for path in sorted((ROOT / "configs").glob("*.yaml"))]
-    kinds = ({"kind": "moba"}, {"kind": "nsa"}, {"kind": "linear"}, {"kind": "mamba2"}, {"kind": "retention"})
+    names = ("mla", "moba", "nsa", "linear", "mamba2", "retention")
+    kinds = [{"kind": name} for name in names]
     tiny = [copy.deepcopy(TINY) for _ in kinds]
     for config, kind in zip(tiny, kinds, strict=True):
         config["model"]["mixers"]["global"] = kind | {"num_heads": 2}

@@ -39,6 +39,8 @@ def test_public_names_are_pinned():
         "Mamba2Config",
         "MeshConfig",
         "MixerConfig",
+        "MlaAttention",
+        "MlaConfig",
         "MobaAttention",
         "MobaCache",
         "MobaConfig",
@@ -87,6 +89,7 @@ def test_the_library_imports_nothing_that_only_the_trainer_needs():
     [
         longctx.ModelConfig,
         longctx.AttentionConfig,
+        longctx.MlaConfig,
         longctx.MobaConfig,
         longctx.NsaConfig,
         longctx.MeshConfig,
