@@ -42,6 +42,7 @@ from pallas_kernels import (
     blockwise_attention_backward,
     blockwise_attention_forward,
 )
+from pallas_kernels.saved import as_attention
 from pallas_kernels.sparse.nsa import (
     COMPRESSED_MASK,
     BranchKeys,
@@ -420,7 +421,10 @@ def _forward(call: _Call, q, compressed_k, compressed_v, k, v, segment_ids):
     results, saved = row.shard_map(
         shard, (*(heads,) * 5, row.rows_spec(segment_ids)), ((heads, heads), call.saved_specs)
     )(q, compressed_k, compressed_v, k, v, segment_ids)
-    return results, (saved, segment_ids)
+    results = as_attention(results)
+    of_branches = dict(zip(("of_compressed", "of_selected"), results, strict=True))
+    named = {name: as_attention(getattr(saved, name)) for name in ("lse_of_compressed", "lse_of_selected", "choices")}
+    return results, (saved._replace(q=q, **of_branches, **named), segment_ids)
 
 
 def _backward(call: _Call, residuals, cotangents):
