@@ -41,7 +41,7 @@ def check_remat(remat: Remat, layers: Mapping[str, Iterable[str]]) -> None:
     """
     if isinstance(remat, str):
         return
-    for name, keeping in remat.items():
+    for name in remat:
         if name not in NAMES:
             raise ValueError(f"remat: got the name {name!r}, wanted names of tensors ({', '.join(NAMES)}); use these")
         if not any(name in names for names in layers.values()):
@@ -50,8 +50,6 @@ def check_remat(remat: Remat, layers: Mapping[str, Iterable[str]]) -> None:
                 f"remat: got the name {name!r}, which no layer of the mixers {', '.join(layers)} has, wanted one of "
                 f"{', '.join(had)}; remove it"
             )
-        if keeping not in ("save", "offload", "recompute"):
-            raise ValueError(f"remat: got {name}={keeping!r}, wanted save, offload or recompute; choose one of these")
     if remat.get(RESIDUAL) == "recompute":
         raise ValueError(
             f"remat: got {RESIDUAL}=recompute, wanted save or offload: the input of a layer is what the recomputation "
@@ -59,14 +57,21 @@ def check_remat(remat: Remat, layers: Mapping[str, Iterable[str]]) -> None:
         )
 
 
+def keeps(remat: Remat, name: str) -> bool:
+    """Whether the backward pass has this tensor without computing it again; of `dots`, as good as."""
+    if isinstance(remat, str):
+        return {"none": True, "dots": name != ATTENTION, "full": name == RESIDUAL}[remat]
+    return name == RESIDUAL or remat.get(name) in ("save", "offload")
+
+
 def kept(remat: Mapping[str, Keeping], keeping: Keeping) -> tuple[str, ...]:
     """The names that are treated this way."""
     return tuple(name for name, of_name in remat.items() if of_name == keeping)
 
 
-def offloads(remat: Remat) -> bool:
-    """Whether anything goes to the host's memory."""
-    return not isinstance(remat, str) and bool(kept(remat, "offload"))
+def offloaded(remat: Remat) -> tuple[str, ...]:
+    """The names of what goes to the host's memory."""
+    return () if isinstance(remat, str) else kept(remat, "offload")
 
 
 def rematerialised(function: Callable, remat: Remat, *, prevent_cse: bool) -> Callable:
@@ -86,11 +91,11 @@ def _policy(remat: Remat) -> Callable:
         return policies.nothing_saveable
     if remat == "dots":
         return policies.dots_with_no_batch_dims_saveable
-    if not offloads(remat):
+    if not offloaded(remat):
         return policies.save_only_these_names(*kept(remat, "save"))
     return policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(kept(remat, "save")),
-        names_which_can_be_offloaded=list(kept(remat, "offload")),
+        names_which_can_be_offloaded=list(offloaded(remat)),
         offload_src="device",
         offload_dst="pinned_host",
     )

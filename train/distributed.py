@@ -203,6 +203,8 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
     """
     if config.compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+    # XLA lends GPUs at most 64 GB of the host's memory, whatever there is, unless told otherwise.
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(host_memory_bytes() // 10**9))
     wanted = config.virtual_cpu_devices
     processes = detect(config, os.environ)
     num_processes = 1 if processes is None else processes.num_processes
@@ -233,6 +235,11 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
             f"{devices[0].platform} device(s); set it before the first JAX operation of the process"
         )
     return devices[:wanted]
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def process_label() -> str:

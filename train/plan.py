@@ -8,6 +8,7 @@ there is a problem, 2 for a wrong config.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,7 +138,11 @@ def _max_seq(config: TrainConfig, target: Target, by_formula: bool, plan: Plan, 
             data = dataclasses.replace(config.data, seq_len=length)
             tried = make_plan(dataclasses.replace(config, data=data), target, by_formula=by_formula, console=console)
         console.print(f"{length:,} tokens: {verdict(tried)}", highlight=False)
-        return None if tried.refused and tried.memory_total <= plan.memory_limit else tried.memory_total
+        if tried.refused and tried.memory_total <= plan.memory_limit:
+            return None
+        # Of the two memories the one that is fuller, as bytes of the device's.
+        share = tried.host_memory_total / (tried.host_memory_limit or math.inf)
+        return max(tried.memory_total, round(share * plan.memory_limit))
 
     found = longest(memory_at, limit=plan.memory_limit, start=config.data.seq_len, unit=unit)
     console.print(f"longest data.seq_len that fits {target.name}: {found:,} tokens", highlight=False)

@@ -12,6 +12,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from longctx.sharding import param_shardings
 
+HOST_MEMORY = "pinned_host"
+"""The kind of memory of the host that a device reads and writes by itself."""
+
 ModelBuilder = Callable[[nnx.Rngs], nnx.Module]
 
 
@@ -35,6 +38,11 @@ class TrainState:
 def float32(tree: Any) -> Any:
     """The tree with every leaf cast to float32."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array of a state lies in the host's memory, not the device's."""
+    return leaf.sharding.memory_kind == HOST_MEMORY
 
 
 def abstract_model(build: ModelBuilder) -> tuple[nnx.GraphDef, nnx.State]:
