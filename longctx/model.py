@@ -23,6 +23,7 @@ from longctx.context_parallel import (
     sharded_schedule,
 )
 from longctx.context_parallel.relayout import sharding_of_runs
+from longctx.lora import LoraConfig, add_adapters, check_targets
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
 from longctx.remat import Remat, check_remat, rematerialised
@@ -64,6 +65,9 @@ class ModelConfig:
     """Compute dtype of activations and matmuls; statistics and logits are float32 regardless."""
     param_dtype: FloatDType = "float32"
     """Dtype that parameters are stored in."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters, to train in the place of all that the model had before: that then stays as it is, in
+    param_dtype, and adapters are float32. Null trains everything."""
     remat: Remat = "none"
     """What the backward pass recomputes. `none`: nothing. `dots`: norms, activations and attention, keeping the outputs
     of the projections and of the MLP's matmuls. `full`: everything, keeping each layer's input. Each uses less memory
@@ -233,6 +237,8 @@ class TransformerLM(nnx.Module):
         self.remainder = nnx.List(_block(config, name, sharding, rngs) for name in config.remainder)
         self.final_norm = RMSNorm(config.dim, eps=config.norm_eps, param_dtype=param_dtype)
         self.unembedding = None if config.tie_embeddings else table()
+        if config.lora is not None:
+            check_targets(config.lora, self)
 
     def __call__(
         self,
@@ -531,7 +537,7 @@ def _schedule_key(mixer: MixerConfig) -> _ScheduleKey | None:
 
 
 def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
-    return Block(
+    block = Block(
         config.dim,
         mixer=config.mixers[name],
         mlp_dim=config.mlp_dim,
@@ -542,6 +548,9 @@ def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, r
         sharding=sharding_of_runs(sharding) if config.mixers[name].needs_runs else sharding,
         rngs=rngs,
     )
+    if config.lora is not None:
+        add_adapters(block, config.lora, rngs)
+    return block
 
 
 def _stacked_block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:

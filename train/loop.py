@@ -69,7 +69,9 @@ def train(config: TrainConfig) -> None:
             state, position = _resume(config, checkpoints, abstract, data, display)
         else:
             weights = load_params(config.init_from, abstract.params) if config.init_from else None
-            state = create_state(parts.build, parts.optimizer, mesh, seed=config.seed)
+            state = create_state(
+                parts.build, parts.optimizer, mesh, seed=config.seed, offload_optimizer=config.optimizer.offload
+            )
             position = Position(rows=0, data=data.fingerprint, config=to_dict(_recorded(config)))
             if weights is not None:
                 state = dataclasses.replace(state, params=weights)

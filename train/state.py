@@ -1,6 +1,6 @@
 """The state of a run: parameters, optimizer state, step, random key, skipped steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx import traversals
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from longctx.lora import is_adapter
 from longctx.sharding import param_shardings
 
 HOST_MEMORY = "pinned_host"
@@ -28,7 +30,7 @@ class TrainState:
     params: Any
     """The model's nnx.Param values as nested dicts; nnx.merge(graphdef, params) gives the model."""
     opt_state: Any
-    """The optimizer's state, in float32."""
+    """The optimizer's state, of the parameters that are trained."""
     rng: jax.Array
     """Raw key data (uint32) for what is random in a step; the parameters were drawn from its sibling."""
     skipped_steps: jax.Array
@@ -38,6 +40,36 @@ class TrainState:
 def float32(tree: Any) -> Any:
     """The tree with every leaf cast to float32."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def trained(params: Any) -> Any:
+    """Of nested dicts, in the shape of the parameters, the part that a step changes: adapters if there are any, or all.
+
+    What it leaves out, `frozen` has; `together` puts both back.
+    """
+    return _part(params, True)
+
+
+def frozen(params: Any) -> Any:
+    """The rest of `trained`."""
+    return _part(params, False)
+
+
+def together(trained: Any, frozen: Any) -> Any:
+    """What `trained` and `frozen` are parts of."""
+    if not frozen:
+        return trained
+    return traversals.unflatten_mapping(traversals.flatten_mapping(frozen) | traversals.flatten_mapping(trained))
+
+
+def _part(params: Any, is_trained: bool) -> Any:
+    if not isinstance(params, Mapping):  # a model of one array, say
+        return params if is_trained else {}
+    flat = traversals.flatten_mapping(params)
+    has_adapters = any(map(is_adapter, flat))
+    return traversals.unflatten_mapping(
+        {path: leaf for path, leaf in flat.items() if (is_adapter(path) or not has_adapters) == is_trained}
+    )
 
 
 def is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
@@ -70,23 +102,32 @@ def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def abstract_state(
-    build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+    build: ModelBuilder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    *,
+    offload_optimizer: bool = False,
 ) -> TrainState:
     """The state as ShapeDtypeStructs that carry the mesh's shardings: for restoring and for planning.
 
     Parameters follow longctx.sharding.param_shardings; whatever in the optimizer state mirrors a parameter
-    follows that parameter; everything else is replicated.
+    follows that parameter, with `offload_optimizer` in the host's memory; everything else is replicated.
     """
     params = abstract_params(build, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def mirror(leaf, param):
+        kind = HOST_MEMORY if offload_optimizer else None
+        return _struct(leaf, param.sharding.with_memory_kind(kind) if kind else param.sharding)
+
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
         params=params,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda leaf, param: _struct(leaf, param.sharding),
-            jax.eval_shape(lambda params: optimizer.init(float32(params)), params),
-            params,
+            mirror,
+            jax.eval_shape(lambda params: optimizer.init(float32(params)), trained(params)),
+            trained(params),
             transform_non_params=lambda leaf: _struct(leaf, replicated),
         ),
         rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated),
@@ -94,9 +135,16 @@ def abstract_state(
     )
 
 
-def create_state(build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> TrainState:
+def create_state(
+    build: ModelBuilder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    offload_optimizer: bool = False,
+) -> TrainState:
     """A fresh state, every leaf drawn directly into its sharding: no device ever holds the whole of it."""
-    abstract = abstract_state(build, optimizer, mesh)
+    abstract = abstract_state(build, optimizer, mesh, offload_optimizer=offload_optimizer)
 
     def init(key):
         params_key, step_key = jax.random.split(key)
@@ -104,7 +152,7 @@ def create_state(build: ModelBuilder, optimizer: optax.GradientTransformation, m
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(float32(params)),
+            opt_state=optimizer.init(float32(trained(params))),
             rng=jax.random.key_data(step_key),
             skipped_steps=jnp.zeros((), jnp.int32),
         )
