@@ -1,6 +1,6 @@
 """Low-rank adapters of projections: what fine-tuning trains in the place of the matrices themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,12 @@ def check_targets(config: LoraConfig, module: nnx.Module) -> None:
             raise ValueError(f"lora.targets: got {name!r}, wanted names of projections ({', '.join(known)}); remove it")
 
 
-def is_adapter(path: tuple) -> bool:
+def is_adapter(path: Sequence[Any]) -> bool:
     """Whether the parameter at this path is one of an adapter."""
     return path[-1] in ADAPTERS
 
 
-def merged(params: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+def merged(params: Mapping[Any, Any], config: LoraConfig) -> dict[Any, Any]:
     """The parameters of the model without adapters that computes the same: W + (alpha / rank) A B in the place of W.
 
     Args:

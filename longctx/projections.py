@@ -15,10 +15,13 @@ class Projection(nnx.LinearGeneral):
       As of `flax.nnx.LinearGeneral`, without bias.
     """
 
+    # Of the class, for Flax to know them as parameters once they are.
+    lora_a: nnx.LoRAParam | None = None
+    lora_b: nnx.LoRAParam | None = None
+    lora_scale = 0.0
+
     def __init__(self, in_dims, out_dims, **options):
         super().__init__(in_dims, out_dims, use_bias=False, **options)
-        self.lora_a = self.lora_b = None
-        self.lora_scale = 0.0
 
     def adapt(self, *, rank: int, scale: float, key: jax.Array) -> None:
         """Adds an adapter of this rank, whose part of the result is scaled: A drawn, B zero, float32."""

@@ -66,10 +66,9 @@ def _part(params: Any, is_trained: bool) -> Any:
     if not isinstance(params, Mapping):  # a model of one array, say
         return params if is_trained else {}
     flat = traversals.flatten_mapping(params)
-    has_adapters = any(map(is_adapter, flat))
-    return traversals.unflatten_mapping(
-        {path: leaf for path, leaf in flat.items() if (is_adapter(path) or not has_adapters) == is_trained}
-    )
+    if not any(map(is_adapter, flat)):
+        return params if is_trained else {}
+    return traversals.unflatten_mapping({path: leaf for path, leaf in flat.items() if is_adapter(path) == is_trained})
 
 
 def is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:

@@ -13,7 +13,7 @@ from longctx.model import ModelConfig
 from longctx.remat import ATTENTION, MIXER_OUTPUT, MLP_HIDDEN, QKV, RESIDUAL, kept, offloaded
 from longctx.sharding import ACTIVATION_AXES, CONTEXT_AXES, PARAMETER_AXES
 from train.planning.cost import held_bytes
-from train.state import TrainState, is_on_host
+from train.state import TrainState, is_on_host, trained
 
 _BATCH_BYTES_OF_TOKEN = 5 * 4  # tokens, targets, positions, segment_ids: int32; loss_weights: float32
 _BATCH_BYTES_OF_ROW = 4  # num_bytes: float32
@@ -56,7 +56,7 @@ def memory_by_formula(
         "parameters": _held_bytes(state.params),
         "optimizer": _held_bytes(state.opt_state),
         # Their sum over the microbatches is held beside those of the one at hand.
-        "gradients": min(accumulate_steps, 2) * _held_bytes(state.params, "float32"),
+        "gradients": min(accumulate_steps, 2) * _held_bytes(trained(state.params), "float32"),
         "batch": accumulate_steps * (_BATCH_BYTES_OF_TOKEN * shard.tokens + _BATCH_BYTES_OF_ROW * shard.rows),
         "saved activations": shard.tokens * sum(layer.count * _saved(model, layer, shard) for layer in layers),
         "layer at work": _layer_at_work(model, state.params, layers, shard, mesh_sizes),
