@@ -213,7 +213,7 @@ def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
     return jax.random.split(key, num_rows)
 
 
-def gpu_compiler_options(*, deterministic: bool) -> dict[str, str]:
+def gpu_compiler_options(*, deterministic: bool) -> dict[str, str | bool]:
     """What XLA has to be told on GPUs.
 
     It keeps one collective in flight at a time there. A ring's backward pass has two at every hop, keys with values and
@@ -226,6 +226,6 @@ def gpu_compiler_options(*, deterministic: bool) -> dict[str, str]:
     """
     options = {
         "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
-        "xla_gpu_enable_pipelined_host_offloading": "true",
+        "xla_gpu_enable_pipelined_host_offloading": True,
     }
-    return options | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})
+    return options | ({"xla_gpu_deterministic_ops": True} if deterministic else {})

@@ -136,6 +136,7 @@ def test_a_second_start_compiles_nothing_anew(run, tmp_path, capsys, monkeypatch
     assert found.count("cache_hits") > 5 and "cache_misses" not in found
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_nothing_else(run, finished, tmp_path, capsys):
     """From the weights of another run; resumed in the middle, evaluated and sampled from."""
     folder = tmp_path / "lora"
@@ -158,6 +159,7 @@ def test_adapters_are_trained_and_nothing_else(run, finished, tmp_path, capsys):
         assert command([str(folder), "sample.num_tokens=3"]) == 0
 
 
+@pytest.mark.slow
 def test_optimizer_state_in_the_hosts_memory(run, tmp_path, finished):
     """Trains and resumes as it would on the device, bit by bit."""
     assert run(tmp_path, "optimizer.offload=true", "training.steps=10") == 0

@@ -317,11 +317,14 @@ class _Runner:
             self.notes.append("copies to and from the host take no time: the table of devices has no host_gb_per_s")
         seconds = copied.num_bytes / (1e9 * (self._spec.host_gb_per_s or math.inf))
         asynchronous = instruction.opcode.endswith("-start")
+        phase = phase_of(instruction.op_name)
+        if not instruction.op_name:  # what XLA moved from one iteration of a loop to another has no name
+            phase = "forward" if copied.to_host else "backward"
         draft = Collective(
             kind=HOST_COPY,
             name=readable(instruction.op_name),
             part=part_of(instruction.op_name),
-            phase=phase_of(instruction.op_name),
+            phase=phase,
             is_hop=False,
             asynchronous=asynchronous,
             count=1,
