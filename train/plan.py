@@ -79,7 +79,7 @@ def _plan(options: argparse.Namespace) -> Sequence[str]:
     show(plan, console)
     data = plan.to_dict()
     if options.max_seq:
-        data["max_seq"] = _max_seq(config, target, options.formula, plan, console)
+        data["max_seq"] = max_seq(config, target, by_formula=options.formula, plan=plan, console=console)
     if options.json == "-":
         json.dump(data, sys.stdout, indent=2)
         print()
@@ -122,8 +122,14 @@ def _refused(run: Run, refusal: DoesNotFit) -> Plan:
     )
 
 
-def _max_seq(config: TrainConfig, target: Target, by_formula: bool, plan: Plan, console: Console) -> int:
-    """Finds the longest sequence that fits, and prints it."""
+def max_seq(config: TrainConfig, target: Target, *, by_formula: bool, plan: Plan, console: Console) -> int:
+    """Finds the longest data.seq_len that fits, and prints it; 0 where not even the shortest does.
+
+    Args:
+      plan: Of the config as it is.
+    Raises: ConfigError where nobody knows how much memory the devices have.
+    Cost: a handful of plans.
+    """
     if plan.memory_limit is None:
         raise ConfigError(
             f"--max-seq: nobody says how much memory a {target.device_kind} has; name other devices with --devices"
