@@ -235,7 +235,13 @@ class Bench:
 
         Raises: NonFiniteError.
         """
-        state = create_state(programs.parts.build, programs.parts.optimizer, self._mesh, seed=config.seed)
+        state = create_state(
+            programs.parts.build,
+            programs.parts.optimizer,
+            self._mesh,
+            seed=config.seed,
+            offload_optimizer=config.optimizer.offload,
+        )
         step, spent, last = 0, 0.0, config.training.steps
         with closing(self.data.batches(start_step=0, batch_size=self._batch_size)) as batches:
             while step < last and spent < seconds:

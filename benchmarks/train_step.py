@@ -53,7 +53,9 @@ def measure_train(
         progress("compiling the training step")
         with dispatch.record() as taken:
             compiled = parts.train_step.lower(parts.abstract, batches[0], None).compile()
-        state = create_state(parts.build, parts.optimizer, mesh, seed=config.seed)
+        state = create_state(
+            parts.build, parts.optimizer, mesh, seed=config.seed, offload_optimizer=config.optimizer.offload
+        )
         turn = itertools.cycle(batches)
 
         def step():

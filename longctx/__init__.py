@@ -8,6 +8,7 @@ from longctx.context_parallel import AttentionSharding, ContextParallelConfig, K
 from longctx.delta import DeltaNet
 from longctx.gla import GatedLinearAttention
 from longctx.linear_attention import LinearAttention
+from longctx.lora import LoraConfig
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
 from longctx.mixers.attention import AttentionConfig
@@ -48,6 +49,7 @@ __all__ = [
     "LinearAttention",
     "LinearCache",
     "LinearConfig",
+    "LoraConfig",
     "LossSums",
     "Mamba2",
     "Mamba2Config",

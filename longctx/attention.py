@@ -21,6 +21,7 @@ from longctx.context_parallel import (
 from longctx.context_parallel.inference import plan_tokens
 from longctx.norms import RMSNorm
 from longctx.projections import projection
+from longctx.remat import QKV, named
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import constrain
 from pallas_kernels import BlockSizes, Dropout, Implementation, Mask, Tokens
@@ -131,7 +132,7 @@ class GroupedQueryLayer(nnx.Module):
         """q, k and v of tokens at these positions; None is 0, 1, 2, ..."""
         q_BTNH, positions = self._queries(x_BTD, positions)
         k_BTKH = self._placed_keys(self.k(x_BTD), positions, self.k_norm)
-        return q_BTNH, k_BTKH, constrain(self.v(x_BTD), "batch", "sequence", "kv_heads", None)
+        return q_BTNH, k_BTKH, constrain(named(self.v(x_BTD), QKV), "batch", "sequence", "kv_heads", None)
 
     def _queries(self, x_BTD, positions):
         """q of tokens at these positions, and the positions; None is 0, 1, 2, ..."""
@@ -146,6 +147,7 @@ class GroupedQueryLayer(nnx.Module):
 
     def _placed(self, x_BTNH, positions, norm: RMSNorm | None):
         """Queries or keys, normalised and rotated."""
+        x_BTNH = named(x_BTNH, QKV)
         x_BTNH = x_BTNH if norm is None else norm(x_BTNH)
         return x_BTNH if self.rotary is None else apply_rotary(x_BTNH, positions, self.rotary)
 

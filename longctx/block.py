@@ -12,6 +12,7 @@ from longctx.context_parallel import AnySchedule, AttentionSharding, PrefillPlan
 from longctx.mixers.registry import MixerConfig
 from longctx.mlp import SwiGLU
 from longctx.norms import RMSNorm
+from longctx.remat import MIXER_OUTPUT, RESIDUAL, named
 from longctx.sharding import constrain
 
 
@@ -62,7 +63,7 @@ class Block(nnx.Module):
         depth: Float32[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """One layer; the arguments are the mixer's, rngs only where it is stochastic and depth where it uses it."""
-        some = _given(rngs=rngs, depth=depth)
+        some, x_BTD = _given(rngs=rngs, depth=depth), named(x_BTD, RESIDUAL)
         with jax.named_scope("mixer"):
             mixed = self.mixer(
                 self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule, **some
@@ -96,7 +97,7 @@ class Block(nnx.Module):
         return self._feed_forward(x_BTD, mixed), cache
 
     def _feed_forward(self, x_BTD: jax.Array, mixed: jax.Array) -> jax.Array:
-        x_BTD = constrain(x_BTD + mixed, "batch", "sequence", None)
+        x_BTD = constrain(x_BTD + named(mixed, MIXER_OUTPUT), "batch", "sequence", None)
         with jax.named_scope("mlp"):
             return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "sequence", None)
 

@@ -33,6 +33,7 @@ from longctx.context_parallel.inference import plan_tokens
 from longctx.feature_maps import LRPE, FeatureMap, Pointwise
 from longctx.norms import GroupNorm, SimpleRMSNorm
 from longctx.projections import projection
+from longctx.remat import QKV, named
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import constrain
 from pallas_kernels import Implementation
@@ -444,7 +445,7 @@ class LinearAttention(RecurrentLayer):
 
     def _inputs(self, x_BTD, positions_BT, depth, convolve):
         def features(x_BTKH):
-            x_BTKH = self.feature_map(x_BTKH, positions_BT)
+            x_BTKH = self.feature_map(named(x_BTKH, QKV), positions_BT)
             if self.rotary is not None:
                 x_BTKH = apply_rotary(x_BTKH, positions_BT, self.rotary)
             if self.lrpe is not None:
@@ -455,7 +456,7 @@ class LinearAttention(RecurrentLayer):
         if self.log_decay is not None:
             decay = jnp.asarray(self.log_decay, jnp.float32)
             decay = decay if depth is None else decay * (1 - jnp.asarray(depth, jnp.float32))
-        v_BTNV = constrain(self.v(x_BTD), "batch", "sequence", "heads", None)
+        v_BTNV = constrain(named(self.v(x_BTD), QKV), "batch", "sequence", "heads", None)
         return LinearInputs(features(self.q(x_BTD)), features(self.k(x_BTD)), v_BTNV, decay)
 
     def _output(self, attended_BTNV, x_BTD, inputs):

@@ -7,6 +7,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from longctx.arguments import check_sequence
 from longctx.projections import projection
+from longctx.remat import MLP_HIDDEN, named
 from longctx.sharding import constrain
 
 
@@ -44,5 +45,6 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         check_sequence("SwiGLU", x_BTD, self.dim)
-        hidden = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        gate, up = (named(project(x_BTD), MLP_HIDDEN) for project in (self.gate, self.up))
+        hidden = jax.nn.silu(gate) * up
         return self.down(constrain(hidden, "batch", "sequence", "mlp"))

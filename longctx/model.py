@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,8 +23,10 @@ from longctx.context_parallel import (
     sharded_schedule,
 )
 from longctx.context_parallel.relayout import sharding_of_runs
+from longctx.lora import LoraConfig, add_adapters, check_targets
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
+from longctx.remat import Remat, check_remat, rematerialised
 from longctx.sharding import constrain
 from pallas_kernels import BlockSizes, Mask, Tokens
 
@@ -63,10 +65,15 @@ class ModelConfig:
     """Compute dtype of activations and matmuls; statistics and logits are float32 regardless."""
     param_dtype: FloatDType = "float32"
     """Dtype that parameters are stored in."""
-    remat: Literal["none", "dots", "full"] = "none"
+    lora: LoraConfig | None = None
+    """Low-rank adapters, to train in the place of all that the model had before: that then stays as it is, in
+    param_dtype, and adapters are float32. Null trains everything."""
+    remat: Remat = "none"
     """What the backward pass recomputes. `none`: nothing. `dots`: norms, activations and attention, keeping the outputs
     of the projections and of the MLP's matmuls. `full`: everything, keeping each layer's input. Each uses less memory
-    and more time than the one before."""
+    and more time than the one before. Or save, offload (to the host's memory) or recompute by the name of a tensor:
+    residual, qkv, attention, mixer_output, mlp_hidden (docs/long_sequences.md); names that are left out are as in
+    `full`."""
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", dict(self.mixers))
@@ -83,6 +90,9 @@ class ModelConfig:
             if name not in self.mixers:
                 raise ValueError(f"pattern: got {name!r}, wanted names of mixers ({known}); define it under mixers")
         self._check_edges()
+        if not isinstance(self.remat, str):
+            object.__setattr__(self, "remat", dict(self.remat))
+        check_remat(self.remat, {name: mixer.tensor_names for name, mixer in self.mixers.items()})
         for name in self.mixers:
             if name not in (*self.pattern, self.edge_mixer):
                 raise ValueError(
@@ -113,8 +123,8 @@ class ModelConfig:
             )
 
     def __hash__(self):
-        fields = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "mixers")
-        return hash((*fields, frozenset(self.mixers.items())))
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return hash(tuple(frozenset(value.items()) if isinstance(value, dict) else value for value in values))
 
     @property
     def is_stochastic(self) -> bool:
@@ -227,6 +237,8 @@ class TransformerLM(nnx.Module):
         self.remainder = nnx.List(_block(config, name, sharding, rngs) for name in config.remainder)
         self.final_norm = RMSNorm(config.dim, eps=config.norm_eps, param_dtype=param_dtype)
         self.unembedding = None if config.tie_embeddings else table()
+        if config.lora is not None:
+            check_targets(config.lora, self)
 
     def __call__(
         self,
@@ -271,7 +283,7 @@ class TransformerLM(nnx.Module):
                         rngs=_folded(key, index) if draws else None, depth=self._depth(name, index),
                     )  # fmt: skip
 
-            return _rematerialised(run, config.remat, prevent_cse)(block, x_BTD, index)
+            return rematerialised(run, config.remat, prevent_cse=prevent_cse)(block, x_BTD, index)
 
         def in_order(x_BTD, held_in_runs: bool, wanted_in_runs: bool) -> jax.Array:
             if relayout is None or held_in_runs == wanted_in_runs:
@@ -525,7 +537,7 @@ def _schedule_key(mixer: MixerConfig) -> _ScheduleKey | None:
 
 
 def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
-    return Block(
+    block = Block(
         config.dim,
         mixer=config.mixers[name],
         mlp_dim=config.mlp_dim,
@@ -536,6 +548,9 @@ def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, r
         sharding=sharding_of_runs(sharding) if config.mixers[name].needs_runs else sharding,
         rngs=rngs,
     )
+    if config.lora is not None:
+        add_adapters(block, config.lora, rngs)
+    return block
 
 
 def _stacked_block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
@@ -556,17 +571,6 @@ def _stacked_block(config: ModelConfig, name: str, sharding: AttentionSharding |
 def _folded(key: jax.Array, index: jax.typing.ArrayLike) -> jax.Array:
     """The key, or the key of each row, with the number of a layer folded in."""
     return jax.random.fold_in(key, index) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, index)
-
-
-def _rematerialised(function: Callable, remat: str, prevent_cse: bool) -> Callable:
-    """`function`, whose backward pass recomputes what the `remat` setting says."""
-    if remat == "none":
-        return function
-    policy = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }[remat]
-    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
 
 
 @jax.custom_vjp

@@ -18,6 +18,7 @@ from longctx.context_parallel import (
 )
 from longctx.norms import RMSNorm
 from longctx.projections import projection
+from longctx.remat import QKV, named
 from longctx.rotary import RotaryConfig
 from longctx.sharding import constrain
 from pallas_kernels import Implementation, Tokens
@@ -244,7 +245,9 @@ class NsaAttention(GroupedQueryLayer):
 
     def _uncompressed(self, x_BTD) -> jax.Array:
         """Keys and values of the compressed branch, side by side, not placed yet."""
-        kv = jnp.concatenate([self.compressed_k(x_BTD), self.compressed_v(x_BTD)], axis=-1)
+        kv = jnp.concatenate(
+            [named(project(x_BTD), QKV) for project in (self.compressed_k, self.compressed_v)], axis=-1
+        )
         return constrain(kv, "batch", "sequence", "kv_heads", None)
 
     def _compressed(self, blocks, last) -> BranchKeys:
@@ -254,7 +257,7 @@ class NsaAttention(GroupedQueryLayer):
 
     def _selected_and_sliding(self, x_BTD, positions) -> tuple[BranchKeys, BranchKeys]:
         def branch(k, v, norm):
-            values = constrain(v(x_BTD), "batch", "sequence", "kv_heads", None)
+            values = constrain(named(v(x_BTD), QKV), "batch", "sequence", "kv_heads", None)
             return BranchKeys(self._placed_keys(k(x_BTD), positions, norm), values)
 
         return branch(self.k, self.v, self.k_norm), branch(self.sliding_k, self.sliding_v, self.sliding_k_norm)

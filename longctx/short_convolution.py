@@ -10,6 +10,8 @@ from jaxtyping import Array, DTypeLike, Float
 from longctx.context_parallel import ConvolutionShape
 from longctx.linear_attention import Convolve, StateShape
 from longctx.projections import projection
+from longctx.remat import QKV as QKV_NAME
+from longctx.remat import named
 from longctx.sharding import constrain
 
 
@@ -92,7 +94,7 @@ class QKV(nnx.Module):
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N V"]]:
         """q, k and v in the compute dtype; `convolve` as a layer's `_inputs` is given it."""
         arrays = [
-            constrain(project(x_BTD), "batch", "sequence", axis, None)
+            constrain(named(project(x_BTD), QKV_NAME), "batch", "sequence", axis, None)
             for project, axis in zip((self.q, self.k, self.v), self._axes, strict=True)
         ]
         if self.shape is None:

@@ -9,6 +9,8 @@ from pathlib import Path
 # The delta rule's triangular systems are small: where other processes are at work, LAPACK's threads wait for each other
 # hundreds of times as long as they compute. Read when SciPy is imported, which JAX does.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# No test is to find what an earlier one, or the user, compiled; none is empty.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 import jax
 import pytest

@@ -63,7 +63,7 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
         raise ConfigError(f"model: {error}") from error
     schedule = make_schedule(config.optimizer, total_steps=config.training.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule)
-    abstract = abstract_state(build, optimizer, mesh)
+    abstract = abstract_state(build, optimizer, mesh, offload_optimizer=config.optimizer.offload)
     return Parts(
         model=model,
         build=build,

@@ -29,6 +29,8 @@ class DeviceSpec:
     attention: Mapping[str, AttentionSpeed] = dataclasses.field(default_factory=dict)
     memory_gib: float | None = None
     memory_gb_per_s: float | None = None
+    host_memory_gib: float | None = None
+    host_gb_per_s: float | None = None
     link: Literal["torus", "switch"] | None = None
     link_gb_per_s: float | None = None
     network_gb_per_s: float | None = None

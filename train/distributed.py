@@ -24,8 +24,9 @@ class DistributedConfig:
 
     virtual_cpu_devices: int | None = None
     """Run on this many virtual CPU devices in total, over all processes. Default: the devices that the machine has."""
-    compilation_cache_dir: str | None = None
-    """Folder in which JAX keeps compiled programs for the next start. Default: no such cache."""
+    compilation_cache_dir: str | None = "~/.cache/longctx/compiled"
+    """Folder in which JAX keeps compiled programs for the next start; null keeps none. JAX_COMPILATION_CACHE_DIR in the
+    environment counts in its place."""
     coordinator_address: str | None = None
     """HOST:PORT at which rank 0 waits for the other processes. Default: what the environment tells (torchrun's
     variables, Open MPI, SLURM, Kubernetes jobs, TPU pods), else a single process."""
@@ -201,8 +202,10 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
     Raises: DeviceError when a process of the run is missing, naming host, rank and address, or when JAX has already
       started on other devices than the config asks for.
     """
-    if config.compilation_cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+    if config.compilation_cache_dir is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
+    # XLA lends GPUs at most 64 GB of the host's memory, whatever there is, unless told otherwise.
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(host_memory_bytes() // 10**9))
     wanted = config.virtual_cpu_devices
     processes = detect(config, os.environ)
     num_processes = 1 if processes is None else processes.num_processes
@@ -233,6 +236,11 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
             f"{devices[0].platform} device(s); set it before the first JAX operation of the process"
         )
     return devices[:wanted]
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def process_label() -> str:

@@ -28,7 +28,7 @@ from train.sampling import sample_text
 from train.schema import to_dict
 from train.signals import StopSignals
 from train.spikes import LeftOut, LeftOutRows, RecentLosses, SpikeError
-from train.state import TrainState, create_state
+from train.state import TrainState, create_state, together, trained
 from train.watch import Watch
 
 MAX_STEPS_IN_FLIGHT = 2  # more gain nothing, and XLA's CPU runtime aborts when many steps with collectives are queued
@@ -49,6 +49,8 @@ def train(config: TrainConfig) -> None:
         data = open_data(config.data, seed=config.seed)
         for note in (*choices, *data.notes):
             display.note(note)
+        if jax.config.jax_compilation_cache_dir:
+            display.note(f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}")
 
         parts = assemble(config, mesh, vocab_size=data.tokenizer.vocab_size)
         abstract = parts.abstract
@@ -68,11 +70,15 @@ def train(config: TrainConfig) -> None:
                 return
             state, position = _resume(config, checkpoints, abstract, data, display)
         else:
-            weights = load_params(config.init_from, abstract.params) if config.init_from else None
-            state = create_state(parts.build, parts.optimizer, mesh, seed=config.seed)
+            weights = (
+                load_params(config.init_from, abstract.params, may_lack_adapters=True) if config.init_from else None
+            )
+            state = create_state(
+                parts.build, parts.optimizer, mesh, seed=config.seed, offload_optimizer=config.optimizer.offload
+            )
             position = Position(rows=0, data=data.fingerprint, config=to_dict(_recorded(config)))
             if weights is not None:
-                state = dataclasses.replace(state, params=weights)
+                state = dataclasses.replace(state, params=together(weights, state.params))
                 display.note(f"weights from {config.init_from}")
 
         step, rows = int(state.step), position.rows
@@ -119,6 +125,9 @@ def train(config: TrainConfig) -> None:
 
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+        of_adapters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained(abstract.params)))
+        if of_adapters < parameters:
+            display.note(f"{of_adapters:,} parameters are trained, those of the adapters")
         display.note(f"{parameters:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})")
         warning = memory.warning()
         if warning:

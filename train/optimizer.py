@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+_SLOWEST_IN_BFLOAT16 = 0.99  # half a unit in the last place is at most 2^-8 of a number
 
 UNDECAYED_NAMES = ("bias", "scale", "sinks", "theta", "dt_bias", "a_log", "skip")
 
@@ -37,6 +40,11 @@ class OptimizerConfig:
     """Decoupled weight decay. The vectors of a layer and learned speeds of turning are not decayed."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; a larger one is scaled down to it. Null switches clipping off."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype that both running means are kept in between steps, which compute in float32. bfloat16 halves their memory,
+    and takes b1 and b2 up to 0.99: it would round away the smaller changes of slower means."""
+    offload: bool = False
+    """Whether the running means are kept in the host's memory, from where they come to the device for each update."""
 
     def __post_init__(self):
         for name in ("learning_rate", "eps"):
@@ -48,6 +56,12 @@ class OptimizerConfig:
         for name in ("warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
+        for name in ("b1", "b2"):
+            if self.moments_dtype == "bfloat16" and getattr(self, name) > _SLOWEST_IN_BFLOAT16:
+                raise ValueError(
+                    f"moments_dtype: got bfloat16 with {name}={getattr(self, name)}, wanted at most "
+                    f"{_SLOWEST_IN_BFLOAT16}, since smaller changes would be rounded away; lower it, or keep float32"
+                )
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio: got {self.final_lr_ratio}, wanted a fraction between 0 and 1")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -128,9 +142,23 @@ def make_optimizer(config: OptimizerConfig, *, schedule: Schedule) -> optax.Grad
     Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101, Algorithm 2.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     return optax.chain(
         clip,
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        adam if config.moments_dtype == "float32" else _kept_in(jnp.dtype(config.moments_dtype), adam),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _kept_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation that computes in float32, with the floats of its state kept in a narrower dtype."""
+
+    def cast(state, wanted):
+        return jax.tree.map(lambda x: x.astype(wanted) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)

@@ -8,6 +8,7 @@ there is a problem, 2 for a wrong config.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def _plan(options: argparse.Namespace) -> Sequence[str]:
     show(plan, console)
     data = plan.to_dict()
     if options.max_seq:
-        data["max_seq"] = _max_seq(config, target, options.formula, plan, console)
+        data["max_seq"] = max_seq(config, target, by_formula=options.formula, plan=plan, console=console)
     if options.json == "-":
         json.dump(data, sys.stdout, indent=2)
         print()
@@ -121,8 +122,14 @@ def _refused(run: Run, refusal: DoesNotFit) -> Plan:
     )
 
 
-def _max_seq(config: TrainConfig, target: Target, by_formula: bool, plan: Plan, console: Console) -> int:
-    """Finds the longest sequence that fits, and prints it."""
+def max_seq(config: TrainConfig, target: Target, *, by_formula: bool, plan: Plan, console: Console) -> int:
+    """Finds the longest data.seq_len that fits, and prints it; 0 where not even the shortest does.
+
+    Args:
+      plan: Of the config as it is.
+    Raises: ConfigError where nobody knows how much memory the devices have.
+    Cost: a handful of plans.
+    """
     if plan.memory_limit is None:
         raise ConfigError(
             f"--max-seq: nobody says how much memory a {target.device_kind} has; name other devices with --devices"
@@ -137,7 +144,11 @@ def _max_seq(config: TrainConfig, target: Target, by_formula: bool, plan: Plan, 
             data = dataclasses.replace(config.data, seq_len=length)
             tried = make_plan(dataclasses.replace(config, data=data), target, by_formula=by_formula, console=console)
         console.print(f"{length:,} tokens: {verdict(tried)}", highlight=False)
-        return None if tried.refused and tried.memory_total <= plan.memory_limit else tried.memory_total
+        if tried.refused and tried.memory_total <= plan.memory_limit:
+            return None
+        # Of the two memories the one that is fuller, as bytes of the device's.
+        share = tried.host_memory_total / (tried.host_memory_limit or math.inf)
+        return max(tried.memory_total, round(share * plan.memory_limit))
 
     found = longest(memory_at, limit=plan.memory_limit, start=config.data.seq_len, unit=unit)
     console.print(f"longest data.seq_len that fits {target.name}: {found:,} tokens", highlight=False)

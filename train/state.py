@@ -1,6 +1,6 @@
 """The state of a run: parameters, optimizer state, step, random key, skipped steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx import traversals
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from longctx.lora import is_adapter
 from longctx.sharding import param_shardings
+
+HOST_MEMORY = "pinned_host"
+"""The kind of memory of the host that a device reads and writes by itself."""
 
 ModelBuilder = Callable[[nnx.Rngs], nnx.Module]
 
@@ -25,7 +30,7 @@ class TrainState:
     params: Any
     """The model's nnx.Param values as nested dicts; nnx.merge(graphdef, params) gives the model."""
     opt_state: Any
-    """The optimizer's state, in float32."""
+    """The optimizer's state, of the parameters that are trained."""
     rng: jax.Array
     """Raw key data (uint32) for what is random in a step; the parameters were drawn from its sibling."""
     skipped_steps: jax.Array
@@ -35,6 +40,40 @@ class TrainState:
 def float32(tree: Any) -> Any:
     """The tree with every leaf cast to float32."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def trained(params: Any) -> Any:
+    """Of nested dicts, in the shape of the parameters, the part that a step changes: adapters if there are any, or all.
+
+    What it leaves out, `frozen` has; `together` puts both back.
+    """
+    return _part(params, True)
+
+
+def frozen(params: Any) -> Any:
+    """The rest of `trained`."""
+    return _part(params, False)
+
+
+def together(trained: Any, frozen: Any) -> Any:
+    """What `trained` and `frozen` are parts of."""
+    if not frozen:
+        return trained
+    return traversals.unflatten_mapping(traversals.flatten_mapping(frozen) | traversals.flatten_mapping(trained))
+
+
+def _part(params: Any, is_trained: bool) -> Any:
+    if not isinstance(params, Mapping):  # a model of one array, say
+        return params if is_trained else {}
+    flat = traversals.flatten_mapping(params)
+    if not any(map(is_adapter, flat)):
+        return params if is_trained else {}
+    return traversals.unflatten_mapping({path: leaf for path, leaf in flat.items() if is_adapter(path) == is_trained})
+
+
+def is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array of a state lies in the host's memory, not the device's."""
+    return leaf.sharding.memory_kind == HOST_MEMORY
 
 
 def abstract_model(build: ModelBuilder) -> tuple[nnx.GraphDef, nnx.State]:
@@ -62,23 +101,32 @@ def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def abstract_state(
-    build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+    build: ModelBuilder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    *,
+    offload_optimizer: bool = False,
 ) -> TrainState:
     """The state as ShapeDtypeStructs that carry the mesh's shardings: for restoring and for planning.
 
     Parameters follow longctx.sharding.param_shardings; whatever in the optimizer state mirrors a parameter
-    follows that parameter; everything else is replicated.
+    follows that parameter, with `offload_optimizer` in the host's memory; everything else is replicated.
     """
     params = abstract_params(build, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def mirror(leaf, param):
+        kind = HOST_MEMORY if offload_optimizer else None
+        return _struct(leaf, param.sharding.with_memory_kind(kind) if kind else param.sharding)
+
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
         params=params,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda leaf, param: _struct(leaf, param.sharding),
-            jax.eval_shape(lambda params: optimizer.init(float32(params)), params),
-            params,
+            mirror,
+            jax.eval_shape(lambda params: optimizer.init(float32(params)), trained(params)),
+            trained(params),
             transform_non_params=lambda leaf: _struct(leaf, replicated),
         ),
         rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated),
@@ -86,9 +134,16 @@ def abstract_state(
     )
 
 
-def create_state(build: ModelBuilder, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> TrainState:
+def create_state(
+    build: ModelBuilder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    offload_optimizer: bool = False,
+) -> TrainState:
     """A fresh state, every leaf drawn directly into its sharding: no device ever holds the whole of it."""
-    abstract = abstract_state(build, optimizer, mesh)
+    abstract = abstract_state(build, optimizer, mesh, offload_optimizer=offload_optimizer)
 
     def init(key):
         params_key, step_key = jax.random.split(key)
@@ -96,7 +151,7 @@ def create_state(build: ModelBuilder, optimizer: optax.GradientTransformation, m
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(float32(params)),
+            opt_state=optimizer.init(float32(trained(params))),
             rng=jax.random.key_data(step_key),
             skipped_steps=jnp.zeros((), jnp.int32),
         )

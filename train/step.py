@@ -16,7 +16,7 @@ from longctx.losses import cross_entropy
 from longctx.sharding import batch_sharding
 from train.optimizer import Schedule
 from train.spikes import SpikeConfig
-from train.state import TrainState, float32
+from train.state import TrainState, float32, frozen, together, trained
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -85,7 +85,9 @@ def make_train_step(
 
     The gradient is that of sum(weight x loss) / sum(weight) over the whole batch: microbatches add gradients
     of sums in float32, and one division by the total weight follows, so how the batch is cut does not change
-    the update. The optimizer works in float32 whatever the dtype of the parameters.
+    the update. The optimizer works in float32 whatever the dtype of the parameters. Where the model has adapters they
+    alone have gradients and are updated. Optimizer state that lies in the host's memory comes to the device for the
+    update.
 
     Args:
       graphdef: Static half of the model; it is merged with the parameters only while tracing.
@@ -106,12 +108,13 @@ def make_train_step(
       is above it. Where `host_seconds` is (float32 [devices]), its maximum, whose place that is, and its mean:
       slowest_seconds, slowest_place, mean_seconds. A step that is not finite, or a spike that spikes.action does not
       let pass, leaves parameters and optimizer state as they were.
-    Memory: a float32 copy of the gradients beside the state, sharded like the parameters.
+    Memory: a float32 copy of the gradients beside the state, sharded like the parameters that are trained.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), shardings.opt_state)
 
-    def loss_sum(params, microbatch):
-        model = nnx.merge(graphdef, params)
+    def loss_sum(params, rest, microbatch):
+        model = nnx.merge(graphdef, together(params, rest))
         source = {"rngs": microbatch["row_keys"]} if is_stochastic else {}
         logits_BTV = model(
             microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"], **source
@@ -126,15 +129,17 @@ def make_train_step(
         spec = batch_sharding(mesh, array.ndim).spec
         return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, *spec))
 
-    def accumulate(params, batch):
+    def accumulate(params, rest, batch):
+        layout = trained(shardings.params)
+
         def body(carry, microbatch):
-            (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, microbatch)
+            (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, rest, microbatch)
             # Named, because nothing else ties the sums to the parameters' layout: each device keeps its shard only.
-            gradients = jax.lax.with_sharding_constraint(float32(gradients), shardings.params)
+            gradients = jax.lax.with_sharding_constraint(float32(gradients), layout)
             return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        zeros = jax.lax.with_sharding_constraint(zeros, shardings.params)
+        zeros = jax.lax.with_sharding_constraint(zeros, layout)
         carry, _ = jax.lax.scan(body, ((jnp.float32(0.0),) * 3, zeros), {k: split(v) for k, v in batch.items()})
         return carry
 
@@ -147,7 +152,8 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         if is_stochastic:
             batch = {**batch, "row_keys": _row_keys(state, len(batch["tokens"]))}
-        (loss, nll, weight), gradients = accumulate(state.params, batch)
+        params, rest = trained(state.params), frozen(state.params)
+        (loss, nll, weight), gradients = accumulate(params, rest, batch)
         divisor = jnp.where(weight > 0, weight, 1.0)
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
         grad_norm = optax.tree_utils.tree_norm(gradients)
@@ -161,15 +167,15 @@ def make_train_step(
             return jnp.where(applied, new, old)
 
         with jax.named_scope("optimizer"):
-            params = float32(state.params)
+            opt_state = jax.device_put(state.opt_state, on_device)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counts with floats
-                updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+                updates, new_opt_state = optimizer.update(gradients, opt_state, float32(params))
                 learning_rate = schedule(state.step - state.skipped_steps)
-            params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
+            new_params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
             new_state = TrainState(
                 step=state.step + 1,
-                params=jax.tree.map(keep_applied, params, state.params),
-                opt_state=jax.tree.map(keep_applied, opt_state, state.opt_state),
+                params=together(jax.tree.map(keep_applied, new_params, params), rest),
+                opt_state=jax.tree.map(keep_applied, new_opt_state, opt_state),
                 rng=state.rng,
                 skipped_steps=state.skipped_steps + jnp.where(applied, 0, 1).astype(jnp.int32),
             )
@@ -207,15 +213,19 @@ def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
     return jax.random.split(key, num_rows)
 
 
-def gpu_compiler_options(*, deterministic: bool) -> dict[str, str]:
+def gpu_compiler_options(*, deterministic: bool) -> dict[str, str | bool]:
     """What XLA has to be told on GPUs.
 
     It keeps one collective in flight at a time there. A ring's backward pass has two at every hop, keys with values and
-    their gradients, and the parameters of the next layer are on their way beside them.
+    their gradients, and the parameters of the next layer are on their way beside them. And it would fetch what a layer
+    offloaded when the layer's backward pass begins, not one layer ahead.
 
     Args:
       deterministic: Whether to leave out operations whose sums have no fixed order, and the choice of an algorithm by
         timing, which may choose another in the next run.
     """
-    options = {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"}
-    return options | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})
+    options = {
+        "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+        "xla_gpu_enable_pipelined_host_offloading": True,
+    }
+    return options | ({"xla_gpu_deterministic_ops": True} if deterministic else {})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from longctx.context_parallel.config import AttentionSharding
-from longctx.context_parallel.strategy import Residuals, Setting, ShardedSchedule, Strategy
+from longctx.context_parallel.strategy import Residuals, SavedResults, Setting, ShardedSchedule, Strategy
 from longctx.sharding import ACTIVATION_AXES, own_mesh_in_scope
 from pallas_kernels import (
     BlockSizes,
@@ -29,6 +29,7 @@ from pallas_kernels import (
     make_schedule,
     sinks_gradient,
 )
+from pallas_kernels.saved import as_attention
 
 AnySchedule = Schedule | ShardedSchedule
 HOP_SCOPE = "context_parallel"  # names, in a compiled program, the collectives that a strategy sends for each layer
@@ -338,14 +339,17 @@ def _attention(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
 
 def _attention_fwd(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
     options, heads = dict(call.options), call.split.heads_spec
+    saved = SavedResults()
 
     def shard(q, k, v, tokens, schedule, sinks, dropout):
         extras = {"sinks": call.of_own_heads(sinks), "dropout": call.of_own_heads(dropout)}
         if call.setting is not None:
             with jax.named_scope(HOP_SCOPE):
-                return call.strategy.forward(call.setting, q, k, v, tokens, schedule, **extras, **options)
-        out, lse = blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **extras, **options)
-        return out, Residuals(q, k, v, out, lse)
+                out, residuals = call.strategy.forward(call.setting, q, k, v, tokens, schedule, **extras, **options)
+        else:
+            out, lse = blockwise_attention_forward(q, k, v, tokens=tokens, schedule=schedule, **extras, **options)
+            residuals = Residuals(q, k, v, out, lse)
+        return out, saved.inside((q, k, v, out), residuals)
 
     out, residuals = jax.shard_map(
         shard,
@@ -353,6 +357,8 @@ def _attention_fwd(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
         out_specs=(heads, call.residual_specs),
         check_vma=False,  # the op's loops start from constants, which that check would have to be told of
     )(q, k, v, tokens, schedule, sinks, dropout)
+    out = as_attention(out)
+    residuals = saved.outside((q, k, v, out), residuals)
     return out, (residuals, tokens, schedule, sinks, dropout)
 
 

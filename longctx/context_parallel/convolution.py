@@ -200,7 +200,8 @@ def transfers(
     sizes = [("forward", num_bytes(dtype, *of_channels)), ("backward", num_bytes(jnp.float32, *of_channels))]
     sizes += [("forward", num_bytes(jnp.int32, *tokens))] * segment_ids
     return tuple(
-        Transfer(kind="collective-permute", phase=phase, count=num_runs, num_bytes=size) for phase, size in sizes
+        Transfer(kind="collective-permute", phase=phase, count=num_runs, num_bytes=size, before_attention=True)
+        for phase, size in sizes
     )
 
 

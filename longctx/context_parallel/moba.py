@@ -37,6 +37,7 @@ from longctx.context_parallel.strategy import Residuals, Setting, ShardedSchedul
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import Implementation, Tokens
 from pallas_kernels.mask import SameDocument
+from pallas_kernels.saved import as_attention
 from pallas_kernels.sparse.moba import (
     LOCAL_MASK,
     check_moba_call,
@@ -346,12 +347,14 @@ def _forward(call: _Call, q, k, v, tokens):
 
     split = call.split
     num_rows = tokens.q_positions.shape[0]
-    return jax.shard_map(
+    out, saved = jax.shard_map(
         shard,
         in_specs=(*(split.heads_spec,) * 3, split.rows(tokens)),
         out_specs=(split.heads_spec, call.saved_specs(num_rows)),
         check_vma=False,  # as in api.py
     )(q, k, v, tokens)
+    out = as_attention(out)
+    return out, saved._replace(q=q, k=k, v=v, out=out, lse=as_attention(saved.lse))
 
 
 def _backward(call: _Call, saved: _Saved, dout):

@@ -42,6 +42,7 @@ from pallas_kernels import (
     blockwise_attention_backward,
     blockwise_attention_forward,
 )
+from pallas_kernels.saved import as_attention
 from pallas_kernels.sparse.nsa import (
     COMPRESSED_MASK,
     BranchKeys,
@@ -190,9 +191,9 @@ def transfers(
         return ()
     num_compressed = _rounded(sizes.num_compressed(length), degree)
 
-    def keys(kind, phase, length, dtype, count=1):
+    def keys(kind, phase, length, dtype, **others):
         sent = num_bytes(dtype, degree - 1, rows, length // degree, K, 2 * head_dim)
-        return Transfer(kind=kind, phase=phase, count=count, num_bytes=sent)
+        return Transfer(kind=kind, phase=phase, num_bytes=sent, **{"count": 1, **others})
 
     mask = sliding_mask(sizes)
     of_window = sharding.strategy_for(mask).transfers(
@@ -200,9 +201,11 @@ def transfers(
     )
     of_tokens = num_bytes(jnp.int32, degree - 1, rows, length // degree)
     return (
-        Transfer(kind="all-gather", phase="forward", count=3, num_bytes=of_tokens),
+        Transfer(kind="all-gather", phase="forward", count=2, num_bytes=of_tokens, before_attention=True),
+        Transfer(kind="all-gather", phase="forward", count=1, num_bytes=of_tokens),
         Transfer(kind="all-gather", phase="backward", count=2, num_bytes=of_tokens),
-        keys("all-gather", "forward", length, dtype, count=2),
+        keys("all-gather", "forward", length, dtype, before_attention=True),
+        keys("all-gather", "forward", length, dtype),
         keys("all-gather", "forward", num_compressed, dtype),
         keys("all-gather", "backward", length, dtype),
         keys("all-gather", "backward", num_compressed, dtype),
@@ -420,7 +423,10 @@ def _forward(call: _Call, q, compressed_k, compressed_v, k, v, segment_ids):
     results, saved = row.shard_map(
         shard, (*(heads,) * 5, row.rows_spec(segment_ids)), ((heads, heads), call.saved_specs)
     )(q, compressed_k, compressed_v, k, v, segment_ids)
-    return results, (saved, segment_ids)
+    results = as_attention(results)
+    of_branches = dict(zip(("of_compressed", "of_selected"), results, strict=True))
+    named = {name: as_attention(getattr(saved, name)) for name in ("lse_of_compressed", "lse_of_selected", "choices")}
+    return results, (saved._replace(q=q, **of_branches, **named), segment_ids)
 
 
 def _backward(call: _Call, residuals, cotangents):

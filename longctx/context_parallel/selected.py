@@ -40,6 +40,7 @@ from longctx.context_parallel.ring import Ring, keys_of_all
 from longctx.context_parallel.strategy import (
     CallSchedule,
     Residuals,
+    SavedResults,
     Setting,
     ShardedSchedule,
     Strategy,
@@ -47,6 +48,7 @@ from longctx.context_parallel.strategy import (
 )
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Implementation, Mask, Tokens, blockwise_attention
+from pallas_kernels.saved import as_attention
 from pallas_kernels.sparse import BlockSelection, PerHead, Selector
 from pallas_kernels.tokens import TokenAxis, validate_tokens
 
@@ -358,13 +360,22 @@ def _attention(call: _Call, q, k, v, tokens):
 
 
 def _forward(call: _Call, q, k, v, tokens):
-    split = call.split
-    return jax.shard_map(
-        jax.named_scope(HOP_SCOPE)(call.forward),
+    split, results = call.split, SavedResults()
+
+    @jax.named_scope(HOP_SCOPE)
+    def shard(q, k, v, tokens):
+        out, saved = call.forward(q, k, v, tokens)
+        return out, saved._replace(attention=results.inside((q, k, v, out), saved.attention))
+
+    out, saved = jax.shard_map(
+        shard,
         in_specs=(*(split.heads_spec,) * 3, split.rows(tokens)),
         out_specs=(split.heads_spec, call.saved_specs(tokens)),
         check_vma=False,  # as in api.py
     )(q, k, v, tokens)
+    out = as_attention(out)
+    attention = results.outside((q, k, v, out), saved.attention)
+    return out, saved._replace(attention=attention, lists=as_attention(saved.lists))
 
 
 def _backward(call: _Call, saved: _Saved, dout):

@@ -55,6 +55,7 @@ from pallas_kernels.linear.api import (
     normalized,
 )
 from pallas_kernels.linear.state import total
+from pallas_kernels.saved import as_attention
 
 _LAYOUTS = ("contiguous", "zigzag")
 
@@ -363,6 +364,7 @@ def _forward(call: _Call, q, k, v, decay, beta, initial_state, segment_ids):
         out_specs=(tokens, states, rows, tokens),
         check_vma=False,  # the ops' loops start from constants, which that check would have to be told of
     )(q, k, v, decay, beta, initial_state, segment_ids)
+    out, state, reached, starts = as_attention((out, state, reached, starts))
     return (out, state), _Residuals(q, k, v, decay, beta, segment_ids, reached, starts)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import DTypeLike, Int
 from longctx.context_parallel.layout import Layout
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import BlockSizes, Mask, Schedule, Tokens
+from pallas_kernels.saved import as_attention
 from pallas_kernels.tokens import Leaf
 
 StrategyName = Literal["ring", "ring_dma", "all_gather", "ulysses", "halo", "usp", "double_ring"]
@@ -87,6 +88,27 @@ class Residuals(NamedTuple):
     v: jax.Array
     out: jax.Array
     lse: jax.Array
+
+
+class SavedResults:
+    """Names, outside a shard_map, what a forward pass inside it leaves for the backward pass (pallas_kernels/saved.py).
+
+    What a strategy saves may be what it was given, or what it returns: that must not be kept twice.
+    """
+
+    def __init__(self):
+        self._same: list[int | None] = []
+
+    def inside(self, given: tuple, residuals: Residuals) -> Residuals:
+        """The residuals; called inside the shard_map, with q, k, v and out."""
+        self._same = [next((i for i, y in enumerate(given) if x is y), None) for x in residuals]
+        return residuals
+
+    def outside(self, given: tuple, residuals: Residuals) -> Residuals:
+        """The residuals, named; called outside with the same, whose out has its name already."""
+        return Residuals(
+            *(as_attention(x) if i is None else given[i] for x, i in zip(residuals, self._same, strict=True))
+        )
 
 
 class ShardedSchedule:

@@ -21,6 +21,9 @@ class Transfer:
     """Bytes that one device sends in one such collective."""
     beside_calls: int = 0
     """Calls of the op, of the same layer, that may run beside one; 0 where they wait for it, or it for them."""
+    before_attention: bool = False
+    """Whether what the attention op reads is made of it: a layer that keeps the op's results sends it twice all the
+    same."""
     level: Literal["inner", "outer"] | None = None
     """Where the axes of the tokens are treated apart, whether it goes over the last of them or over the others."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from longctx.attention import check_heads
 from longctx.mixers.registry import MixerConfig
+from longctx.remat import ATTENTION, BLOCK_NAMES, QKV
 from longctx.rotary import RotaryConfig
 from pallas_kernels import Implementation
 
@@ -54,6 +55,10 @@ class GroupedQueryConfig(MixerConfig):
             implementation=self.implementation,
             deterministic=self.deterministic,
         )
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        return BLOCK_NAMES | {QKV, ATTENTION}
 
     def projection_flops(self, dim: int, num_tokens: float) -> float:
         """2 tokens dim H (2 N + 2 K)."""

@@ -11,6 +11,7 @@ from longctx.context_parallel import AttentionSharding, ConvolutionShape, convol
 from longctx.context_parallel.traffic import Transfer
 from longctx.linear_attention import RecurrentLayer, StateShape
 from longctx.mixers.registry import MixerConfig
+from longctx.remat import ATTENTION, BLOCK_NAMES, QKV
 from pallas_kernels import Implementation
 
 
@@ -42,6 +43,10 @@ class RecurrentConfig(MixerConfig):
     @abc.abstractmethod
     def layer(self, dim: int, **common: Any) -> RecurrentLayer:
         """The layer; `common` are the arguments of `MixerConfig.build`, with its defaults, and implementation."""
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        return BLOCK_NAMES | {QKV, ATTENTION}
 
     @property
     def needs_runs(self) -> bool:

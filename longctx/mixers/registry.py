@@ -12,6 +12,7 @@ from jaxtyping import DTypeLike, Int
 
 from longctx.context_parallel import AttentionSharding
 from longctx.context_parallel.traffic import Transfer
+from longctx.remat import BLOCK_NAMES
 from pallas_kernels import BlockSizes, Mask
 
 _VARIANTS: dict[str, type["MixerConfig"]] = {}
@@ -62,6 +63,11 @@ class MixerConfig(abc.ABC):
         A model brings tokens into runs for such layers where the layout has none (context_parallel/relayout.py).
         """
         return False
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """The names (`longctx.remat.NAMES`) of the tensors of a block with this mixer; a mixer adds those it has."""
+        return BLOCK_NAMES
 
     @abc.abstractmethod
     def build(

@@ -18,6 +18,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.saved import as_attention
 from pallas_kernels.schedule import Schedule
 from pallas_kernels.tokens import Tokens, validate_tokens
 
@@ -309,6 +310,7 @@ def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedul
         options=options,
         dropout=dropout,
     )
+    out, lse = as_attention((out, lse))
     return (out, lse) if return_lse else out, (q, k, v, out, lse, tokens, schedule, sinks, dropout)
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_tpu, referenc
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.xla_chunks import multiply
+from pallas_kernels.saved import as_attention
 
 _MODULES = {
     "mosaic_gpu": pallas_mosaic_gpu,
@@ -320,6 +321,7 @@ def _attention_fwd(options, implementation, *arguments):
     out, state, starts = dispatch.run(
         "linear_attention_forward", FORWARD, implementation, q, k, v, parts=None, options=options, **context
     )
+    out, state, starts = as_attention((out, state, starts))
     decay = arguments[3]
     return (out, state), _Residuals(
         arrays=(q, k, v), context=context | {"starts": starts}, decay_gradient=decay is not None and decay.perturbed

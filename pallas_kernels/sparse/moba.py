@@ -20,6 +20,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.mask import Causal, Mask, SameDocument
 from pallas_kernels.mask_patterns import Chunked
 from pallas_kernels.online_softmax import delta_of
+from pallas_kernels.saved import as_attention
 from pallas_kernels.schedule import make_schedule
 from pallas_kernels.sparse.moba_keys import ChunkKeys
 from pallas_kernels.sparse.moba_route import (
@@ -176,6 +177,7 @@ def _forward(call: _Call, q, k, v, tokens: Tokens):
             route.of_queries(q), keys.of_tokens(k), keys.of_tokens(v), **routed.options, **call.options
         )
         out, lse = route.merge((out, lse), results)
+    out, lse = as_attention((out, lse))
     return (out, lse) if call.return_lse else out, (q, k, v, out, lse, local, route, keys, routed)
 
 

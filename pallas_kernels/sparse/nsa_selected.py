@@ -14,6 +14,7 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_qkv
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.saved import as_attention
 from pallas_kernels.sparse import nsa_selected_reference, nsa_selected_xla, pallas_mosaic_gpu_nsa
 
 FORWARD: Mapping = {
@@ -131,7 +132,7 @@ def _attention(options: _Options, implementation, q, k, v, choices, block_start,
 
 
 def _attention_fwd(options, implementation, *arrays):
-    results = _forward(options, implementation, *arrays)
+    results = as_attention(_forward(options, implementation, *arrays))
     return results, (*arrays, *results)
 
 

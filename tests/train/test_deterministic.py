@@ -78,5 +78,5 @@ def test_a_mixer_that_allows_any_order_is_refused(tmp_path, capsys):
 
 
 def test_compilers_for_gpus_are_told():
-    assert gpu_compiler_options(deterministic=True)["xla_gpu_deterministic_ops"] == "true"
+    assert gpu_compiler_options(deterministic=True)["xla_gpu_deterministic_ops"] is True
     assert "xla_gpu_deterministic_ops" not in gpu_compiler_options(deterministic=False)

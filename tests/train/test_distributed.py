@@ -130,10 +130,24 @@ def test_clusters_that_jax_knows_are_left_to_it(monkeypatch, environment):
     assert calls == [{"initialization_timeout": 50, "heartbeat_timeout_seconds": 100}]
 
 
-def test_the_compilation_cache_is_off_unless_named(tmp_path):
-    assert jax.config.jax_compilation_cache_dir is None
-    try:
-        initialize(DistributedConfig(compilation_cache_dir=str(tmp_path)))
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+@pytest.fixture(autouse=True)
+def cache_dir():
+    """Puts back where compiled programs are kept, which a test of another environment changes."""
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    initialize(DistributedConfig(compilation_cache_dir=None))
+    assert not jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    initialize(DistributedConfig())  # JAX has read the variable itself
+    assert not jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    initialize(DistributedConfig())
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache/longctx/compiled")
+    initialize(DistributedConfig(compilation_cache_dir="there"))
+    assert jax.config.jax_compilation_cache_dir == "there"

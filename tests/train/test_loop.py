@@ -13,14 +13,17 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 
 from train.__main__ import main
 from train.checkpoint import find_checkpoint
 from train.evaluate import main as evaluate_main
 from train.generate import main as generate_main
 from train.metrics import read_records
+from train.state import frozen, trained
 
 ROOT = Path(__file__).parents[2]
+_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +111,60 @@ def test_resuming_gives_the_same_losses_bit_for_bit(run, finished, tmp_path, cap
     assert "changed since then: training.steps: 10 -> 20" in output
     assert losses(tmp_path) == losses(finished)
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, 21))
+    jax.tree.map(np.testing.assert_array_equal, final_arrays(tmp_path), final_arrays(finished))
+
+
+def test_a_second_start_compiles_nothing_anew(run, tmp_path, capsys, monkeypatch):
+    found = []
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    jax.monitoring.register_event_listener(lambda event, **_: found.append(event.rpartition("/")[2]))
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", _LEAST_SECONDS)}
+    jax.config.update(_LEAST_SECONDS, 0.0)  # the programs of a tiny model take no second
+    quick = ("training.steps=6", f"distributed.compilation_cache_dir={tmp_path}/compiled", "checkpoint.every=null")
+    try:
+        for number in range(2):
+            jax.clear_caches()
+            found.clear()
+            assert run(tmp_path / str(number), *quick) == 0
+            assert f"compiled programs are kept in {tmp_path}/compiled" in capsys.readouterr().out
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        jax.monitoring.clear_event_listeners()
+    assert any("jit_step" in path.name for path in (tmp_path / "compiled").iterdir())
+    assert found.count("cache_hits") > 5 and "cache_misses" not in found
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_and_nothing_else(run, finished, tmp_path, capsys):
+    """From the weights of another run; resumed in the middle, evaluated and sampled from."""
+    folder = tmp_path / "lora"
+    adapted = ("model.lora={rank: 2, alpha: 4}", f"init_from={finished}", "training.accumulate_steps=2")
+    assert run(folder, *adapted, "training.steps=10") == 0
+    output = capsys.readouterr().out
+    assert f"weights from {finished}" in output and "448 parameters are trained, those of the adapters" in output
+    assert run(folder, *adapted) == 0
+    assert run(tmp_path / "at once", *adapted) == 0
+    jax.tree.map(np.testing.assert_array_equal, final_arrays(folder), final_arrays(tmp_path / "at once"))
+    assert losses(folder) == losses(tmp_path / "at once")
+    assert losses(folder)[0][1] < 0.8 * losses(finished)[0][1]  # where that run ended
+
+    base, (params, training) = final_arrays(finished)[0], final_arrays(folder)
+    jax.tree.map(np.testing.assert_array_equal, frozen(params), base)
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(trained(params)))
+    moments = [leaf for leaf in jax.tree.leaves(training["opt_state"]) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * 448
+    for command in (evaluate_main, generate_main):
+        assert command([str(folder), "sample.num_tokens=3"]) == 0
+
+
+@pytest.mark.slow
+def test_optimizer_state_in_the_hosts_memory(run, tmp_path, finished):
+    """Trains and resumes as it would on the device, bit by bit."""
+    assert run(tmp_path, "optimizer.offload=true", "training.steps=10") == 0
+    assert run(tmp_path, "optimizer.offload=true") == 0
+    assert losses(tmp_path) == losses(finished)
     jax.tree.map(np.testing.assert_array_equal, final_arrays(tmp_path), final_arrays(finished))
 
 

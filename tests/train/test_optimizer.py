@@ -112,3 +112,25 @@ def test_refused_settings(settings, message):
 def test_schedules_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         make_schedule(OptimizerConfig(**settings), total_steps=20)
+
+
+def test_moments_in_bfloat16():
+    """Kept in half the bytes between updates that are nearly those in float32."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.standard_normal((8, 8)), jnp.float32)}
+    gradients = [jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params) for _ in range(6)]
+    updates = {}
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig(moments_dtype=dtype, clip_norm=None)
+        optimizer = make_optimizer(config, schedule=make_schedule(config, total_steps=9))
+        state = optimizer.init(params)
+        for of_step in gradients:
+            updates[dtype], state = jax.jit(optimizer.update)(of_step, state, params)
+        floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        assert [(leaf.shape, str(leaf.dtype)) for leaf in floats] == 2 * [((8, 8), dtype)]
+    np.testing.assert_allclose(updates["bfloat16"]["kernel"], updates["float32"]["kernel"], rtol=0.05, atol=2e-5)
+
+
+def test_means_too_slow_for_bfloat16_are_refused():
+    with pytest.raises(ValueError, match="moments_dtype: got bfloat16 with b2=0.999, wanted at most 0.99, since"):
+        OptimizerConfig(moments_dtype="bfloat16", b2=0.999)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longctx import AttentionConfig, LoraConfig, ModelConfig, TransformerLM
 from longctx.sharding import MeshConfig, make_mesh
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from train.placement import BatchPlacement, one_a_device
-from train.state import abstract_model, abstract_state, create_state
+from train.state import abstract_model, abstract_state, create_state, frozen, trained
 from train.step import TrainingConfig, make_train_step
 
 MESH = MeshConfig(data=2, fsdp=2)
@@ -22,8 +23,8 @@ def setup(build, *, mesh=MESH, optimizer=None, is_stochastic=False, **training):
     schedule = make_schedule(optimizer_config, total_steps=config.steps)
     optimizer = make_optimizer(optimizer_config, schedule=schedule)
     with jax.set_mesh(mesh):
-        state = create_state(build, optimizer, mesh, seed=3)
-    abstract = abstract_state(build, optimizer, mesh)
+        state = create_state(build, optimizer, mesh, seed=3, offload_optimizer=optimizer_config.offload)
+    abstract = abstract_state(build, optimizer, mesh, offload_optimizer=optimizer_config.offload)
     step = make_train_step(
         abstract_model(build)[0], abstract, optimizer, schedule, config, mesh, is_stochastic=is_stochastic
     )
@@ -235,3 +236,43 @@ def test_variables_that_are_no_parameters_are_refused(stand_in):
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**{"steps": 1, "batch_size": 8} | settings)
+
+
+def test_optimizer_state_on_the_host_changes_nothing(stand_in, make_batch):
+    """The same bits, and the moments stay there; counts are the device's."""
+    states = {}
+    for offload in (False, True):
+        run, state = setup(stand_in, optimizer=OptimizerConfig(learning_rate=0.05, offload=offload))
+        for step in range(2):
+            state, _ = run(state, make_batch(step))
+        states[offload] = state
+    jax.tree.map(np.testing.assert_array_equal, states[True], states[False])
+    kinds = {leaf.ndim > 0: leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[True].opt_state)}
+    assert kinds == {True: "pinned_host", False: "device"}
+
+
+def test_of_a_model_with_adapters_nothing_else_changes(make_batch):
+    config = ModelConfig(
+        vocab_size=16,  # of the batches
+        dim=8,
+        num_layers=2,
+        mlp_dim=8,
+        mixers={"only": AttentionConfig(num_heads=2)},
+        pattern=("only",),
+        param_dtype="bfloat16",
+        lora=LoraConfig(rank=2, alpha=4.0, targets=("q", "down")),
+    )
+    run, state = setup(lambda rngs: TransformerLM(config, rngs=rngs), accumulate_steps=2)
+    before = jax.device_get(state.params)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    num_trained = 2 * (2 * (8 + 8) + 2 * (8 + 8))  # layers, A and B of q, of down
+    assert sum(leaf.size for leaf in moments) == 2 * num_trained
+    losses = []
+    for _ in range(4):
+        state, metrics = run(state, make_batch(0))
+        losses.append(metrics["loss"])
+    after = jax.device_get(state.params)
+    jax.tree.map(np.testing.assert_array_equal, frozen(after), frozen(before))
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen(after))} == {jnp.dtype("bfloat16")}
+    changed = jax.tree.map(lambda x, y: not np.array_equal(x, y), trained(after), trained(before))
+    assert all(jax.tree.leaves(changed)) and losses[-1] < losses[0]

@@ -10,7 +10,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from train.state import TrainState
+from longctx.lora import is_adapter
+from train.state import TrainState, frozen
 
 
 class CheckpointError(RuntimeError):
@@ -164,12 +165,13 @@ class Checkpoints:
         )
 
 
-def load_params(source: str | Path, abstract_params: Any) -> Any:
+def load_params(source: str | Path, abstract_params: Any, *, may_lack_adapters: bool = False) -> Any:
     """The weights alone of another run's latest checkpoint, laid out as `abstract_params` asks.
 
     Args:
       source: A run's folder, its folder of checkpoints, or one checkpoint in it.
       abstract_params: ShapeDtypeStructs with shardings.
+      may_lack_adapters: Whether a checkpoint of a model without adapters will do: then the result has none.
     Raises: CheckpointError when there is no checkpoint, or a parameter is missing, unknown or of another
       shape; it names the first one.
     """
@@ -179,6 +181,8 @@ def load_params(source: str | Path, abstract_params: Any) -> Any:
         stored = _stored_shapes(manager, step, "params")
         if stored is None:
             raise CheckpointError(f"{directory / str(step)}: holds no parameters; pass a checkpoint of this trainer")
+        if may_lack_adapters and not any(is_adapter(name.split(".")) for name in stored):
+            abstract_params = frozen(abstract_params) or abstract_params
         difference = _first_difference(stored, _shapes(abstract_params), dtypes=False)
         if difference is not None:
             raise CheckpointError(

@@ -11,7 +11,7 @@ from train.devices import DeviceSpec
 from train.planning import hlo, memory
 from train.planning.attention_work import AttentionWork
 from train.planning.estimate import run_by_formula
-from train.planning.formulas import memory_by_formula, parameter_count, peak_bytes
+from train.planning.formulas import host_memory_by_formula, memory_by_formula, parameter_count, peak_bytes
 from train.planning.links import Links
 from train.planning.plan import PartTime, Plan
 from train.planning.program import Program, Run
@@ -19,6 +19,7 @@ from train.planning.target import places
 from train.planning.timeline import Collective, Timeline
 from train.planning.timeline import run as run_on_paper
 from train.planning.verdict import judge
+from train.state import is_on_host
 
 # Stands in where the table has no speeds: collectives are still counted, their times are left out.
 _NO_SPEEDS = DeviceSpec(device_kinds=(), peak_tflops=1.0, memory_gb_per_s=1.0, link="switch", link_gb_per_s=1.0)
@@ -37,6 +38,8 @@ def analyse(run: Run, program: Program) -> Plan:
     timeline = run_on_paper(module, spec, links, num_devices, work.calls(spec))
     peak = memory.peak(module, parameter_shapes=_parameter_shapes(run))
     by_class = memory.memory_by_class(peak, program.stats, _state_bytes(run))
+    on_host = _bytes_of_shards(run.parts.abstract, on_host=True)
+    temporaries_on_host = program.stats.host_temp_size_in_bytes
     return _plan(
         run,
         source="compiler",
@@ -44,6 +47,7 @@ def analyse(run: Run, program: Program) -> Plan:
         compile_seconds=program.seconds,
         memory=by_class,
         memory_total=sum(by_class.values()),
+        host_memory={"activations": temporaries_on_host, "optimizer": on_host},
         buffers=peak.buffers,
         timeline=timeline,
         has_speeds=has_speeds,
@@ -65,6 +69,7 @@ def estimate(run: Run, note: str) -> Plan:
         compile_seconds=None,
         memory=by_class,
         memory_total=memory_total,
+        host_memory=_host_memory_by_formula(run),
         buffers=(),
         timeline=run_by_formula(run, spec, work.calls(spec)),
         has_speeds=has_speeds,
@@ -73,7 +78,9 @@ def estimate(run: Run, note: str) -> Plan:
     )
 
 
-def _plan(run: Run, *, memory, timeline: Timeline, has_speeds: bool, work: "AttentionWork", **fields) -> Plan:
+def _plan(
+    run: Run, *, memory, host_memory, timeline: Timeline, has_speeds: bool, work: "AttentionWork", **fields
+) -> Plan:
     config, model, target = run.config, run.parts.model, run.target
     rows = config.training.batch_size
     lengths = np.full(rows, config.data.seq_len)
@@ -90,6 +97,9 @@ def _plan(run: Run, *, memory, timeline: Timeline, has_speeds: bool, work: "Atte
         memory=memory,
         memory_limit=target.memory_bytes,
         memory_note=target.memory_note,
+        host_memory={name: size for name, size in host_memory.items() if size},
+        host_memory_limit=target.host_memory_bytes,
+        host_memory_note=target.host_memory_note,
         collectives=_together(timeline.collectives, has_speeds),
         parts=[
             PartTime(part=part, phase=phase, flops=timeline.flops.get((part, phase), 0.0), seconds=seconds)
@@ -150,9 +160,11 @@ def _state_bytes(run: Run) -> dict[str, int]:
     }
 
 
-def _bytes_of_shards(tree) -> int:
+def _bytes_of_shards(tree, *, on_host: bool = False) -> int:
     return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if is_on_host(leaf) == on_host
     )
 
 
@@ -173,3 +185,14 @@ def estimate_memory(run: Run) -> tuple[Mapping[str, int], int]:
         sharding=run.sharding,
     )
     return by_class, peak_bytes(by_class)
+
+
+def _host_memory_by_formula(run: Run) -> dict[str, int]:
+    training = run.config.training
+    return host_memory_by_formula(
+        run.parts.model,
+        run.parts.abstract,
+        mesh_sizes=run.mesh.shape,
+        rows=training.batch_size // training.accumulate_steps,
+        seq_len=run.config.data.seq_len,
+    )

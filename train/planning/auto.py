@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from longctx.context_parallel.config import STRATEGIES, AttentionSharding
 from longctx.context_parallel.layout import Layout
 from longctx.mixers.attention import AttentionConfig
+from longctx.remat import ATTENTION, keeps
 from longctx.sharding import AXIS_NAMES, CONTEXT_AXES, MeshConfig, make_mesh
 from pallas_kernels import Tokens, blockwise_attention, dispatch, markdown
 from train.assemble import start_mesh
@@ -327,7 +328,7 @@ class _Open:
                 rows=rows,
                 dtype=model.dtype,
                 max_document_length=self.config.data.max_document_length,
-            ), {"forward": times * (1 if model.remat == "none" else 2), "backward": times}
+            ), {"forward": times * (1 if keeps(model.remat, ATTENTION) else 2), "backward": times}
 
         return [Kind(name=kind, layers=[layer(name) for name in of_kind]) for kind, of_kind in names.items() if of_kind]
 

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from longctx.context_parallel.traffic import Transfer
-from longctx.model import flops_by_part
+from longctx.model import ModelConfig, flops_by_part
+from longctx.remat import ATTENTION, MIXER_OUTPUT, MLP_HIDDEN, QKV, keeps
 from train.devices import DeviceSpec
 from train.planning.cost import compute_beside
 from train.planning.links import Links, Place
@@ -50,18 +51,26 @@ def _work_by_part(run: Run, spec: DeviceSpec, calls) -> dict[tuple[str, str], tu
     for part, total in flops_by_part(model, lengths).items():
         name, _, of_mixer = part.partition(".")
         forward = total / run.mesh.size
-        phases = {"forward": 1.0, "backward": 2.0}
-        if model.remat == "full" and part != "logits":
-            phases["recompute"] = 1.0
+        phases = {"forward": 1.0, "backward": 2.0, "recompute": _recomputed(model, part)}
         for phase, times in phases.items():
-            if of_mixer != "attention":
+            if of_mixer != "attention" and times:
                 work[part.replace(".", " "), phase] = (times * forward, times * forward / spec.matmul_flops)
     for name in model.mixers:
         executions = _layers(run, name) * training.accumulate_steps
-        for phase in ("forward", "backward") + (() if model.remat == "none" else ("recompute",)):
+        for phase in ("forward", "backward") + (() if keeps(model.remat, ATTENTION) else ("recompute",)):
             call = calls[name, "backward" if phase == "backward" else "forward"]
             work[f"{name} attention", phase] = (executions * call.flops.sum(), executions * call.seconds.sum())
     return work
+
+
+def _recomputed(model: ModelConfig, part: str) -> float:
+    """How much of the forward pass of a part, matmuls of attention apart, the backward pass runs again."""
+    if part == "logits" or model.remat == "none":
+        return 0.0
+    if part == "mlp":
+        return 0.0 if keeps(model.remat, MLP_HIDDEN) else 1.0
+    # Of the mixer's matrices half are taken to lie before the attention op, and half after it.
+    return 1.0 - 0.5 * keeps(model.remat, QKV) - 0.5 * keeps(model.remat, MIXER_OUTPUT)
 
 
 def _hops(run: Run, spec: DeviceSpec, calls) -> list[Collective]:
@@ -111,7 +120,8 @@ def expected_transfers(run: Run) -> list[tuple]:
             dtype=model.dtype,
         ):
             expected.append((name, transfer, transfer.phase, executions * transfer.count))
-            if transfer.phase == "forward" and model.remat != "none":
+            is_kept = keeps(model.remat, ATTENTION) and not transfer.before_attention
+            if transfer.phase == "forward" and model.remat != "none" and not is_kept:
                 expected.append((name, transfer, "recompute", executions * transfer.count))
     return expected
 
@@ -127,7 +137,7 @@ def _parameter_collectives(run: Run, spec: DeviceSpec, compute) -> list[Collecti
     whole = sum(leaf.size for leaf in leaves) // shape["tensor"] * np.dtype(jax.numpy.dtype(model.dtype)).itemsize
     num_bytes = whole * (size - 1) // size
     passes = {"forward": "all-gather", "backward": "reduce-scatter"}
-    if model.remat == "full":
+    if any(_recomputed(model, part) for part in ("mlp", "mixer")):
         passes["recompute"] = "all-gather"
     found = []
     for phase, kind in passes.items():

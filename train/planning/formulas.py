@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from longctx.context_parallel import AttentionSharding
 from longctx.mixers.registry import MixerConfig
 from longctx.model import ModelConfig
+from longctx.remat import ATTENTION, MIXER_OUTPUT, MLP_HIDDEN, QKV, RESIDUAL, kept, offloaded
 from longctx.sharding import ACTIVATION_AXES, CONTEXT_AXES, PARAMETER_AXES
 from train.planning.cost import held_bytes
-from train.state import TrainState
+from train.state import TrainState, is_on_host, trained
 
 _BATCH_BYTES_OF_TOKEN = 5 * 4  # tokens, targets, positions, segment_ids: int32; loss_weights: float32
 _BATCH_BYTES_OF_ROW = 4  # num_bytes: float32
@@ -49,24 +50,31 @@ def memory_by_formula(
       accumulate_steps: Microbatches of a step.
       sharding: How layers are split where their tokens are.
     """
-    shard = _Shard(
-        rows=_part(rows, "batch", mesh_sizes),
-        length=_part(seq_len, "sequence", mesh_sizes),
-        mlp_dim=_part(model.mlp_dim, "mlp", mesh_sizes),
-        vocab_size=_part(state.params["embedding"].shape[0], "vocab", mesh_sizes),
-    )
+    shard = _shard(model, state, mesh_sizes, rows, seq_len)
     layers = _layers(model, state.params)
     return {
         "parameters": _held_bytes(state.params),
         "optimizer": _held_bytes(state.opt_state),
         # Their sum over the microbatches is held beside those of the one at hand.
-        "gradients": min(accumulate_steps, 2) * _held_bytes(state.params, "float32"),
+        "gradients": min(accumulate_steps, 2) * _held_bytes(trained(state.params), "float32"),
         "batch": accumulate_steps * (_BATCH_BYTES_OF_TOKEN * shard.tokens + _BATCH_BYTES_OF_ROW * shard.rows),
         "saved activations": shard.tokens * sum(layer.count * _saved(model, layer, shard) for layer in layers),
         "layer at work": _layer_at_work(model, state.params, layers, shard, mesh_sizes),
         "logits": _logits(model, state.params, shard),
         "context parallelism": _context_parallelism(model, shard, mesh_sizes, sharding),
     }
+
+
+def host_memory_by_formula(
+    model: ModelConfig, state: TrainState, *, mesh_sizes: Mapping[str, int], rows: int, seq_len: int
+) -> dict[str, int]:
+    """Bytes of the host's memory that one device holds tensors in, by class; args as of `memory_by_formula`."""
+    shard = _shard(model, state, mesh_sizes, rows, seq_len)
+    of_token = 0
+    for layer in _layers(model, state.params):
+        sizes = _bytes_by_name(model, layer, shard)
+        of_token += layer.count * sum(sizes[name] for name in offloaded(model.remat))
+    return {"activations": shard.tokens * of_token, "optimizer": _held_bytes(state.opt_state, on_host=True)}
 
 
 def peak_bytes(parts: Mapping[str, int]) -> int:
@@ -89,6 +97,15 @@ class _Shard(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+
+def _shard(model: ModelConfig, state: TrainState, mesh_sizes: Mapping[str, int], rows: int, seq_len: int) -> _Shard:
+    return _Shard(
+        rows=_part(rows, "batch", mesh_sizes),
+        length=_part(seq_len, "sequence", mesh_sizes),
+        mlp_dim=_part(model.mlp_dim, "mlp", mesh_sizes),
+        vocab_size=_part(state.params["embedding"].shape[0], "vocab", mesh_sizes),
+    )
 
 
 def _part(size: int, logical_axis: str, mesh_sizes: Mapping[str, int]) -> int:
@@ -145,6 +162,24 @@ def _saved(model: ModelConfig, layer: _Layer, shard: _Shard) -> int:
             return _itemsize(model) * (model.dim + layer.mixer_outputs + 2 * shard.mlp_dim)
         case "none":  # Everything; the input is one of the first norm's float32 copies.
             return _activations(model, layer, shard, num_norms=2)
+    names = kept(model.remat, "save")
+    if RESIDUAL not in (*names, *offloaded(model.remat)):
+        names = (RESIDUAL, *names)
+    sizes = _bytes_by_name(model, layer, shard)
+    return sum(sizes[name] for name in names)
+
+
+def _bytes_by_name(model: ModelConfig, layer: _Layer, shard: _Shard) -> dict[str, int]:
+    """Bytes a token of the tensors of `longctx.remat.NAMES`, statistics such as lse left out."""
+    before_op = layer.mixer_outputs - model.dim
+    values = {
+        RESIDUAL: model.dim,
+        QKV: before_op,
+        ATTENTION: layer.mixer_inside - before_op,
+        MIXER_OUTPUT: model.dim,
+        MLP_HIDDEN: 2 * shard.mlp_dim,
+    }
+    return {name: _itemsize(model) * count for name, count in values.items()}
 
 
 def _activations(model: ModelConfig, layer: _Layer, shard: _Shard, *, num_norms: int) -> int:
@@ -212,11 +247,12 @@ def _itemsize(model: ModelConfig) -> int:
     return jnp.dtype(model.dtype).itemsize
 
 
-def _held_bytes(tree: Any, dtype: str | None = None) -> int:
-    """Bytes of one device's shards of all arrays, as they are or cast to `dtype`."""
+def _held_bytes(tree: Any, dtype: str | None = None, *, on_host: bool = False) -> int:
+    """Bytes of one device's shards of all arrays in its memory, or the host's, as they are or cast to `dtype`."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(dtype or leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
+        if is_on_host(leaf) == on_host
     )
 
 

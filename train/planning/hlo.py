@@ -63,6 +63,11 @@ class Shape:
         space = re.search(r"S\((\d+)\)", self.layout)
         return space is None or space[1] == "0"
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether it lies in the host's memory."""
+        return "S(5)" in self.layout
+
     def __str__(self):
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 

@@ -34,6 +34,9 @@ class Plan:
       memory_total: The most that a device holds at once; a formula's classes are not all held at once.
       memory_limit: Bytes that a program may use; None where nobody knows.
       memory_note: Where the limit comes from.
+      host_memory: Bytes of the host's memory that one device holds tensors in, by class; without those that are 0.
+      host_memory_limit: Bytes of it that one device may use; None where nobody knows.
+      host_memory_note: Where that limit comes from.
       buffers: What is largest at the fullest moment.
       collectives: Equal ones together.
       parts: Where the time goes; empty where the table of devices has no speeds.
@@ -62,6 +65,9 @@ class Plan:
     memory_total: int
     memory_limit: int | None
     memory_note: str
+    host_memory: Mapping[str, int]
+    host_memory_limit: int | None
+    host_memory_note: str
     buffers: Sequence[Buffer]
     collectives: Sequence[Collective]
     parts: Sequence[PartTime]
@@ -79,10 +85,19 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """None where the limit is not known."""
-        if self.memory_limit is None:
+        """Whether device and host have the memory; None where a limit is not known."""
+        if self.memory_limit is None or (self.host_memory_total and self.host_memory_limit is None):
             return None
-        return not self.refused and self.memory_total <= self.memory_limit
+        return not self.refused and self.memory_total <= self.memory_limit and self.fits_host
+
+    @property
+    def host_memory_total(self) -> int:
+        return sum(self.host_memory.values())
+
+    @property
+    def fits_host(self) -> bool:
+        """False only where the host has too little memory for sure."""
+        return self.host_memory_limit is None or self.host_memory_total <= self.host_memory_limit
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, in SI units: bytes, seconds, FLOPs."""

@@ -27,6 +27,8 @@ def show(plan: Plan, console: Console) -> None:
         ops = ", ".join(f"{op} by {name}" for op, name in plan.implementations.items())
         console.print(f"compiled in {plan.compile_seconds:.0f} s; {ops}", highlight=False)
     console.print(_memory(plan))
+    if plan.host_memory:
+        console.print(_host_memory(plan))
     if plan.buffers:
         console.print(_buffers(plan))
     if plan.collectives:
@@ -47,6 +49,9 @@ def verdict(plan: Plan) -> str:
     share = "" if plan.memory_limit is None else f" of {_gib(plan.memory_limit)}"
     fits = {True: "fits", False: "does not fit", None: "memory limit unknown"}[plan.fits]
     text = f"{fits}: {_gib(plan.memory_total)}{share} a device"
+    if plan.host_memory:
+        share = "" if plan.host_memory_limit is None else f" of {_gib(plan.host_memory_limit)}"
+        text += f", {_gib(plan.host_memory_total)}{share} of its host"
     if plan.step_seconds is not None:
         text += (
             f"; a step takes {_seconds(plan.step_seconds)} at best, {_seconds(plan.exposed_seconds)} of it waiting for "
@@ -64,6 +69,16 @@ def _memory(plan: Plan) -> Table:
     table.add_row("total", f"{plan.memory_total / 2**30:.3f}", limit)
     if plan.memory_limit is not None:
         table.add_row("limit", f"{plan.memory_limit / 2**30:.3f}", plan.memory_note)
+    return table
+
+
+def _host_memory(plan: Plan) -> Table:
+    table = _table("Memory of the host, for a device", ("class", "GiB", "share"))
+    for name, size in plan.host_memory.items():
+        table.add_row(name, f"{size / 2**30:.3f}", f"{100 * size / plan.host_memory_total:.0f} %")
+    if plan.host_memory_limit is not None:
+        table.add_section()
+        table.add_row("limit", f"{plan.host_memory_limit / 2**30:.3f}", plan.host_memory_note)
     return table
 
 

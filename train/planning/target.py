@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from longctx.sharding import MeshConfig, make_mesh
 from train.config import ConfigError
 from train.devices import DeviceSpec, DeviceTable
+from train.distributed import host_memory_bytes
 from train.planning.links import Place
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -38,6 +39,8 @@ class Target:
       missing: Why there is no compiler, with the remedy; None where there is one.
       memory_bytes: What a program may use of one device; None where nobody knows.
       memory_note: Where that figure comes from.
+      host_memory_bytes: What one device may use of its host's memory; None where nobody knows.
+      host_memory_note: Where that figure comes from.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Target:
     missing: str | None = None
     memory_bytes: int | None
     memory_note: str
+    host_memory_bytes: int | None
+    host_memory_note: str
 
     def mesh(self, config: MeshConfig) -> Mesh | AbstractMesh:
         """The mesh of a config over these devices; an abstract one where there is no compiler.
@@ -93,6 +98,8 @@ def local_target(devices: Sequence[jax.Device], table: DeviceTable) -> Target:
         devices=devices,
         memory_bytes=memory,
         memory_note=note,
+        host_memory_bytes=host_memory_bytes() // len(jax.local_devices()),
+        host_memory_note="the machine's memory, shared by its devices",
     )
 
 
@@ -110,6 +117,7 @@ def _tpu_target(kind: str, size: str, table: DeviceTable) -> Target:
         spec=spec,
         memory_bytes=round(spec.memory_gib * _GIB),
         memory_note="what the TPU's compiler allows",
+        **_host_memory(spec),
     )
     missing = None if importlib.util.find_spec("libtpu") else "libtpu is not installed; pip install longctx-jax[plan]"
     if missing:
@@ -141,6 +149,7 @@ def _gpu_target(kind: str, size: str, table: DeviceTable) -> Target:
         spec=spec,
         memory_bytes=round(fraction * spec.memory_gib * _GIB),
         memory_note=f"{fraction:g} of {spec.memory_gib:g} GiB: XLA_PYTHON_CLIENT_MEM_FRACTION",
+        **_host_memory(spec),
     )
     plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     if not any(_installed(plugin) for plugin in plugins):
@@ -170,11 +179,16 @@ def preallocated_fraction() -> float:
     return 0.75
 
 
+def _host_memory(spec: DeviceSpec) -> dict[str, int | str | None]:
+    gib = spec.host_memory_gib
+    limit = None if gib is None else round(gib * _GIB)
+    return dict(host_memory_bytes=limit, host_memory_note="host_memory_gib of the table of devices")
+
+
 def _local_memory(devices: Sequence[jax.Device]) -> tuple[int | None, str]:
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"], "what JAX may use of the device"
     if devices[0].platform == "cpu":
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return physical // len(devices), "the machine's memory, shared by its virtual devices"
+        return host_memory_bytes() // len(devices), "the machine's memory, shared by its virtual devices"
     return None, "unknown"

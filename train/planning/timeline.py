@@ -13,6 +13,7 @@ loops of a call, one for each time that it reads the row, which share its cost.
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -22,10 +23,13 @@ from longctx.context_parallel.api import HOP_SCOPE
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from train.devices import DeviceSpec
 from train.planning.hlo import Computation, Instruction, Module
+from train.planning.host_copies import HostCopy, host_copy
 from train.planning.links import Links, groups_of, is_collective, kind_of, sent_by_kernel
 from train.planning.op_names import layer_of, part_of, phase_of, readable
 from train.planning.work import Work, is_kernel
 
+HOST_COPY = "host-copy"
+"""What copies between a device and its host count as, among collectives."""
 HIDDEN_SHARE = 0.05  # a collective counts as hidden if at most this part of its time is waited for
 
 _OP = re.compile(rf"(\w+)_(forward|backward|states|state_cotangents)\.({'|'.join(IMPLEMENTATIONS)})\b")
@@ -51,7 +55,7 @@ class Collective:
     """Executions of one collective instruction in a step.
 
     Attributes:
-      kind: One of links.KINDS, or `remote-dma` for what a kernel sends itself.
+      kind: One of links.KINDS, `remote-dma` for what a kernel sends itself, or `host-copy`.
       name: Where it comes from.
       part: The part of the model that it belongs to.
       phase: "forward", "recompute", "backward" or "update".
@@ -200,6 +204,7 @@ class _Runner:
         result, in_flight = _Result(), {}
         fused = self._fused_collectives(computation)
         links_free = np.zeros(1)
+        host_free = {True: np.zeros(1), False: np.zeros(1)}  # the link to the host takes both directions at once
         for instruction in computation.instructions:
             kind = kind_of(instruction)
             begins = kind is not None and kind[1] == "start"
@@ -207,7 +212,12 @@ class _Runner:
             if instruction.name in fused.starts:
                 for collective in fused.starts[instruction.name]:
                     links_free = self._start(collective, collective.name, result, in_flight, links_free)
-            if begins:
+            copied = host_copy(instruction, computation)
+            if copied is not None:
+                host_free[copied.to_host] = self._copy(
+                    instruction, copied, result, in_flight, host_free[copied.to_host]
+                )
+            elif begins:
                 collective = self._wrapped(instruction) or instruction
                 links_free = self._start(collective, instruction.name, result, in_flight, links_free)
             elif instruction.opcode.endswith("-done") and instruction.operands[0] in in_flight:
@@ -300,6 +310,36 @@ class _Runner:
             links=links,
             group_size=2,
         )
+
+    def _copy(self, instruction: Instruction, copied: HostCopy, result: _Result, in_flight, free) -> np.ndarray:
+        """Starts a copy to or from the host, or makes it; when the link is free again."""
+        if self._spec.host_gb_per_s is None:
+            self.notes.append("copies to and from the host take no time: the table of devices has no host_gb_per_s")
+        seconds = copied.num_bytes / (1e9 * (self._spec.host_gb_per_s or math.inf))
+        asynchronous = instruction.opcode.endswith("-start")
+        phase = phase_of(instruction.op_name)
+        if not instruction.op_name:  # what XLA moved from one iteration of a loop to another has no name
+            phase = "forward" if copied.to_host else "backward"
+        draft = Collective(
+            kind=HOST_COPY,
+            name=readable(instruction.op_name),
+            part=part_of(instruction.op_name),
+            phase=phase,
+            is_hop=False,
+            asynchronous=asynchronous,
+            count=1,
+            num_bytes=copied.num_bytes,
+            seconds=seconds,
+            overlapped=0.0,
+            exposed=seconds,
+            links="to the host" if copied.to_host else "from the host",
+            group_size=1,
+        )
+        finished = np.maximum(*_comparable(result.clock, free)) + seconds
+        in_flight[instruction.name] = _InFlight(instruction, result.clock, finished, draft)
+        if not asynchronous:
+            self._finish(in_flight.pop(instruction.name), result)
+        return finished
 
     # --- collectives ---
 

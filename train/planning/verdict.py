@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 
+from longctx.remat import RESIDUAL, offloaded
 from train.planning.estimate import expected_transfers
 from train.planning.plan import Collective, Plan
 from train.planning.program import Run
 from train.planning.target import preallocated_fraction
+from train.planning.timeline import HOST_COPY
 
 _UNEVEN = 1.2  # from here on a layout's imbalance is worth a word
 _LONG = 0.05  # of a step: from here on what a strategy sends before it computes is too much
@@ -19,13 +21,19 @@ _WHOLE = 1.5  # times the even share: from here on parameters count as replicate
 def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
     """The plan's problems, advice and notes."""
     problems, advice, notes = [], [], list(plan.notes)
-    if plan.fits is False:
+    if plan.memory_limit is not None and plan.memory_total > plan.memory_limit:
         problems.append(
             f"does not fit: {_gib(plan.memory_total)} of {_gib(plan.memory_limit)} a device ({plan.memory_note})"
         )
         advice += memory_levers(run, plan.memory, plan.memory_total)
+    if not plan.fits_host:
+        problems.append(
+            f"does not fit: {_gib(plan.host_memory_total)} of {_gib(plan.host_memory_limit)} of the host's memory a "
+            f"device ({plan.host_memory_note})"
+        )
+        advice.append("save or recompute some of what model.remat offloads, or a device table with this host's memory")
     elif plan.fits is None:
-        notes.append("whether it fits is not known: nobody says how much memory a device has")
+        notes.append("whether it fits is not known: nobody says how much memory a device, or its host, has")
     problems += _replicated_parameters(run, plan)
     if plan.step_seconds is not None:
         up_front = _sent_up_front(run, plan)
@@ -59,9 +67,12 @@ def memory_levers(run: Run, memory: Mapping[str, int], total: int) -> list[str]:
     of = collections.Counter(memory)
     state = of["parameters"] + of["optimizer"] + of["gradients"]
     levers = []
-    if model.remat != "full":
+    if model.remat != "full" and not offloaded(model.remat):
         step = "dots or full" if model.remat == "none" else "full"
         levers.append((total - state, f"model.remat={step}: recompute activations instead of keeping them"))
+    elif RESIDUAL not in offloaded(model.remat):
+        inputs = "model.remat={residual: offload}: the inputs of layers go to the host's memory"
+        levers.append((of["activations"] + of["saved activations"], inputs))
     if rows > 1:
         parts = training.accumulate_steps * rows
         levers.append((total - state, f"training.accumulate_steps={parts}: one row of a device at a time, not {rows}"))
@@ -123,9 +134,16 @@ def _seconds_waited(collectives: Iterable[Collective]) -> float:
 
 def _exposed_rest(plan: Plan, up_front: Sequence[Collective]) -> list[str]:
     notes = []
-    rest = _seconds_waited(c for c in plan.collectives if not c.is_hop)
+    rest = _seconds_waited(c for c in plan.collectives if not c.is_hop and c.kind != HOST_COPY)
     if rest >= 0.02 * plan.step_seconds:
         notes.append(f"collectives of parameters and gradients are waited for {1e3 * rest:.1f} ms a step")
+    copies = [c for c in plan.collectives if c.kind == HOST_COPY]
+    if copies:
+        total, waited = sum(c.seconds * c.count for c in copies), _seconds_waited(copies)
+        notes.append(
+            f"copies to and from the host take {1e3 * total:.1f} ms a step, of which {1e3 * waited:.1f} ms are waited "
+            "for"
+        )
     waited = _seconds_waited(up_front)
     if 0 < waited < _LONG * plan.step_seconds:
         notes.append(

@@ -130,6 +130,28 @@ def test_a_ring_on_gpus_sends_what_it_states_and_hides_it():
     assert plan.fits
 
 
+@needs_cuda_plugin
+def test_what_is_offloaded_goes_to_the_host_and_comes_back_a_layer_ahead():
+    """One GPU: the device keeps none of it, the host all, and compute hides every copy but those at the ends."""
+    base = config(1, tokens_a_device=65536)
+
+    def plan(keeping):
+        model = dataclasses.replace(base.model, remat=dict.fromkeys(("residual", "attention"), keeping))
+        return plan_of("h100:1", dataclasses.replace(base, model=model))
+
+    on_host, on_device = plan("offload"), plan("save")
+    of_layer = 65536 * (1024 + 16 * 128) * 2 + 65536 * 16 * 4  # inputs, out and lse
+    assert on_host.host_memory == {"activations": LAYERS * of_layer} and not on_device.host_memory
+    assert on_device.memory["activations"] - on_host.memory["activations"] > of_layer
+    copies = [c for c in on_host.collectives if c.kind == "host-copy"]
+    assert all(c.asynchronous for c in copies)
+    for link in ("to the host", "from the host"):
+        assert sum(c.count * c.num_bytes for c in copies if c.links == link) == LAYERS * of_layer
+    hidden = [c for c in copies if not c.is_exposed]
+    assert sum(c.count for c in hidden if c.links == "from the host") >= 3 * (LAYERS - 1)
+    assert on_host.fits and any("copies to and from the host" in note for note in on_host.notes)
+
+
 def bytes_by_phase(hops):
     found = {}
     for (phase, num_bytes), count in hops.items():

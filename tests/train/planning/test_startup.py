@@ -54,6 +54,8 @@ def small_device(devices, table):
         devices=devices,
         memory_bytes=1000,
         memory_note="a thousand bytes",
+        host_memory_bytes=None,
+        host_memory_note="",
     )
 
 

@@ -1,5 +1,7 @@
 """Programs on paper: what runs when, and what is waited for."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -230,3 +232,62 @@ def test_linear_attention_counts_each_time_it_reads_the_row(op, phase, num_kerne
     timeline = on_paper(f"  %p = f32[1]{{0}} parameter(0)\n{kernels}", calls=calls)
     assert timeline.compute == {("a attention", phase): pytest.approx(seconds)}
     assert timeline.flops == {("a attention", phase): pytest.approx(4 * seconds)} and not timeline.notes
+
+
+HOST_READ = """
+  %stack = f32[6,100000]{1,0:S(5)} parameter(2)
+  %i = s32[] parameter(3)
+  %s = ((f32[6,100000]{1,0:S(5)}, s32[], s32[]), f32[1,100000]{1,0}, u32[]) fusion-start(%stack, %i, %i), kind=kLoop, calls=%slice
+BETWEEN
+  %d = f32[1,100000]{1,0} fusion-done(%s)"""  # noqa: E501
+HOST_WRITE = """
+  %stack2 = f32[6,100000]{1,0:S(5)} parameter(4)
+  %x = f32[1,100000]{1,0} parameter(5)
+  %j = s32[] parameter(6)
+  %t = ((f32[6,100000]{1,0:S(5)}, f32[1,100000]{1,0}, s32[], s32[]), f32[6,100000]{1,0:S(5)}, u32[]) fusion-start(%stack2, %x, %j, %j), kind=kLoop, calls=%update, metadata={op_name="jit(step)/jvp()/while/body/dynamic_update_slice"}
+BETWEEN
+  %e = f32[6,100000]{1,0:S(5)} fusion-done(%t)"""  # noqa: E501
+SLICES = """
+%slice (p: f32[6,100000], i: s32[], j: s32[]) -> f32[1,100000] {
+  %p = f32[6,100000]{1,0:S(5)} parameter(0)
+  %i = s32[] parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %r = f32[1,100000]{1,0} dynamic-slice(%p, %i, %j), dynamic_slice_sizes={1,100000}
+}
+%update (p: f32[6,100000], x: f32[1,100000], i: s32[], j: s32[]) -> f32[6,100000] {
+  %p = f32[6,100000]{1,0:S(5)} parameter(0)
+  %x = f32[1,100000]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %j = s32[] parameter(3)
+  ROOT %r = f32[6,100000]{1,0:S(5)} dynamic-update-slice(%p, %x, %i, %j)
+}"""
+
+
+def with_host(body, gb_per_s=1e-3):
+    spec = dataclasses.replace(SPEC, host_gb_per_s=gb_per_s)
+    text = "\n".join(["HloModule m, is_scheduled=true", SLICES, "ENTRY %main (p: f32[1]) -> f32[1] {", body, "}"])
+    return run(hlo.parse(text), spec, LINKS, 4, {})
+
+
+def test_compute_hides_a_copy_from_the_host():
+    """Of the stack one slice travels: 400 KB at 1 MB a second."""
+    (copy,) = with_host(HOST_READ.replace("BETWEEN", DOT)).collectives
+    assert (copy.kind, copy.num_bytes, copy.links, copy.phase) == ("host-copy", 400_000, "from the host", "backward")
+    assert copy.seconds == pytest.approx(0.4) and copy.exposed == 0 and not copy.is_hop
+    timeline = with_host(HOST_READ.replace("BETWEEN", ""))
+    assert timeline.exposed == timeline.seconds == pytest.approx(0.4)
+
+
+def test_copies_to_and_from_the_host_do_not_wait_for_each_other():
+    both = HOST_READ.replace("BETWEEN", HOST_WRITE.replace("BETWEEN", DOT))
+    read, write = sorted(with_host(both).collectives, key=lambda c: c.links)
+    assert (read.links, write.links) == ("from the host", "to the host")
+    assert write.num_bytes == 400_000 and write.phase == "forward" and read.exposed == write.exposed == 0
+    second = HOST_READ.replace("%stack", "%other").replace("%s ", "%u ").replace("(%s)", "(%u)").replace("%d ", "%f ")
+    one_way = HOST_READ.replace("BETWEEN", second.replace("%i", "%k").replace("BETWEEN", DOT))
+    assert with_host(one_way).seconds == pytest.approx(0.8)  # one after the other, of which 0.5 s are covered
+
+
+def test_a_host_of_unknown_speed_is_noted():
+    timeline = with_host(HOST_READ.replace("BETWEEN", ""), gb_per_s=None)
+    assert timeline.seconds == 0 and "no host_gb_per_s" in timeline.notes[0]
