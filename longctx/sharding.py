@@ -120,7 +120,7 @@ def param_shardings(abstract_state: Any, mesh: Mesh | AbstractMesh) -> Any:
         def of_array(array):
             if logical_axes is None or len(logical_axes) != len(array.shape):
                 return NamedSharding(mesh, PartitionSpec())
-            return NamedSharding(mesh, _partition_spec(logical_axes, array.shape, PARAMETER_AXES, mesh))
+            return NamedSharding(mesh, partition_spec(logical_axes, array.shape, PARAMETER_AXES, mesh))
 
         return jax.tree.map(of_array, node)
 
@@ -147,7 +147,7 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
     mesh = own_mesh_in_scope()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, _partition_spec(logical_axes, x.shape, ACTIVATION_AXES, mesh))
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes, x.shape, ACTIVATION_AXES, mesh))
 
 
 def own_mesh_in_scope() -> AbstractMesh | None:
@@ -157,12 +157,13 @@ def own_mesh_in_scope() -> AbstractMesh | None:
     return mesh if own else None
 
 
-def _partition_spec(
+def partition_spec(
     logical_axes: Sequence[str | None],
     shape: Sequence[int],
     table: Mapping[str, tuple[str, ...]],
     mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
+    """The mesh axes of each dim, by one of the tables above; None for a dim that stays whole."""
     spec = []
     for name, size in zip(logical_axes, shape, strict=True):
         if name is not None and name not in table:

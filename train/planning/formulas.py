@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx.context_parallel import AttentionSharding
+from longctx.fused_loss import default_tile
 from longctx.mixers.registry import MixerConfig
 from longctx.model import ModelConfig
 from longctx.sharding import ACTIVATION_AXES, CONTEXT_AXES, PARAMETER_AXES
@@ -32,6 +33,8 @@ def memory_by_formula(
     rows: int,
     seq_len: int,
     accumulate_steps: int = 1,
+    loss: str = "fused",
+    loss_tile: int | None = None,
     sharding: AttentionSharding = _RING,
 ) -> dict[str, int]:
     """Bytes that each part of a training step takes on one device; `peak_bytes` adds up those held at once.
@@ -47,6 +50,7 @@ def memory_by_formula(
       rows: Rows of a microbatch, over all devices.
       seq_len: Tokens of a row.
       accumulate_steps: Microbatches of a step.
+      loss, loss_tile: As of TrainingConfig.
       sharding: How layers are split where their tokens are.
     """
     shard = _Shard(
@@ -64,7 +68,9 @@ def memory_by_formula(
         "batch": accumulate_steps * (_BATCH_BYTES_OF_TOKEN * shard.tokens + _BATCH_BYTES_OF_ROW * shard.rows),
         "saved activations": shard.tokens * sum(layer.count * _saved(model, layer, shard) for layer in layers),
         "layer at work": _layer_at_work(model, state.params, layers, shard, mesh_sizes),
-        "logits": _logits(model, state.params, shard),
+        "logits": _fused_loss(model, state.params, shard, loss_tile)
+        if loss == "fused"
+        else _logits(model, state.params, shard),
         "context parallelism": _context_parallelism(model, shard, mesh_sizes, sharding),
     }
 
@@ -178,8 +184,23 @@ def _layer_at_work(
 
 def _logits(model: ModelConfig, params: Any, shard: _Shard) -> int:
     """Float32 logits; in the compute dtype their cotangent, and the table gathered."""
-    table = params["embedding" if model.tie_embeddings else "unembedding"]
-    return (4 + _itemsize(model)) * shard.tokens * shard.vocab_size + _itemsize(model) * _gathered_size(table)
+    gathered = _gathered_size(_output_table(model, params))
+    return (4 + _itemsize(model)) * shard.tokens * shard.vocab_size + _itemsize(model) * gathered
+
+
+def _fused_loss(model: ModelConfig, params: Any, shard: _Shard, tile: int | None) -> int:
+    """Of one tile what `_logits` counts of all tokens; the gradient of the final hidden states; and where the table is
+    gathered, its gradient in float32 until it is scattered."""
+    table = _output_table(model, params)
+    gathered = _gathered_size(table)
+    tile = min(shard.tokens, tile or default_tile(shard.vocab_size))
+    dtable = 4 * gathered if gathered > math.prod(table.sharding.shard_shape(table.shape)) else 0
+    in_compute_dtype = tile * shard.vocab_size + gathered + shard.tokens * model.dim
+    return 4 * tile * shard.vocab_size + _itemsize(model) * in_compute_dtype + dtable
+
+
+def _output_table(model: ModelConfig, params: Any) -> jax.ShapeDtypeStruct:
+    return params["embedding" if model.tie_embeddings else "unembedding"]
 
 
 def _context_parallelism(
