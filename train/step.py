@@ -40,9 +40,9 @@ class TrainingConfig:
     z_loss: float = 0.0
     """Weight of the penalty on the squared log-normalizer of the logits; 0 switches it off."""
     loss: Literal["fused", "plain"] = "fused"
-    """How the loss is computed. `fused`: a tile of tokens at a time, with its gradient, so that the logits of all tokens
-    are never held. `plain`: from all logits, float32. The same but for the order of sums, and that `fused` adds up the
-    gradient of the output projection in float32."""
+    """How the loss is computed. `fused`: a tile of tokens at a time, with its gradient, so that the logits of all
+    tokens are never held. `plain`: from all logits, float32. The same but for the order of sums, and that `fused` adds
+    up the gradient of the output projection in float32."""
     loss_tile: int | None = None
     """Tokens of a tile of the fused loss on each device; null takes 4096, or as many as have 2 GiB of logits."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
@@ -124,9 +124,8 @@ def make_train_step(
     def loss_sum(params, microbatch):
         model = nnx.merge(graphdef, params)
         source = {"rngs": microbatch["row_keys"]} if is_stochastic else {}
-        sums = loss_sums(
-            model, microbatch, config, positions=microbatch["positions"], segment_ids=microbatch["segment_ids"], **source
-        )
+        of_tokens = {name: microbatch[name] for name in ("positions", "segment_ids")}
+        sums = loss_sums(model, microbatch, config, **of_tokens, **source)
         return sums.loss_sum, (sums.loss_sum, sums.nll_sum, sums.weight_sum)
 
     def split(array):

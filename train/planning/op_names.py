@@ -1,7 +1,8 @@
 """What JAX's names of operations say: `op_name` in the metadata of a compiled program's instructions.
 
 The scopes in them are those of longctx and the trainer: `layer.NAME`, `mixer`, `mlp`, `embedding`, `logits`, `loss`,
-`optimizer`, `context_parallel`, `gradient` for what a forward pass computes of the backward pass, and of `pallas_kernels.dispatch`: `OP.IMPLEMENTATION`.
+`optimizer`, `context_parallel`, `gradient` for what a forward pass computes of the backward pass, and of
+`pallas_kernels.dispatch`: `OP.IMPLEMENTATION`.
 """
 
 import re

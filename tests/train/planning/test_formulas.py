@@ -43,12 +43,10 @@ def build(model):
     return lambda rngs: TransformerLM(model, rngs=rngs)
 
 
-def memory(model, mesh, *, rows, seq_len, accumulate_steps=1):
+def memory(model, mesh, *, rows, seq_len, loss="plain", **options):
     mesh = make_mesh(mesh)
     state = abstract_state(build(model), OPTIMIZER, mesh)
-    return memory_by_formula(
-        model, state, mesh_sizes=mesh.shape, rows=rows, seq_len=seq_len, accumulate_steps=accumulate_steps
-    )
+    return memory_by_formula(model, state, mesh_sizes=mesh.shape, rows=rows, seq_len=seq_len, loss=loss, **options)
 
 
 @pytest.mark.slow
