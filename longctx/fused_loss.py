@@ -12,7 +12,6 @@ devices of the split.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from longctx.losses import LossSums
-from longctx.sharding import ACTIVATION_AXES, PARAMETER_AXES, own_mesh_in_scope, partition_spec
+from longctx.token_shards import TokenShards, in_tiles, psum
 from longctx.unembedding import soft_capped
 
 GRADIENT_SCOPE = "gradient"  # names, in a compiled program, what the forward pass computes of the backward pass
@@ -117,84 +116,44 @@ def token_scores(
     Memory: O(tile V). Cost: 2 B T V D FLOPs.
     """
     call = _checked("token_scores", hidden_BTD, table_VD, targets_BT, soft_cap, tile)
-    split = call.split
+    tokens = call.shards.tokens
 
     def shard(hidden, table, targets):
         (statistics, predictions), _, _ = _walk(call, hidden, table, targets, with_predictions=True)
         nll = jnp.where(_is_outside(targets, call.vocab_size), jnp.nan, statistics.nll)
         return TokenScores(nll, statistics.log_normaliser, predictions)
 
-    in_specs, out_specs = (split.hidden, split.table, split.tokens), TokenScores(*(split.tokens,) * 3)
-    return split.map(shard, in_specs, out_specs)(hidden_BTD, table_VD, targets_BT)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Split:
-    """How hidden states, table and tokens lie on the mesh in scope; hashable. Without a mesh all is whole."""
-
-    on_mesh: bool = False
-    hidden: PartitionSpec = PartitionSpec()
-    tokens: PartitionSpec = PartitionSpec()
-    table: PartitionSpec = PartitionSpec()
-    token_axes: tuple[str, ...] = ()
-    vocab_axes: tuple[str, ...] = ()
-    embed_axes: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, hidden_shape: tuple[int, ...], table_shape: tuple[int, ...]) -> "_Split":
-        mesh = own_mesh_in_scope()
-        if mesh is None:
-            return cls()
-        hidden = partition_spec(("batch", "sequence", None), hidden_shape, ACTIVATION_AXES, mesh)
-        table = partition_spec(("vocab", "embed"), table_shape, PARAMETER_AXES, mesh)
-
-        def split_over(*dims):
-            # A PartitionSpec keeps the name of a single axis as it is.
-            names = itertools.chain.from_iterable((dim,) if isinstance(dim, str) else dim or () for dim in dims)
-            return tuple(name for name in names if mesh.shape[name] > 1)
-
-        return cls(
-            on_mesh=True,
-            hidden=hidden,
-            tokens=PartitionSpec(*hidden[:2]),
-            table=table,
-            token_axes=split_over(*hidden[:2]),
-            vocab_axes=split_over(table[0]),
-            embed_axes=split_over(table[1]),
-        )
-
-    def map(self, shard: Callable, in_specs, out_specs) -> Callable:
-        if not self.on_mesh:
-            return shard
-        return jax.shard_map(shard, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-    def gathered(self, table_VD: jax.Array) -> jax.Array:
-        """The rows of a device's part of the vocabulary, whole."""
-        if not self.embed_axes:
-            return table_VD
-        return jax.lax.all_gather(table_VD, self.embed_axes, axis=1, tiled=True)
-
-    def scattered(self, dtable_VD: jax.Array) -> jax.Array:
-        """The gradient of a device's shard of the table, from each device's sum over its own tokens."""
-        if self.embed_axes and set(self.embed_axes) <= set(self.token_axes):
-            dtable_VD = jax.lax.psum_scatter(dtable_VD, self.embed_axes, scatter_dimension=1, tiled=True)
-            return _psum(dtable_VD, tuple(axis for axis in self.token_axes if axis not in self.embed_axes))
-        dtable_VD = _psum(dtable_VD, self.token_axes)
-        if not self.embed_axes:
-            return dtable_VD
-        dims = dtable_VD.shape[1] // jax.lax.axis_size(self.embed_axes)
-        return jax.lax.dynamic_slice_in_dim(dtable_VD, jax.lax.axis_index(self.embed_axes) * dims, dims, axis=1)
+    in_specs, out_specs = (call.hidden, call.table, tokens), TokenScores(*(tokens,) * 3)
+    return call.map(shard, in_specs, out_specs)(hidden_BTD, table_VD, targets_BT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """What is static of a call."""
+    """What is static of a call.
 
-    split: _Split
+    Attributes:
+      shards: How tokens are split.
+      table: How the table is.
+    """
+
+    shards: TokenShards
+    table: PartitionSpec
     vocab_size: int
     tile: int | None
     soft_cap: float | None
     z_loss: float = 0.0
+
+    @property
+    def vocab_axes(self) -> tuple[str, ...]:
+        """Over which the vocabulary is split."""
+        return self.shards.tensor_axes(self.table[0]) if self.table else ()
+
+    @property
+    def hidden(self) -> PartitionSpec:
+        return PartitionSpec(*self.shards.tokens, None)
+
+    def map(self, shard: Callable, in_specs, out_specs) -> Callable:
+        return self.shards.map(shard, in_specs, out_specs, with_tensor=True)
 
 
 def _checked(name: str, hidden, table, targets, soft_cap: float | None, tile: int | None) -> _Call:
@@ -213,8 +172,14 @@ def _checked(name: str, hidden, table, targets, soft_cap: float | None, tile: in
         raise ValueError(f"{name}: soft_cap is {soft_cap}, wanted None or a number > 0")
     if tile is not None and tile < 1:
         raise ValueError(f"{name}: tile is {tile}, wanted None or a number of tokens >= 1")
-    split = _Split.of(hidden.shape, table.shape)
-    return _Call(split=split, vocab_size=table.shape[0], tile=tile, soft_cap=soft_cap)
+    shards = TokenShards.of(hidden.shape[:2])
+    return _Call(
+        shards=shards,
+        table=shards.of_parameter(("vocab", "embed"), table.shape),
+        vocab_size=table.shape[0],
+        tile=tile,
+        soft_cap=soft_cap,
+    )
 
 
 class _Statistics(NamedTuple):
@@ -275,7 +240,7 @@ def _is_zero(cotangent) -> bool:
 
 def _on_mesh(call: _Call, hidden, table, targets, weights, *, with_dhidden: bool, with_dtable: bool):
     """Sums, statistics and the gradients of loss_sum that are wanted, None for the others."""
-    split = call.split
+    tokens = call.shards.tokens
 
     def shard(hidden, table, targets, weights):
         weights = weights.astype(jnp.float32)
@@ -286,17 +251,17 @@ def _on_mesh(call: _Call, hidden, table, targets, weights, *, with_dhidden: bool
         statistics = statistics._replace(nll=jnp.where(outside, jnp.nan, statistics.nll))
         nll_sum = jnp.sum(weights * statistics.nll)
         penalty_sum = call.z_loss * jnp.sum(weights * jnp.square(statistics.log_normaliser))
-        sums = _psum(jnp.stack([nll_sum + penalty_sum, nll_sum, jnp.sum(weights)]), split.token_axes)
+        sums = psum(jnp.stack([nll_sum + penalty_sum, nll_sum, jnp.sum(weights)]), call.shards.axes)
         return LossSums(*sums), statistics, dhidden, dtable
 
     out_specs = (
         LossSums(*(PartitionSpec(),) * 3),
-        _Statistics(split.tokens, split.tokens),
-        split.hidden if with_dhidden else None,
-        split.table if with_dtable else None,
+        _Statistics(tokens, tokens),
+        call.hidden if with_dhidden else None,
+        call.table if with_dtable else None,
     )
-    in_specs = (split.hidden, split.table, split.tokens, split.tokens)
-    return split.map(shard, in_specs, out_specs)(hidden, table, targets, weights)
+    in_specs = (call.hidden, call.table, tokens, tokens)
+    return call.map(shard, in_specs, out_specs)(hidden, table, targets, weights)
 
 
 def _walk(
@@ -315,11 +280,11 @@ def _walk(
     Returns: (statistics, predictions) of every token, and the gradients of loss_sum for hidden and for the device's
       shard of the table; None for what is not asked for.
     """
-    split, shape, dtype = call.split, targets_BT.shape, hidden_BTD.dtype
-    table_VD = split.gathered(table_VD.astype(dtype))
+    shape, dtype, vocab_axes = targets_BT.shape, hidden_BTD.dtype, call.vocab_axes
+    table_VD = call.shards.gathered(table_VD.astype(dtype), call.table)
     first_id = jnp.int32(0)
-    if split.vocab_axes:
-        first_id = jax.lax.axis_index(split.vocab_axes) * table_VD.shape[0]
+    if vocab_axes:
+        first_id = jax.lax.axis_index(vocab_axes) * table_VD.shape[0]
     ids_V = first_id + jnp.arange(table_VD.shape[0], dtype=jnp.int32)
 
     def of_tile(dtable_VD, tile):
@@ -328,8 +293,8 @@ def _walk(
             logits_CV = jnp.einsum("cd,vd->cv", hidden_CD, table_VD, preferred_element_type=jnp.float32)
         logits_CV = soft_capped(logits_CV, call.soft_cap)
         is_target_CV = ids_V == targets_C[:, None]
-        statistics, greatest_C = _statistics(logits_CV, is_target_CV, split.vocab_axes)
-        predictions_C = _predictions(logits_CV, greatest_C, first_id, split.vocab_axes) if with_predictions else None
+        statistics, greatest_C = _statistics(logits_CV, is_target_CV, vocab_axes)
+        predictions_C = _predictions(logits_CV, greatest_C, first_id, vocab_axes) if with_predictions else None
         dhidden_CD = None
         with jax.named_scope(GRADIENT_SCOPE):
             if with_dhidden or with_dtable:
@@ -343,26 +308,14 @@ def _walk(
                     )
         return dtable_VD, (statistics, predictions_C, dhidden_CD)
 
-    num_tokens = math.prod(shape)
-    num_tiles = -(-num_tokens // (call.tile or default_tile(table_VD.shape[0])))
-    tile = -(-num_tokens // num_tiles)  # the tiles are alike, so that little is added to fill the last one
-
-    def tiled(x):
-        x = x.reshape(num_tokens, *x.shape[2:])
-        if num_tiles * tile > num_tokens:
-            x = jnp.pad(x, ((0, num_tiles * tile - num_tokens), *[(0, 0)] * (x.ndim - 1)))
-        return x.reshape(num_tiles, tile, *x.shape[1:])
-
-    def untiled(x):
-        return x.reshape(-1, *x.shape[2:])[:num_tokens].reshape(*shape, *x.shape[2:])
-
+    tiled, untiled = in_tiles(math.prod(shape), call.tile or default_tile(table_VD.shape[0]))
     weights_BT = jnp.ones(shape, jnp.float32) if weights_BT is None else weights_BT
     start = jnp.zeros(table_VD.shape, jnp.float32) if with_dtable else None
     dtable_VD, of_tiles = jax.lax.scan(of_tile, start, jax.tree.map(tiled, (hidden_BTD, targets_BT, weights_BT)))
-    statistics, predictions, dhidden = jax.tree.map(untiled, of_tiles)
+    statistics, predictions, dhidden = jax.tree.map(lambda x: untiled(x).reshape(*shape, *x.shape[2:]), of_tiles)
     with jax.named_scope(GRADIENT_SCOPE):
-        dhidden = None if dhidden is None else _psum(dhidden, split.vocab_axes)
-        dtable_VD = None if dtable_VD is None else split.scattered(dtable_VD)
+        dhidden = None if dhidden is None else psum(dhidden, vocab_axes)
+        dtable_VD = None if dtable_VD is None else call.shards.scattered(dtable_VD, call.table)
     return (statistics, predictions), dhidden, dtable_VD
 
 
@@ -375,7 +328,7 @@ def _statistics(logits_CV, is_target_CV, vocab_axes: tuple[str, ...]) -> tuple[_
     # Compared instead of gathered: stays elementwise, and needs only a sum where the vocabulary is split.
     target_logits_C = jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=1)
     if vocab_axes:
-        sums_C, target_logits_C = _psum(jnp.stack([sums_C, target_logits_C]), vocab_axes)
+        sums_C, target_logits_C = psum(jnp.stack([sums_C, target_logits_C]), vocab_axes)
     log_normaliser_C = greatest_C + jnp.log(sums_C)
     return _Statistics(log_normaliser_C - target_logits_C, log_normaliser_C), greatest_C
 
@@ -401,7 +354,3 @@ def _dlogits(call: _Call, logits_CV, is_target_CV, statistics: _Statistics, targ
 
 def _is_outside(targets, vocab_size: int) -> jax.Array:
     return (targets < 0) | (targets >= vocab_size)
-
-
-def _psum(x, axes: tuple[str, ...]):
-    return jax.lax.psum(x, axes) if axes else x
