@@ -64,6 +64,9 @@ class ModelConfig:
     """Compute dtype of activations and matmuls; statistics and logits are float32 regardless."""
     param_dtype: FloatDType = "float32"
     """Dtype that parameters are stored in."""
+    mlp_tile: int | None = None
+    """Tokens on each device for which a layer's MLP, with its norm, is computed at a time, in the backward pass once
+    more, so that its hidden dim is never held for all tokens; null computes all at once. Exact, whatever `remat` is."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes. `none`: nothing. `dots`: norms, activations and attention, keeping the outputs
     of the projections and of the MLP's matmuls. `full`: everything, keeping each layer's input. Each uses less memory
@@ -75,6 +78,8 @@ class ModelConfig:
         for name in ("dim", "num_layers", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted a number >= 1")
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(f"mlp_tile: got {self.mlp_tile}, wanted null or a number of tokens >= 1")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size: got {self.vocab_size}, wanted null or a number >= 1")
         if not self.pattern:
@@ -550,6 +555,7 @@ def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, r
         mixer=config.mixers[name],
         mlp_dim=config.mlp_dim,
         norm_eps=config.norm_eps,
+        mlp_tile=config.mlp_tile,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         out_init_scale=(2 * config.num_layers) ** -0.5,

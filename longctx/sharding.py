@@ -142,12 +142,16 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
     """Asks the partitioner to lay x out over the mesh in scope by the logical names of its dims (None: replicated).
 
     Does nothing unless the mesh in scope has the five axes of `make_mesh`, of Auto type: not without a mesh, not under
-    somebody else's, and not inside a shard_map over them.
+    somebody else's, and not inside a shard_map over all of them. Inside one over some, x is laid out over the others.
     """
-    mesh = own_mesh_in_scope()
-    if mesh is None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.axis_names != AXIS_NAMES:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes, x.shape, ACTIVATION_AXES, mesh))
+    left = {name for name, kind in zip(AXIS_NAMES, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not left or not set(mesh.axis_types) <= {AxisType.Auto, AxisType.Manual}:
+        return x
+    table = {name: tuple(axis for axis in axes if axis in left) for name, axes in ACTIVATION_AXES.items()}
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes, x.shape, table, mesh))
 
 
 def own_mesh_in_scope() -> AbstractMesh | None:

@@ -67,6 +67,10 @@ class TokenShards:
                 parameter = jax.lax.all_gather(parameter, axes, axis=dim, tiled=True)
         return parameter
 
+    def placed(self, parameter: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Asks the partitioner to lay a parameter, or its gradient, out as its spec says; outside `map`."""
+        return jax.lax.with_sharding_constraint(parameter, spec) if self.sizes else parameter
+
     def scattered(self, gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
         """The gradient of a device's shard of a parameter, from each device's sum over its own tokens."""
         summed = set()

@@ -241,7 +241,7 @@ def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
     return jax.random.split(key, num_rows)
 
 
-def gpu_compiler_options(*, deterministic: bool) -> dict[str, str]:
+def gpu_compiler_options(*, deterministic: bool) -> dict[str, str | bool]:
     """What XLA has to be told on GPUs.
 
     It keeps one collective in flight at a time there. A ring's backward pass has two at every hop, keys with values and
@@ -251,5 +251,5 @@ def gpu_compiler_options(*, deterministic: bool) -> dict[str, str]:
       deterministic: Whether to leave out operations whose sums have no fixed order, and the choice of an algorithm by
         timing, which may choose another in the next run.
     """
-    options = {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"}
-    return options | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})
+    options: dict[str, str | bool] = {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"}
+    return options | ({"xla_gpu_deterministic_ops": True} if deterministic else {})
