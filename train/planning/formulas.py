@@ -144,11 +144,12 @@ def _layer(model: ModelConfig, layer: Any, *, count: int, is_stacked: bool) -> _
 
 def _saved(model: ModelConfig, layer: _Layer, shard: _Shard) -> int:
     """Bytes a token that the forward pass keeps of one layer, by what the backward pass recomputes."""
+    keeps_mlp = model.mlp_tile is None  # by tiles it keeps its input alone, whatever the rest keeps
     match model.remat:
         case "full":  # The layer's input.
             return _itemsize(model) * model.dim
         case "dots":  # Beside it what the matmuls put out, but for the MLP's last, on which no gradient depends.
-            return _itemsize(model) * (model.dim + layer.mixer_outputs + 2 * shard.mlp_dim)
+            return _itemsize(model) * (model.dim + layer.mixer_outputs + (2 * shard.mlp_dim if keeps_mlp else 0))
         case "none":  # Everything; the input is one of the first norm's float32 copies.
             return _activations(model, layer, shard, num_norms=2)
 
@@ -157,9 +158,11 @@ def _activations(model: ModelConfig, layer: _Layer, shard: _Shard, *, num_norms:
     """Bytes a token of all that one layer computes and its gradients depend on.
 
     In the compute dtype: the mixer's values between its matrices; six of the MLP's hidden dim (gate, up, three of the
-    silu, the product); what both norms put out. In float32: two copies of the residual a norm.
+    silu, the product), unless it is computed by tiles; what both norms put out. In float32: two copies of the residual
+    a norm.
     """
-    in_compute_dtype = layer.mixer_inside + 6 * shard.mlp_dim + 2 * model.dim
+    of_mlp = 6 * shard.mlp_dim if model.mlp_tile is None else 0
+    in_compute_dtype = layer.mixer_inside + of_mlp + 2 * model.dim
     return _itemsize(model) * in_compute_dtype + 4 * num_norms * 2 * model.dim
 
 
@@ -179,7 +182,16 @@ def _layer_at_work(
     if math.prod(mesh_sizes[axis] for axis in PARAMETER_AXES["embed"]) > 1:
         period = sum(layer.num_values for layer in layers[: len(params.get("periods", ()))])
         gathered = _itemsize(model) * max(period, *(layer.num_values for layer in layers))
-    return shard.tokens * max(_activations(model, layer, shard, num_norms=1) for layer in layers) + cast + gathered
+    activations = shard.tokens * max(_activations(model, layer, shard, num_norms=1) for layer in layers)
+    return activations + _mlp_tile(model, shard) + cast + gathered
+
+
+def _mlp_tile(model: ModelConfig, shard: _Shard) -> int:
+    """Of one tile of the MLP what `_activations` counts of all tokens, and in float32 the gradients of its matrices."""
+    if model.mlp_tile is None:
+        return 0
+    tile = min(shard.tokens, model.mlp_tile)
+    return _itemsize(model) * 6 * tile * shard.mlp_dim + 4 * 3 * model.dim * shard.mlp_dim
 
 
 def _logits(model: ModelConfig, params: Any, shard: _Shard) -> int:
