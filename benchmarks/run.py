@@ -23,7 +23,7 @@ from benchmarks.report import write_report
 from benchmarks.results import Results, Row, with_peer_ratios
 from pallas_kernels.machine import describe
 
-FAMILIES = ("blockwise", "decode", "patterns", "sparse", "linear", "context_parallel", "train")
+FAMILIES = ("blockwise", "decode", "patterns", "sparse", "linear", "loss", "context_parallel", "train")
 BLOCKWISE_FLOPS = (
     "TFLOP/s count the pairs that the mask allows: forward 4 pairs D N B, 3.5 times that with backward, 2.5 times for "
     "the backward pass alone. What is timed agrees with the float32 formula on a sample of query rows, out and every "
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _decode(options)
         if options.family == "linear":
             return _linear(options)
+        if options.family == "loss":
+            return _loss(options)
         if options.family == "patterns":
             return _patterns(options)
         if options.family == "sparse":
@@ -244,6 +246,26 @@ def _linear(options: argparse.Namespace) -> int:
         "cases": options.cases or "all",
     }
     return _finish(options, rows, ceiling, settings, [*notes, *bars], bandwidth=bandwidth)
+
+
+def _loss(options: argparse.Namespace) -> int:
+    from benchmarks import loss  # kernels are measured without the layers' extras
+
+    cases = chosen_cases(options.cases, loss.CASES, loss.SMOKE)
+    if options.list:
+        for case in cases:
+            print(f"{case.name}  ({case.flops / 1e12:.3g} TFLOP)")
+        return 0
+    for name in ("implementations", "peers", "passes", "config"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: goes with another family, got --family loss; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    ceiling = matmul_ceiling(repetitions=options.repetitions)
+    _say(f"{jax.devices()[0].device_kind}: {ceiling}")
+    rows = loss.measure_loss(cases, ceiling=ceiling, repetitions=options.repetitions, progress=_say)
+    settings = {"repetitions": options.repetitions, "cases": options.cases or "all"}
+    return _finish(options, rows, ceiling, settings, list(loss.NOTES))
 
 
 def _patterns(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from longctx.attention import Attention
 from longctx.block import Block
 from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache, MobaCache, NsaCache
 from longctx.delta import DeltaNet
+from longctx.fused_loss import TokenScores, fused_cross_entropy, token_scores
 from longctx.gla import GatedLinearAttention
 from longctx.linear_attention import LinearAttention
 from longctx.lora import LoraConfig
@@ -31,6 +32,7 @@ from longctx.norms import RMSNorm, SimpleRMSNorm
 from longctx.nsa import NsaAttention
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, param_shardings
+from longctx.unembedding import logits_of
 
 __all__ = [
     "Attention",
@@ -70,6 +72,7 @@ __all__ = [
     "RotaryConfig",
     "SimpleRMSNorm",
     "SwiGLU",
+    "TokenScores",
     "TransformerLM",
     "__version__",
     "apply_rotary",
@@ -77,8 +80,11 @@ __all__ = [
     "constrain",
     "cross_entropy",
     "forward_flops",
+    "fused_cross_entropy",
+    "logits_of",
     "make_mesh",
     "masks",
     "param_shardings",
     "register",
+    "token_scores",
 ]

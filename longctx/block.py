@@ -14,6 +14,7 @@ from longctx.mlp import SwiGLU
 from longctx.norms import RMSNorm
 from longctx.remat import MIXER_OUTPUT, RESIDUAL, named
 from longctx.sharding import constrain
+from longctx.tiled import over_tiles
 
 
 class Block(nnx.Module):
@@ -28,6 +29,8 @@ class Block(nnx.Module):
       norm_eps: Epsilon of the norms.
       dtype: Compute dtype.
       param_dtype: Dtype of the parameters.
+      mlp_tile: Tokens on each device for which the second half is computed at a time, norm and MLP, and once more in
+        the backward pass; None means all at once, and nothing twice.
       out_init_scale: Multiplies the initial standard deviation of the two projections back into the residual.
       sharding: How the mixer is split over a mesh.
       rngs: Source of the initial values.
@@ -40,6 +43,7 @@ class Block(nnx.Module):
         mixer: MixerConfig,
         mlp_dim: int,
         norm_eps: float = 1e-6,
+        mlp_tile: int | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         out_init_scale: float = 1.0,
@@ -51,6 +55,7 @@ class Block(nnx.Module):
         self.mixer = mixer.build(dim, norm_eps=norm_eps, sharding=sharding, **kwargs)
         self.mlp_norm = RMSNorm(dim, eps=norm_eps, param_dtype=param_dtype)
         self.mlp = SwiGLU(dim, mlp_dim, **kwargs)
+        self.mlp_tile = mlp_tile
 
     def __call__(
         self,
@@ -99,7 +104,17 @@ class Block(nnx.Module):
     def _feed_forward(self, x_BTD: jax.Array, mixed: jax.Array) -> jax.Array:
         x_BTD = constrain(x_BTD + named(mixed, MIXER_OUTPUT), "batch", "sequence", None)
         with jax.named_scope("mlp"):
-            return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "sequence", None)
+            modules = self.mlp_norm, self.mlp
+            if self.mlp_tile is None or x_BTD.shape[0] * x_BTD.shape[1] <= self.mlp_tile:
+                x_BTD = _with_mlp(modules, x_BTD)
+            else:
+                x_BTD = over_tiles(_with_mlp, modules, x_BTD, tile=self.mlp_tile)
+            return constrain(x_BTD, "batch", "sequence", None)
+
+
+def _with_mlp(modules: tuple[RMSNorm, SwiGLU], x_BTD: jax.Array) -> jax.Array:
+    norm, mlp = modules
+    return x_BTD + mlp(norm(x_BTD))
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

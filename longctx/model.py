@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from longctx.attention import RandomSource, key_of
 from longctx.block import Block
@@ -28,6 +28,7 @@ from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
 from longctx.remat import Remat, check_remat, rematerialised
 from longctx.sharding import constrain
+from longctx.unembedding import logits_of
 from pallas_kernels import BlockSizes, Mask, Tokens
 
 FloatDType = Literal["float32", "bfloat16", "float16"]
@@ -68,6 +69,9 @@ class ModelConfig:
     lora: LoraConfig | None = None
     """Low-rank adapters, to train in the place of all that the model had before: that then stays as it is, in
     param_dtype, and adapters are float32. Null trains everything."""
+    mlp_tile: int | None = None
+    """Tokens on each device for which a layer's MLP, with its norm, is computed at a time, in the backward pass once
+    more, so that its hidden dim is never held for all tokens; null computes all at once. Exact, whatever `remat` is."""
     remat: Remat = "none"
     """What the backward pass recomputes. `none`: nothing. `dots`: norms, activations and attention, keeping the outputs
     of the projections and of the MLP's matmuls. `full`: everything, keeping each layer's input. Each uses less memory
@@ -81,6 +85,8 @@ class ModelConfig:
         for name in ("dim", "num_layers", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted a number >= 1")
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(f"mlp_tile: got {self.mlp_tile}, wanted null or a number of tokens >= 1")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size: got {self.vocab_size}, wanted null or a number >= 1")
         if not self.pattern:
@@ -250,6 +256,24 @@ class TransformerLM(nnx.Module):
     ) -> Float32[Array, "B T V"]:
         """Scores of the token after each token.
 
+        Args: As of `hidden`.
+        Returns: logits, float32. Training takes `hidden` and `fused_cross_entropy`, which need no logits.
+        Raises: ValueError in training without rngs, where there is something to draw.
+        """
+        return self._logits(self.hidden(tokens_BT, positions=positions, segment_ids=segment_ids, rngs=rngs))
+
+    def hidden(
+        self,
+        tokens_BT: Int32[Array, "B T"],
+        *,
+        positions: Int32[Array, "#B T"] | None = None,
+        segment_ids: Int32[Array, "#B T"] | None = None,
+        rngs: RandomSource | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the logits are made of: the last layer's output after the final norm, in the compute dtype.
+
+        logits = soft_cap(hidden output_table^T)
+
         Args:
           tokens_BT: Token ids; an id outside the vocabulary gives NaN.
           positions: Position of each token in its document; default 0, 1, 2, ... along the row.
@@ -257,7 +281,6 @@ class TransformerLM(nnx.Module):
           rngs: What a config that `is_stochastic` draws from in training, one key for the whole call or one a row; each
             layer's is that with the number of the layer folded in. None after `eval()`.
 
-        Returns: logits, float32.
         Raises: ValueError in training without rngs, where there is something to draw.
         """
         config, schedules = self.config, self._schedules(tokens_BT.shape, positions, segment_ids)
@@ -315,7 +338,13 @@ class TransformerLM(nnx.Module):
         order = dict(held_in_runs=config.periods_in_runs, left_in_runs=False)
         numbers = range(config.first_of_remainder, config.num_layers)
         x_BTD = along(x_BTD, self.remainder, config.remainder, numbers, **order, prevent_cse=True)
-        return self._logits(x_BTD)
+        with jax.named_scope("logits"):
+            return self.final_norm(x_BTD)
+
+    @property
+    def output_table(self) -> Float[Array, "V D"]:
+        """What `hidden` is multiplied with: the output projection or, tied, the embedding, in its own dtype."""
+        return (self.embedding if self.unembedding is None else self.unembedding)[...]
 
     def init_cache(self, batch_size: int, max_length: int) -> DecodeCache:
         """Empty caches with room for `max_length` tokens a row.
@@ -373,7 +402,7 @@ class TransformerLM(nnx.Module):
         x_BTD, remainder_caches = one_by_one(
             x_BTD, self.remainder, config.remainder, cache.remainder, config.first_of_remainder
         )
-        return self._logits(x_BTD), DecodeCache(leading_caches, period_caches, remainder_caches)
+        return self._logits(self.final_norm(x_BTD)), DecodeCache(leading_caches, period_caches, remainder_caches)
 
     def prefill(self, tokens_BT: Int32[Array, "B T"], max_length: int, *, star_block: int | None = None) -> DecodeCache:
         """Caches that hold a context, which is split over the devices of the mesh in scope, one document a row.
@@ -487,13 +516,9 @@ class TransformerLM(nnx.Module):
             x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill").astype(self.config.dtype)
         return constrain(x_BTD, "batch", "sequence", None)
 
-    def _logits(self, x_BTD: jax.Array) -> jax.Array:
-        table = self.embedding if self.unembedding is None else self.unembedding
+    def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
         with jax.named_scope("logits"):
-            logits_BTV = _project_float32(self.final_norm(x_BTD), table[...].astype(self.config.dtype))
-        if self.config.logits_soft_cap is not None:
-            logits_BTV = self.config.logits_soft_cap * jnp.tanh(logits_BTV / self.config.logits_soft_cap)
-        return constrain(logits_BTV, "batch", "sequence", "vocab")
+            return logits_of(hidden_BTD, self.output_table, soft_cap=self.config.logits_soft_cap)
 
 
 def forward_flops(config: ModelConfig, document_lengths: Int[np.ndarray, " documents"]) -> float:
@@ -542,6 +567,7 @@ def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, r
         mixer=config.mixers[name],
         mlp_dim=config.mlp_dim,
         norm_eps=config.norm_eps,
+        mlp_tile=config.mlp_tile,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         out_init_scale=(2 * config.num_layers) ** -0.5,
@@ -571,28 +597,3 @@ def _stacked_block(config: ModelConfig, name: str, sharding: AttentionSharding |
 def _folded(key: jax.Array, index: jax.typing.ArrayLike) -> jax.Array:
     """The key, or the key of each row, with the number of a layer folded in."""
     return jax.random.fold_in(key, index) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, index)
-
-
-@jax.custom_vjp
-def _project_float32(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """x table^T, accumulated and returned in float32.
-
-    Its cotangent is rounded to the compute dtype: JAX's own transpose would multiply it in float32, at a fraction of
-    the speed, and the logits' matmuls are a large part of a small model.
-    """
-    return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
-
-
-def _project_float32_forward(x_BTD, table_VD):
-    return _project_float32(x_BTD, table_VD), (x_BTD, table_VD)
-
-
-def _project_float32_backward(residuals, dlogits_BTV):
-    x_BTD, table_VD = residuals
-    dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
-    dx_BTD = jnp.einsum("btv,vd->btd", dlogits_BTV, table_VD)
-    dtable_VD = jnp.einsum("btv,btd->vd", dlogits_BTV, x_BTD)
-    return dx_BTD, dtable_VD
-
-
-_project_float32.defvjp(_project_float32_forward, _project_float32_backward)

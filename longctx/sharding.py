@@ -120,7 +120,7 @@ def param_shardings(abstract_state: Any, mesh: Mesh | AbstractMesh) -> Any:
         def of_array(array):
             if logical_axes is None or len(logical_axes) != len(array.shape):
                 return NamedSharding(mesh, PartitionSpec())
-            return NamedSharding(mesh, _partition_spec(logical_axes, array.shape, PARAMETER_AXES, mesh))
+            return NamedSharding(mesh, partition_spec(logical_axes, array.shape, PARAMETER_AXES, mesh))
 
         return jax.tree.map(of_array, node)
 
@@ -142,12 +142,16 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
     """Asks the partitioner to lay x out over the mesh in scope by the logical names of its dims (None: replicated).
 
     Does nothing unless the mesh in scope has the five axes of `make_mesh`, of Auto type: not without a mesh, not under
-    somebody else's, and not inside a shard_map over them.
+    somebody else's, and not inside a shard_map over all of them. Inside one over some, x is laid out over the others.
     """
-    mesh = own_mesh_in_scope()
-    if mesh is None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.axis_names != AXIS_NAMES:
         return x
-    return jax.lax.with_sharding_constraint(x, _partition_spec(logical_axes, x.shape, ACTIVATION_AXES, mesh))
+    left = {name for name, kind in zip(AXIS_NAMES, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not left or not set(mesh.axis_types) <= {AxisType.Auto, AxisType.Manual}:
+        return x
+    table = {name: tuple(axis for axis in axes if axis in left) for name, axes in ACTIVATION_AXES.items()}
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes, x.shape, table, mesh))
 
 
 def own_mesh_in_scope() -> AbstractMesh | None:
@@ -157,12 +161,13 @@ def own_mesh_in_scope() -> AbstractMesh | None:
     return mesh if own else None
 
 
-def _partition_spec(
+def partition_spec(
     logical_axes: Sequence[str | None],
     shape: Sequence[int],
     table: Mapping[str, tuple[str, ...]],
     mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
+    """The mesh axes of each dim, by one of the tables above; None for a dim that stays whole."""
     spec = []
     for name, size in zip(logical_axes, shape, strict=True):
         if name is not None and name not in table:

@@ -34,7 +34,10 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
             slots=placement.slots,
         )
         eval_step = make_eval_step(
-            abstract_model(build)[0], num_answer_groups=len(data.answer_groups), deterministic=config.deterministic
+            abstract_model(build)[0],
+            num_answer_groups=len(data.answer_groups),
+            loss_tile=config.training.loss_tile,
+            deterministic=config.deterministic,
         )
         values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
         return {"step": step} | values

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from longctx.losses import cross_entropy
+from longctx.fused_loss import token_scores
 from train.placement import BatchPlacement
 from train.step import Batch, bits_per_byte, gpu_compiler_options
 
@@ -51,27 +51,38 @@ class EvalSums(NamedTuple):
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, num_answer_groups: int = 0, deterministic: bool = False
+    graphdef: nnx.GraphDef,
+    *,
+    num_answer_groups: int = 0,
+    loss_tile: int | None = None,
+    deterministic: bool = False,
 ) -> Callable[[Any, Batch], EvalSums]:
     """Builds the jitted step(params, batch) -> sums of weighted nll (nats), weights, source bytes and right answers.
 
-    Nothing is dropped in it.
+    Nothing is dropped in it. The logits of a tile of tokens are held at a time, however training computes its loss.
 
     Args:
+      graphdef: Static half of a model with `hidden`, `output_table` and `config.logits_soft_cap`, as TransformerLM has
+        them.
       num_answer_groups: How many groups the answers in a batch are of; 0 where batches have none marked.
+      loss_tile: Tokens of a tile on each device; None takes `longctx.fused_loss.default_tile`.
       deterministic: As of make_train_step.
     """
 
     def step(params, batch):
         model = nnx.merge(graphdef, params)
         model.eval()
-        logits_BTV = model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-        sums = cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"])
+        targets_BT, weights_BT = batch["targets"], batch["loss_weights"]
+        hidden_BTD = model.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        scores = token_scores(
+            hidden_BTD, model.output_table, targets_BT, soft_cap=model.config.logits_soft_cap, tile=loss_tile
+        )
+        nll_sum = jnp.sum(jnp.where(weights_BT == 0, 0.0, weights_BT * scores.nll_BT))
         answers = None
         if num_answer_groups:
-            is_right_BT = jnp.argmax(logits_BTV, axis=-1) == batch["targets"]
+            is_right_BT = scores.predictions_BT == targets_BT
             answers = count_answers(is_right_BT, batch["answers"], batch["answer_groups"], num_groups=num_answer_groups)
-        return EvalSums(sums.nll_sum, sums.weight_sum, jnp.sum(batch["num_bytes"]), answers)
+        return EvalSums(nll_sum, jnp.sum(weights_BT), jnp.sum(batch["num_bytes"]), answers)
 
     on_gpus = jax.default_backend() == "gpu"
     return jax.jit(step, compiler_options=gpu_compiler_options(deterministic=True) if deterministic and on_gpus else {})

@@ -90,7 +90,10 @@ def train(config: TrainConfig) -> None:
         in_flight = StepsInFlight(config.training, config.metrics, data, watch, log, display)
         in_flight.losses = RecentLosses(config.training.spikes, position.losses)
         eval_step = make_eval_step(
-            parts.graphdef, num_answer_groups=len(data.answer_groups), deterministic=config.deterministic
+            parts.graphdef,
+            num_answer_groups=len(data.answer_groups),
+            loss_tile=config.training.loss_tile,
+            deterministic=config.deterministic,
         )
         batch_size = config.training.batch_size
         eval_batch_size = batch_size // config.training.accumulate_steps

@@ -12,7 +12,8 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from longctx.losses import cross_entropy
+from longctx.fused_loss import fused_cross_entropy
+from longctx.losses import LossSums, cross_entropy
 from longctx.sharding import batch_sharding
 from train.optimizer import Schedule
 from train.spikes import SpikeConfig
@@ -38,6 +39,12 @@ class TrainingConfig:
     """Microbatches that a step is cut into; their gradient sums are added in float32 before one update."""
     z_loss: float = 0.0
     """Weight of the penalty on the squared log-normalizer of the logits; 0 switches it off."""
+    loss: Literal["fused", "plain"] = "fused"
+    """How the loss is computed. `fused`: a tile of tokens at a time, with its gradient, so that the logits of all
+    tokens are never held. `plain`: from all logits, float32. The same but for the order of sums, and that `fused` adds
+    up the gradient of the output projection in float32."""
+    loss_tile: int | None = None
+    """Tokens of a tile of the fused loss on each device; null takes 4096, or as many as have 2 GiB of logits."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     """What a non-finite loss or gradient does: stop the run, skip and count the step, or rewind as `spikes.action` can.
     Never is it applied."""
@@ -51,6 +58,10 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "accumulate_steps", "max_repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        if self.loss_tile is not None and self.loss_tile < 1:
+            raise ValueError(f"loss_tile: got {self.loss_tile}, wanted null or a number of tokens >= 1")
+        if self.loss_tile is not None and self.loss != "fused":
+            raise ValueError(f"loss_tile: got {self.loss_tile} with loss={self.loss}, which has no tiles; leave it out")
         if self.z_loss < 0:
             raise ValueError(f"z_loss: got {self.z_loss}, wanted 0 or more")
         if self.batch_size % self.accumulate_steps:
@@ -95,7 +106,7 @@ def make_train_step(
         are laid out like the parameters.
       optimizer: As make_optimizer builds it.
       schedule: Learning rate by number of updates, for the metrics.
-      config: Accumulation, z-loss.
+      config: Accumulation, the loss.
       mesh: Where the batch lies.
       is_stochastic: Whether the model draws random numbers, for dropout: then its call is given a key for each row,
         `rngs`, which follows from the state's key, the number of the step and the row. So neither the mesh, nor how
@@ -116,11 +127,8 @@ def make_train_step(
     def loss_sum(params, rest, microbatch):
         model = nnx.merge(graphdef, together(params, rest))
         source = {"rngs": microbatch["row_keys"]} if is_stochastic else {}
-        logits_BTV = model(
-            microbatch["tokens"], positions=microbatch["positions"], segment_ids=microbatch["segment_ids"], **source
-        )
-        with jax.named_scope("loss"):
-            sums = cross_entropy(logits_BTV, microbatch["targets"], microbatch["loss_weights"], z_loss=config.z_loss)
+        of_tokens = {name: microbatch[name] for name in ("positions", "segment_ids")}
+        sums = loss_sums(model, microbatch, config, **of_tokens, **source)
         return sums.loss_sum, (sums.loss_sum, sums.nll_sum, sums.weight_sum)
 
     def split(array):
@@ -207,6 +215,32 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
+def loss_sums(model: nnx.Module, batch: Batch, config: TrainingConfig, **of_tokens: Any) -> LossSums:
+    """The loss of a batch by the config's way of computing it.
+
+    Args:
+      model: With `hidden`, `output_table` and `config.logits_soft_cap`, as TransformerLM has them; for the plain loss
+        only called.
+      of_tokens: What the model is called with beside the tokens.
+    """
+    targets, weights = batch["targets"], batch["loss_weights"]
+    if config.loss == "plain":
+        logits_BTV = model(batch["tokens"], **of_tokens)
+        with jax.named_scope("loss"):
+            return cross_entropy(logits_BTV, targets, weights, z_loss=config.z_loss)
+    hidden_BTD = model.hidden(batch["tokens"], **of_tokens)
+    with jax.named_scope("loss"):
+        return fused_cross_entropy(
+            hidden_BTD,
+            model.output_table,
+            targets,
+            weights,
+            z_loss=config.z_loss,
+            soft_cap=model.config.logits_soft_cap,
+            tile=config.loss_tile,
+        )
+
+
 def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
     """A random key for each row of the step's batch, `[B]`."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -224,7 +258,7 @@ def gpu_compiler_options(*, deterministic: bool) -> dict[str, str | bool]:
       deterministic: Whether to leave out operations whose sums have no fixed order, and the choice of an algorithm by
         timing, which may choose another in the next run.
     """
-    options = {
+    options: dict[str, str | bool] = {
         "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
         "xla_gpu_enable_pipelined_host_offloading": True,
     }

@@ -87,6 +87,16 @@ def _calls() -> list[Call]:
                 "weights_BT": Argument((2, 8)),
             },
         ),
+        Call(
+            "fused_cross_entropy",
+            longctx.fused_cross_entropy,
+            {
+                "hidden_BTD": Argument((2, 8, 16)),
+                "table_VD": Argument((5, 16)),
+                "targets_BT": Argument((2, 8), "int32", 5),
+                "weights_BT": Argument((2, 8)),
+            },
+        ),
         *(
             Call(name, _layer(make), x | ({} if name in ("RMSNorm", "SwiGLU") else tokens))
             for name, make in layers.items()

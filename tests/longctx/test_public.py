@@ -54,6 +54,7 @@ def test_public_names_are_pinned():
         "RotaryConfig",
         "SimpleRMSNorm",
         "SwiGLU",
+        "TokenScores",
         "TransformerLM",
         "__version__",
         "apply_rotary",
@@ -61,10 +62,13 @@ def test_public_names_are_pinned():
         "constrain",
         "cross_entropy",
         "forward_flops",
+        "fused_cross_entropy",
+        "logits_of",
         "make_mesh",
         "masks",
         "param_shardings",
         "register",
+        "token_scores",
     ]
     assert all(hasattr(longctx, name) for name in longctx.__all__)
 

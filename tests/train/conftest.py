@@ -1,5 +1,7 @@
 """A stand-in language model and random batches, for tests of the trainer alone."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,19 +28,27 @@ class Layer(nnx.Module):
 
 
 class StandIn(nnx.Module):
-    """The call signature of TransformerLM; each token sees itself and its position only."""
+    """What the trainer calls of TransformerLM; each token sees itself and its position only."""
+
+    config = SimpleNamespace(logits_soft_cap=None)
 
     def __init__(self, rngs, *, param_dtype=jnp.float32):
         table = 0.3 * jax.random.normal(rngs.params(), (VOCAB_SIZE, DIM))
         self.embedding = nnx.Param(table.astype(param_dtype), logical_axes=("vocab", "embed"))
         self.layers = nnx.List([Layer(rngs), Layer(rngs)])
 
-    def __call__(self, tokens_BT, *, positions=None, segment_ids=None):
-        table = self.embedding[...].astype(jnp.float32)
-        x_BTD = table[tokens_BT] + jnp.sin(positions.astype(jnp.float32))[..., None]
+    def hidden(self, tokens_BT, *, positions=None, segment_ids=None):
+        x_BTD = self.output_table[tokens_BT] + jnp.sin(positions.astype(jnp.float32))[..., None]
         for layer in self.layers:
             x_BTD = layer(x_BTD)
-        return x_BTD @ table.T
+        return x_BTD
+
+    @property
+    def output_table(self):
+        return self.embedding[...].astype(jnp.float32)
+
+    def __call__(self, tokens_BT, **of_tokens):
+        return self.hidden(tokens_BT, **of_tokens) @ self.output_table.T
 
 
 @pytest.fixture

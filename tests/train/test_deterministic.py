@@ -1,6 +1,7 @@
 """`deterministic: true`: two runs on the same devices give the same bits."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -80,3 +81,5 @@ def test_a_mixer_that_allows_any_order_is_refused(tmp_path, capsys):
 def test_compilers_for_gpus_are_told():
     assert gpu_compiler_options(deterministic=True)["xla_gpu_deterministic_ops"] is True
     assert "xla_gpu_deterministic_ops" not in gpu_compiler_options(deterministic=False)
+    # Every compiler reads them all, and refuses a value that it cannot read.
+    jax.jit(jnp.sin, compiler_options=gpu_compiler_options(deterministic=True)).lower(jnp.ones(2)).compile()

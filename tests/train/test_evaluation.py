@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,10 @@ def test_eval_step_leaves_the_parameters_in_place(stand_in, make_batch):
 class Knowing(nnx.Module):
     """Scores the token after the next highest wherever the token is even, and the next one elsewhere."""
 
-    def __call__(self, tokens_BT, *, positions=None, segment_ids=None):
+    config = SimpleNamespace(logits_soft_cap=None)
+    output_table = jnp.eye(16)
+
+    def hidden(self, tokens_BT, *, positions=None, segment_ids=None):
         return jax.nn.one_hot(tokens_BT + 1 + (tokens_BT + 1) % 2, 16)
 
 

@@ -45,9 +45,10 @@ def close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-def test_loss_and_gradient_are_weighted_by_tokens(stand_in, make_batch):
+@pytest.mark.parametrize("options", [dict(loss_tile=5), dict(loss="plain")], ids=str)
+def test_loss_and_gradient_are_weighted_by_tokens(stand_in, make_batch, options):
     """Against a mean over the whole batch, written out and differentiated in one piece."""
-    run, state = setup(stand_in, accumulate_steps=2, z_loss=0.01)
+    run, state = setup(stand_in, accumulate_steps=2, z_loss=0.01, **options)
     params = jax.device_get(state.params)
     batch = make_batch(0)
     graphdef, _ = abstract_model(stand_in)
@@ -116,9 +117,9 @@ def noisy(stand_in):
     """A stand-in that scales its activations by what a key for each row says."""
 
     class Noisy(stand_in):
-        def __call__(self, tokens_BT, *, rngs, **arguments):
+        def hidden(self, tokens_BT, *, rngs, **arguments):
             scale_B = 1 + 0.5 * jax.vmap(jax.random.normal)(rngs)
-            return super().__call__(tokens_BT, **arguments) * scale_B[:, None, None]
+            return super().hidden(tokens_BT, **arguments) * scale_B[:, None, None]
 
     return Noisy
 
@@ -227,6 +228,8 @@ def test_variables_that_are_no_parameters_are_refused(stand_in):
     [
         ({"steps": 0}, "steps: got 0, wanted 1 or more"),
         ({"z_loss": -1.0}, "z_loss: got -1.0, wanted 0 or more"),
+        ({"loss_tile": 0}, "loss_tile: got 0, wanted null or a number of tokens >= 1"),
+        ({"loss": "plain", "loss_tile": 8}, "loss_tile: got 8 with loss=plain, which has no tiles; leave it out"),
         (
             {"batch_size": 6, "accumulate_steps": 4},
             "accumulate_steps: got 4, which does not divide batch_size=6",

@@ -182,6 +182,8 @@ def estimate_memory(run: Run) -> tuple[Mapping[str, int], int]:
         rows=training.batch_size // training.accumulate_steps,
         seq_len=run.config.data.seq_len,
         accumulate_steps=training.accumulate_steps,
+        loss=training.loss,
+        loss_tile=training.loss_tile,
         sharding=run.sharding,
     )
     return by_class, peak_bytes(by_class)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx.context_parallel import AttentionSharding
+from longctx.fused_loss import default_tile
 from longctx.mixers.registry import MixerConfig
 from longctx.model import ModelConfig
 from longctx.remat import ATTENTION, MIXER_OUTPUT, MLP_HIDDEN, QKV, RESIDUAL, kept, offloaded
@@ -33,6 +34,8 @@ def memory_by_formula(
     rows: int,
     seq_len: int,
     accumulate_steps: int = 1,
+    loss: str = "fused",
+    loss_tile: int | None = None,
     sharding: AttentionSharding = _RING,
 ) -> dict[str, int]:
     """Bytes that each part of a training step takes on one device; `peak_bytes` adds up those held at once.
@@ -48,6 +51,7 @@ def memory_by_formula(
       rows: Rows of a microbatch, over all devices.
       seq_len: Tokens of a row.
       accumulate_steps: Microbatches of a step.
+      loss, loss_tile: As of TrainingConfig.
       sharding: How layers are split where their tokens are.
     """
     shard = _shard(model, state, mesh_sizes, rows, seq_len)
@@ -60,7 +64,9 @@ def memory_by_formula(
         "batch": accumulate_steps * (_BATCH_BYTES_OF_TOKEN * shard.tokens + _BATCH_BYTES_OF_ROW * shard.rows),
         "saved activations": shard.tokens * sum(layer.count * _saved(model, layer, shard) for layer in layers),
         "layer at work": _layer_at_work(model, state.params, layers, shard, mesh_sizes),
-        "logits": _logits(model, state.params, shard),
+        "logits": _fused_loss(model, state.params, shard, loss_tile)
+        if loss == "fused"
+        else _logits(model, state.params, shard),
         "context parallelism": _context_parallelism(model, shard, mesh_sizes, sharding),
     }
 
@@ -155,11 +161,12 @@ def _layer(model: ModelConfig, layer: Any, *, count: int, is_stacked: bool) -> _
 
 def _saved(model: ModelConfig, layer: _Layer, shard: _Shard) -> int:
     """Bytes a token that the forward pass keeps of one layer, by what the backward pass recomputes."""
+    keeps_mlp = model.mlp_tile is None  # by tiles it keeps its input alone, whatever the rest keeps
     match model.remat:
         case "full":  # The layer's input.
             return _itemsize(model) * model.dim
         case "dots":  # Beside it what the matmuls put out, but for the MLP's last, on which no gradient depends.
-            return _itemsize(model) * (model.dim + layer.mixer_outputs + 2 * shard.mlp_dim)
+            return _itemsize(model) * (model.dim + layer.mixer_outputs + (2 * shard.mlp_dim if keeps_mlp else 0))
         case "none":  # Everything; the input is one of the first norm's float32 copies.
             return _activations(model, layer, shard, num_norms=2)
     names = kept(model.remat, "save")
@@ -186,9 +193,11 @@ def _activations(model: ModelConfig, layer: _Layer, shard: _Shard, *, num_norms:
     """Bytes a token of all that one layer computes and its gradients depend on.
 
     In the compute dtype: the mixer's values between its matrices; six of the MLP's hidden dim (gate, up, three of the
-    silu, the product); what both norms put out. In float32: two copies of the residual a norm.
+    silu, the product), unless it is computed by tiles; what both norms put out. In float32: two copies of the residual
+    a norm.
     """
-    in_compute_dtype = layer.mixer_inside + 6 * shard.mlp_dim + 2 * model.dim
+    of_mlp = 6 * shard.mlp_dim if model.mlp_tile is None else 0
+    in_compute_dtype = layer.mixer_inside + of_mlp + 2 * model.dim
     return _itemsize(model) * in_compute_dtype + 4 * num_norms * 2 * model.dim
 
 
@@ -208,13 +217,37 @@ def _layer_at_work(
     if math.prod(mesh_sizes[axis] for axis in PARAMETER_AXES["embed"]) > 1:
         period = sum(layer.num_values for layer in layers[: len(params.get("periods", ()))])
         gathered = _itemsize(model) * max(period, *(layer.num_values for layer in layers))
-    return shard.tokens * max(_activations(model, layer, shard, num_norms=1) for layer in layers) + cast + gathered
+    activations = shard.tokens * max(_activations(model, layer, shard, num_norms=1) for layer in layers)
+    return activations + _mlp_tile(model, shard) + cast + gathered
+
+
+def _mlp_tile(model: ModelConfig, shard: _Shard) -> int:
+    """Of one tile of the MLP what `_activations` counts of all tokens, and in float32 the gradients of its matrices."""
+    if model.mlp_tile is None:
+        return 0
+    tile = min(shard.tokens, model.mlp_tile)
+    return _itemsize(model) * 6 * tile * shard.mlp_dim + 4 * 3 * model.dim * shard.mlp_dim
 
 
 def _logits(model: ModelConfig, params: Any, shard: _Shard) -> int:
     """Float32 logits; in the compute dtype their cotangent, and the table gathered."""
-    table = params["embedding" if model.tie_embeddings else "unembedding"]
-    return (4 + _itemsize(model)) * shard.tokens * shard.vocab_size + _itemsize(model) * _gathered_size(table)
+    gathered = _gathered_size(_output_table(model, params))
+    return (4 + _itemsize(model)) * shard.tokens * shard.vocab_size + _itemsize(model) * gathered
+
+
+def _fused_loss(model: ModelConfig, params: Any, shard: _Shard, tile: int | None) -> int:
+    """Of one tile what `_logits` counts of all tokens; the gradient of the final hidden states; and where the table is
+    gathered, its gradient in float32 until it is scattered."""
+    table = _output_table(model, params)
+    gathered = _gathered_size(table)
+    tile = min(shard.tokens, tile or default_tile(shard.vocab_size))
+    dtable = 4 * gathered if gathered > math.prod(table.sharding.shard_shape(table.shape)) else 0
+    in_compute_dtype = tile * shard.vocab_size + gathered + shard.tokens * model.dim
+    return 4 * tile * shard.vocab_size + _itemsize(model) * in_compute_dtype + dtable
+
+
+def _output_table(model: ModelConfig, params: Any) -> jax.ShapeDtypeStruct:
+    return params["embedding" if model.tie_embeddings else "unembedding"]
 
 
 def _context_parallelism(

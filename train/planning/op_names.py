@@ -1,10 +1,13 @@
 """What JAX's names of operations say: `op_name` in the metadata of a compiled program's instructions.
 
 The scopes in them are those of longctx and the trainer: `layer.NAME`, `mixer`, `mlp`, `embedding`, `logits`, `loss`,
-`optimizer`, `context_parallel`, and of `pallas_kernels.dispatch`: `OP.IMPLEMENTATION`.
+`optimizer`, `context_parallel`, `gradient` for what a forward pass computes of the backward pass, and of
+`pallas_kernels.dispatch`: `OP.IMPLEMENTATION`.
 """
 
 import re
+
+from longctx.fused_loss import GRADIENT_SCOPE
 
 _WRAPPER = re.compile(r"(\w+)\((.*)\)")
 _NO_SCOPE = re.compile(
@@ -51,8 +54,8 @@ def is_forward(op_name: str) -> bool:
 
 
 def is_backward(op_name: str) -> bool:
-    """Whether it is of the backward pass, recomputation included."""
-    return "transpose(" in _first(op_name)
+    """Whether it is of the backward pass, recomputation included, also where the forward pass does its work."""
+    return "transpose(" in _first(op_name) or f"/{GRADIENT_SCOPE}/" in _first(op_name)
 
 
 def readable(op_name: str) -> str:

@@ -11,3 +11,6 @@ def test_names():
     assert (part_of("jit(step)/optimizer/mul"), phase_of("jit(step)/optimizer/mul")) == ("optimizer", "update")
     assert (part_of("jit(step)/jvp(logits)/dot"), phase_of("jit(step)/jvp(logits)/dot")) == ("logits", "forward")
     assert (part_of("copy.3"), phase_of("")) == ("other", "update")
+    in_forward = "jit(step)/while/body/jvp(loss)/while/body/gradient/logits/cv,vd->cd/dot_general"
+    assert (part_of(in_forward), phase_of(in_forward)) == ("logits", "backward")
+    assert phase_of(in_forward.replace("gradient/", "")) == "forward"
