@@ -34,6 +34,7 @@ def test_public_names_are_pinned():
         "LinearAttention",
         "LinearCache",
         "LinearConfig",
+        "LoraConfig",
         "LossSums",
         "Mamba2",
         "Mamba2Config",

@@ -254,6 +254,7 @@ def test_optimizer_state_on_the_host_changes_nothing(stand_in, make_batch):
     assert kinds == {True: "pinned_host", False: "device"}
 
 
+@pytest.mark.slow
 def test_of_a_model_with_adapters_nothing_else_changes(make_batch):
     config = ModelConfig(
         vocab_size=16,  # of the batches
