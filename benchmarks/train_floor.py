@@ -331,40 +331,55 @@ def table(lines: Sequence[Line], step_seconds: float, ceiling: Ceiling) -> str:
     return "\n".join(shown)
 
 
+def measure_floor(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    repetitions: int = 10,
+    progress: Callable[[str], None] = print,
+) -> str:
+    """The page of a config's step: its parts and the step itself, timed.
+
+    Raises: ValueError where the config is wrong, has more than one device, or a mixer whose parts are not known.
+    """
+    step = prepare(config_path, overrides, progress=progress)
+    if step.mesh.size != 1:
+        raise ValueError(f"mesh: has {step.mesh.size} devices, wanted 1; the parts are those of one device")
+    with jax.set_mesh(step.mesh):
+        parts = list(parts_of(step))
+        programs = {
+            number: functools.partial(
+                jax.jit(part.function, donate_argnums=tuple(range(part.state))).lower, *part.arguments
+            )
+            for number, part in enumerate(parts)
+        }
+        compiled = compile_all(programs, progress=progress)
+        lines = []
+        for number, part in enumerate(parts):
+            if isinstance(compiled[number], Exception):
+                raise compiled[number]
+            timing = time_part(part, compiled[number], repetitions=repetitions)
+            lines.append(Line(part=part, seconds=timing.median))
+            progress(f"{part.name}: {1e3 * timing.median:.3f} ms, {part.count} times")
+    row, ceiling = measure_prepared(step, repetitions=repetitions, progress=progress)
+    head = f"{row.case}, {step.mesh.devices.flat[0].device_kind}; {ceiling}"
+    figures = ", ".join(f"{name} {value:,.1f}" for name, value in row.details.items())
+    return f"{head}\n{figures}\n\n{table(lines, row.median_ms / 1e3, ceiling)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+    """Runs the command line and returns the exit code, 2 where it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_floor", description=__doc__.splitlines()[0])
     parser.add_argument("config", metavar="CONFIG", help="of the run, on one device")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
     parser.add_argument("--repetitions", type=int, default=10, help="measurements of each")
     options = parser.parse_intermixed_args(arguments)
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    step = prepare(options.config, options.overrides, progress=say)
-    if step.mesh.size != 1:
-        raise ValueError(f"mesh: has {step.mesh.size} devices, wanted 1; the parts are those of one device")
-    with jax.set_mesh(step.mesh):
-        parts = list(parts_of(step))
-        jitted = {
-            number: jax.jit(part.function, donate_argnums=tuple(range(part.state))) for number, part in enumerate(parts)
-        }
-        compiled = compile_all(
-            {number: functools.partial(jitted[number].lower, *part.arguments) for number, part in enumerate(parts)},
-            progress=say,
-        )
-        lines = []
-        for number, part in enumerate(parts):
-            if isinstance(compiled[number], Exception):
-                raise compiled[number]
-            timing = time_part(part, compiled[number], repetitions=options.repetitions)
-            lines.append(Line(part=part, seconds=timing.median))
-            say(f"{part.name}: {1e3 * timing.median:.3f} ms, {part.count} times")
-    row, ceiling = measure_prepared(step, repetitions=options.repetitions, progress=say)
-    print(f"{row.case}, {step.mesh.devices.flat[0].device_kind}; {ceiling}")
-    print(", ".join(f"{name} {value:,.1f}" for name, value in row.details.items()) + "\n")
-    print(table(lines, row.median_ms / 1e3, ceiling))
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    try:
+        print(measure_floor(options.config, options.overrides, repetitions=options.repetitions, progress=say))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 
