@@ -64,7 +64,7 @@ FEATURES = {
     "T != S, any lengths": _call(q_len=37, kv_len=1001),
     "head dim 128": _call(head_dim=128),
     "head dim 256": _call(head_dim=256),
-    "any head dim": _call(head_dim=37),
+    "any head dim up to 256": _call(head_dim=37),
     "values of another head dim": _call(value_dim=128),
     "q and k of head dim 192, values of 128": _call(head_dim=192, value_dim=128),
     "float16": _call(dtype="float16"),
