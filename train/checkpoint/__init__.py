@@ -6,6 +6,7 @@ from train.checkpoint.store import (
     Checkpoints,
     Position,
     changed_settings,
+    faults_told_once,
     find_checkpoint,
     load_params,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoints",
     "Position",
     "changed_settings",
+    "faults_told_once",
     "find_checkpoint",
     "load_params",
 ]

@@ -1,8 +1,11 @@
 """Saving, resuming and initializing from checkpoints, on Orbax."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from train.files import storage_problem
 from train.state import TrainState
 
 
@@ -71,11 +75,16 @@ class Checkpoints:
     Args:
       directory: Folder of the run's checkpoints; made if it is not there.
       config: What to keep.
+    Raises: CheckpointError where the folder cannot be written.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
         self.directory = directory
-        self._manager = _open(directory, config, write=True)
+        cut_off = sorted(directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"))
+        self._manager = self._writing(lambda: _open(directory, config, write=True))
+        kept = "none is complete" if self.latest_step is None else f"step {self.latest_step} is the last complete one"
+        self.notes = [f"{path}: a checkpoint whose saving was cut off; it is removed, {kept}" for path in cut_off]
+        """Lines about what earlier processes left, for the user to see."""
 
     @property
     def latest_step(self) -> int | None:
@@ -89,17 +98,16 @@ class Checkpoints:
           state: The state after `step` steps.
           step: Its step.
           position: What else to save of it.
+        Raises: CheckpointError where this save cannot be started, or the one before was not completed.
         """
         if step == self.latest_step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(_without_params(state)),
-                position=ocp.args.JsonSave(dataclasses.asdict(position)),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            training=ocp.args.StandardSave(_without_params(state)),
+            position=ocp.args.JsonSave(dataclasses.asdict(position)),
         )
+        self._writing(lambda: self._manager.save(step, args=args))
 
     def check(self, abstract: TrainState) -> None:
         """Compares the latest checkpoint with the state of this config, without reading arrays.
@@ -145,12 +153,28 @@ class Checkpoints:
         return TrainState(params=items.params, **items.training), position
 
     def wait(self) -> None:
-        """Blocks until every save that was started is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until every save that was started is complete.
+
+        Raises: CheckpointError where one was not completed.
+        """
+        self._writing(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits for the saves and releases the threads."""
-        self._manager.close()
+        """Waits for the saves and releases the threads; raises as `wait` does."""
+        self._writing(self._manager.close)
+
+    def _writing[T](self, write: Callable[[], T]) -> T:
+        """Calls what writes; a fault of the disk becomes an error that says so."""
+        try:
+            return write()
+        except Exception as error:  # Orbax and tensorstore raise many types
+            problem = storage_problem(error)
+            if problem is None:
+                raise
+            raise CheckpointError(
+                f"{self.directory}: cannot be written: {problem}, then run the same command again, which goes on from "
+                "the last complete checkpoint"
+            ) from error
 
     def _unreadable(self, step: int, reason: str) -> CheckpointError:
         earlier = [other for other in self._manager.all_steps() if other < step]
@@ -162,6 +186,35 @@ class Checkpoints:
         return CheckpointError(
             f"{self.directory / str(step)}: cannot be read as a checkpoint of this trainer ({reason}); {remedy}"
         )
+
+
+@contextlib.contextmanager
+def faults_told_once() -> Iterator[None]:
+    """Without the tracebacks that Orbax's threads print of a fault of the disk, which it raises as well.
+
+    Once it has raised one, what is left of its reads and writes ends on an event loop that is closed.
+    """
+
+    def is_new(error: BaseException | None) -> bool:
+        return not (error is not None and storage_problem(error)) and str(error) != "Event loop is closed"
+
+    def log(record: logging.LogRecord) -> bool:
+        return not record.exc_info or is_new(record.exc_info[1])
+
+    def hook(unraisable: Any) -> None:
+        if is_new(unraisable.exc_value):
+            previous(unraisable)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(log)
+    previous, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+        for logger in loggers:
+            logger.removeFilter(log)
 
 
 def load_params(source: str | Path, abstract_params: Any) -> Any:
