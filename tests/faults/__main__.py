@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import markdown
-from tests.faults import bad_arrays, bad_configs, bad_data, kills, stops, storage
+from tests.faults import bad_arrays, bad_configs, bad_data, kills, long_lines, stops, storage
 from tests.faults.harness import Report
 
 _TABLE = "table of faults"
@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[Callable[[Path, int], Report], int, int]] = {
     "configs": (bad_configs.check_configs, 1000, 40),
     "data": (bad_data.check_data, 300, 8),
     "arrays": (bad_arrays.check_arrays, 1000, 12),
+    "lines": (long_lines.check_long_lines, 6, 1),
     "kills": (kills.check_kills, 50, 2),
     "stops": (stops.check_stops, 20, 1),
     "full": (storage.check_full_disks, 10, 1),

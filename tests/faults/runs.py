@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ _ENVIRONMENT = os.environ | {
 # What a step was trained on and came to; the rest of a record is about time and memory.
 _BITS = ("loss", "grad_norm", "tokens", "learning_rate", "eval/loss", "eval/tokens")
 Losses = dict[tuple[int, str], float]
+
+
+def train_command(file: Path, run_dir: Path, *module: str) -> list[str]:
+    """What trains the run of a config file."""
+    return [sys.executable, "-m", *(module or ["train"]), str(file), f"run_dir={run_dir}"]
 
 
 class Stuck(RuntimeError):
@@ -67,11 +73,10 @@ class Setup:
 
     def command(self, run_dir: Path, *, restarts: int = 0) -> list[str]:
         """What trains the run: the trainer itself, or the launcher of several."""
-        module = ["train"]
-        if self.num_processes > 1:
-            module = ["train.launch", "local", "--num-processes", str(self.num_processes), "--restarts", str(restarts)]
-            module += ["--seconds-to-stop", "1"]
-        return [sys.executable, "-m", *module, str(self.file), f"run_dir={run_dir}"]
+        if self.num_processes == 1:
+            return train_command(self.file, run_dir)
+        several = ["local", "--num-processes", str(self.num_processes), "--restarts", str(restarts)]
+        return train_command(self.file, run_dir, "train.launch", *several, "--seconds-to-stop", "1")
 
     def undisturbed(self) -> Losses:
         """The losses of a run from its start to its end."""
@@ -97,6 +102,16 @@ class Run:
         except subprocess.TimeoutExpired:
             self.end()
             raise Stuck(f"no end after {seconds:.0f} s; it said: {self.log()[-600:]!r}") from None
+
+    def wait_with_memory(self, seconds: float) -> tuple[int | None, int]:
+        """The exit code, None where there is none in time, and the most bytes of memory that the process held."""
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.start()
+        _, status, usage = os.wait4(self.process.pid, 0)
+        is_late = timer.finished.is_set()
+        timer.cancel()
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        return None if is_late else self.process.returncode, 1024 * usage.ru_maxrss
 
     def log(self, start: int = 0) -> str:
         """What it has said so far, from a byte on."""
