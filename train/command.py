@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from train.checkpoint import CheckpointError, faults_told_once
+from train.checkpoint import CheckpointError, tell_faults_once
 from train.config import ConfigError
 from train.data import DataError
 from train.distributed import DeviceError, process_label
@@ -31,9 +31,9 @@ def run_command(run: Callable[[], None]) -> int:
 
 
 def _outcome(run: Callable[[], None]) -> int:
+    tell_faults_once()
     try:
-        with faults_told_once():
-            run()
+        run()
     except ConfigError as error:
         print(f"{_label()}{error}", file=sys.stderr)
         return 2

@@ -315,6 +315,8 @@ def check_configs(folder: Path, count: int) -> Report:
                 ended = run(main, [str(file), f"run_dir={run_dir}"])
                 outcome = "trained" if ended.code == 0 else "refused"
                 fault = None if ended.code == 0 else ended.refusal_fault()
+                if "are not both finite; stopped" in ended.stderr:  # a learning rate of 1e38 is valid, and does that
+                    outcome = "stopped at a step"
         else:
             if shown.code == 0:  # what only the start of a run can tell
                 ended = run(main, [str(file), *overrides])

@@ -6,9 +6,9 @@ from train.checkpoint.store import (
     Checkpoints,
     Position,
     changed_settings,
-    faults_told_once,
     find_checkpoint,
     load_params,
+    tell_faults_once,
 )
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "Checkpoints",
     "Position",
     "changed_settings",
-    "faults_told_once",
     "find_checkpoint",
     "load_params",
+    "tell_faults_once",
 ]

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from train.checkpoint.inspection import Listed, list_checkpoints, remedy, verify
-from train.checkpoint.store import CheckpointError, faults_told_once
+from train.checkpoint.store import CheckpointError, tell_faults_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step")
     which.add_argument("--all", action="store_true", help="all whose saving was finished")
     options = parser.parse_args(arguments)
+    tell_faults_once()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that its other formats have
     try:
         return _run(options)
@@ -46,8 +47,7 @@ def _run(options: argparse.Namespace) -> int:
             if checkpoint.problem is not None:
                 print(f"note: {checkpoint.path}: {remedy(checkpoint, listed)}", file=sys.stderr)
         return 0
-    with faults_told_once():
-        return _verify(listed, _chosen(listed, options.dir, options.step, every=options.all))
+    return _verify(listed, _chosen(listed, options.dir, options.step, every=options.all))
 
 
 def _chosen(listed: list[Listed], directory: str, step: int | None, *, every: bool) -> list[Listed]:

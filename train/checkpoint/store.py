@@ -1,11 +1,11 @@
 """Saving, resuming and initializing from checkpoints, on Orbax."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,33 +188,24 @@ class Checkpoints:
         )
 
 
-@contextlib.contextmanager
-def faults_told_once() -> Iterator[None]:
-    """Without the tracebacks that Orbax's threads print of a fault of the disk, which it raises as well.
+@functools.cache  # once a process
+def tell_faults_once() -> None:
+    """Leaves out the tracebacks that Orbax's threads print of a fault of the disk, which it raises as well.
 
-    Once it has raised one, what is left of its reads and writes ends on an event loop that is closed.
+    For the rest of the process: some come after the error. Once Orbax has raised one, what is left of its reads and
+    writes ends on an event loop that is closed.
     """
 
     def is_new(error: BaseException | None) -> bool:
         return not (error is not None and storage_problem(error)) and str(error) != "Event loop is closed"
 
-    def log(record: logging.LogRecord) -> bool:
-        return not record.exc_info or is_new(record.exc_info[1])
-
     def hook(unraisable: Any) -> None:
         if is_new(unraisable.exc_value):
             previous(unraisable)
 
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(log)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info or is_new(record.exc_info[1]))
     previous, sys.unraisablehook = sys.unraisablehook, hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = previous
-        for logger in loggers:
-            logger.removeFilter(log)
 
 
 def load_params(source: str | Path, abstract_params: Any) -> Any:
