@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             report = check(Path(folder), options.cases or (short if options.short else full))
-        rows = _rows(report, time.monotonic() - began)
+        rows = _rows(name, report, time.monotonic() - began)
         table = Table(*_HEAD)
         for row in rows:
             table.add_row(*row)
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if num_faults else 0
 
 
-def _rows(report: Report, seconds: float) -> list[tuple[str, ...]]:
+def _rows(name: str, report: Report, seconds: float) -> list[tuple[str, ...]]:
     rows = []
     for kind, outcomes in sorted(report.outcomes.items()):
         shown = ", ".join(f"{outcome} {count}" for outcome, count in sorted(outcomes.items()))
-        rows.append((report.part, kind, str(sum(outcomes.values())), shown))
-    return [*rows, (report.part, "all", str(report.count), f"{len(report.faults)} faults, {seconds:.0f} s")]
+        rows.append((name, kind, str(sum(outcomes.values())), shown))
+    return [*rows, (name, "all", str(report.count), f"{len(report.faults)} faults, {seconds:.0f} s")]
 
 
 def _with_rows(text: str, rows: list[tuple[str, ...]]) -> str:

@@ -19,7 +19,7 @@ def faults(*arguments, seconds):
 def test_a_few_cases_of_generated_input_hold():
     result = faults("--short", *GENERATED, seconds=600)
     assert result.returncode == 0, result.stderr[-5000:]
-    assert all(part in result.stdout for part in ("bad configs", "bad data", "bad arrays"))
+    assert all(part in result.stdout for part in GENERATED)
 
 
 @pytest.mark.slow
