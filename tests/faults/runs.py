@@ -9,9 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
 from tests.faults.harness import tiny_config
 from train.checkpoint.inspection import Listed, list_checkpoints, verify
@@ -93,7 +92,9 @@ class Run:
         self._log = log
         self._start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as file:
-            self.process = _start(command, file)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            )
 
     def wait(self, seconds: float) -> int:
         """The exit code; raises Stuck, with the end of what was said, where there is none in time."""
@@ -138,12 +139,6 @@ class Run:
         self.process.wait()
 
 
-def _start(command: Sequence[str], output: IO) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, cwd=ROOT, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-    )
-
-
 def send(process: int, number: int) -> None:
     """Sends a signal to a process that may be gone."""
     try:
@@ -153,6 +148,7 @@ def send(process: int, number: int) -> None:
 
 
 def is_alive(process: int) -> bool:
+    """Whether a process is there and has not ended."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -160,7 +156,9 @@ def is_alive(process: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition, run: Run, *, seconds: float = _SECONDS_TO_START, every: float = 0.005) -> bool:
+def wait_until(
+    condition: Callable[[], bool], run: Run, *, seconds: float = _SECONDS_TO_START, every: float = 0.005
+) -> bool:
     """Waits until the condition holds, and tells whether it did before the run ended; raises Stuck after the time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
