@@ -19,6 +19,7 @@ from longctx.context_parallel import (
 from longctx.context_parallel.inference import plan_tokens
 from longctx.norms import RMSNorm
 from longctx.projections import projection
+from longctx.remat import QKV, named
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import constrain
 from pallas_kernels import Implementation, Mask, Tokens
@@ -185,7 +186,7 @@ class MlaAttention(nnx.Module):
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, latent_BTC = self._project(x_BTD, positions)
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [self.head_dim], axis=-1)
-        q_nope_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope_BTNH, self.k.kernel[...].astype(self.dtype))
+        q_nope_BTNC = jnp.einsum("btnh,cnh->btnc", q_nope_BTNH, self.k.matrix(self.dtype))
         attended_BTNC, cache = sharded_decode(
             jnp.concatenate([q_nope_BTNC, q_rope_BTNR], axis=-1),
             latent_BTC[:, :, None],
@@ -197,7 +198,7 @@ class MlaAttention(nnx.Module):
             scale=(self.head_dim + self.rope_dim) ** -0.5,
             deterministic=self.deterministic_gradients,
         )
-        attended_BTNV = jnp.einsum("btnc,cnv->btnv", attended_BTNC, self.v.kernel[...].astype(self.dtype))
+        attended_BTNV = jnp.einsum("btnc,cnv->btnv", attended_BTNC, self.v.matrix(self.dtype))
         return jnp.where(cache.length <= cache.room, self.out(attended_BTNV), jnp.nan), cache
 
     def prefill(
@@ -241,7 +242,7 @@ class MlaAttention(nnx.Module):
         check_sequence("MlaAttention", x_BTD, self.dim, positions=positions)
         if positions is None:
             positions = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
-        q_BTNH = self.q(x_BTD if self.q_latent is None else self.q_norm(self.q_latent(x_BTD)))
+        q_BTNH = named(self.q(x_BTD if self.q_latent is None else self.q_norm(self.q_latent(x_BTD))), QKV)
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [self.head_dim], axis=-1)
         q_BTNH = jnp.concatenate([q_nope_BTNH, apply_rotary(q_rope_BTNR, positions, self.rotary)], axis=-1)
         k_rope_BTR = apply_rotary(self.k_rope(x_BTD)[:, :, None], positions, self.rotary)[:, :, 0]
@@ -251,7 +252,7 @@ class MlaAttention(nnx.Module):
     def _keys_and_values(self, latent_BTC):
         """Of every head."""
         c_BTC, k_rope_BTR = jnp.split(latent_BTC, [self.kv_rank], axis=-1)
-        k_BTNH, v_BTNV = self.k(c_BTC), self.v(c_BTC)
+        k_BTNH, v_BTNV = (named(project(c_BTC), QKV) for project in (self.k, self.v))
         k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_BTNH.shape[:3], self.rope_dim))
         k_BTNH = jnp.concatenate([k_BTNH, k_rope_BTNR], axis=-1)
         return tuple(constrain(x, "batch", "sequence", "heads", None) for x in (k_BTNH, v_BTNV))

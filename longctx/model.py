@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from longctx.arguments import check_tokens
 from longctx.attention import RandomSource, key_of
 from longctx.block import Block
 from longctx.context_parallel import (
@@ -281,8 +282,14 @@ class TransformerLM(nnx.Module):
           rngs: What a config that `is_stochastic` draws from in training, one key for the whole call or one a row; each
             layer's is that with the number of the layer folded in. None after `eval()`.
 
-        Raises: ValueError in training without rngs, where there is something to draw.
+        Raises: ValueError in training without rngs, where there is something to draw, and where the arrays do not fit.
         """
+        if tokens_BT.ndim != 2 or 0 in tokens_BT.shape or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: got {tokens_BT.dtype}{list(tokens_BT.shape)}, wanted integers [batch, length], no dimension "
+                "0 (TransformerLM)"
+            )
+        check_tokens("TransformerLM", tokens_BT.shape, positions=positions, segment_ids=segment_ids)
         config, schedules = self.config, self._schedules(tokens_BT.shape, positions, segment_ids)
         relayout = None
         if any(mixer.needs_runs for mixer in config.mixers.values()):

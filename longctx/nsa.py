@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
+from longctx.arguments import check_tokens
 from longctx.attention import GroupedQueryLayer
 from longctx.context_parallel import (
     AnySchedule,
@@ -180,6 +181,7 @@ class NsaAttention(GroupedQueryLayer):
             raise ValueError("schedule: got one, wanted None; queries of NSA choose their keys, leave it out")
         given = positions
         q_BTNH, positions = self._queries(x_BTD, positions)
+        check_tokens("NsaAttention", x_BTD.shape[:2], segment_ids=segment_ids)
         blocks, last = sharded_nsa_blocks(
             self._uncompressed(x_BTD), sizes=self.sizes, segment_ids=segment_ids, positions=given,
             sharding=self.sharding,

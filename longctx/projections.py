@@ -42,6 +42,14 @@ class Projection(nnx.LinearGeneral):
         narrow = jnp.tensordot(x.astype(y.dtype), a, axes=num_in)
         return y + jnp.asarray(self.lora_scale, y.dtype) * jnp.tensordot(narrow, b, axes=1)
 
+    def matrix(self, dtype: DTypeLike) -> Float[Array, "..."]:
+        """The map as one array like the kernel, its adapter added, for what takes the place of a call."""
+        kernel = self.kernel[...]
+        if self.lora_a is not None:
+            a, b = (param[...].astype(jnp.float32) for param in (self.lora_a, self.lora_b))
+            kernel = kernel.astype(jnp.float32) + self.lora_scale * jnp.tensordot(a, b, axes=1)
+        return kernel.astype(dtype)
+
 
 def projection(
     in_dims: int | Sequence[int],

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
+from longctx.arguments import check_tokens
+
 _LOW_BITS = 12
 
 
@@ -49,9 +51,14 @@ def apply_rotary(
     Pairs are half-split, as in GPT-NeoX and the Hugging Face Llama weights, not interleaved. Angles, sines and the
     rotation are float32; the result has x's dtype.
 
-    Raises: ValueError if H is odd.
+    Raises: ValueError if H is odd, or the shapes or dtypes do not fit.
     Reference: Su et al., RoFormer, arXiv:2104.09864, equation 34.
     """
+    if x_BTNH.ndim != 4 or not jnp.issubdtype(x_BTNH.dtype, jnp.floating):
+        raise ValueError(
+            f"apply_rotary: x is {x_BTNH.dtype}{list(x_BTNH.shape)}, wanted floats [batch, length, heads, head dim]"
+        )
+    check_tokens("apply_rotary", x_BTNH.shape[:2], positions=positions_BT)
     head_dim = x_BTNH.shape[-1]
     if head_dim % 2:
         raise ValueError(f"apply_rotary: head_dim={head_dim} is odd, wanted an even number of dims; pad the heads")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.arguments import check_results
 from pallas_kernels.tokens import Leaf
 
 MASK_VALUE = -jnp.inf
@@ -125,9 +126,14 @@ def merge_partials(
       second: `(out, lse)` over the second.
     Returns: `(out, lse)` over both; out in the first's dtype, the sums in float32. Rows that both leave empty stay
       out = 0, lse = -inf. Differentiable in all four, with gradient 0 for empty rows.
+    Raises: ValueError where shapes or dtypes do not fit.
     Cost: O(B T N V) elementwise.
     """
     (out_1, lse_1), (out_2, lse_2) = first, second
+    if out_1.ndim != 4:
+        raise ValueError(f"merge_partials: out has shape {out_1.shape}, wanted [batch, length, heads, head dim]")
+    outs = {"the first's out": out_1, "the second's out": out_2}
+    check_results("merge_partials", out_1.shape, out=outs, lse={"the first's lse": lse_1, "the second's lse": lse_2})
     top = finite_max(jax.lax.stop_gradient(jnp.maximum(lse_1, lse_2)))
     weight_1, weight_2 = _exp_of_lse(lse_1, top), _exp_of_lse(lse_2, top)
     total = weight_1 + weight_2

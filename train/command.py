@@ -5,10 +5,11 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, tell_faults_once
 from train.config import ConfigError
 from train.data import DataError
 from train.distributed import DeviceError, process_label
+from train.files import storage_problem
 from train.planning.startup import OutOfDeviceMemory
 from train.spikes import SpikeError
 from train.step import NonFiniteError
@@ -30,6 +31,7 @@ def run_command(run: Callable[[], None]) -> int:
 
 
 def _outcome(run: Callable[[], None]) -> int:
+    tell_faults_once()
     try:
         run()
     except ConfigError as error:
@@ -44,7 +46,15 @@ def _outcome(run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted outside the training loop; nothing was saved", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        problem = storage_problem(error) if isinstance(error, OSError) else None
+        if problem is not None:
+            where = f"{error.filename}: " if error.filename else ""
+            print(
+                f"error: {_label()}{where}{problem}, then run the same command again; what was complete is kept",
+                file=sys.stderr,
+            )
+            return 1
         if not process_label():
             raise
         traceback.print_exc()

@@ -17,6 +17,7 @@ from train.checkpoint import Checkpoints, Position, changed_settings, load_param
 from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
 from train.evaluation import evaluate, make_eval_step
+from train.files import write_text
 from train.in_flight import BadStep, Batches, StepsInFlight
 from train.metrics import MetricsLog
 from train.placement import one_a_device, same_everywhere
@@ -59,6 +60,8 @@ def train(config: TrainConfig) -> None:
         checkpoints = stack.enter_context(
             closing(Checkpoints(config.checkpoint.directory(config.run_dir), config.checkpoint))
         )
+        for note in checkpoints.notes:
+            display.note(note)
 
         if jax.process_count() > 1:
             check_agreement(_recorded(config), data, checkpoints)
@@ -264,9 +267,7 @@ def _write_config(config: TrainConfig) -> None:
     if jax.process_index() == 0:
         path = Path(config.run_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(config_text(_recorded(config)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, config_text(_recorded(config)))
 
 
 def _next_steps(config: TrainConfig) -> str:

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 
+from train.files import naming, write_text, write_whole
 from train.schema import ConfigError
 
 
@@ -102,8 +102,9 @@ class MetricsLog:
         if self._file is None:
             return
         record = {"step": step} | {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._events is not None:
             for name, value in record.items():
                 if name != "step" and value is not None:
@@ -124,7 +125,8 @@ class MetricsLog:
 
     def _close_files(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with naming(self.path):
+                self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -181,9 +183,7 @@ def drop_records_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_records(path) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="ascii")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def draw_losses(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
@@ -216,6 +216,4 @@ def draw_losses(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend()
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))

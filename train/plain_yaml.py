@@ -2,7 +2,7 @@
 
 Scalars are read by the rules of YAML 1.2: `1e-3` is a number, `no` and `2024-01-01` are text. What a
 configuration must not hold is refused here: a key given twice, a key that is not text, nan and inf, an alias
-inside itself.
+inside itself, aliases that stand for more than anybody would write.
 """
 
 import copy
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 _TAG = "tag:yaml.org,2002:"
+_MOST_VALUES = 100_000  # of a document, what an alias stands for counted each time: a few lines can mean billions
 _INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
@@ -49,9 +50,31 @@ class _Loader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return node
 
+    def construct_document(self, node):
+        if _size(node, {}) > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {_MOST_VALUES:,} values, those behind aliases included", node.start_mark
+            )
+        return super().construct_document(node)
+
     def construct_int(self, node):
         text = self.construct_scalar(node)
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a node holds once aliases are written out; `known` are those of others, 0 while counted."""
+    if id(node) not in known:
+        known[id(node)] = 0
+        match node:
+            case yaml.MappingNode():
+                inner = [part for pair in node.value for part in pair]
+            case yaml.SequenceNode():
+                inner = node.value
+            case _:
+                inner = []
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 _Loader.add_constructor(_TAG + "int", _Loader.construct_int)

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from train.files import write_text
 
 LAG = 2
 """A step is judged by the losses up to LAG steps before it: those that are known when it is dispatched."""
@@ -136,7 +137,5 @@ class LeftOutRows:
 
     def _write(self) -> None:
         if self._writes:
-            temporary = self._path.with_name(self._path.name + ".tmp")
             parts = [dataclasses.asdict(part) for part in self.parts]
-            temporary.write_text(json.dumps(parts, indent=1) + "\n", encoding="ascii")
-            os.replace(temporary, self._path)
+            write_text(self._path, json.dumps(parts, indent=1) + "\n")

@@ -13,6 +13,7 @@ from longctx.context_parallel.strategy import Setting
 from longctx.context_parallel.traffic import Transfer
 from longctx.mixers.registry import MixerConfig, register
 from longctx.mla import MlaAttention, check_dims
+from longctx.remat import ATTENTION, BLOCK_NAMES, QKV
 from longctx.rotary import RotaryConfig
 from pallas_kernels import Implementation, Mask
 
@@ -57,6 +58,10 @@ class MlaConfig(MixerConfig):
     def mask(self) -> Mask:
         within = masks.causal() if self.window is None else masks.sliding_window(left=self.window - 1)
         return within & masks.documents()
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        return BLOCK_NAMES | {QKV, ATTENTION}
 
     def build(self, dim: int, **common: Any) -> MlaAttention:
         return MlaAttention(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_qkv
+from pallas_kernels.arguments import check_qkv, check_results
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.blockwise.options import Options
@@ -204,6 +204,7 @@ def blockwise_attention_backward(
     dropout = _checked_dropout(op, dropout, q)
     if out is None and dlse is None:
         raise ValueError(f"{op}: got neither out nor dlse, wanted one of them; pass out, or dlse - rowsum(dout out)")
+    check_results(op, (*q.shape[:3], v.shape[3]), out={"out": out, "dout": dout}, lse={"lse": lse, "dlse": dlse})
     running = (None,) * 3 if accumulate is None else accumulate
     if (running[1] is None) != (running[2] is None):
         raise ValueError(f"{op}: accumulate has one of dk and dv, wanted both or neither; pass zeros for the other")
@@ -245,8 +246,15 @@ def sinks_gradient(
       out, lse: The attention's results over all keys and the sinks.
       dout, dlse: Their cotangents; dlse None is zero.
     Returns: dsinks, summed over the rows and queries at hand: where those are split over devices, sum it over them too.
+    Raises: ValueError where shapes or dtypes do not fit.
     Cost: O(B T N V) elementwise.
     """
+    op = "sinks_gradient"
+    if out.ndim != 4:
+        raise ValueError(f"{op}: out has shape {out.shape}, wanted [batch, length, heads, head dim]")
+    check_results(op, out.shape, out={"out": out, "dout": dout}, lse={"lse": lse, "dlse": dlse})
+    if sinks.shape != out.shape[2:3] or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(f"{op}: sinks is {sinks.dtype}{list(sinks.shape)}, wanted floats [{out.shape[2]}], one a head")
     delta = jnp.einsum("btnv,btnv->bnt", out.astype(jnp.float32), dout.astype(jnp.float32))
     weight = -delta if dlse is None else dlse - delta
     sinks = sinks.astype(jnp.float32)[:, None]

@@ -88,7 +88,20 @@ def nsa_attention(
 
 
 def compressed_starts(segment_ids: Int32[Array, "b T"] | None, length: int, sizes: NsaSizes) -> Int32[Array, "b M"]:
-    """The token at which each compressed block of a row begins, -1 where there is none."""
+    """The token at which each compressed block of a row begins, -1 where there is none.
+
+    Raises: ValueError where segment_ids are not int32 `[b, length]`.
+    """
+    if segment_ids is not None and (
+        segment_ids.ndim != 2
+        or 0 in segment_ids.shape
+        or segment_ids.shape[1] != length
+        or segment_ids.dtype != jnp.int32
+    ):
+        raise ValueError(
+            f"compressed_starts: segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}, wanted int32 "
+            f"[rows, {length}]"
+        )
     return blocks_of(segment_ids, length, sizes)[0].compressed_start
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.arguments import check_heads
 from pallas_kernels.sparse.nsa_blocks import NsaSizes
 
 
@@ -16,8 +17,13 @@ def tokens_of_blocks(
       x: Keys or values, from which those of blocks are made.
       start: The row at which each block begins, negative where there is none; of two blocks at least
         compress_stride apart.
+    Raises: ValueError where shapes or dtypes do not fit.
     Memory: compress_block / compress_stride times that of x.
     """
+    op = "tokens_of_blocks"
+    check_heads(op, {"x": x})
+    if start.ndim != 2 or start.shape[0] not in (1, x.shape[0]) or start.dtype != jnp.int32:
+        raise ValueError(f"{op}: start is {start.dtype}{list(start.shape)}, wanted int32 [{x.shape[0]} or 1, blocks]")
     stride = jnp.arange(sizes.compress_stride, dtype=jnp.int32)
 
     def of_piece(offset: int) -> jax.Array:

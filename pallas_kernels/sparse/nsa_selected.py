@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Float32, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_qkv
+from pallas_kernels.arguments import check_qkv, check_results
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.saved import as_attention
 from pallas_kernels.sparse import nsa_selected_reference, nsa_selected_xla, pallas_mosaic_gpu_nsa
@@ -115,6 +115,10 @@ def selected_attention_backward(
     Raises: as `selected_attention`.
     """
     options = options_of("selected_attention_backward", q, k, v, choices, block_start, q_place, block_size, scale)
+    shape = *q.shape[:3], v.shape[3]
+    check_results(
+        "selected_attention_backward", shape, out={"out": out, "dout": dout}, lse={"lse": lse, "dlse": dlse}
+    )  # fmt: skip
     arrays = q, k, v, choices, block_start, q_place, out, lse, dout, dlse
     return _backward(options, implementation, gradient_dtype, *arrays)
 

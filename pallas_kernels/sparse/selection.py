@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.arguments import check_heads
 from pallas_kernels.block_lists import can_be_cut, schedule_of_lists
 from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, BlockSizes
 from pallas_kernels.dispatch import current_platform
@@ -84,7 +85,13 @@ def attention_recall(
     Returns: From 0 to 1; 1 for a query that may attend to nothing.
     Cost: that of all logits, 2 B N T S H FLOPs, in float32; O(B N block_q S) memory.
     """
+    check_heads("attention_recall", {"q": q, "k": k})
     B, T, N, H = q.shape
+    if k.shape[::3] != (B, H) or N % k.shape[2]:
+        raise ValueError(
+            f"attention_recall: q and k have shapes {q.shape} and {k.shape}, wanted one B and H, and a multiple of k's "
+            "heads in q"
+        )
     S, block_q, block_kv = k.shape[1], selection.block_sizes.block_q, selection.block_sizes.block_kv
     if (selection.q_len, selection.kv_len) != (T, S):
         raise ValueError(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import check_heads
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import finite_max
@@ -120,6 +121,7 @@ class Selector(abc.ABC):
           scale: Multiplies q.k; default H ** -0.5.
         Raises: ValueError where an argument is wrong; it names it.
         """
+        check_heads(f"{type(self).__name__}.select", {"q": q, "k": k})
         B, T, N, H = q.shape
         S, K = k.shape[1:3]
         if k.shape[0] != B or k.shape[3] != H or N % K:
@@ -525,6 +527,7 @@ class PerHead:
 
     def select(self, q, k, **options) -> BlockSelection:
         """As `Selector.select`."""
+        check_heads("PerHead.select", {"q": q, "k": k})
         return self._select("select", q, k.shape[2], [k] * len(self._distinct), 2, **options)
 
     def summary(self, k: Float[Array, "B S K H"], block_kv: int) -> tuple[jax.Array, ...]:

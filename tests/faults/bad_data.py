@@ -16,8 +16,7 @@ import pyarrow
 import pyarrow.parquet
 from hypothesis import strategies as st
 
-from tests.faults.bad_configs import TINY
-from tests.faults.harness import Report, for_each, run, snapshot
+from tests.faults.harness import Report, for_each, run, snapshot, tiny_config
 from train.__main__ import main
 from train.config import ConfigError, load_config
 from train.data import DataError, open_data
@@ -344,7 +343,7 @@ def check_data(folder: Path, count: int) -> Report:
             (here / name).write_bytes(content)
         if case.prepare is not None:
             case.prepare(here)
-        config = json.loads(json.dumps(TINY).replace("RUN_DIR", str(run_dir)).replace("CACHE_DIR", str(cache)))
+        config = tiny_config(run_dir, cache)
         filled = json.loads(json.dumps(case.source).replace("FOLDER", str(here)))
         rest = json.loads(json.dumps(case.data).replace("FOLDER", str(here)))
         config["data"] |= {"tokenizer": "bytes", "sources": [filled], "num_threads": 0} | rest

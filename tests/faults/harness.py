@@ -1,6 +1,7 @@
 """What the parts have in common: a command run in this process, what it must not do, and the report of a part."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import os
@@ -10,9 +11,21 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
+
+TINY = yaml.safe_load(Path(__file__).parents[1].joinpath("tiny.yaml").read_text())
+"""The config of a small run, with RUN_DIR and CACHE_DIR where its folders are to be named."""
+
+
+def tiny_config(run_dir: str | Path, cache_dir: str | Path) -> dict[str, Any]:
+    """A copy of TINY with its folders."""
+    config = copy.deepcopy(TINY)
+    config["run_dir"], config["data"]["cache_dir"] = str(run_dir), str(cache_dir)
+    return config
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Generated bad input, in a process whose calls no type checker guards."""
+"""Faults and bad input, in processes whose calls no type checker guards."""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+GENERATED = ("configs", "data", "arrays")
+PROCESSES = ("lines", "kills", "stops", "full", "truncated")
 
 
 def faults(*arguments, seconds):
@@ -14,14 +16,21 @@ def faults(*arguments, seconds):
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=seconds)
 
 
-def test_a_few_cases_of_each_part_hold():
-    result = faults("--short", seconds=600)
+def test_a_few_cases_of_generated_input_hold():
+    result = faults("--short", *GENERATED, seconds=600)
     assert result.returncode == 0, result.stderr[-5000:]
-    assert all(part in result.stdout for part in ("bad configs", "bad data", "bad arrays"))
+    assert all(part in result.stdout for part in GENERATED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["configs", "data", "arrays"])
+@pytest.mark.parametrize("part", PROCESSES)
+def test_a_few_faults_of_runs_in_processes_hold(part):
+    result = faults("--short", part, seconds=1200)
+    assert result.returncode == 0, result.stderr[-5000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [*GENERATED, *PROCESSES])
 def test_all_cases_hold(part):
     result = faults(part, seconds=7200)
     assert result.returncode == 0, result.stderr[-5000:]

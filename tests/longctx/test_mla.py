@@ -141,6 +141,17 @@ def test_decoding_by_latents_equals_a_call(config):
         layer.decode(jnp.zeros((2, 25, DIM)), cache)
 
 
+def test_decoding_by_latents_knows_of_adapters():
+    layer = build()
+    add_adapters(layer, LoraConfig(rank=2, alpha=3.0), nnx.Rngs(1))
+    for path, param in nnx.iter_graph(layer):
+        if path and path[-1] == "lora_b":
+            param[...] = jax.random.normal(jax.random.key(len(path)), param.shape)
+    x = inputs()
+    y, _ = layer.decode(x, layer.init_cache(len(x), x.shape[1]))
+    assert_close("y", y, layer(x))
+
+
 def mesh_of(**shape):
     return make_mesh(MeshConfig(**shape), jax.devices()[: int(np.prod(list(shape.values())))])
 

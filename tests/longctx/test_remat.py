@@ -23,6 +23,7 @@ from longctx import (
     Mamba2Config,
     MeshConfig,
     MixerConfig,
+    MlaConfig,
     MobaConfig,
     ModelConfig,
     NsaConfig,
@@ -38,6 +39,7 @@ from longctx.sharding import batch_sharding
 
 MIXERS = {
     "attention": AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True),
+    "mla": MlaConfig(num_heads=2, kv_rank=8, head_dim=8, rope_dim=4, value_dim=8),
     "moba": MobaConfig(num_heads=4, num_kv_heads=2, chunk_size=4, top_k=2),
     "nsa": NsaConfig(
         num_heads=4, num_kv_heads=2, compress_block=4, compress_stride=2, block_size=4, num_blocks=3, window=4

@@ -30,7 +30,11 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    source = {"kind": "synthetic", "num_documents": 60, "num_symbols": 32, "min_length": 8, "max_length": 40}
+    source = {"kind": "synthetic", "min_length": 8, "max_length": 40}
+    mixture = [
+        source | {"num_documents": 40, "num_symbols": 32, "weight": 2.0},
+        source | {"num_documents": 30, "num_symbols": 8, "weight": 1.0, "seed": 1},
+    ]
     config = {
         "run_dir": "set by each test",
         "model": {
@@ -46,7 +50,7 @@ def config_file(tmp_path_factory):
             "tokenizer": "ids:33",
             "cache_dir": str(folder / "cache"),
             "held_out_fraction": 0.1,
-            "sources": [source],
+            "sources": mixture,
         },
         "training": {"steps": 12, "batch_size": 4},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 2, "decay_steps": 2},
@@ -148,6 +152,48 @@ def test_two_processes_train_one_goes_on_and_two_again(config_file, tmp_path):
     assert got.keys() == wanted.keys() and len(got) == 12 * 3 + 3 * 2
     for key, value in wanted.items():
         np.testing.assert_allclose(got[key], value, rtol=2e-5, err_msg=str(key))
+
+
+# Of each pair, where a run begins and where it goes on: in how many processes, on which mesh.
+ELASTIC = [
+    ((1, {"data": 4, "tensor": 2}), (2, {"fsdp": 4, "context_inner": 2})),
+    ((2, {"data": 2, "context_inner": 4}), (4, {"data": 4, "context_inner": 2})),
+    ((4, {"fsdp": 2, "context_outer": 2, "context_inner": 2}), (1, {"data": 2, "fsdp": 2, "tensor": 2})),
+    ((4, {"context_inner": 8}), (2, {"data": 2, "context_inner": 2, "tensor": 2})),
+    ((2, {"context_outer": 4, "context_inner": 2}), (1, {"context_inner": 8})),
+    ((1, {"context_outer": 2, "context_inner": 2, "tensor": 2}), (4, {"data": 2, "fsdp": 2, "context_inner": 2})),
+    ((4, {"data": 4, "tensor": 2}), (4, {"context_outer": 2, "context_inner": 4})),
+    ((2, {"fsdp": 4, "tensor": 2}), (1, {"data": 1})),
+]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(config_file, tmp_path_factory):
+    """The losses of an undisturbed run."""
+    jax.devices()
+    run_dir = tmp_path_factory.mktemp("elastic") / "undisturbed"
+    assert main([str(config_file), f"run_dir={run_dir}", "distributed.virtual_cpu_devices=1"]) == 0
+    return losses(run_dir, until=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("begins", "goes_on"), ELASTIC)
+def test_a_run_goes_on_in_other_processes_on_another_mesh(config_file, on_one_device, tmp_path, begins, goes_on):
+    for (num_processes, mesh), steps in ((begins, 8), (goes_on, 12)):
+        axes = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
+        devices = f"distributed.virtual_cpu_devices={np.prod(list(mesh.values()))}"
+        command = (config_file, f"run_dir={tmp_path}", *axes, devices, f"training.steps={steps}")
+        if num_processes == 1:
+            assert main([str(part) for part in command]) == 0
+        else:
+            launched = start("train.launch", "local", "--num-processes", num_processes, *command)
+            _, errors = launched.communicate(timeout=400)
+            assert launched.returncode == 0, errors
+    got = losses(tmp_path, until=12)
+    assert got.keys() == on_one_device.keys() and len(got) == 12 * 3 + 4 * 2
+    for (step, name), value in on_one_device.items():
+        exact = name.endswith("tokens")  # which rows a step has
+        np.testing.assert_allclose(got[step, name], value, rtol=0 if exact else 2e-5, err_msg=f"{name} of step {step}")
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """One run from mesh to mesh: every shape of 8 devices, layout and strategy goes on as one device would have.
 
-Each leg resumes the checkpoint of the one before on another mesh and trains five steps; the rows that it trains on must
-be those of an undisturbed run on one device exactly, everything that is logged the same to float32 rounding.
+The rows are of two sources, mixed by weights. Each leg resumes the checkpoint of the one before on another mesh and
+trains five steps; the rows that it trains on must be those of an undisturbed run on one device exactly, everything that
+is logged the same to float32 rounding.
 """
 
 import jax
@@ -35,8 +36,13 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("any_mesh")
     rng = np.random.default_rng(0)
-    for index in range(40):
-        (folder / f"{index}.txt").write_text("".join(rng.choice(list("abcdefgh "), rng.integers(5, 90))))
+    for name, symbols, count in (("letters", "abcdefgh ", 30), ("digits", "0123456789", 20)):
+        for index in range(count):
+            (folder / f"{name}{index}.txt").write_text("".join(rng.choice(list(symbols), rng.integers(5, 90))))
+    sources = [
+        {"kind": "text", "files": [str(folder / f"{name}*.txt")], "weight": weight}
+        for name, weight in (("letters", 2.0), ("digits", 1.0))
+    ]
     config = {
         "run_dir": "set by each test",
         "model": {
@@ -56,7 +62,7 @@ def config_file(tmp_path_factory):
             "seq_len": 64,
             "cache_dir": str(folder / "cache"),
             "held_out_fraction": 0.2,
-            "sources": [{"kind": "text", "files": [str(folder / "*.txt")]}],
+            "sources": sources,
         },
         "training": {"steps": STEPS_A_LEG * len(LEGS), "batch_size": 4, "z_loss": 0.001},
         "optimizer": {"learning_rate": 0.003, "warmup_steps": 2, "decay_steps": 2},

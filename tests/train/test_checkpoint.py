@@ -132,6 +132,35 @@ def test_a_truncated_checkpoint_names_the_one_before(tmp_path, stand_in, mesh, s
         checkpoints.restore(abstract)
 
 
+@pytest.mark.parametrize(("steps", "kept"), [([2, 4], "step 2 is the last complete one"), ([4], "none is complete")])
+def test_a_save_that_was_cut_off_is_removed_with_a_note(tmp_path, state, steps, kept):
+    save(tmp_path, state, steps)
+    cut_off = tmp_path / "4.orbax-checkpoint-tmp"
+    (tmp_path / "4").rename(cut_off)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    assert checkpoints.notes == [f"{cut_off}: a checkpoint whose saving was cut off; it is removed, {kept}"]
+    checkpoints.save(state, step=4, position=Position(rows=8, data="documents", config={}))
+    checkpoints.close()
+    assert not cut_off.exists() and not Checkpoints(tmp_path, CheckpointConfig()).notes
+
+
+def test_a_disk_that_cannot_be_written_is_named(tmp_path, state, monkeypatch):
+    checkpoints = save(tmp_path / "checkpoints", state, [2])
+
+    def full(*_, **__):
+        raise ValueError('RESOURCE_EXHAUSTED: Failed writing: "d/95": No space left on device [source ...]')
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    message = (
+        "checkpoints: cannot be written: No space left on device; make room there, then run the same command again"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.save(state, step=4, position=Position(rows=0, data="documents", config={}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/checkpoints: cannot be written: Not a directory; choose another"):
+        Checkpoints(tmp_path / "file" / "checkpoints", CheckpointConfig())
+
+
 def test_a_foreign_checkpoint_is_refused(tmp_path, stand_in, mesh):
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "model.bin").write_bytes(b"weights")

@@ -1,3 +1,4 @@
+import errno
 import json
 import sys
 
@@ -50,11 +51,12 @@ def test_dropping_leaves_the_old_file_until_the_new_one_is_complete(tmp_path, mo
     path.write_text('{"step": 1}\n{"step": 2}\n')
 
     def crash(*_):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr("train.metrics.os.replace", crash)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr("train.files.os.replace", crash)
+    with pytest.raises(OSError, match=rf"no space left on device: '{path}'"):
         drop_records_after(path, 1)
+    assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

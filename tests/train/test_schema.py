@@ -293,6 +293,11 @@ def test_a_kind_may_be_left_out_where_the_default_has_one():
     assert parse(Holder, {"source": {"kind": "files", "glob": "x"}}).source == Files(glob="x")
 
 
+def aliases_of_aliases(first, rest):
+    lines = [f"a{i}: &a{i} {rest.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 12)]
+    return "\n".join([f"a0: &a0 {first}", *lines])
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -303,6 +308,8 @@ def test_a_kind_may_be_left_out_where_the_default_has_one():
         ("a: !!binary aGk=", "f: a: got a bytes, wanted plain YAML without tags"),
         ("a: !!set {x}", "f: a: got a set, wanted plain YAML without tags"),
         ("a: &x [*x]", "f: a.0: an alias inside the value that it names"),
+        (aliases_of_aliases("[1]", "[{}]"), "more than 100,000 values, those behind aliases included"),
+        (aliases_of_aliases("{x: 1}", "{{<<: [{}]}}"), "more than 100,000 values, those behind aliases included"),
         ("1: a", "f: 1: got the key 1, wanted text; write '1'"),
         ("a: {b: -.inf}", "f: a.b: got -inf, wanted a finite number"),
         ("[" * 3000, "nested too deeply"),

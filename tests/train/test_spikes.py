@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from train.metrics import read_records
 from train.spikes import LeftOut, LeftOutRows, RecentLosses, SpikeConfig, SpikeError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 BAD_STEP = 14
 
 
@@ -61,30 +63,12 @@ def test_refused_settings(name, value):
 def config_file(tmp_path_factory):
     """A run over patterns that a model learns at once."""
     folder = tmp_path_factory.mktemp("spikes")
-    config = {
-        "run_dir": "set by each test",
-        "model": {
-            "dim": 8,
-            "num_layers": 1,
-            "mlp_dim": 8,
-            "mixers": {"global": {"kind": "attention", "num_heads": 2}},
-            "pattern": ["global"],
-            "dtype": "float32",
-        },
-        "data": {
-            "seq_len": 16,
-            "tokenizer": "ids:9",
-            "cache_dir": str(folder / "cache"),
-            "sources": [{"kind": "synthetic", "num_symbols": 4, "min_length": 8, "max_length": 15}],
-        },
-        "training": {"steps": 18, "batch_size": 2, "spikes": {"window": 8, "threshold": 8.0}},
-        "optimizer": {"learning_rate": 0.05, "schedule": "constant"},
-        "distributed": {"virtual_cpu_devices": 1},
-        "checkpoint": {"every": 4},
-        "evaluation": {"every": None},
-        "metrics": {"every": 1, "tensorboard": False, "plot": False},
-        "sample": {"num_tokens": 0},
-    }
+    config = yaml.safe_load(TINY.read_text())
+    config["data"]["cache_dir"] = str(folder / "cache")
+    config["data"]["sources"] = [{"kind": "synthetic", "num_symbols": 4, "min_length": 8, "max_length": 15}]
+    config["training"] |= {"steps": 18, "spikes": {"window": 8, "threshold": 8.0}}
+    config["optimizer"] = {"learning_rate": 0.05, "schedule": "constant"}
+    config |= {"checkpoint": {"every": 4}, "evaluation": {"every": None}, "sample": {"num_tokens": 0}}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -8,6 +8,7 @@ from train.checkpoint.store import (
     changed_settings,
     find_checkpoint,
     load_params,
+    tell_faults_once,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "changed_settings",
     "find_checkpoint",
     "load_params",
+    "tell_faults_once",
 ]

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from train.checkpoint.inspection import Listed, list_checkpoints, remedy, verify
-from train.checkpoint.store import CheckpointError
+from train.checkpoint.store import CheckpointError, tell_faults_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,21 +28,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step")
     which.add_argument("--all", action="store_true", help="all whose saving was finished")
     options = parser.parse_args(arguments)
+    tell_faults_once()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that its other formats have
     try:
-        listed = list_checkpoints(options.dir)
-        if options.verb == "ls":
-            _print(listed, [_state(checkpoint) for checkpoint in listed])
-            for checkpoint in listed:
-                if checkpoint.problem is not None:
-                    print(f"note: {checkpoint.path}: {remedy(checkpoint, listed)}", file=sys.stderr)
-            return 0
-        return _verify(listed, _chosen(listed, options.dir, options.step, every=options.all))
+        return _run(options)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; make it readable, or pass another folder", file=sys.stderr)
     return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    listed = list_checkpoints(options.dir)
+    if options.verb == "ls":
+        _print(listed, [_state(checkpoint) for checkpoint in listed])
+        for checkpoint in listed:
+            if checkpoint.problem is not None:
+                print(f"note: {checkpoint.path}: {remedy(checkpoint, listed)}", file=sys.stderr)
+        return 0
+    return _verify(listed, _chosen(listed, options.dir, options.step, every=options.all))
 
 
 def _chosen(listed: list[Listed], directory: str, step: int | None, *, every: bool) -> list[Listed]:

@@ -1,8 +1,11 @@
 """Saving, resuming and initializing from checkpoints, on Orbax."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from longctx.lora import is_adapter
+from train.files import storage_problem
 from train.state import TrainState, frozen
 
 
@@ -72,11 +76,16 @@ class Checkpoints:
     Args:
       directory: Folder of the run's checkpoints; made if it is not there.
       config: What to keep.
+    Raises: CheckpointError where the folder cannot be written.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
         self.directory = directory
-        self._manager = _open(directory, config, write=True)
+        cut_off = sorted(directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"))
+        self._manager = self._writing(lambda: _open(directory, config, write=True))
+        kept = "none is complete" if self.latest_step is None else f"step {self.latest_step} is the last complete one"
+        self.notes = [f"{path}: a checkpoint whose saving was cut off; it is removed, {kept}" for path in cut_off]
+        """Lines about what earlier processes left, for the user to see."""
 
     @property
     def latest_step(self) -> int | None:
@@ -90,17 +99,16 @@ class Checkpoints:
           state: The state after `step` steps.
           step: Its step.
           position: What else to save of it.
+        Raises: CheckpointError where this save cannot be started, or the one before was not completed.
         """
         if step == self.latest_step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(_without_params(state)),
-                position=ocp.args.JsonSave(dataclasses.asdict(position)),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            training=ocp.args.StandardSave(_without_params(state)),
+            position=ocp.args.JsonSave(dataclasses.asdict(position)),
         )
+        self._writing(lambda: self._manager.save(step, args=args))
 
     def check(self, abstract: TrainState) -> None:
         """Compares the latest checkpoint with the state of this config, without reading arrays.
@@ -146,12 +154,28 @@ class Checkpoints:
         return TrainState(params=items.params, **items.training), position
 
     def wait(self) -> None:
-        """Blocks until every save that was started is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until every save that was started is complete.
+
+        Raises: CheckpointError where one was not completed.
+        """
+        self._writing(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits for the saves and releases the threads."""
-        self._manager.close()
+        """Waits for the saves and releases the threads; raises as `wait` does."""
+        self._writing(self._manager.close)
+
+    def _writing[T](self, write: Callable[[], T]) -> T:
+        """Calls what writes; a fault of the disk becomes an error that says so."""
+        try:
+            return write()
+        except Exception as error:  # Orbax and tensorstore raise many types
+            problem = storage_problem(error)
+            if problem is None:
+                raise
+            raise CheckpointError(
+                f"{self.directory}: cannot be written: {problem}, then run the same command again, which goes on from "
+                "the last complete checkpoint"
+            ) from error
 
     def _unreadable(self, step: int, reason: str) -> CheckpointError:
         earlier = [other for other in self._manager.all_steps() if other < step]
@@ -163,6 +187,26 @@ class Checkpoints:
         return CheckpointError(
             f"{self.directory / str(step)}: cannot be read as a checkpoint of this trainer ({reason}); {remedy}"
         )
+
+
+@functools.cache  # once a process
+def tell_faults_once() -> None:
+    """Leaves out the tracebacks that Orbax's threads print of a fault of the disk, which it raises as well.
+
+    For the rest of the process: some come after the error. Once Orbax has raised one, what is left of its reads and
+    writes ends on an event loop that is closed.
+    """
+
+    def is_new(error: BaseException | None) -> bool:
+        return not (error is not None and storage_problem(error)) and str(error) != "Event loop is closed"
+
+    def hook(unraisable: Any) -> None:
+        if is_new(unraisable.exc_value):
+            previous(unraisable)
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info or is_new(record.exc_info[1]))
+    previous, sys.unraisablehook = sys.unraisablehook, hook
 
 
 def load_params(source: str | Path, abstract_params: Any, *, may_lack_adapters: bool = False) -> Any:
