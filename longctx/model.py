@@ -67,6 +67,9 @@ class ModelConfig:
     """Compute dtype of activations and matmuls; statistics and logits are float32 regardless."""
     param_dtype: FloatDType = "float32"
     """Dtype that parameters are stored in."""
+    scan_layers: bool = True
+    """Whether a loop runs over the repetitions of the pattern, so that compile time does not grow with depth. Without,
+    nothing is copied into and out of what a loop keeps of each layer: faster, most where much is kept."""
     lora: LoraConfig | None = None
     """Low-rank adapters, to train in the place of all that the model had before: that then stays as it is, in
     param_dtype, and adapters are float32. Null trains everything."""
@@ -341,7 +344,9 @@ class TransformerLM(nnx.Module):
         x_BTD = self._embed(tokens_BT)
         x_BTD = along(x_BTD, self.leading, config.leading, range(len(self.leading)), **order, prevent_cse=True)
         if self.periods:
-            x_BTD, _ = jax.lax.scan(period, x_BTD, (tuple(self.periods), jnp.arange(config.num_periods)))
+            x_BTD, _ = jax.lax.scan(
+                period, x_BTD, (tuple(self.periods), jnp.arange(config.num_periods)), unroll=not config.scan_layers
+            )
         order = dict(held_in_runs=config.periods_in_runs, left_in_runs=False)
         numbers = range(config.first_of_remainder, config.num_layers)
         x_BTD = along(x_BTD, self.remainder, config.remainder, numbers, **order, prevent_cse=True)

@@ -11,6 +11,7 @@ from flax import nnx
 from longctx import AttentionSharding, MeshConfig, MlaConfig, ModelConfig, TransformerLM, make_mesh, masks
 from longctx.context_parallel import Layout, PrefillPlan
 from longctx.context_parallel.layout import permute, unpermute
+from longctx.lora import LoraConfig, add_adapters
 from longctx.rotary import RotaryConfig
 from pallas_kernels import Tokens
 from pallas_kernels.testing import assert_close
