@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from benchmarks.measure import Ceiling, matmul_ceiling, memory_bytes, time_calls
 from benchmarks.results import Row
-from longctx.model import forward_flops
+from longctx.model_flops import forward_flops
 from pallas_kernels import dispatch
 from train.assemble import Parts, assemble, batch_placement, memory_in_use
 from train.config import TrainConfig, load_config

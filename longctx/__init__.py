@@ -27,7 +27,8 @@ from longctx.mixers.retention import RetentionConfig
 from longctx.mla import MlaAttention
 from longctx.mlp import SwiGLU
 from longctx.moba import MobaAttention
-from longctx.model import DecodeCache, ModelConfig, TransformerLM, forward_flops
+from longctx.model import DecodeCache, ModelConfig, TransformerLM
+from longctx.model_flops import forward_flops
 from longctx.norms import RMSNorm, SimpleRMSNorm
 from longctx.nsa import NsaAttention
 from longctx.rotary import RotaryConfig, apply_rotary

@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from longctx.model import ModelConfig, forward_flops
+from longctx.model import ModelConfig
+from longctx.model_flops import forward_flops
 from train.devices import model_flops_utilization
 
 _RECENT_STEPS = 100

@@ -30,7 +30,7 @@ from longctx import (
     register,
 )
 from longctx.mixers import registry
-from longctx.model import flops_by_part
+from longctx.model_flops import flops_by_part
 from pallas_kernels import BlockSizes, Tokens
 
 NEW_MECHANISM = '''

@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from longctx import AttentionConfig, Block, ModelConfig, TransformerLM, cross_entropy
 from longctx import attention as attention_module
 from longctx.context_parallel import api
-from longctx.model import _project_float32
+from longctx.unembedding import _project_float32
 from pallas_kernels import make_schedule
 from pallas_kernels.blockwise import xla
 
@@ -125,6 +125,21 @@ def test_scanned_layers_equal_the_layers_one_by_one():
     (last,) = model.remainder
     wanted = model.final_norm(layer(last, x)) @ model.embedding[...].T
     np.testing.assert_allclose(call(model, tokens), wanted, atol=1e-4)
+
+
+def test_layers_without_a_loop_compute_the_same():
+    model, tokens = build(), random_tokens(2, 9)
+    wanted, config = call(model, tokens), model.config
+    unrolled = nnx.clone(model)
+    unrolled.config = dataclasses.replace(config, scan_layers=False)
+    np.testing.assert_allclose(call(unrolled, tokens), wanted, atol=1e-5)
+    for of_model, steps in ((model, 1), (unrolled, config.num_periods)):
+        equations = jax.make_jaxpr(TransformerLM.__call__)(of_model, tokens).eqns
+        assert [
+            e.params["unroll"]
+            for e in equations
+            if e.primitive.name == "scan" and e.params["length"] == config.num_periods
+        ] == [steps]
 
 
 EDGES = dataclasses.replace(CONFIG, num_layers=3, pattern=("local",), edge_layers=1, edge_mixer="global")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from longctx.model import flops_by_part
+from longctx.model_flops import flops_by_part
 from train.devices import DeviceSpec
 from train.planning import hlo, memory
 from train.planning.attention_work import AttentionWork

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from longctx.context_parallel.traffic import Transfer
-from longctx.model import ModelConfig, flops_by_part
+from longctx.model import ModelConfig
+from longctx.model_flops import flops_by_part
 from longctx.remat import ATTENTION, MIXER_OUTPUT, MLP_HIDDEN, QKV, keeps
 from train.devices import DeviceSpec
 from train.planning.cost import compute_beside
