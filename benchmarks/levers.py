@@ -36,7 +36,9 @@ class Lever:
 
 
 LEVERS = (
-    Lever(name="none", overrides=["model.remat=none"]),
+    Lever(name="none", overrides=["model.remat=none", "model.mlp_tile=null", "training.loss=plain"]),
+    Lever(name="+ fused loss", overrides=["training.loss=fused"]),
+    Lever(name="+ tiled MLP", overrides=["model.mlp_tile=8192"]),
     Lever(name="+ remat", overrides=["model.remat=full"]),
     Lever(name="+ layer inputs on the host", overrides=["model.remat={residual: offload}"]),
     Lever(name="+ optimizer state in bfloat16", overrides=["optimizer.moments_dtype=bfloat16"]),
