@@ -310,7 +310,6 @@ KERNEL_CASES = (
     _kernel_case("dropout_documents_gqa", Causal() & SameDocument(), 512, head_dim=256, num_heads=4,
                  documents=_LONG_PACKED, dropout_rate=0.3, all_ways=True),
     _kernel_case("causal", Causal(), 384, head_dim=256, all_ways=True),
-    _kernel_case("one_token", Causal(), 1, head_dim=256),
     _kernel_case("gqa_T129", Causal(), 129, head_dim=256, num_heads=4),
     _kernel_case("cross_mqa", Full(), 300, head_dim=256, kv_len=517, num_heads=4, num_kv_heads=1, all_ways=True),
     _kernel_case("empty_rows", Causal(offset=-200), 512, head_dim=256, sinks=True),
