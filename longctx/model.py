@@ -26,7 +26,7 @@ from longctx.context_parallel.relayout import sharding_of_runs
 from longctx.lora import LoraConfig, add_adapters, check_targets
 from longctx.mixers.registry import MixerConfig
 from longctx.norms import RMSNorm
-from longctx.remat import Remat, check_remat, rematerialised
+from longctx.remat import MLP_HIDDEN, Remat, check_remat, rematerialised
 from longctx.sharding import constrain
 from longctx.unembedding import logits_of
 from pallas_kernels import BlockSizes, Mask, Tokens
@@ -102,6 +102,12 @@ class ModelConfig:
         if not isinstance(self.remat, str):
             object.__setattr__(self, "remat", dict(self.remat))
         check_remat(self.remat, {name: mixer.tensor_names for name, mixer in self.mixers.items()})
+        of_hidden = "recompute" if isinstance(self.remat, str) else self.remat.get(MLP_HIDDEN, "recompute")
+        if self.mlp_tile is not None and of_hidden != "recompute":
+            raise ValueError(
+                f"remat: got {MLP_HIDDEN}={of_hidden} with mlp_tile={self.mlp_tile}, which never holds it for all tokens, "
+                "wanted recompute; leave one of them out"
+            )
         for name in self.mixers:
             if name not in (*self.pattern, self.edge_mixer):
                 raise ValueError(

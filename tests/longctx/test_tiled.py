@@ -241,6 +241,8 @@ def test_memory_does_not_grow_with_tokens_times_hidden_dim():
 def test_refused():
     with pytest.raises(ValueError, match="mlp_tile: got 0, wanted null or a number of tokens >= 1"):
         dataclasses.replace(CONFIG, mlp_tile=0)
+    with pytest.raises(ValueError, match="remat: got mlp_hidden=save with mlp_tile=4, which never holds it"):
+        dataclasses.replace(CONFIG, mlp_tile=4, remat={"mlp_hidden": "save"})
     norm, _ = modules_of(4, 4)
     norm.offset = nnx.Variable(jnp.zeros(4))
     with pytest.raises(ValueError, match="wanted modules that hold nothing but parameters"):
