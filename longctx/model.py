@@ -105,8 +105,8 @@ class ModelConfig:
         of_hidden = "recompute" if isinstance(self.remat, str) else self.remat.get(MLP_HIDDEN, "recompute")
         if self.mlp_tile is not None and of_hidden != "recompute":
             raise ValueError(
-                f"remat: got {MLP_HIDDEN}={of_hidden} with mlp_tile={self.mlp_tile}, which never holds it for all tokens, "
-                "wanted recompute; leave one of them out"
+                f"remat: got {MLP_HIDDEN}={of_hidden} with mlp_tile={self.mlp_tile}, which never holds it for all "
+                "tokens, wanted recompute; leave one of them out"
             )
         for name in self.mixers:
             if name not in (*self.pattern, self.edge_mixer):
