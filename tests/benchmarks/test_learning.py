@@ -112,6 +112,7 @@ def test_refusals_name_the_option(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_tiny_run_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(learning, "TIMING_SECONDS", 1e-3)
     arguments = ["--task", "passkey", "--mixers", "attention,window", "--lengths", "128", "--commit", "abc"]

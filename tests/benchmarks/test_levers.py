@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import levers
 
 
+@pytest.mark.slow
 def test_each_lever_adds_to_those_before(tmp_path, monkeypatch):
     """By formula, on a small model: the longest row grows from lever to lever, and all three files are written."""
     config = tmp_path / "small.yaml"

@@ -225,7 +225,7 @@ def test_equals_reference_in_the_interpreter(name):
     assert_close("lse", lse, want["lse"], "float16")
 
 
-@pytest.mark.parametrize("name", some_slow(INTERPRETED_BACKWARD, ("cross_one_key_D64", "empty_rows_D64", "table_D128")))
+@pytest.mark.parametrize("name", some_slow(INTERPRETED_BACKWARD, ("cross_one_key_D64", "empty_rows_D64")))
 def test_gradients_equal_the_reference_in_the_interpreter(name):
     accumulates = INTERPRETED_BACKWARD[name]
     case, want = CASES_BY_NAME[name], truth(name)

@@ -72,6 +72,7 @@ def test_a_carry_goes_on():
     assert_close("lse", lse, want["lse"] + np.log(2), "float16")
 
 
+@pytest.mark.slow
 def test_large_logits_and_empty_slots_that_hold_anything():
     """Logits far beyond what exp() can take; what a cache holds behind its last token is never read."""
     case = CASES["decode_D64"]
