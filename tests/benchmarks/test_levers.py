@@ -32,9 +32,10 @@ optimizer: {}
     rows = figures["rows"]
     assert [row["lever"] for row in rows] == [lever.name for lever in levers.LEVERS]
     longest = [row["longest"] for row in rows]
-    assert longest == sorted(longest) and longest[0] < longest[1] < longest[2]
-    assert rows[1]["overrides"] == ["model.vocab_size=128", "model.remat=none", "model.remat=full"]
-    assert rows[0]["host_memory"] == 0 < rows[2]["host_memory"] < rows[4]["host_memory"]
+    assert longest == sorted(longest) and longest[1] < longest[2] < longest[3] < longest[4]
+    first = ["model.vocab_size=128", "model.remat=none", "model.mlp_tile=null", "training.loss=plain"]
+    assert rows[1]["overrides"] == [*first, "training.loss=fused"]
+    assert rows[3]["host_memory"] == 0 < rows[4]["host_memory"] < rows[6]["host_memory"]
     table = out.with_suffix(".md").read_text().splitlines()
     assert table[2].startswith(f"| none | {longest[0]:,} |") and len(table) == 2 + len(rows)
     assert out.with_suffix(".png").stat().st_size > 1000
