@@ -136,6 +136,13 @@ def chosen_passes(names: str | None) -> tuple[Pass, ...]:
     return tuple(name for name in PASSES if name in names.split(","))
 
 
+def _refuse_options_of_training(options: argparse.Namespace) -> None:
+    if options.config is not None:
+        raise ValueError(f"--config: goes with --family train, got --family {options.family}; leave it out")
+    if options.overrides:
+        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+
+
 def _blockwise(options: argparse.Namespace) -> int:
     cases = chosen_cases(options.cases)
     if options.list:
@@ -174,10 +181,7 @@ def _decode(options: argparse.Namespace) -> int:
         for case in cases:
             print(f"{case.name}  ({case.bytes(options.dtype) / 1e6:.4g} MB read)")
         return 0
-    if options.config is not None:
-        raise ValueError("--config: goes with --family train, got --family decode; leave it out")
-    if options.overrides:
-        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    _refuse_options_of_training(options)
     if options.passes not in (None, "forward"):
         raise ValueError(f"--passes: got {options.passes!r}, wanted forward: decoding has no other")
     peers = decode.PEERS if options.peers is None else tuple(filter(None, options.peers.split(",")))
@@ -207,10 +211,7 @@ def _linear(options: argparse.Namespace) -> int:
         for case in cases:
             print(f"{case.name}  ({case.bytes('forward', options.dtype) / 1e9:.3g} GB forward)")
         return 0
-    if options.config is not None:
-        raise ValueError("--config: goes with --family train, got --family linear; leave it out")
-    if options.overrides:
-        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    _refuse_options_of_training(options)
     implementations = options.implementations
     if implementations is not None:
         implementations = chosen_implementations(implementations, linear.OURS)
@@ -307,10 +308,7 @@ def _beside_dense[C: AttentionCase](
         for case in cases:
             print(f"{case.name}  ({describe(case)})")
         return 0
-    if options.config is not None:
-        raise ValueError(f"--config: goes with --family train, got --family {options.family}; leave it out")
-    if options.overrides:
-        raise ValueError(f"{' '.join(options.overrides)}: overrides go with --family train")
+    _refuse_options_of_training(options)
     passes = WHOLE_PASSES if options.passes is None else chosen_passes(options.passes)
     if "backward" in passes:
         raise ValueError("--passes: 'backward' alone is measured of hops only; choose forward or forward+backward")
