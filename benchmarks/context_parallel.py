@@ -18,7 +18,14 @@ from benchmarks.cases import DOCUMENTS, WHOLE_PASSES, Case, Pass
 from benchmarks.check import Check
 from benchmarks.measure import Ceiling, memory_bytes, time_calls
 from benchmarks.results import Row, problem_of
-from longctx.context_parallel import AnySchedule, AttentionSharding, Layout, sharded_attention, sharded_schedule
+from longctx.context_parallel import (
+    AnySchedule,
+    AttentionSharding,
+    Layout,
+    balanced_order,
+    sharded_attention,
+    sharded_schedule,
+)
 from longctx.context_parallel.layout import permute, unpermute
 from longctx.context_parallel.strategy import StrategyName
 from longctx.sharding import CONTEXT_AXES, MeshConfig, make_mesh
@@ -120,15 +127,18 @@ class ScalingCase:
 _ZIGZAG = Layout(name="zigzag")
 _STRIPED = Layout(name="striped")
 _STRIPED_512 = Layout(name="striped", stripe_size=512)
+_BALANCED = Layout(name="balanced")
 _LLAMA = dict(tokens_per_device=8192, num_heads=64, num_kv_heads=8, head_dim=128)
 _TINY = dict(tokens_per_device=32, num_heads=8, num_kv_heads=4, head_dim=16)
 _DOCUMENT_WAYS = (
     Way(strategy="ring", layout=_ZIGZAG),
     Way(strategy="ring", layout=_STRIPED),
     Way(strategy="ring", layout=_STRIPED_512),
+    Way(strategy="ring", layout=_BALANCED),
     Way(strategy="ring", told_longest=True),
     Way(strategy="all_gather", layout=_ZIGZAG),
     Way(strategy="all_gather", layout=_STRIPED_512),
+    Way(strategy="all_gather", layout=_BALANCED),
     Way(strategy="ulysses"),
     Way(strategy="halo", told_longest=True),
 )
@@ -210,6 +220,7 @@ SMOKE = (
         documents=(20, 5, 39),
         ways=(
             Way(strategy="ring", layout=Layout(name="striped", stripe_size=4)),
+            Way(strategy="ring", layout=Layout(name="balanced", chunk_size=4)),
             Way(strategy="all_gather", layout=_ZIGZAG),
         ),
     ),
@@ -288,12 +299,22 @@ class _Trial:
         """Of arrays `[B, T, ...]`."""
         return None if self.way is None else NamedSharding(self.mesh, PartitionSpec(None, CONTEXT_AXES))
 
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """Which token of the sequence lies where, of all rows: they hold the same documents."""
+        whole, layout = self.whole, self.way.layout
+        if not layout.is_of_rows:
+            return layout.order(whole.length, self.degree)
+        tokens = packed_tokens((whole.documents or (whole.length,),), whole.length)
+        (order,), _ = balanced_order(whole.mask, tokens, layout, self.way.strategy, degree=self.degree)
+        return order
+
     def place(self, x: jax.Array) -> jax.Array:
         """An array `[B, T, ...]` in the order of the sequence, as the devices hold it."""
         if self.way is None:
             return x
         if self.way.layout.name != "contiguous":
-            x = permute(x, self.way.layout.order(self.whole.length, self.degree))
+            x = permute(x, self.order)
         return jax.device_put(x, self.placement)
 
     def restore(self, x: jax.Array) -> jax.Array:
@@ -303,7 +324,7 @@ class _Trial:
         x = jax.device_put(x, jax.devices()[0])
         if self.way.layout.name == "contiguous":
             return x
-        return unpermute(x, self.way.layout.order(self.whole.length, self.degree))
+        return unpermute(x, self.order)
 
     def tokens(self) -> Tokens:
         """As a model has them: positions start anew in every document, and are left out where they say nothing."""

@@ -3,7 +3,9 @@
 `python -m benchmarks.splash_tpu` compiles both ahead of time for each generation and length and prints a table: memory
 that the program needs beside its arguments and results, what XLA counts of bytes moved, and how many bundles
 (instructions of a TPU core, a cycle each or more) the compiler schedules for each kernel. Loops count once, so a kernel
-is comparable with another of the same tiles; of a causal mask both hold the tile twice, with the pair test and without.
+is comparable with another of the same tiles. Of a causal mask ours holds the tile twice, with the pair test and
+without, and computes one of them at a visit; splash holds it once, with a select of every pair. What ours spends inside
+the diagonal is what it has without a mask, which is compiled too.
 
 Needs libtpu (`pip install longctx-jax[plan]`). Nothing is run and nothing is timed.
 """
@@ -28,7 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import blockwise_attention, markdown
 from pallas_kernels.block_sizes import MOSAIC_TPU_ATTENTION, BlockSizes
-from pallas_kernels.mask import Causal
+from pallas_kernels.mask import Causal, Full, Mask
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 LENGTHS = (8192, 32768)
@@ -52,21 +54,23 @@ class Found(NamedTuple):
     bundles: Mapping[str, int]
 
 
-def ours(sizes: BlockSizes, length: int) -> Callable:
-    """Causal attention and its gradients, `[1, T, N, H]`."""
+def ours(sizes: BlockSizes, length: int, *, mask: Mask) -> Callable:
+    """Attention and its gradients, `[1, T, N, H]`."""
     del length
 
     def run(q, k, v, dout):
-        attend = functools.partial(blockwise_attention, mask=Causal(), implementation="mosaic_tpu", block_sizes=sizes)
+        attend = functools.partial(blockwise_attention, mask=mask, implementation="mosaic_tpu", block_sizes=sizes)
         out, vjp = jax.vjp(attend, q, k, v)
         return out, *vjp(dout)
 
     return run
 
 
-def splashs(sizes: BlockSizes, length: int, *, fused: bool) -> Callable:
+def splashs(
+    sizes: BlockSizes, length: int, *, mask: Callable[[tuple[int, int]], splash_mask.Mask], fused: bool
+) -> Callable:
     """The same by splash attention in tiles of the same size, with heads before tokens as it wants them."""
-    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * NUM_HEADS)
+    mask = splash_mask.MultiHeadMask([mask((length, length))] * NUM_HEADS)
     q, kv = sizes.block_q, sizes.block_kv
     of_dq = {} if fused else {"block_q_dq": q, "block_kv_dq": kv}
     blocks = splash.BlockSizes(
@@ -83,9 +87,11 @@ def splashs(sizes: BlockSizes, length: int, *, fused: bool) -> Callable:
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[[BlockSizes, int], Callable]] = {
-    "ours": ours,
-    "splash": functools.partial(splashs, fused=False),
-    "splash, fused backward": functools.partial(splashs, fused=True),
+    "ours": functools.partial(ours, mask=Causal()),
+    "splash": functools.partial(splashs, mask=splash_mask.CausalMask, fused=False),
+    "splash, fused backward": functools.partial(splashs, mask=splash_mask.CausalMask, fused=True),
+    "ours without a mask": functools.partial(ours, mask=Full()),
+    "splash without a mask": functools.partial(splashs, mask=splash_mask.FullMask, fused=False),
 }
 
 
@@ -148,6 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.splash_tpu", description=__doc__)
     parser.add_argument("--generations", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens, multiples of 1024")
+    parser.add_argument(
+        "--of", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS), help="what to compile"
+    )
     options = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +166,7 @@ def main() -> None:
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         for generation in options.generations:
             for length in options.lengths:
-                for name in IMPLEMENTATIONS:
+                for name in options.of:
                     found[generation, length, name] = examine(name, generation, length, Path(folder))
                     print(f"{generation} {length} {name}: {found[generation, length, name]}", file=sys.stderr)
     print(table(found))
