@@ -40,3 +40,15 @@ def check_tokens(layer: str, shape: tuple[int, ...], **of_tokens: jax.Array | No
             )
         if array.dtype != jnp.int32:
             raise ValueError(f"{name}: got {array.dtype}, wanted int32; cast it ({layer})")
+
+
+def check_unembedding(name: str, hidden_BTD: jax.Array, table_VD: jax.Array) -> None:
+    """Raises ValueError unless these are floats [batch, length, dim] and [ids, dim], no dimension 0."""
+    hidden, table = hidden_BTD, table_VD
+    if not (hidden.ndim == 3 and table.ndim == 2 and hidden.shape[2] == table.shape[1]):
+        raise ValueError(f"{name}: hidden has shape {hidden.shape}, table {table.shape}, wanted [B, T, D] and [V, D]")
+    if 0 in hidden.shape or 0 in table.shape:
+        raise ValueError(f"{name}: hidden has shape {hidden.shape}, table {table.shape}, wanted no dimension of 0")
+    for what, array in (("hidden", hidden), ("table", table)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}: {what} is {array.dtype}, wanted floats")

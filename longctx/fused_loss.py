@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
+from longctx.arguments import check_unembedding
 from longctx.losses import LossSums
 from longctx.token_shards import TokenShards, in_tiles, psum
 from longctx.unembedding import soft_capped
@@ -157,17 +158,11 @@ class _Call:
 
 
 def _checked(name: str, hidden, table, targets, soft_cap: float | None, tile: int | None) -> _Call:
-    if not (hidden.ndim == 3 and table.ndim == 2 and hidden.shape[2] == table.shape[1]):
-        raise ValueError(f"{name}: hidden has shape {hidden.shape}, table {table.shape}, wanted [B, T, D] and [V, D]")
+    check_unembedding(name, hidden, table)
     if targets.shape != hidden.shape[:2] or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(
             f"{name}: targets are {targets.dtype}{list(targets.shape)}, wanted int32{list(hidden.shape[:2])}"
         )
-    if 0 in hidden.shape or 0 in table.shape:
-        raise ValueError(f"{name}: hidden has shape {hidden.shape}, table {table.shape}, wanted no dimension of 0")
-    for what, array in (("hidden", hidden), ("table", table)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: {what} is {array.dtype}, wanted floats")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{name}: soft_cap is {soft_cap}, wanted None or a number > 0")
     if tile is not None and tile < 1:

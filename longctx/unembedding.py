@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from longctx.arguments import check_unembedding
 from longctx.sharding import constrain
 
 
@@ -17,8 +18,10 @@ def logits_of(
       table_VD: One row a token id; cast to hidden's dtype.
       soft_cap: As of `soft_capped`.
 
+    Raises: ValueError where shapes or dtypes do not fit.
     Memory: O(B T V).
     """
+    check_unembedding("logits_of", hidden_BTD, table_VD)
     logits_BTV = soft_capped(_project_float32(hidden_BTD, table_VD.astype(hidden_BTD.dtype)), soft_cap)
     return constrain(logits_BTV, "batch", "sequence", "vocab")
 

@@ -78,6 +78,8 @@ def latent_attention_forward(
 
 
 def _options(op, q, latent, value_dim, mask, tokens, scale, deterministic: bool = True) -> Options:
+    if latent.ndim != 3:
+        raise ValueError(f"{op}: latent has shape {latent.shape}, wanted [batch, length, rank]")
     if not 0 < value_dim <= latent.shape[2]:
         raise ValueError(f"{op}: value_dim={value_dim}, wanted 1 to {latent.shape[2]}, as many as latents have dims")
     k, v = _keys_and_values(latent, value_dim)

@@ -94,12 +94,24 @@ def _blockwise_calls() -> list[Call]:
     def merge(out, lse, other_out, other_lse):
         return pallas_kernels.merge_partials((out, lse), (other_out, other_lse))
 
+    def dropped(seeds, **arguments):
+        dropout = pallas_kernels.Dropout(rate=0.25, seeds=seeds)
+        return blockwise_attention(**arguments, mask=_CAUSAL, dropout=dropout)
+
+    def latent_forward(**arguments):
+        return _and_lse(pallas_kernels.latent_attention_forward(**arguments, **latent))
+
     sinks = {"sinks": Argument((4,))}
+    latent = {"value_dim": 5, "scale": 0.3, "mask": _CAUSAL}
+    latents = {"q": _Q, "latent": Argument((2, 8, 8))}
     return [
         Call("blockwise_attention", blockwise_attention, _QKV | sinks, {"mask": _CAUSAL}),
         Call("blockwise_attention of documents", packed, _QKV | {"positions": _POSITIONS, "segment_ids": _SEGMENT_IDS}),
         Call("blockwise_attention_forward", forward, _QKV | sinks, differentiable=False),
         Call("blockwise_attention_backward", backward, _QKV | _RESULTS, differentiable=False),
+        Call("blockwise_attention with dropout", dropped, _QKV | {"seeds": Argument((2, 4), "uint32", 99)}),
+        Call("latent_attention", pallas_kernels.latent_attention, latents, latent),
+        Call("latent_attention_forward", latent_forward, latents, differentiable=False),
         Call("merge_partials", merge, {"out": _Q, "lse": _LSE, "other_out": _Q, "other_lse": _LSE}),
         Call("sinks_gradient", pallas_kernels.sinks_gradient, sinks | _RESULTS, differentiable=False),
     ]
@@ -197,6 +209,9 @@ def _layer_calls() -> list[Call]:
         "Mamba2": lambda rngs: longctx.Mamba2(16, num_heads=4, conv_size=3, rngs=rngs),
         "GatedLinearAttention": lambda rngs: longctx.GatedLinearAttention(16, num_heads=4, rngs=rngs),
         "DeltaNet": lambda rngs: longctx.DeltaNet(16, num_heads=4, rngs=rngs),
+        "MlaAttention": lambda rngs: longctx.MlaAttention(
+            16, num_heads=4, kv_rank=8, head_dim=4, rope_dim=4, value_dim=4, mask=_DOCUMENTS, rngs=rngs
+        ),
         "MobaAttention": lambda rngs: longctx.MobaAttention(16, num_heads=4, chunk_size=4, top_k=2, rngs=rngs),
         "NsaAttention": lambda rngs: longctx.NsaAttention(16, num_heads=4, sizes=_NSA_SIZES, rngs=rngs),
     }
@@ -218,14 +233,17 @@ def _layer_calls() -> list[Call]:
 
     targets = {"targets_BT": Argument((2, 8), "int32", 5), "weights_BT": Argument((2, 8))}
     losses = {"logits_BTV": Argument((2, 8, 5))} | targets
-    of_hidden = {"hidden_BTD": Argument((2, 8, 16)), "table_VD": Argument((5, 16))} | targets
+    hidden = {"hidden_BTD": Argument((2, 8, 16)), "table_VD": Argument((5, 16))}
+    scored = hidden | {"targets_BT": targets["targets_BT"]}
     return [
         *(Call(name, _layer(make), x | tokens) for name, make in mixers.items()),
         *(Call(name, _layer(make), x) for name, make in others.items()),
         Call("TransformerLM", transformer, {"tokens": Argument((2, 8), "int32", 11)} | tokens, {}, False),
         Call("apply_rotary", rotary, {"x": _Q, "positions": _POSITIONS}),
         Call("cross_entropy", longctx.cross_entropy, losses),
-        Call("fused_cross_entropy", longctx.fused_cross_entropy, of_hidden),
+        Call("fused_cross_entropy", longctx.fused_cross_entropy, hidden | targets),
+        Call("token_scores", longctx.token_scores, scored, differentiable=False),
+        Call("logits_of", longctx.logits_of, hidden),
     ]
 
 
