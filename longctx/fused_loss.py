@@ -25,6 +25,7 @@ from longctx.arguments import check_unembedding
 from longctx.losses import LossSums
 from longctx.token_shards import TokenShards, in_tiles, psum
 from longctx.unembedding import soft_capped
+from pallas_kernels.softmax_statistics import softmax_statistics
 
 GRADIENT_SCOPE = "gradient"  # names, in a compiled program, what the forward pass computes of the backward pass
 
@@ -288,7 +289,7 @@ def _walk(
             logits_CV = jnp.einsum("cd,vd->cv", hidden_CD, table_VD, preferred_element_type=jnp.float32)
         logits_CV = soft_capped(logits_CV, call.soft_cap)
         is_target_CV = ids_V == targets_C[:, None]
-        statistics, greatest_C = _statistics(logits_CV, is_target_CV, vocab_axes)
+        statistics, greatest_C = _statistics(logits_CV, is_target_CV, vocab_axes, is_capped=call.soft_cap is not None)
         predictions_C = _predictions(logits_CV, greatest_C, first_id, vocab_axes) if with_predictions else None
         dhidden_CD = None
         with jax.named_scope(GRADIENT_SCOPE):
@@ -314,12 +315,15 @@ def _walk(
     return (statistics, predictions), dhidden, dtable_VD
 
 
-def _statistics(logits_CV, is_target_CV, vocab_axes: tuple[str, ...]) -> tuple[_Statistics, jax.Array]:
+def _statistics(
+    logits_CV, is_target_CV, vocab_axes: tuple[str, ...], *, is_capped: bool
+) -> tuple[_Statistics, jax.Array]:
     """Of each token, and its greatest logit."""
-    greatest_C = jnp.max(logits_CV, axis=1)
+    # A kernel reads what is in memory, and capped logits are not: XLA caps them while it reads.
+    greatest_C, sums_C = softmax_statistics(logits_CV, implementation="xla" if is_capped else None)
     if vocab_axes:
-        greatest_C = jax.lax.pmax(greatest_C, vocab_axes)
-    sums_C = jnp.sum(jnp.exp(logits_CV - greatest_C[:, None]), axis=1)
+        here_C, greatest_C = greatest_C, jax.lax.pmax(greatest_C, vocab_axes)
+        sums_C = sums_C * jnp.exp(here_C - greatest_C)
     # Compared instead of gathered: stays elementwise, and needs only a sum where the vocabulary is split.
     target_logits_C = jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=1)
     if vocab_axes:

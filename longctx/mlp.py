@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from longctx.arguments import check_sequence
-from longctx.projections import projection
+from longctx.projections import Projection, projection
 from longctx.remat import MLP_HIDDEN, named
 from longctx.sharding import constrain
 
@@ -46,5 +46,12 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         check_sequence("SwiGLU", x_BTD, self.dim)
         gate, up = (named(project(x_BTD), MLP_HIDDEN) for project in (self.gate, self.up))
-        hidden = jax.nn.silu(gate) * up
-        return self.down(constrain(hidden, "batch", "sequence", "mlp"))
+        return _gated(self.down, gate, up)
+
+
+@jax.checkpoint
+def _gated(down: Projection, gate: jax.Array, up: jax.Array) -> jax.Array:
+    # Not kept for the backward pass, which reads gate and up in any case: one more result of the kernel that computes
+    # their gradients.
+    hidden = constrain(jax.nn.silu(gate) * up, "batch", "sequence", "mlp")
+    return down(hidden)

@@ -341,9 +341,9 @@ class TransformerLM(nnx.Module):
         def period(x_BTD, blocks_and_number):
             blocks, number = blocks_and_number
             numbers = [self._number(number, place) for place in range(len(blocks))]
-            # The scan already keeps XLA from merging the recomputation with the forward pass.
+            # A loop already keeps XLA from merging the recomputation with the forward pass.
             order = dict(held_in_runs=config.periods_in_runs, left_in_runs=config.periods_in_runs)
-            return along(x_BTD, blocks, config.pattern, numbers, **order, prevent_cse=False), None
+            return along(x_BTD, blocks, config.pattern, numbers, **order, prevent_cse=not config.scan_layers), None
 
         order = dict(held_in_runs=False, left_in_runs=config.periods_in_runs)
         x_BTD = self._embed(tokens_BT)

@@ -202,7 +202,11 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
     )
     running_dq, *running = call.accumulate
     running = None if running[0] is None else tuple(_whole_blocks(x) for x in running)
-    dq = jnp.zeros((batch_size, call.q_len, num_heads, head_dim), jnp.float32) if running_dq is None else running_dq
+    dq = running_dq
+    if dq is None:
+        # Zeros of each call's own: XLA would make those of all layers once and copy them, which takes twice the time.
+        zero, _ = jax.lax.optimization_barrier((jnp.float32(0), call.operands["delta"]))
+        dq = jnp.full((batch_size, call.q_len, num_heads, head_dim), zero)
     inputs = backward_kernel.Inputs(
         **call.operands,
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),

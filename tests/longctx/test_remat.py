@@ -152,6 +152,19 @@ def test_matmuls_that_are_run_again():
     assert matmuls(dict.fromkeys(SAVED, "recompute")) == matmuls({}) == matmuls("full")
 
 
+def test_layers_without_a_loop_are_recomputed_too():
+    """XLA would else find the recomputation's results in the forward pass, and keep those."""
+    config = config_of(MIXERS["attention"], remat="full")
+
+    def merged(config):
+        checkpoints = [e for e in gradient_equations(config) if "prevent_cse" in e.params]
+        assert checkpoints
+        return [e for e in checkpoints if not e.params["prevent_cse"]]
+
+    assert merged(config)  # nothing merges a loop with another
+    assert not merged(dataclasses.replace(config, scan_layers=False))
+
+
 def test_bytes_that_are_kept():
     """A token and layer of the small model, float32: x 16, q 16, k 8, v 8, out 16 and lse 4, y 16, gate and up 24."""
     values = {RESIDUAL: 16, QKV: 32, ATTENTION: 20, MIXER_OUTPUT: 16, MLP_HIDDEN: 48}

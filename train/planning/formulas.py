@@ -167,8 +167,12 @@ def _saved(model: ModelConfig, layer: _Layer, shard: _Shard) -> int:
             return _itemsize(model) * model.dim
         case "dots":  # Beside it what the matmuls put out, but for the MLP's last, on which no gradient depends.
             return _itemsize(model) * (model.dim + layer.mixer_outputs + (2 * shard.mlp_dim if keeps_mlp else 0))
-        case "none":  # Everything; the input is one of the first norm's float32 copies.
-            return _activations(model, layer, shard, num_norms=2)
+        case "none" if not model.scan_layers:  # What goes into matmuls and attention, and what the norms read.
+            of_mlp = 2 * shard.mlp_dim if keeps_mlp else 0
+            return _itemsize(model) * (layer.mixer_inside + of_mlp + 4 * model.dim)
+        case "none":  # In a loop JAX keeps float32 copies too; the layer's input is one of the first norm's.
+            of_mlp = 4 * shard.mlp_dim if keeps_mlp else 0
+            return _activations(model, layer, shard, num_norms=2) - _itemsize(model) * of_mlp
     names = kept(model.remat, "save")
     if RESIDUAL not in (*names, *offloaded(model.remat)):
         names = (RESIDUAL, *names)
