@@ -3,9 +3,9 @@
     python -m benchmarks.skip_softmax [--length 32768] [--heads 16] [--head-dim 128] [--threshold 1e-3]
 
 times causal attention forward on three sets of random queries and keys: `random`, independent of each other, where no
-tile is negligible; `local`, where each query is near its own key; and `retrieval`, where every eight neighbouring queries
-are near one earlier key. Beside the times: the share of tiles (64 queries by a block of keys) that are left out, told
-from the maxima of blocks, and the error against attention to all keys.
+tile is negligible; `local`, where each query is drawn to its own key; and `sink`, where all are drawn to the first key.
+Beside the times: the share of tiles (64 queries by a block of keys) that are left out, told from the maxima of blocks,
+and the error against attention to all keys.
 """
 
 import argparse
@@ -23,21 +23,16 @@ from pallas_kernels.machine import describe
 from pallas_kernels.mask import Causal
 
 TILE = BlockSizes(block_q=64, block_kv=128)
-_DATA = ("random", "local", "retrieval")
+_DATA = ("random", "local", "sink")
+_DRAWN = 2.0  # times the root of the head dim is a query's logit with the key that it is drawn to
 
 
 def inputs(data: str, length: int, num_heads: int, head_dim: int) -> tuple[jax.Array, ...]:
     """q, k and v, bfloat16 `[1, length, num_heads, head_dim]`."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(key, (1, length, num_heads, head_dim), jnp.float32) for key in keys[:3])
-    positions = jnp.arange(length)
-    if data == "retrieval":
-        # One place for every eight queries, before the first of them.
-        share = jnp.repeat(jax.random.uniform(keys[3], (-(-length // 8),)), 8)[:length]
-        positions = (share * (positions // 8 * 8)).astype(jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, length, num_heads, head_dim), jnp.float32) for key in keys)
     if data != "random":
-        # A query's logit with the key that it is near is about the root of the head dim, others are as of random ones.
-        q = (k[:, positions] + 0.1 * q) / math.sqrt(1.01)
+        q = 0.1 * q + _DRAWN * (k if data == "local" else k[:, :1])
     return tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
 
 

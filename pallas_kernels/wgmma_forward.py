@@ -86,19 +86,19 @@ def start(
         ptx.matmul(s_registers, q, k, contracted=head_dim, dtype=dtype, fresh=True)
         ptx.commit()
         if rest:
-            ptx.lines += [
-                ".reg .pred leaves_out;",
-                f"setp.eq.s32 leaves_out, {flag}, 0;",
-                "@leaves_out bra.uni ISSUED;",
-                "wgmma.fence.sync.aligned;",
-            ]
+            # Each way waits for itself: one that counted on a group of no matmuls would wait for p v too.
+            ptx.lines += [".reg .pred multiplies;", f"setp.ne.s32 multiplies, {flag}, 0;", "@multiplies bra.uni BOTH;"]
+            ptx.arrive(issued_name, issued.num_threads)
+            ptx.wait(0)
+            ptx.arrive(free_name, k_free.num_threads)
+            ptx.lines += ["bra.uni READY;", "BOTH:", "wgmma.fence.sync.aligned;"]
         ptx.matmul(acc_registers, p_registers, v, contracted=block, dtype=dtype, b_rows=row_of_v_tiles)
-        if rest:
-            ptx.lines.append("ISSUED:")
         ptx.commit()
         ptx.arrive(issued_name, issued.num_threads)
         ptx.wait(1)
         ptx.arrive(free_name, k_free.num_threads)
+        if rest:
+            ptx.lines.append("READY:")
         values = ptx.emit()
         s, acc = values[: len(s_registers)], values[len(s_registers) :]
         return fragmented(s, (ROWS, block)).to_layout(MATRIX.to_mgpu()), fragmented(acc, (ROWS, value_dim))

@@ -50,7 +50,7 @@ _LEAST_ITEMS_A_CORE = 1.5
 
 def forward(
     q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None, interpret=None
-) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
+) -> tuple | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
     _check_call(q, v, options)

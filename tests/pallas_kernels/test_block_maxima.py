@@ -1,0 +1,357 @@
+"""Maxima of blocks of logits, and tiles that a softmax threshold leaves out: by every implementation that has them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    BlockSizes,
+    SoftmaxCarry,
+    blockwise_attention,
+    blockwise_attention_forward,
+    dispatch,
+    make_schedule,
+)
+from pallas_kernels.blockwise import pallas_mosaic_gpu, reference, suite
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.mask import Causal, Full
+from pallas_kernels.mosaic_gpu import interpreter
+from pallas_kernels.testing import H100, V5P, assert_close, tracing_for
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+CASES = {case.name: case for case in suite.FAMILY.cases}
+SIZES = {"rows": (1, 5), "warps": (16, 8), "all": (4096, 4096)}
+slow = pytest.mark.slow
+
+
+def attention(q, k, v, *, implementation, **options):
+    return jax.jit(functools.partial(blockwise_attention_forward, implementation=implementation, **options))(q, k, v)
+
+
+def brute_force(s_BNTS: np.ndarray, block_q: int, block_kv: int) -> np.ndarray:
+    B, N, T, S = s_BNTS.shape
+    want = np.full((B, N, -(-T // block_q), -(-S // block_kv)), -np.inf, np.float32)
+    for i, j in np.ndindex(*want.shape[2:]):
+        block = s_BNTS[:, :, i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+        want[:, :, i, j] = block.max(axis=(2, 3))
+    return want
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(x, marks=() if name == "warps" else slow) for name, x in SIZES.items()], ids=SIZES
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "documents_window_gqa",
+        pytest.param("soft_cap_empty_rows_gqa", marks=slow),
+        pytest.param("cross", marks=slow),
+        pytest.param("chosen_by_head_documents", marks=slow),
+        pytest.param("per_head_gqa", marks=slow),
+        pytest.param("learned_sinks_empty_rows", marks=slow),
+        pytest.param("table", marks=slow),
+    ],
+)
+def test_are_the_greatest_logits(name, sizes, implementation):
+    case = CASES[name]
+    inputs, arguments = case.inputs("float32"), case.arguments()
+    q, k, v = (inputs[x] for x in "qkv")
+    sizes = BlockSizes(block_q=sizes[0], block_kv=sizes[1])
+    arguments |= {"sinks": inputs.get("sinks"), "implementation": implementation}
+    out, lse, maxima = attention(q, k, v, block_maxima=sizes, **arguments)
+    options = Options(
+        mask=case.mask, scale=case.scale or case.head_dim**-0.5, logits_soft_cap=case.logits_soft_cap,
+        block_sizes=None, deterministic=True,
+    )  # fmt: skip
+    logits, _ = jax.jit(functools.partial(reference._logits, options=options))(
+        q, k, arguments["tokens"], schedule=arguments["schedule"]
+    )
+    fitted = sizes.fit(*logits.shape[2:])
+    want = brute_force(np.asarray(logits), fitted.block_q, fitted.block_kv)
+    np.testing.assert_array_equal(np.isneginf(maxima), np.isneginf(want))
+    np.testing.assert_allclose(maxima, want, rtol=1e-5, atol=1e-5)
+    for got, plain in zip((out, lse), attention(q, k, v, **arguments), strict=True):
+        np.testing.assert_array_equal(got, plain)
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("xla", marks=slow)])
+def test_come_beside_a_carry_of_which_they_know_nothing(implementation):
+    case = CASES["causal_T63"]
+    q, k, v, *_ = case.inputs("float32").values()
+    options = {"mask": Causal(), "block_maxima": BlockSizes(block_q=16, block_kv=16), "implementation": implementation}
+    carry, maxima = attention(q, k, v, return_carry=True, **options)
+    assert isinstance(carry, SoftmaxCarry)
+    *_, again = attention(q, k, v, carry=carry, **options)
+    np.testing.assert_array_equal(again, maxima)
+
+
+def test_gradients_are_those_without_maxima_which_are_constants():
+    case = CASES["gqa"]
+    q, k, v, dout, _ = case.inputs("float32").values()
+    sizes = BlockSizes(block_q=16, block_kv=16)
+
+    def gradients(uses_maxima: bool):
+        def loss(q, k, v):
+            attend = functools.partial(blockwise_attention, q, k, v, mask=Causal(), implementation="xla")
+            if not uses_maxima:
+                return jnp.vdot(attend(), dout)
+            out, maxima = attend(block_maxima=sizes)
+            return jnp.vdot(out, dout) + jnp.sum(jnp.where(maxima == -jnp.inf, 0.0, maxima))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+# Of the Hopper kernel: blocks of queries, and of keys in the kernel's own (128, or 64 at head dim 256).
+IN_KERNEL = {
+    "cross_fewer_keys_D128": (32, 128),
+    "documents_D128": (1, 128),
+    "chosen_by_head_D64": (16, 256),
+    "empty_rows_D64": (64, 4096),
+    "gqa_T129_D256": (4096, 64),
+    "soft_cap_empty_rows_gqa_D128": (16, 128),
+    "values_of_128_gqa_documents_D192": (128, 128),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x == "cross_fewer_keys_D128" else slow) for x in IN_KERNEL]
+)
+def test_of_the_hopper_kernel_in_the_interpreter(name):
+    case = CASES[name]
+    sizes = BlockSizes(block_q=IN_KERNEL[name][0], block_kv=IN_KERNEL[name][1])
+    (out, lse), maxima = in_interpreter(case, block_maxima=sizes)
+    want = truth(case, block_maxima=sizes)
+    compare(out, lse, *want[:2])
+    compare_maxima(maxima, want[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", IN_KERNEL)
+def test_of_the_hopper_kernel(name):
+    case = CASES[name]
+    sizes = BlockSizes(block_q=IN_KERNEL[name][0], block_kv=IN_KERNEL[name][1])
+    inputs = (case.inputs("bfloat16")[x] for x in "qkv")
+    out, lse, maxima = attention(*inputs, implementation="mosaic_gpu", block_maxima=sizes, **case.arguments())
+    want = truth(case, block_maxima=sizes)
+    compare(out, lse, *want[:2])
+    compare_maxima(maxima, want[2])
+
+
+def in_interpreter(case, **options):
+    q, k, v = (case.inputs("bfloat16")[x] for x in "qkv")
+    return interpreted(q, k, v, case.mask, case.arguments(), case.scale, case.logits_soft_cap, **options)
+
+
+def interpreted(q, k, v, mask, arguments, scale=None, soft_cap=None, **options):
+    options = Options(
+        mask=mask, scale=scale or q.shape[3] ** -0.5, logits_soft_cap=soft_cap,
+        block_sizes=arguments.get("block_sizes"), deterministic=True, **options,
+    )  # fmt: skip
+    run = functools.partial(
+        pallas_mosaic_gpu.forward, carry=None, return_carry=False, options=options, interpret=interpreter(),
+        tokens=arguments.get("tokens"), schedule=arguments.get("schedule"),
+    )  # fmt: skip
+    return jax.jit(run)(q, k, v)
+
+
+def truth(case, **options):
+    """By the reference, in float32, of inputs of 16 bits."""
+    q, k, v = (case.inputs("bfloat16")[x].astype(jnp.float32) for x in "qkv")
+    return attention(q, k, v, implementation="reference", **case.arguments(), **options)
+
+
+def compare(out, lse, want_out, want_lse):
+    assert_close("out", out, want_out, "bfloat16")
+    assert_close("lse", lse, want_lse, "float16")
+
+
+def compare_maxima(got, want):
+    assert got.shape == want.shape and got.dtype == jnp.float32
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    # A soft cap's tanh has a relative error of 2^-11 there.
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+# A softmax threshold.
+
+
+def uneven(head_dim: int, q_len: int, kv_len: int, dtype="float32", num_heads: int = 2):
+    """q, k and v whose blocks of 128 keys differ in how much all queries are drawn to them."""
+    rng = np.random.default_rng(0)
+    to = rng.standard_normal(head_dim)
+    to *= head_dim**0.5 / np.linalg.norm(to)
+    strengths = np.repeat(np.resize([3.0, 0.5, 4.5, 0.0, 1.0], -(-kv_len // 128)), 128)[:kv_len] / head_dim**0.5
+    q = to + 0.3 * rng.standard_normal((2, q_len, num_heads, head_dim))
+    k = strengths[:, None, None] * to + 0.3 * rng.standard_normal((2, kv_len, 1, head_dim))
+    v = rng.standard_normal((2, kv_len, 1, head_dim))
+    return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
+
+
+@pytest.mark.parametrize("threshold", [0.5, pytest.param(0.05, marks=slow)])
+def test_xla_leaves_out_the_same_tiles_as_the_reference(threshold):
+    q, k, v = uneven(16, 150, 640)
+    options = {"block_sizes": BlockSizes(block_q=64, block_kv=128), "mask": Full()}
+    skipping = options | {"skip_softmax_threshold": threshold}
+    want = attention(q, k, v, implementation="reference", **skipping)
+    got = attention(q, k, v, implementation="xla", **skipping)
+    exact = attention(q, k, v, implementation="xla", **options)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    lost = 1 - np.exp(np.asarray(got[1] - exact[1]))
+    assert 1e-3 < lost.max() <= threshold * 640 and lost.min() > -1e-5
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "case",
+    ["documents_window_gqa", *(pytest.param(x, marks=slow) for x in ("chosen_by_head_documents",
+                                                                     "learned_sinks_empty_rows"))],
+)  # fmt: skip
+def test_error_is_bounded_by_the_threshold_times_the_number_of_keys(case, implementation):
+    case = CASES[case]
+    inputs, threshold = case.inputs("float32"), 0.3 / (case.kv_len or case.q_len)
+    q, k, v = 12 * inputs["q"], inputs["k"], inputs["v"]
+    options = case.arguments() | {"sinks": inputs.get("sinks"), "implementation": implementation}
+    exact_out, exact_lse = attention(q, k, v, **options)
+    if implementation == "reference":
+        options["block_sizes"] = BlockSizes(block_q=2, block_kv=2)
+    elif not case.schedule():
+        options["block_sizes"] = BlockSizes(block_q=2, block_kv=2)
+    out, lse = attention(q, k, v, skip_softmax_threshold=threshold, **options)
+    some = np.asarray(exact_lse) > -np.inf
+    lost = 1 - np.exp(np.where(some, lse, 0.0) - np.where(some, exact_lse, 0.0))
+    np.testing.assert_array_equal(np.isneginf(lse), ~some)
+    assert lost.max() <= threshold * k.shape[1] and lost.min() > -1e-5
+    error = np.abs(out - exact_out).max(axis=-1).swapaxes(1, 2)
+    assert (error <= 2 * np.maximum(lost, 0) * np.abs(v).max() + 1e-5).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_threshold_that_no_tile_is_below_changes_no_bit(implementation):
+    q, k, v = uneven(16, 150, 640)
+    options = {"mask": Causal(offset=500), "implementation": implementation}
+    results = (attention(q, k, v, skip_softmax_threshold=x, **options) for x in (0.0, 1e-30))
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@slow
+@pytest.mark.parametrize(("head_dim", "q_len", "kv_len"), [(64, 80, 640), (128, 80, 384)])
+def test_the_hopper_kernel_leaves_out_tiles_of_64_queries_in_the_interpreter(head_dim, q_len, kv_len):
+    q, k, v = uneven(head_dim, q_len, kv_len, "bfloat16")
+    got = interpreted(q, k, v, Full(), {}, skip_softmax_threshold=0.5)
+    compare_with_tiles_left_out(q, k, v, *got)
+
+
+@slow
+def test_maxima_are_of_tiles_that_are_left_out_too_in_the_interpreter():
+    q, k, v = uneven(64, 80, 384, "bfloat16")
+    sizes = BlockSizes(block_q=16, block_kv=128)
+    got, maxima = interpreted(q, k, v, Full(), {}, skip_softmax_threshold=0.5, block_maxima=sizes)
+    compare_with_tiles_left_out(q, k, v, *got)
+    *_, want = attention(*floats(q, k, v), mask=Full(), implementation="reference", block_maxima=sizes)
+    compare_maxima(maxima, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_hopper_kernel_leaves_out_tiles_of_64_queries(head_dim):
+    q, k, v = uneven(head_dim, 333, 1152, "bfloat16")
+    options = {"mask": Full(), "implementation": "mosaic_gpu"}
+    got = attention(q, k, v, skip_softmax_threshold=0.5, **options)
+    compare_with_tiles_left_out(q, k, v, *got, block_kv=64 if head_dim == 256 else 128)
+    unchanged = attention(q, k, v, skip_softmax_threshold=1e-30, **options)
+    for x, y in zip(unchanged, attention(q, k, v, **options), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def floats(*arrays):
+    return (x.astype(jnp.float32) for x in arrays)
+
+
+def compare_with_tiles_left_out(q, k, v, out, lse, block_kv: int = 128):
+    options = {"mask": Full(), "implementation": "reference", "block_sizes": BlockSizes(block_q=64, block_kv=block_kv)}
+    want = attention(*floats(q, k, v), skip_softmax_threshold=0.5, **options)
+    compare(out, lse, *want)
+    _, exact_lse = attention(*floats(q, k, v), **options)
+    assert np.abs(want[1] - exact_lse).max() > 0.05
+
+
+# Refusals, and which kernels serve.
+
+
+def shapes(q_len=256, head_dim=128):
+    return (jax.ShapeDtypeStruct((1, q_len, 2, head_dim), jnp.bfloat16),) * 3
+
+
+ASKS = {
+    "skip_softmax_threshold": {"skip_softmax_threshold": 1e-3},
+    "block_maxima": {"block_maxima": BlockSizes(block_q=128, block_kv=128)},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), ASKS.items(), ids=ASKS)
+@pytest.mark.parametrize(("implementation", "device"), [("cudnn", H100), ("mosaic_tpu", V5P)])
+def test_are_refused_where_there_are_none(implementation, device, name, options):
+    attend = functools.partial(
+        blockwise_attention_forward, mask=Causal(), implementation=implementation, **options
+    )  # fmt: skip
+    with tracing_for(device), pytest.raises(NotImplementedError, match=rf"{implementation}: .*\({name}\)"):
+        jax.eval_shape(attend, *shapes())
+
+
+@pytest.mark.parametrize("options", ASKS.values(), ids=ASKS)
+def test_few_queries_are_served_by_the_kernel_for_many(options):
+    attend = functools.partial(blockwise_attention_forward, mask=Causal(), **options)
+    with tracing_for(H100), dispatch.record() as taken:
+        lowered = jax.jit(attend).trace(*shapes(q_len=8)).lower(lowering_platforms=("cuda",))
+    assert taken == [("blockwise_attention_forward", "mosaic_gpu")]
+    assert lowered.as_text().count("mosaic_gpu_v2") == 1  # the kernels for few are two
+
+
+def test_the_hopper_kernel_refuses_blocks_that_are_not_made_of_its_own():
+    attend = functools.partial(
+        blockwise_attention_forward, mask=Causal(), implementation="mosaic_gpu",
+        block_maxima=BlockSizes(block_q=128, block_kv=96),
+    )  # fmt: skip
+    with tracing_for(H100), pytest.raises(NotImplementedError, match="block_maxima=.*it takes multiples of 128 keys"):
+        jax.eval_shape(attend, *shapes())
+
+
+def test_a_threshold_is_not_differentiated():
+    q, k, v = uneven(16, 32, 32)
+    attend = functools.partial(blockwise_attention, mask=Causal(), skip_softmax_threshold=1e-3)
+    assert jnp.isfinite(attend(q, k, v)).all()
+    with pytest.raises(NotImplementedError, match=r"skip_softmax_threshold=0.001 is differentiated.*pass 0"):
+        jax.grad(lambda q: attend(q, k, v).sum())(q)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
+def test_thresholds_are_shares(threshold):
+    with pytest.raises(ValueError, match=r"skip_softmax_threshold=.*wanted a share .* in \[0, 1\)"):
+        blockwise_attention(*uneven(16, 32, 32), mask=Causal(), skip_softmax_threshold=threshold)
+
+
+def test_block_maxima_are_asked_for_by_sizes():
+    with pytest.raises(ValueError, match="block_maxima=128, wanted None or tokens of a block"):
+        blockwise_attention_forward(*uneven(16, 32, 32), mask=Causal(), block_maxima=128)
+
+
+@slow
+def test_parts_of_tiles_of_xla():
+    """Parts of tiles, where neither divides the other."""
+    q, k, v = uneven(16, 150, 640)
+    blocks = BlockSizes(block_q=24, block_kv=40)
+    schedule = make_schedule(Causal(), None, q_len=150, kv_len=640, block_sizes=BlockSizes(block_q=36, block_kv=100))
+    options = {"mask": Causal(), "block_maxima": blocks}
+    *_, got = attention(q, k, v, implementation="xla", schedule=schedule, **options)
+    *_, want = attention(q, k, v, implementation="reference", **options)
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
