@@ -15,7 +15,7 @@ from pallas_kernels import (
     dispatch,
     make_schedule,
 )
-from pallas_kernels.blockwise import pallas_mosaic_gpu, reference, suite
+from pallas_kernels.blockwise import api, pallas_mosaic_gpu, reference, suite
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Causal, Full
 from pallas_kernels.mosaic_gpu import interpreter
@@ -208,7 +208,7 @@ def test_xla_leaves_out_the_same_tiles_as_the_reference(threshold):
     assert 1e-3 < lost.max() <= threshold * 640 and lost.min() > -1e-5
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("xla", marks=slow)])
 @pytest.mark.parametrize(
     "case",
     ["documents_window_gqa", *(pytest.param(x, marks=slow) for x in ("chosen_by_head_documents",
@@ -233,7 +233,7 @@ def test_error_is_bounded_by_the_threshold_times_the_number_of_keys(case, implem
     assert (error <= 2 * np.maximum(lost, 0) * np.abs(v).max() + 1e-5).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("xla", marks=slow)])
 def test_a_threshold_that_no_tile_is_below_changes_no_bit(implementation):
     q, k, v = uneven(16, 150, 640)
     options = {"mask": Causal(offset=500), "implementation": implementation}
@@ -281,7 +281,7 @@ def compare_with_tiles_left_out(q, k, v, out, lse, block_kv: int = 128):
     want = attention(*floats(q, k, v), skip_softmax_threshold=0.5, **options)
     compare(out, lse, *want)
     _, exact_lse = attention(*floats(q, k, v), **options)
-    assert np.abs(want[1] - exact_lse).max() > 0.05
+    assert np.abs(want[1] - exact_lse).max() > 0.01
 
 
 # Refusals, and which kernels serve.
@@ -307,7 +307,7 @@ def test_are_refused_where_there_are_none(implementation, device, name, options)
         jax.eval_shape(attend, *shapes())
 
 
-@pytest.mark.parametrize("options", ASKS.values(), ids=ASKS)
+@pytest.mark.parametrize("options", [pytest.param(x, marks=slow) for x in ASKS.values()], ids=ASKS)
 def test_few_queries_are_served_by_the_kernel_for_many(options):
     attend = functools.partial(blockwise_attention_forward, mask=Causal(), **options)
     with tracing_for(H100), dispatch.record() as taken:
@@ -341,7 +341,7 @@ def test_thresholds_are_shares(threshold):
 
 def test_block_maxima_are_asked_for_by_sizes():
     with pytest.raises(ValueError, match="block_maxima=128, wanted None or tokens of a block"):
-        blockwise_attention_forward(*uneven(16, 32, 32), mask=Causal(), block_maxima=128)
+        api._with_forward_options("op", None, 0.0, 128)
 
 
 @slow
