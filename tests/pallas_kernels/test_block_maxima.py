@@ -340,8 +340,9 @@ def test_thresholds_are_shares(threshold):
 
 
 def test_block_maxima_are_asked_for_by_sizes():
+    options = Options(mask=Causal(), scale=1.0, logits_soft_cap=None, block_sizes=None, deterministic=True)
     with pytest.raises(ValueError, match="block_maxima=128, wanted None or tokens of a block"):
-        api._with_forward_options("op", None, 0.0, 128)
+        api._with_forward_options("op", options, 0.0, 128)
 
 
 @slow
