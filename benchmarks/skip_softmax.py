@@ -1,4 +1,4 @@
-"""What a softmax threshold saves, what it and maxima of blocks cost, and how many tiles it leaves out.
+"""How many tiles a softmax threshold leaves out, the error, and what it and maxima of blocks cost.
 
     python -m benchmarks.skip_softmax [--length 32768] [--heads 16] [--head-dim 128] [--threshold 1e-3]
 
@@ -37,16 +37,10 @@ def inputs(data: str, length: int, num_heads: int, head_dim: int) -> tuple[jax.A
 
 
 def share_left_out(maxima_BNTS: jax.Array, threshold: float) -> jax.Array:
-    """Of the tiles that causal attention visits, told from the maxima of each query and block of keys.
-
-    The block on the diagonal comes first, then those before it in ascending order, as on Hopper.
-    """
-    T, num_blocks = maxima_BNTS.shape[2:]
-    own = jnp.arange(T)[:, None] // TILE.block_kv == jnp.arange(num_blocks)
-    on_diagonal = jnp.max(jnp.where(own, maxima_BNTS, -jnp.inf), axis=-1, keepdims=True)
+    """Of the tiles that causal attention visits, told from the maxima of each query and block of keys."""
+    num_blocks = maxima_BNTS.shape[3]
     seen = jax.lax.cummax(maxima_BNTS, axis=3)
     seen = jnp.concatenate([jnp.full_like(seen[..., :1], -jnp.inf), seen[..., :-1]], axis=3)
-    seen = jnp.where(own, -jnp.inf, jnp.maximum(seen, on_diagonal))
     counts = ~((maxima_BNTS == -jnp.inf) | (maxima_BNTS < seen + math.log(threshold)))
 
     def any_of_tile(x):
@@ -57,7 +51,9 @@ def share_left_out(maxima_BNTS: jax.Array, threshold: float) -> jax.Array:
 
 def measure(args: argparse.Namespace) -> dict:
     shape = jax.ShapeDtypeStruct((1, args.length, args.heads, args.head_dim), jnp.bfloat16)
-    attend = functools.partial(blockwise_attention_forward, mask=Causal(), implementation=args.implementation)
+    attend = functools.partial(
+        blockwise_attention_forward, mask=Causal(), block_sizes=TILE, implementation=args.implementation
+    )
     variants = {
         "plain": {},
         "threshold": {"skip_softmax_threshold": args.threshold},
@@ -101,7 +97,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--threshold", type=float, default=1e-3)
     parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--implementation", default=None)
+    parser.add_argument("--implementation", default="xla")
     args = parser.parse_args()
     if args.length < 1 or args.length % TILE.block_kv:
         parser.error(f"--length: got {args.length}, wanted a multiple of {TILE.block_kv}")

@@ -7,7 +7,6 @@ Reference: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608, Algorithm 2.
 """
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.wgmma import (
@@ -41,7 +40,6 @@ def start(
     v_slot: jax.typing.ArrayLike,
     issued: Arrival,
     k_free: Arrival,
-    multiplies: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Starts s = q k^T and acc += p v, and returns when s is done.
 
@@ -52,21 +50,18 @@ def start(
       k_smem, v_smem: `[slots, block, H]`, of which a slot is read.
       issued: Arrived at as soon as both matmuls are issued.
       k_free: Arrived at as soon as s is done.
-      multiplies: Whether acc += p v, the same in all threads; None for always.
     Returns: s, float32 `[64, block]`, and acc in flight: only `finish` may have it.
     """
     (block, head_dim), value_dim = k_smem.shape[1:], acc.shape[1]
     dtype = PTX_DTYPES[p.dtype.name]
     smem = plgpu.RefType(TRANSFORMS)
     scalars = q_tile, k_slot, v_slot, issued.barrier, k_free.barrier
-    if multiplies is not None:
-        scalars = *scalars, multiplies.astype(jnp.int32)
 
     @plgpu.inline_mgpu(
         arg_types=(MATRIX, MATRIX, smem, smem, smem, *(SCALAR,) * len(scalars)),
         return_type=(array_type((ROWS, block), MATRIX), array_type((ROWS, value_dim), IN_FLIGHT)),
     )
-    def emit(_, acc, p, q_smem, k_smem, v_smem, q_tile, k_slot, v_slot, issued_at, free_at, *rest):
+    def emit(_, acc, p, q_smem, k_smem, v_smem, q_tile, k_slot, v_slot, issued_at, free_at):
         row_of_tiles, row_of_v_tiles = head_dim // 64 * TILE_BYTES, value_dim // 64 * TILE_BYTES
         ptx = Ptx()
         s_registers = ptx.write(block // 2)
@@ -81,24 +76,14 @@ def start(
             ),
         )
         issued_name, free_name = ptx.read("r", (x.registers.item() for x in (issued_at, free_at)))
-        (flag,) = ptx.read("r", (rest[0].registers.item(),)) if rest else (None,)
         ptx.begin()
         ptx.matmul(s_registers, q, k, contracted=head_dim, dtype=dtype, fresh=True)
         ptx.commit()
-        if rest:
-            # Each way waits for itself: one that counted on a group of no matmuls would wait for p v too.
-            ptx.lines += [".reg .pred multiplies;", f"setp.ne.s32 multiplies, {flag}, 0;", "@multiplies bra.uni BOTH;"]
-            ptx.arrive(issued_name, issued.num_threads)
-            ptx.wait(0)
-            ptx.arrive(free_name, k_free.num_threads)
-            ptx.lines += ["bra.uni READY;", "BOTH:", "wgmma.fence.sync.aligned;"]
         ptx.matmul(acc_registers, p_registers, v, contracted=block, dtype=dtype, b_rows=row_of_v_tiles)
         ptx.commit()
         ptx.arrive(issued_name, issued.num_threads)
         ptx.wait(1)
         ptx.arrive(free_name, k_free.num_threads)
-        if rest:
-            ptx.lines.append("READY:")
         values = ptx.emit()
         s, acc = values[: len(s_registers)], values[len(s_registers) :]
         return fragmented(s, (ROWS, block)).to_layout(MATRIX.to_mgpu()), fragmented(acc, (ROWS, value_dim))

@@ -84,11 +84,11 @@ def blockwise_attention(
       implementation: Which implementation to use; None takes the first of the platform's that serves the call.
       deterministic: Whether the gradients must come out the same, bit by bit, each time; False also allows an
         implementation that adds them up in any order, which may be faster. out and lse always do.
-      skip_softmax_threshold: In [0, 1). Above 0 an approximation, for inference: a tile of queries and keys may be
-        left out if, for each of its queries, exp(its greatest logit - the greatest of the tiles before) is less than
-        this. out and lse are those over the keys that are left, of which each query had all but at most
-        S skip_softmax_threshold of its probability. A tile is a block of keys, and of queries of a head a block or,
-        on Hopper, 64; what is left out depends on the order of tiles, which is the implementation's.
+      skip_softmax_threshold: In [0, 1). Above 0 an approximation, for inference: a tile of queries and keys is left out
+        if, for each of its queries, exp(its greatest logit - the greatest of the tiles before) is less than this. out
+        and lse are those over the keys that are left, of which each query had all but at most S skip_softmax_threshold
+        of its probability. A tile is a block of queries of a head and one of keys, as the call is cut up; keys go in
+        ascending order. `xla` and `reference` serve it, neither in less time.
       block_maxima: Tokens of blocks; the greatest logit of each is returned too, as `blockwise_attention_forward` says.
       return_lse: Whether to return lse too.
     Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured; with
@@ -141,15 +141,14 @@ def blockwise_attention_forward(
       block_maxima: Tokens of the blocks, from the first token on, whose greatest logits to return: scaled, capped and
         masked, also of tiles that skip_softmax_threshold leaves out; sinks and carry have no part in them. What a
         selector of blocks would like to know, and of one block for all, `BlockSizes(block_q=T, block_kv=S)`, what
-        clipping of queries and keys goes by. On Hopper block_kv is a multiple of the kernel's (128 keys, 64 at head
-        dim 256), or all.
+        clipping of queries and keys goes by. `xla` and `reference` return them.
       Others: as `blockwise_attention`.
     Returns: `(out, lse)` over all keys seen, or with return_carry the SoftmaxCarry, float32. With block_maxima
       `(out, lse, maxima)`, or `(carry, maxima)`: float32 `[B, N, T / block_q, S / block_kv]`, rounded up, -inf where no
       pair of a block may attend.
     Raises: as `blockwise_attention`.
-    Memory: O(B T N (H + V)) plus one tile of logits; maxima B N T S / (block_q block_kv) floats, on Hopper on their way
-      B N T S / (16 block_kv of the kernel), or without the 16 where block_q is no multiple of it.
+    Memory: O(B T N (H + V)) plus one tile of logits; maxima B N T S / (p_q p_kv) floats on their way, with p_q and p_kv
+      the greatest common divisors of the sizes of their blocks and of the tiles.
     Reference: Kimi Team 2025, Kimi K2, arXiv:2507.20534, section
       2.1 (QK-Clip): what the maximum of a head is for.
     """

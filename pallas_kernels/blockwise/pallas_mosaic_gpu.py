@@ -23,7 +23,6 @@ from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
-from pallas_kernels.blockwise import pallas_mosaic_gpu_maxima as tile_maxima
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest, Words
@@ -32,7 +31,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
 from pallas_kernels.dropout import Dropout, key_words
 from pallas_kernels.mask import Full, Mask
 from pallas_kernels.mosaic_gpu import hopper_cores, refuse
-from pallas_kernels.online_softmax import SoftmaxCarry, delta_of, pooled_max
+from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
 from pallas_kernels.pair_tests import all_full, tests_of
 from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
 from pallas_kernels.tokens import Tokens
@@ -50,10 +49,12 @@ _LEAST_ITEMS_A_CORE = 1.5
 
 def forward(
     q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None, interpret=None
-) -> tuple | SoftmaxCarry:
+) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
     _check_call(q, v, options)
+    if (refusal := options.refusal_of_skipping_and_maxima()) is not None:
+        refuse(refusal)
     tokens = tokens or Tokens()
     # A head dim that has to be filled up would have the keys copied.
     is_whole = q.shape[3] == v.shape[3] and q.shape[3] in decode.BLOCK
@@ -71,7 +72,6 @@ def forward(
     block_kv = min(sizes.block_kv, _MOST_KEYS.get(head_dim, sizes.block_kv))
     ranges = _in_parts(ranges, sizes.block_kv // block_kv, num_blocks=-(-kv_len // block_kv))
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % block_kv
-    maxima_sizes, maxima_rows = _maxima_blocks(options, q_len, kv_len, block_kv)
     inputs = forward_kernel.Inputs(
         q=_whole_tiles(q),
         k=_whole_tiles(k),
@@ -96,38 +96,13 @@ def forward(
             num_cores=num_cores,
             q_slots=2 if head_dim <= _WIDE else 1,
             return_carry=return_carry,
-            skip_below=math.log2(options.skip_softmax_threshold) if options.skip_softmax_threshold else None,
-            maxima_rows=maxima_rows,
-            q_len=q_len,
             interpret=interpret,
         ),
     )
-    if return_carry:
-        after = outputs.carry
-        result = SoftmaxCarry(
-            max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len, :, :given_dim]
-        )
-    else:
-        result = outputs.out[:, :q_len, :, :given_dim], outputs.lse[..., :q_len]
-    if maxima_sizes is None:
-        return result
-    of_queries = outputs.maxima[..., : -(-q_len // maxima_rows)]
-    pools = -(-maxima_sizes.block_kv // block_kv), -(-maxima_sizes.block_q // maxima_rows)
-    return result, pooled_max(of_queries, *pools).swapaxes(2, 3)
-
-
-def _maxima_blocks(options: Options, q_len: int, kv_len: int, block_kv: int) -> tuple[BlockSizes | None, int | None]:
-    """Of what blocks maxima are returned, and of how many rows each the kernel writes; None for none.
-
-    Raises: NotImplementedError where those are not made of blocks of the kernel.
-    """
-    if options.block_maxima is None:
-        return None, None
-    sizes = options.block_maxima.fit(q_len, kv_len)
-    if sizes.block_kv % block_kv and sizes.block_kv < kv_len:
-        refuse(f"block_maxima={options.block_maxima}, it takes multiples of {block_kv} keys, or all {kv_len}")
-    is_of_warps = sizes.block_q % tile_maxima.ROWS_OF_WARP == 0 or sizes.block_q == q_len
-    return sizes, tile_maxima.ROWS_OF_WARP if is_of_warps else 1
+    if not return_carry:
+        return outputs.out[:, :q_len, :, :given_dim], outputs.lse[..., :q_len]
+    after = outputs.carry
+    return SoftmaxCarry(max=after.max[..., :q_len], sum=after.sum[..., :q_len], acc=after.acc[:, :q_len, :, :given_dim])
 
 
 def backward(

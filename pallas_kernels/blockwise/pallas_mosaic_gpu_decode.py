@@ -34,13 +34,11 @@ BLOCK = {64: 128, 128: 64, 576: 64}
 def serves(q_len: int, schedule: Schedule | None, options: Options) -> bool:
     """Whether a call that the kernels for Hopper serve, without dropout, is one for this one.
 
-    Not where blocks were chosen, which may differ between heads, as masks may; nor with a soft cap, tiles that are left
-    out, or maxima of blocks: the kernel for many queries has these.
+    Not where blocks were chosen, which may differ between heads, as masks may; nor with a soft cap.
     """
     return (
         q_len <= MOST_QUERIES
         and options.logits_soft_cap is None
-        and options.refusal_of_skipping_and_maxima() is None
         and not (schedule is not None and schedule.is_selection)
         and options.mask.head_groups == 1
         and options.block_sizes is None

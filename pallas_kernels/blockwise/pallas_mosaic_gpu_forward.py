@@ -40,7 +40,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
-from pallas_kernels.blockwise import pallas_mosaic_gpu_maxima as tile_maxima
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -84,10 +83,6 @@ class Config:
         `[64, block_kv]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
       q_slots: Buffers of queries.
-      skip_below: A tile is left out whose logits, of each row, are all below this and the greatest before, base 2;
-        negative; None to leave out none.
-      maxima_rows: Rows of queries, 1 or 16, whose greatest logit of each block of keys is written out; None for none.
-      q_len: Number of queries, of which the last tile may hold fewer than it has room for.
       return_carry: Whether to return the running softmax rather than the result.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
@@ -101,9 +96,6 @@ class Config:
     pair_test: PairTest | None
     num_cores: int
     q_slots: int = 2
-    skip_below: float | None = None
-    maxima_rows: int | None = None
-    q_len: int = 0
     return_carry: bool = False
     interpret: Any = None
 
@@ -136,8 +128,7 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys. Maxima are not read but
-    written where blocks are visited, a reference: `[B, N, blocks of keys, rows of whole tiles]`, or of each 16 rows.
+    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys.
     """
 
     q: Any
@@ -150,19 +141,14 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     carry: SoftmaxCarry | None
-    maxima: Any = None
 
 
 class Outputs(NamedTuple):
-    """What it writes: out and lse, or the carry; in whole tiles, but for an out that shared memory has a buffer for.
-
-    And maxima, as in Inputs: -inf of blocks that are not visited.
-    """
+    """What it writes: out and lse, or the carry; in whole tiles, but for an out that shared memory has a buffer for."""
 
     out: Any
     lse: Any
     carry: SoftmaxCarry | None
-    maxima: Any = None
 
 
 def attend(inputs: Inputs, config: Config) -> Outputs:
@@ -185,9 +171,6 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
     else:
         out_len = T if config.stages_out else padded_len
         outputs = Outputs(jax.ShapeDtypeStruct((B, out_len, N, V), inputs.q.dtype), row_vector, None)
-    if config.maxima_rows is not None:
-        maxima_shape = B, N, -(-S // config.block_kv), padded_len // config.maxima_rows
-        inputs = inputs._replace(maxima=jax.new_ref(jnp.full(maxima_shape, -jnp.inf, jnp.float32)))
     input_leaves, input_tree = jax.tree.flatten(inputs)
     output_leaves, output_tree = jax.tree.flatten(outputs)
 
@@ -225,8 +208,7 @@ def attend(inputs: Inputs, config: Config) -> Outputs:
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*input_leaves)
-    outputs = jax.tree.unflatten(output_tree, results)
-    return outputs if inputs.maxima is None else outputs._replace(maxima=jax.freeze(inputs.maxima))
+    return jax.tree.unflatten(output_tree, results)
 
 
 class _Shared(NamedTuple):
@@ -255,8 +237,6 @@ class _Running(NamedTuple):
       row_max: What logits are measured against, base 2, `[64]`.
       row_sum: Parts of the sum of probabilities, `[64, 8]`.
       p: Probabilities of the last block, 16 bits, `[64, block_kv]`.
-      top: The greatest logit seen, base 2, `[64]`; None where no tile is left out.
-      counts: Whether the last block is not left out; None in the same way.
     """
 
     started: ArrayLike
@@ -268,8 +248,6 @@ class _Running(NamedTuple):
     row_max: jax.Array
     row_sum: jax.Array
     p: jax.Array
-    top: jax.Array | None
-    counts: ArrayLike | None
 
 
 class _Block:
@@ -370,7 +348,7 @@ class _Block:
         return running
 
     def nothing_running(self) -> _Running:
-        zero, skips = jnp.int32(0), self.config.skip_below
+        zero = jnp.int32(0)
         return _Running(
             started=jnp.bool(False),
             batch=zero,
@@ -381,8 +359,6 @@ class _Block:
             row_max=plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), ROW),
             row_sum=plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), MATRIX),
             p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), MATRIX),
-            top=None if skips is None else plgpu.layout_cast(jnp.full((ROWS,), _LOWEST, jnp.float32), ROW),
-            counts=None if skips is None else jnp.bool(False),
         )
 
     def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable, words) -> _Running:
@@ -396,8 +372,7 @@ class _Block:
         j = self.walk.first_block(item)
         s, acc = self.start(q_slot, running)
         kept = self.kept(running, words)
-        at = item.batch, item.head, item.row, j
-        row_max, row_sum, p, _, top, counts = self.softmax(s, nothing, allowed(j), kept, at)
+        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j), kept)
         acc, p = self.finish(acc, p, None, None)
 
         @pl.when(running.started)
@@ -415,8 +390,6 @@ class _Block:
             row_max=row_max,
             row_sum=row_sum,
             p=p.astype(self.dtype),
-            top=top,
-            counts=counts,
         )
 
     def next_step(self, j, running: _Running, *, q_slot, words, allowed: Callable | None = None) -> _Running:
@@ -426,8 +399,7 @@ class _Block:
         s, acc = self.start(q_slot, running)
         bits = None if allowed is None else allowed(j)
         kept = self.kept(running, words)
-        at = running.batch, running.head, running.row, j
-        row_max, row_sum, p, rescale, top, counts = self.softmax(s, running, bits, kept, at)
+        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits, kept)
         acc, p = self.finish(acc, p, rescale, Arrival(self.v_free + previous, self.everyone))
         return running._replace(
             num_blocks=running.num_blocks + 1,
@@ -435,8 +407,6 @@ class _Block:
             row_max=row_max,
             row_sum=row_sum,
             p=p.astype(self.dtype),
-            top=top,
-            counts=counts,
         )
 
     def end(self, running: _Running) -> None:
@@ -444,17 +414,14 @@ class _Block:
         previous = self.previous_slot(running)
         plgpu.barrier_wait(self.shared.v_full.at[previous])
         self.take_turn()
-
-        def with_product():
-            if self.config.interpret:
-                return running.acc + self.product(running.p, previous)
+        if self.config.interpret:
+            acc = running.acc + self.product(running.p, previous)
+        else:
 
             def multiply(acc_ref):
                 plgpu.wgmma(acc_ref, running.p, self.shared.v.at[previous])
 
-            return pl.run_state(multiply)(plgpu.ACC.init(running.acc))
-
-        acc = with_product() if running.counts is None else lax.cond(running.counts, with_product, lambda: running.acc)
+            acc = pl.run_state(multiply)(plgpu.ACC.init(running.acc))
         self.pass_turn()
         self.write(running.batch, running.head, running.row, acc, running.row_max, running.row_sum.sum(axis=1))
 
@@ -491,7 +458,6 @@ class _Block:
                 v_slot=previous,
                 issued=Arrival(self.following_turn(), 2 * WARPGROUP),
                 k_free=Arrival(self.k_free + slot, self.everyone),
-                multiplies=running.counts,
             )
         my_q = shared.q.at[q_slot, pl.ds(self.warpgroup * ROWS, ROWS)]
 
@@ -500,8 +466,7 @@ class _Block:
             return s_ref[...]
 
         s = pl.run_scoped(logits, plgpu.ACC(self.tile, jnp.float32))
-        multiplies = running.started if running.counts is None else running.counts
-        acc = lax.cond(multiplies, lambda: running.acc + self.product(running.p, previous), lambda: running.acc)
+        acc = lax.cond(running.started, lambda: running.acc + self.product(running.p, previous), lambda: running.acc)
         self.pass_turn()
         arrive(self.k_free + slot, self.everyone)
         return s, acc
@@ -520,13 +485,8 @@ class _Block:
         plgpu.commit_smem()
         return result
 
-    def softmax(self, s, before: _Running, bits, kept, at: tuple):
-        """What logits are measured against now, parts of the sums, probabilities, by what to rescale acc, the greatest
-        logit, and whether the tile counts. Of one that does not, probabilities are anything.
-
-        Args:
-          at: Batch row, head, row of tiles and block of keys.
-        """
+    def softmax(self, s, row_max, row_sum, bits, kept):
+        """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""
         to_base_2 = self.config.scale * _LOG2_E
         if self.config.soft_cap is not None:
             s = jnp.tanh(s * (self.config.scale / self.config.soft_cap))
@@ -534,39 +494,15 @@ class _Block:
         if bits is not None:
             s = jnp.where(bits, s, -jnp.inf)
         greatest = s.max(axis=1) * to_base_2
-
-        def weigh():
-            new_max = jnp.where(greatest > before.row_max + SLACK, greatest, before.row_max)
-            rescale = jnp.exp2(before.row_max - new_max)
-            p = jnp.exp2(s * to_base_2 - rows(new_max, self.tile))
-            row_sum = before.row_sum * rows(rescale, before.row_sum.shape)
-            for i in range(0, self.config.block_kv, 8):
-                row_sum = row_sum + p[:, i : i + 8]
-            if kept is not None:
-                p = jnp.where(kept, p, 0.0)
-            return new_max, row_sum, p, rescale
-
-        if self.inputs.maxima is None and self.config.skip_below is None:
-            return *weigh(), None, None
-        batch, head, row, j = at
-        of_queries = greatest
-        if self.config.q_len % self.config.block_q:
-            are_queries = indices(self.q_start(row), ROWS, ROW) < self.config.q_len
-            of_queries = jnp.where(are_queries, greatest, -jnp.inf)
-        if self.inputs.maxima is not None:
-            each = self.config.maxima_rows
-            target = self.inputs.maxima.at[batch, head, j, pl.ds(lax.div(self.q_start(row), each), ROWS // each)]
-            tile_maxima.store(target, of_queries * (1 / _LOG2_E), interpret=self.config.interpret)
-        if self.config.skip_below is None:
-            return *weigh(), None, None
-
-        def leave_out():
-            nothing_to_do = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), ROW)
-            return before.row_max, before.row_sum, s, nothing_to_do
-
-        excess = of_queries - (before.top + self.config.skip_below)
-        counts = tile_maxima.any_not_negative(excess, interpret=self.config.interpret)
-        return *lax.cond(counts, weigh, leave_out), jnp.maximum(before.top, of_queries), counts
+        new_max = jnp.where(greatest > row_max + SLACK, greatest, row_max)
+        rescale = jnp.exp2(row_max - new_max)
+        p = jnp.exp2(s * to_base_2 - rows(new_max, self.tile))
+        row_sum = row_sum * rows(rescale, row_sum.shape)
+        for i in range(0, self.config.block_kv, 8):
+            row_sum = row_sum + p[:, i : i + 8]
+        if kept is not None:
+            p = jnp.where(kept, p, 0.0)
+        return new_max, row_sum, p, rescale
 
     def query_words(self, item: Item) -> list | None:
         """Dropout's words of this warpgroup's queries; None where nothing is dropped."""
