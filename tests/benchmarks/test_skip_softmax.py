@@ -20,5 +20,5 @@ def test_share_of_tiles_left_out():
 def test_runs_on_a_small_case():
     args = {"length": 256, "heads": 2, "head_dim": 16, "threshold": 1e-3, "repetitions": 5, "implementation": "xla"}
     result = measure(argparse.Namespace(**args))
-    assert set(result["data"]) == {"random", "local", "retrieval"}
+    assert set(result["data"]) == {"random", "local", "sink"}
     assert all(data["lost_probability"] <= 256 * 1e-3 for data in result["data"].values())
