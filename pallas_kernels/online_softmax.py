@@ -24,6 +24,13 @@ def finite_max(row_max: jax.Array) -> jax.Array:
     return jnp.where(row_max == -jnp.inf, 0.0, row_max)
 
 
+def pooled_max(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """The greatest number of each block of so many rows and columns, the last two dims; the last may be ragged."""
+    *batch, T, S = x.shape
+    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -T % rows), (0, -S % columns)], constant_values=-jnp.inf)
+    return jnp.max(x.reshape(*batch, x.shape[-2] // rows, rows, x.shape[-1] // columns, columns), axis=(-3, -1))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxCarry:

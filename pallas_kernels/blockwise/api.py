@@ -1,5 +1,6 @@
 """Blockwise softmax attention: the public ops of the family."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -54,8 +55,10 @@ def blockwise_attention(
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     deterministic: bool = True,
+    skip_softmax_threshold: float = 0.0,
+    block_maxima: BlockSizes | None = None,
     return_lse: bool = False,
-) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:
+) -> Float[Array, "B T N V"] | tuple[Array, ...]:
     """Softmax attention computed block by block, in memory linear in T and S; differentiable in q, k, v and sinks.
 
     out[t] = sum_s softmax_s(scale q[t].k[s]) v[s], over the keys s that the mask lets t attend to
@@ -81,19 +84,27 @@ def blockwise_attention(
       implementation: Which implementation to use; None takes the first of the platform's that serves the call.
       deterministic: Whether the gradients must come out the same, bit by bit, each time; False also allows an
         implementation that adds them up in any order, which may be faster. out and lse always do.
+      skip_softmax_threshold: In [0, 1). Above 0 an approximation, for inference: a tile of queries and keys is left out
+        if, for each of its queries, exp(its greatest logit - the greatest of the tiles before) is less than this. out
+        and lse are those over the keys that are left, of which each query had all but at most S skip_softmax_threshold
+        of its probability. A tile is a block of queries of a head and one of keys, as the call is cut up; keys go in
+        ascending order. `xla` and `reference` serve it, neither in less time.
+      block_maxima: Tokens of blocks; the greatest logit of each is returned too, as `blockwise_attention_forward` says.
       return_lse: Whether to return lse too.
-    Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured. A row that
+    Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured; with
+      block_maxima also maxima, whose cotangent is not: they are constants to differentiation. A row that
       may attend to nothing is out = 0, lse = -inf (with sinks, lse = sink), gradient 0.
     Raises: ValueError where the call is wrong; NotImplementedError where the named implementation, or a reserved
       argument, is not there; ExceptionGroup with every reason where no implementation serves the call.
     Memory: O(B T N (H + V)) plus one tile of logits.
     Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2. Sinks: Miller 2023, Attention is off by
       one, of which they are the learned form in Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; what they replace: Xiao
-      et al. 2023, StreamingLLM, arXiv:2309.17453.
+      et al. 2023, StreamingLLM, arXiv:2309.17453. Threshold: Yuan et al. 2025, BLASST, arXiv:2512.12087, Algorithm 1.
     """
     op = "blockwise_attention"
     _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic)
+    options = _with_forward_options(op, options, skip_softmax_threshold, block_maxima)
     _check_sinks(op, sinks, q)
     dropout = _checked_dropout(op, dropout, q)
     return _attention(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)
@@ -116,20 +127,35 @@ def blockwise_attention_forward(
     implementation: Implementation | None = None,
     carry: SoftmaxCarry | None = None,
     return_carry: bool = False,
-) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]] | SoftmaxCarry:
+    skip_softmax_threshold: float = 0.0,
+    block_maxima: BlockSizes | None = None,
+) -> tuple[Array, ...] | SoftmaxCarry | tuple[SoftmaxCarry, Array]:
     """One forward pass over one set of keys, to be continued: a hop of a ring. Not differentiable by itself.
+
+    maxima[b, n, i, j] = max of S[b, n, t, s] over queries t of block i and keys s of block j
 
     Args:
       carry: The running softmax over keys already seen; None starts afresh. It holds the sinks already.
       return_carry: Whether to return the running softmax, to be continued, instead of the result.
+      skip_softmax_threshold: As `blockwise_attention`; tiles before are those of this call, without carry and sinks.
+      block_maxima: Tokens of the blocks, from the first token on, whose greatest logits to return: scaled, capped and
+        masked, also of tiles that skip_softmax_threshold leaves out; sinks and carry have no part in them. What a
+        selector of blocks would like to know, and of one block for all, `BlockSizes(block_q=T, block_kv=S)`, what
+        clipping of queries and keys goes by. `xla` and `reference` return them.
       Others: as `blockwise_attention`.
-    Returns: `(out, lse)` over all keys seen, or with return_carry the SoftmaxCarry, float32.
+    Returns: `(out, lse)` over all keys seen, or with return_carry the SoftmaxCarry, float32. With block_maxima
+      `(out, lse, maxima)`, or `(carry, maxima)`: float32 `[B, N, T / block_q, S / block_kv]`, rounded up, -inf where no
+      pair of a block may attend.
     Raises: as `blockwise_attention`.
-    Memory: O(B T N (H + V)) plus one tile of logits.
+    Memory: O(B T N (H + V)) plus one tile of logits; maxima B N T S / (p_q p_kv) floats on their way, with p_q and p_kv
+      the greatest common divisors of the sizes of their blocks and of the tiles.
+    Reference: Kimi Team 2025, Kimi K2, arXiv:2507.20534, section
+      2.1 (QK-Clip): what the maximum of a head is for.
     """
     op = "blockwise_attention_forward"
     _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
+    options = _with_forward_options(op, options, skip_softmax_threshold, block_maxima)
     _check_sinks(op, sinks, q)
     dropout = _checked_dropout(op, dropout, q)
     if carry is not None and sinks is not None:
@@ -141,7 +167,7 @@ def blockwise_attention_forward(
         B, T, N, V = *q.shape[:3], v.shape[3]
         expected = {"max": (B, N, T), "sum": (B, N, T)} | ({} if carry.acc is None else {"acc": (B, T, N, V)})
         _check_float32(op, "carry.{}", {name: getattr(carry, name) for name in expected}, expected)
-    return dispatch.run(
+    result = dispatch.run(
         op,
         FORWARD,
         implementation,
@@ -155,6 +181,11 @@ def blockwise_attention_forward(
         options=options,
         dropout=dropout,
     )
+    if block_maxima is None:
+        return result
+    result, maxima = result
+    maxima = jax.lax.stop_gradient(maxima)
+    return (result, maxima) if return_carry else (*result, maxima)
 
 
 def blockwise_attention_backward(
@@ -300,11 +331,21 @@ def ring_kernels(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attention(options: Options, implementation, return_lse: bool, q, k, v, tokens, schedule, sinks, dropout):
-    return _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)[0]
+    return _attend(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)[0]
 
 
 def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout):
-    out, lse = dispatch.run(
+    if options.skip_softmax_threshold:
+        raise NotImplementedError(
+            f"blockwise_attention: skip_softmax_threshold={options.skip_softmax_threshold} is differentiated: "
+            "the backward pass does not know which tiles were left out; pass 0 where you train"
+        )
+    return _attend(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)
+
+
+def _attend(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout):
+    """What is returned, and what the backward pass needs."""
+    result = dispatch.run(
         "blockwise_attention_forward",
         FORWARD,
         implementation,
@@ -318,14 +359,17 @@ def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedul
         options=options,
         dropout=dropout,
     )
+    (out, lse), *maxima = (result,) if options.block_maxima is None else result
     out, lse = as_attention((out, lse))
-    return (out, lse) if return_lse else out, (q, k, v, out, lse, tokens, schedule, sinks, dropout)
+    returned = out, *((lse,) if return_lse else ()), *maxima
+    return returned if len(returned) > 1 else out, (q, k, v, out, lse, tokens, schedule, sinks, dropout)
 
 
 def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
     q, k, v, out, lse, tokens, schedule, sinks, dropout = residuals
     # An lse that was not returned has no cotangent: None says so to implementations that could not take one.
-    dout, dlse = cotangents if return_lse else (cotangents, None)
+    cotangents = cotangents if return_lse or options.block_maxima is not None else (cotangents,)
+    dout, dlse = cotangents[0], cotangents[1] if return_lse else None
     gradients = dispatch.run(
         "blockwise_attention_backward",
         BACKWARD,
@@ -340,7 +384,7 @@ def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
         tokens=tokens,
         schedule=schedule,
         accumulate=(None, None, None),
-        options=options,
+        options=dataclasses.replace(options, block_maxima=None),
         dropout=dropout,
     )
     dsinks = None if sinks is None else sinks_gradient(sinks, out, lse, dout, dlse).astype(sinks.dtype)
@@ -436,6 +480,21 @@ def _options(
         block_sizes=block_sizes,
         deterministic=deterministic,
     )
+
+
+def _with_forward_options(op: str, options: Options, skip_softmax_threshold, block_maxima) -> Options:
+    """With what the forward pass alone has."""
+    if not 0 <= skip_softmax_threshold < 1:
+        raise ValueError(
+            f"{op}: skip_softmax_threshold={skip_softmax_threshold}, wanted a share of the greatest probability in "
+            "[0, 1), such as 1e-3; 0 leaves out nothing"
+        )
+    if not (block_maxima is None or isinstance(block_maxima, BlockSizes)):
+        raise ValueError(
+            f"{op}: block_maxima={block_maxima!r}, wanted None or tokens of a block, such as "
+            "BlockSizes(block_q=128, block_kv=128)"
+        )
+    return dataclasses.replace(options, skip_softmax_threshold=float(skip_softmax_threshold), block_maxima=block_maxima)
 
 
 def _check_float32(op: str, name_format: str, arrays: Mapping, expected: Mapping) -> None:

@@ -35,6 +35,8 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options,
     _check_schedule(schedule)
     if carry is not None or return_carry:
         _refuse("it takes and returns no running softmax (carry, return_carry, sinks)")
+    if (refusal := options.refusal_of_skipping_and_maxima()) is not None:
+        _refuse(refusal)
     settings = _settings(q, k, v, tokens, dropout, options)
     out, lse = _call("_dot_product_attention_fwd", query=q, key=k, value=v, **_unused(q), **settings)
     return out, lse

@@ -16,6 +16,9 @@ class Options:
       logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
       block_sizes: Tokens a block holds; None lets the implementation choose.
       deterministic: Whether gradients must come out the same, bit by bit, each time.
+      skip_softmax_threshold: Tiles may be left out of which no probability is as much as this, before it is divided by
+        the sum; 0 for none.
+      block_maxima: Tokens of the blocks whose greatest logits are returned beside the result; None for none.
     """
 
     mask: Mask
@@ -23,3 +26,11 @@ class Options:
     logits_soft_cap: float | None
     block_sizes: BlockSizes | None
     deterministic: bool
+    skip_softmax_threshold: float = 0.0
+    block_maxima: BlockSizes | None = None
+
+    def refusal_of_skipping_and_maxima(self) -> str | None:
+        """Why an implementation that has neither cannot serve the call; None where it is asked for neither."""
+        if self.skip_softmax_threshold:
+            return "it leaves out no tiles (skip_softmax_threshold)"
+        return None if self.block_maxima is None else "it returns no maxima of blocks (block_maxima)"

@@ -53,6 +53,8 @@ def forward(
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
     _check_call(q, v, options)
+    if (refusal := options.refusal_of_skipping_and_maxima()) is not None:
+        refuse(refusal)
     tokens = tokens or Tokens()
     # A head dim that has to be filled up would have the keys copied.
     is_whole = q.shape[3] == v.shape[3] and q.shape[3] in decode.BLOCK

@@ -46,6 +46,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a TPU."""
     check_call(q, v, dropout, schedule)
+    if (refusal := options.refusal_of_skipping_and_maxima()) is not None:
+        _refuse(refusal)
     call = Call(q, k, v, tokens or Tokens(), schedule, options)
     block_q, block_kv = call.config.block_q, call.config.block_kv
     inputs = forward_kernel.Inputs(

@@ -6,28 +6,39 @@
   with dropout:  out = (P Z) v;  dV = (P Z)^T dO;  dS = P ((dO v^T) Z - rowsum(dO out) + dlse)
   with blocks that were chosen:  S = -inf in all others
   with sinks, one for each query head:  lse = log(exp(sink) + sum_s exp(S))
+  with a threshold (skip_softmax_threshold), tile by tile, blocks of keys in ascending order:  S = -inf in a tile where
+    max of the tile's S - max of S in the tiles before < log threshold  for each of its queries
 
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, section 3.1; the dlse term follows from d lse / d S = P,
-and the rowsum with dropout from out being (P Z) v. Sinks: Agarwal et al. 2025, gpt-oss, arXiv:2508.10925.
+and the rowsum with dropout from out being (P Z) v. Sinks: Agarwal et al. 2025, gpt-oss, arXiv:2508.10925. Threshold:
+Yuan et al. 2025, BLASST, arXiv:2512.12087, Algorithm 1.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, delta_of, finite_max
+from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, delta_of, finite_max, pooled_max
 from pallas_kernels.schedule import Schedule
 
 # GPUs and TPUs would otherwise multiply float32 in TF32 and bfloat16.
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
+SKIPPED_TILE = BlockSizes(block_q=64, block_kv=128)
+"""What a threshold leaves out at a time, unless block sizes are asked for."""
+
 
 def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
     """The reference of `blockwise_attention_forward`; needs no schedule, but one of chosen blocks is a mask too."""
     s, _ = _logits(q, k, tokens, options, schedule)
+    maxima = None if options.block_maxima is None else _block_maxima(s, options.block_maxima)
+    if options.skip_softmax_threshold:
+        s = _without_negligible_tiles(s, options)
     row_max = jnp.max(s, axis=-1)
     if carry is not None:
         row_max = jnp.maximum(row_max, carry.max)
@@ -40,7 +51,8 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options,
         row_sum += rescale * carry.sum
         acc += rescale.transpose(0, 2, 1)[..., None] * carry.acc
     result = SoftmaxCarry(max=row_max, sum=row_sum, acc=acc)
-    return result if return_carry else result.finalize(q.dtype)
+    result = result if return_carry else result.finalize(q.dtype)
+    return result if maxima is None else (result, maxima)
 
 
 def forward_with_sinks(q, k, v, sinks, *, tokens, schedule, options: Options, dropout: Dropout | None = None):
@@ -87,6 +99,22 @@ def _logits(q, k, tokens, options: Options, schedule: Schedule | None) -> tuple[
         chosen = jnp.repeat(schedule.visited(), N // schedule.num_lists, axis=1)
         allowed &= chosen[:, :, rows[:, None], columns]
     return jnp.where(allowed, s, MASK_VALUE), slope
+
+
+def _block_maxima(s_BNTS, sizes: BlockSizes) -> jax.Array:
+    return pooled_max(s_BNTS, *dataclasses.astuple(sizes.fit(*s_BNTS.shape[2:])))
+
+
+def _without_negligible_tiles(s_BNTS, options: Options) -> jax.Array:
+    """The logits, -inf in tiles that the threshold leaves out."""
+    block_q, block_kv = dataclasses.astuple((options.block_sizes or SKIPPED_TILE).fit(*s_BNTS.shape[2:]))
+    greatest = pooled_max(s_BNTS, 1, block_kv)
+    seen = jax.lax.cummax(greatest, axis=3)
+    seen = jnp.concatenate([jnp.full_like(seen[..., :1], -jnp.inf), seen[..., :-1]], axis=3)
+    is_negligible = (greatest == -jnp.inf) | (greatest < seen + jnp.log(options.skip_softmax_threshold))
+    counts = pooled_max(jnp.where(is_negligible, 0.0, 1.0), block_q, 1) > 0
+    rows, columns = (jnp.arange(n) // block for n, block in zip(s_BNTS.shape[2:], (block_q, block_kv), strict=True))
+    return jnp.where(counts[:, :, rows[:, None], columns], s_BNTS, MASK_VALUE)
 
 
 def _dropped(x_BNTS, tokens, dropout: Dropout | None):

@@ -11,18 +11,20 @@ FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2.
 Shapes here: n blocks, b batch, k kv heads, g query heads of a kv head, q and s tokens of a block, h and v head dims.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sizes import XLA_TILES
+from pallas_kernels.block_sizes import XLA_TILES, BlockSizes
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.blockwise.xla_lists import Lists, OneList
 from pallas_kernels.dropout import Dropout, key_words
-from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, delta_of, finite_max
+from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, delta_of, finite_max, pooled_max
 from pallas_kernels.schedule import Schedule, make_schedule, merged_walk
 from pallas_kernels.tokens import TokenAxis, Tokens
 
@@ -38,26 +40,35 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options,
     if carry is None:
         carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
     state = (tiles.split_rows(carry.max, -jnp.inf), tiles.split_rows(carry.sum), tiles.split_q(carry.acc))
+    maxima = _Maxima.of(tiles, options)
 
     def one_q_block(xs):
         i, q_i, state = xs
         dropped = tiles.dropping(i)
 
         def visit(j, state):
-            row_max, row_sum, acc = state
+            (row_max, row_sum, acc), (top, of_blocks) = state
             s, _ = tiles.logits(i, j, q_i, k_blocks[j])
+            if maxima is not None:
+                of_blocks = maxima.noted(of_blocks, i, j, s)
+            if options.skip_softmax_threshold:
+                s, top = tiles.without_negligible(i, s, top)
             new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
             p = jnp.exp(s - finite_max(new_max)[..., None])
             rescale = jnp.exp(row_max - finite_max(new_max))
             pv = tiles.matmul("bkgqs,bksv->bkgqv", dropped(j, p).astype(v.dtype), v_blocks[j])
-            return new_max, rescale * row_sum + jnp.sum(p, axis=-1), rescale[..., None] * acc + pv
+            carry = new_max, rescale * row_sum + jnp.sum(p, axis=-1), rescale[..., None] * acc + pv
+            return carry, (top, of_blocks)
 
-        return tiles.walk(i, visit, state)
+        top = jnp.full_like(state[0], -jnp.inf) if options.skip_softmax_threshold else None
+        carry, (_, of_blocks) = tiles.walk(i, visit, (state, (top, None if maxima is None else maxima.nothing())))
+        return carry, of_blocks
 
     q_blocks = tiles.split_q(q)
-    row_max, row_sum, acc = jax.lax.map(one_q_block, (jnp.arange(len(q_blocks)), q_blocks, state))
+    (row_max, row_sum, acc), of_blocks = jax.lax.map(one_q_block, (jnp.arange(len(q_blocks)), q_blocks, state))
     result = SoftmaxCarry(max=tiles.join_rows(row_max), sum=tiles.join_rows(row_sum), acc=tiles.join_q(acc))
-    return result if return_carry else result.finalize(q.dtype)
+    result = result if return_carry else result.finalize(q.dtype)
+    return result if maxima is None else (result, maxima.joined(of_blocks))
 
 
 def backward(
@@ -128,12 +139,16 @@ def _forward_by_lists(q, k, v, tokens, lists: Lists, carry, return_carry, option
             options=one.options(options), dropout=one.dropout(dropout),
         )  # fmt: skip
 
-    results = lists.map(attend)
-    if not return_carry:
-        return lists.joined(results[0], 2), lists.joined(results[1], 1)
-    return SoftmaxCarry(
-        max=lists.joined(results.max, 1), sum=lists.joined(results.sum, 1), acc=lists.joined(results.acc, 2)
-    )
+    results, maxima = lists.map(attend), None
+    if options.block_maxima is not None:
+        results, maxima = results
+    if return_carry:
+        result = SoftmaxCarry(
+            max=lists.joined(results.max, 1), sum=lists.joined(results.sum, 1), acc=lists.joined(results.acc, 2)
+        )
+    else:
+        result = lists.joined(results[0], 2), lists.joined(results[1], 1)
+    return result if maxima is None else (result, lists.joined(maxima, 1))
 
 
 def _backward_by_lists(arrays, tokens, lists: Lists, accumulate, options: Options, dropout):
@@ -184,6 +199,7 @@ class _Tiles:
         self.options, self.dropout = options, dropout
         self.q_len, self.kv_len = q.shape[1], k.shape[1]
         self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
+        self.batch_size = q.shape[0]
         tiles, self.start, self.stop = merged_walk(schedule, **_merges(schedule, options))
         self.block_q, self.block_kv = tiles.block_q, tiles.block_kv
         self.q_tokens = _split_tokens(tokens.queries(self.q_len), self.block_q)
@@ -223,6 +239,21 @@ class _Tiles:
             allowed &= j * self.block_kv + jnp.arange(self.block_kv) < self.kv_len
         b, n, *tile = allowed.shape
         return allowed.reshape(b, *((self.num_kv_heads, -1) if n > 1 else (1, 1)), *tile)
+
+    def without_negligible(self, i, s, top) -> tuple[jax.Array, jax.Array]:
+        """The logits of a tile, -inf for heads of which it is left out, and the greatest of each row now.
+
+        Args:
+          top: The greatest of each row in the tiles before.
+        """
+        greatest = jnp.where(self.are_queries(i), jnp.max(s, axis=-1), -jnp.inf)
+        below = greatest < top + jnp.log(self.options.skip_softmax_threshold)
+        counts = ~jnp.all((greatest == -jnp.inf) | below, axis=-1)
+        return jnp.where(counts[..., None, None], s, MASK_VALUE), jnp.maximum(top, greatest)
+
+    def are_queries(self, i) -> jax.Array:
+        """Which rows of a block of queries are there, `[q]`: the last block may be filled up."""
+        return i * self.block_q + jnp.arange(self.block_q) < self.q_len
 
     def dropping(self, i) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """A function of j and of a tile x of queries i and keys j, `[b, k, g, q, s]`, that returns x Z."""
@@ -268,6 +299,49 @@ class _Tiles:
         """The inverse of split_kv."""
         n, b, k, s, h = blocks.shape
         return blocks.transpose(1, 0, 3, 2, 4).reshape(b, n * s, k, h)[:, : self.kv_len]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Maxima:
+    """The greatest logits of blocks: noted in parts of which tiles and blocks both are made, and pooled in the end.
+
+    Attributes:
+      sizes: Tokens of a block.
+      part_q, part_kv: Tokens of a part.
+    """
+
+    tiles: _Tiles
+    sizes: BlockSizes
+    part_q: int
+    part_kv: int
+
+    @classmethod
+    def of(cls, tiles: _Tiles, options: Options) -> "_Maxima | None":
+        if options.block_maxima is None:
+            return None
+        sizes = options.block_maxima.fit(tiles.q_len, tiles.kv_len)
+        part_q, part_kv = math.gcd(tiles.block_q, sizes.block_q), math.gcd(tiles.block_kv, sizes.block_kv)
+        return cls(tiles=tiles, sizes=sizes, part_q=part_q, part_kv=part_kv)
+
+    def nothing(self) -> jax.Array:
+        """Of a block of queries before any key: `[b, k, g, parts of queries, parts of keys]`."""
+        tiles = self.tiles
+        heads = tiles.batch_size, tiles.num_kv_heads, tiles.num_heads // tiles.num_kv_heads
+        num_columns = -(-tiles.kv_len // tiles.block_kv) * (tiles.block_kv // self.part_kv)
+        return jnp.full((*heads, tiles.block_q // self.part_q, num_columns), -jnp.inf, jnp.float32)
+
+    def noted(self, of_blocks, i, j, s) -> jax.Array:
+        """With the logits of a tile."""
+        s = jnp.where(self.tiles.are_queries(i)[:, None], s, -jnp.inf)
+        parts = pooled_max(s, self.part_q, self.part_kv)
+        return jax.lax.dynamic_update_slice_in_dim(of_blocks, parts, j * parts.shape[-1], axis=-1)
+
+    def joined(self, of_blocks) -> jax.Array:
+        """Of all blocks of queries, `[n, b, k, g, parts, parts]`, as `[B, N, T / block_q, S / block_kv]`."""
+        n, b, k, g, rows, columns = of_blocks.shape
+        x = of_blocks.transpose(1, 2, 3, 0, 4, 5).reshape(b, k * g, n * rows, columns)
+        x = x[:, :, : -(-self.tiles.q_len // self.part_q), : -(-self.tiles.kv_len // self.part_kv)]
+        return pooled_max(x, self.sizes.block_q // self.part_q, self.sizes.block_kv // self.part_kv)
 
 
 def _split(x, block: int, *, axis: int, fill: float = 0.0) -> jax.Array:
