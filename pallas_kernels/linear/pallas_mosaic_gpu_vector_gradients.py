@@ -3,9 +3,9 @@ from the states before and their cotangents after each chunk. See prepared.py fo
 
 Grid: a warpgroup for 64 columns of the keys of a chunk of a head, which do not need the others; two fit on a
 multiprocessor, of which one loads while the other computes. Everything is in tiles of 64 x 64. Decays between tokens
-are made by the tensor cores too: what a level adds up of log decays is a matrix of zeros and ones times those, which are
-in shared memory as sums of two numbers of 16 bits, so that their sums are off by less than 2^-16 of themselves. The sums
-of derivatives from a token on, where terms cancel, are products of three such parts, which is all of float32."""
+are made by the tensor cores too: what a level adds up of log decays is a matrix of zeros and ones times those, which
+are in shared memory as sums of two numbers of 16 bits, so that their sums are off by less than 2^-16 of themselves. The
+sums of derivatives from a token on, where terms cancel, are products of three such parts, all of float32."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,14 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
-from pallas_kernels.linear.pallas_mosaic_gpu_tiles import matmul, spread
+from pallas_kernels.linear.pallas_mosaic_gpu_tiles import FLOAT_TRANSFORMS, matmul, spread
 from pallas_kernels.linear.prepared import LEVELS
 from pallas_kernels.mosaic_gpu import do_not_unroll
-from pallas_kernels.wgmma import MATRIX, ROW, TILE_ROWS, TRANSFORMS
+from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
-_FLOAT_TRANSFORMS = plgpu.TilingTransform((TILE_ROWS, 32)), plgpu.SwizzleTransform(128)
 
 
 class Inputs(NamedTuple):
@@ -94,7 +93,7 @@ def gradients(inputs: Inputs, *, num_heads: int, scale: float, interpret) -> Out
         k=tiles(),
         v=tiles(values),
         dout=tiles(values),
-        decay=plgpu.SMEM((CHUNK, CHUNK), jnp.float32, transforms=_FLOAT_TRANSFORMS),
+        decay=plgpu.SMEM((CHUNK, CHUNK), jnp.float32, transforms=FLOAT_TRANSFORMS),
         states=tiles(values),
         dstates=tiles(values),
         at_end=plgpu.SMEM((CHUNK,), jnp.float32),
