@@ -194,9 +194,9 @@ def _delta_gradients(
     ddecay = None
     if with_decay:
         of_chunks = (*chunks.keeps.shape, CHUNK)
-        dlog, to_end = (
-            jnp.sum(x[: sides[1]], axis=0).reshape(of_chunks) for x in (outputs.dlog, outputs.to_end)
-        )  # fmt: skip
+        dlog, to_end = (jnp.sum(x[: sides[1]], axis=0) for x in (outputs.dlog, outputs.to_end))
+        dlog += jnp.sum(outputs.reading - outputs.read, axis=0)
+        dlog, to_end = dlog.reshape(of_chunks), to_end.reshape(of_chunks)
         kept = jnp.sum(outputs.kept[: sides[1]], axis=(0, 4))
         at_end = jnp.sum(to_end, axis=3) + chunks.keeps * kept
         ddecay = jax.lax.cumsum(dlog, axis=3, reverse=True) + at_end[..., None]

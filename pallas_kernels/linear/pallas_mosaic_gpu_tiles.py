@@ -7,10 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear.prepared import CHUNK
-from pallas_kernels.wgmma import MATRIX, TILE_ROWS
-
-FLOAT_TRANSFORMS = plgpu.TilingTransform((TILE_ROWS, 32)), plgpu.SwizzleTransform(128)
-"""How a tile of float32 lies in shared memory."""
+from pallas_kernels.wgmma import MATRIX
 
 
 def spread(x, dim: int, shape: tuple[int, int] = (CHUNK, CHUNK)) -> jax.Array:
