@@ -25,8 +25,8 @@ from pallas_kernels.mosaic_gpu import interpreter
 from pallas_kernels.testing import H100, assert_close, tracing_for
 
 A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
-TWO_PARTS = 260
-"""Tokens: two parts, which are whole intervals from snapshot to snapshot but for the last, and none of them empty."""
+LENGTHS = {1: 200, 2: 260}
+"""Tokens, by number of parts: all but the last are whole intervals from snapshot to snapshot, and none may be empty."""
 DIMS = [(64, 64), (64, 128), (128, 64), (128, 128)]
 BOTH = [("linear_attention_forward", "mosaic_gpu"), ("linear_attention_backward", "mosaic_gpu")]
 
@@ -79,7 +79,7 @@ def test_lowers_for_cuda(dims, kind, documents, parts, monkeypatch):
     assert jax.tree.map(like, traced.out_info) == jax.tree.map(like, (v, (q, q, v, decay)))
 
 
-def case(dims, kind, *, documents=False, length=TWO_PARTS, batch_size=1, num_heads=2, num_key_heads=1, seed=0):
+def case(dims, kind, *, documents=False, length=200, batch_size=1, num_heads=2, num_key_heads=1, seed=0):
     """Inputs and cotangents, and what they should give."""
     (H, V), rng = dims, np.random.default_rng(seed)
 
@@ -128,7 +128,7 @@ INTERPRETED = [
 @pytest.mark.parametrize(("dims", "kind", "documents", "parts"), INTERPRETED)
 def test_equals_reference_in_the_interpreter(dims, kind, documents, parts, monkeypatch):
     force_parts(monkeypatch, parts)
-    inputs, _, _, call = case(dims, kind, documents=documents)
+    inputs, _, _, call = case(dims, kind, documents=documents, length=LENGTHS[parts])
     out, state, starts = pallas_mosaic_gpu.forward(*inputs, **call, interpret=interpreter())
     want, want_state, _ = reference.forward(*as_float32(inputs), **call)
     assert starts.shape[1] == parts
@@ -140,7 +140,7 @@ def test_equals_reference_in_the_interpreter(dims, kind, documents, parts, monke
 @pytest.mark.parametrize(("dims", "kind", "documents", "parts"), INTERPRETED)
 def test_gradients_equal_the_reference_in_the_interpreter(dims, kind, documents, parts, monkeypatch):
     force_parts(monkeypatch, parts)
-    inputs, dout, dstate, call = case(dims, kind, documents=documents)
+    inputs, dout, dstate, call = case(dims, kind, documents=documents, length=LENGTHS[parts])
     gradients = pallas_mosaic_gpu.backward(*inputs, dout, dstate, starts=None, **call, interpret=interpreter())
     want = reference.backward(*as_float32((*inputs, dout)), dstate, starts=None, **call)
     for name, got, wanted in zip(("dq", "dk", "dv", "ddecay", "dbeta", "dinitial_state"), gradients, want, strict=True):
@@ -154,7 +154,7 @@ def test_gradients_equal_the_reference_in_the_interpreter(dims, kind, documents,
 def test_states_of_parts_in_the_interpreter(reverse, monkeypatch):
     """Three heads, so that a block of threads has one for the two of which it has room."""
     force_parts(monkeypatch, 2)
-    (q, k, v), dout, _, call = case((64, 64), "scalar", num_heads=3, num_key_heads=3)
+    (q, k, v), dout, _, call = case((64, 64), "scalar", num_heads=3, num_key_heads=3, length=LENGTHS[2])
     call = {name: call[name] for name in ("decay", "segment_ids", "options")}
     function, operands = ("state_cotangents", (q, dout)) if reverse else ("states", (k, v))
     parts = getattr(pallas_mosaic_gpu, function)(*operands, **call, interpret=interpreter())
@@ -183,7 +183,7 @@ def test_no_race_between_copies_and_matmuls(dims, monkeypatch, capfd):
 @pytest.mark.slow
 def test_no_race_in_the_backward_pass(monkeypatch, capfd):
     force_parts(monkeypatch, 2)
-    inputs, dout, dstate, call = case((128, 64), "scalar", documents=True, num_heads=1)
+    inputs, dout, dstate, call = case((128, 64), "scalar", documents=True, num_heads=1, length=LENGTHS[2])
     gradients = pallas_mosaic_gpu.backward(
         *inputs, dout, dstate, starts=None, **call, interpret=interpreter(detect_races=True)
     )
