@@ -8,6 +8,10 @@ shared memory, and what it reads and writes, `[64 columns, 64 tokens]`, is in it
 chunk is what takes the time, so that all that is not in it is left to a third warpgroup: what tokens read, from a copy
 of the state in 16 bits, and what goes to memory.
 
+Where there are few rows and heads the parts of a row of a delta rule are swept side by side too. Their maps come first:
+the same chain from a state of zero, and in the place of the third warpgroup, by the same keys, from the identity, of
+which a block has 64 columns.
+
 Reference: Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length,
 arXiv:2406.06484, section 3; Yang et al. 2024, Gated Linear Attention, arXiv:2312.06635, section 4.
 """
@@ -46,6 +50,8 @@ class Config:
       scale: Multiplies what is read, unless q has it.
       part_chunks: Chunks of each part but the last.
       starts: Whether to return the state before each part: the row is then one run, not several.
+      maps: Whether to return the maps of the parts of a delta rule, without the last in the direction of the sweep,
+        from which nothing goes on. Nothing else is then returned.
       snapshots: Whether to return the state before each chunk in the direction of the sweep and, of a delta rule
         forward, what is written.
       interpret: Whether to run on a CPU, in JAX's interpreter.
@@ -55,6 +61,7 @@ class Config:
     scale: float
     part_chunks: int
     starts: bool = False
+    maps: bool = False
     snapshots: bool = False
     interpret: Any = None
 
@@ -69,7 +76,7 @@ class Inputs(NamedTuple):
       reads, writes: float32 `[B, N, T']`.
       keeps: float32 `[B, N, T' / CHUNK, H]`.
       before: The state before each part in the direction of the sweep, transposed, float32 `[B, P, N, V, H]`; with
-        `Config.starts` that before the first.
+        `Config.starts` that before the first, with `Config.maps` None.
     """
 
     q: Any
@@ -90,6 +97,8 @@ class Outputs(NamedTuple):
       out: `[B, T, N, V]`; in reverse dv.
       end: The state after each part in the direction of the sweep, float32 `[B, P, N, V, H]`.
       starts: The state before each part, float32 `[B, P, N, V, H]`.
+      decays: The matrix by which a state before each part is multiplied, transposed, float32 `[B, P, N, H, H]`; with it
+        `end` is what is added.
       snapshots: 16 bits `[B, N, T' / CHUNK, V, H]`.
       written: What the delta rule writes, transposed, 16 bits `[B, N, T' / CHUNK, V, CHUNK]`.
     """
@@ -97,6 +106,7 @@ class Outputs(NamedTuple):
     out: Any
     end: Any
     starts: Any
+    decays: Any
     snapshots: Any
     written: Any
 
@@ -122,19 +132,22 @@ def sweep(inputs: Inputs, *, num_heads: int, length: int, config: Config) -> Out
     (B, T, _, V), H = inputs.v.shape, inputs.k.shape[3]
     num_chunks = -(-length // CHUNK)
     num_parts = -(-num_chunks // config.part_chunks)
-    num_runs = 1 if config.starts else num_parts
+    num_runs = 1 if config.starts else num_parts - config.maps
+    num_sides = (max(V, H) if config.maps else V) // COLUMNS
     dtype = inputs.v.dtype
     writes_values = config.snapshots and inputs.solve is not None and not config.reverse
+    reads_state = inputs.q is not None and not config.maps
     outputs = Outputs(
-        out=jax.ShapeDtypeStruct((B, T, num_heads, V), dtype) if inputs.q is not None else None,
+        out=jax.ShapeDtypeStruct((B, T, num_heads, V), dtype) if reads_state else None,
         end=jax.ShapeDtypeStruct((B, num_runs, num_heads, V, H), jnp.float32),
         starts=jax.ShapeDtypeStruct((B, num_parts, num_heads, V, H), jnp.float32) if config.starts else None,
+        decays=jax.ShapeDtypeStruct((B, num_runs, num_heads, H, H), jnp.float32) if config.maps else None,
         snapshots=jax.ShapeDtypeStruct((B, num_heads, num_chunks, V, H), dtype) if config.snapshots else None,
         written=jax.ShapeDtypeStruct((B, num_heads, num_chunks, V, CHUNK), dtype) if writes_values else None,
     )
     input_leaves, input_tree = jax.tree.flatten(inputs)
     output_leaves, output_tree = jax.tree.flatten(outputs)
-    scratch_leaves, scratch_tree = jax.tree.flatten(_scratch(inputs))
+    scratch_leaves, scratch_tree = jax.tree.flatten(_scratch(inputs, config))
 
     def body(*refs):
         refs = iter(refs)
@@ -142,12 +155,12 @@ def sweep(inputs: Inputs, *, num_heads: int, length: int, config: Config) -> Out
             jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
             for tree in (input_tree, output_tree, scratch_tree)
         )
-        _Block(config, num_heads, num_chunks, num_runs, *given).run()
+        _Block(config, num_heads, num_chunks, num_runs, num_sides, *given).run()
 
     results = plgpu.kernel(
         body,
         out_type=output_leaves,
-        grid=(B * num_runs * num_heads * (V // COLUMNS),),
+        grid=(B * num_runs * num_heads * num_sides,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
@@ -159,13 +172,13 @@ def sweep(inputs: Inputs, *, num_heads: int, length: int, config: Config) -> Out
     return jax.tree.unflatten(output_tree, results)
 
 
-def _scratch(inputs: Inputs) -> _Shared:
+def _scratch(inputs: Inputs, config: Config) -> _Shared:
     H, dtype = inputs.k.shape[3], inputs.v.dtype
     square = CHUNK * COLUMNS * dtype.itemsize
     keys, squares = (sum(x is not None for x in of) for of in ((inputs.q, inputs.k), inputs[2:5]))
     rows = [x for x in (inputs.reads, inputs.writes) if x is not None]
     of_stage = (keys * H // 64 + squares) * square + (len(rows) * CHUNK + (inputs.keeps is not None) * H) * 4
-    fixed = (_NUM_STATES * H // 64 + (inputs.q is not None)) * square
+    fixed = 0 if config.maps else (_NUM_STATES * H // 64 + (inputs.q is not None)) * square
     num_stages = min(_MOST_STAGES, (_SMEM_BYTES - fixed) // of_stage)
 
     def smem(*shape):
@@ -187,8 +200,8 @@ def _scratch(inputs: Inputs) -> _Shared:
         reads=row(inputs.reads, CHUNK),
         writes=row(inputs.writes, CHUNK),
         keeps=row(inputs.keeps, H),
-        state=smem(_NUM_STATES, COLUMNS, H),
-        out=None if inputs.q is None else smem(CHUNK, COLUMNS),
+        state=None if config.maps else smem(_NUM_STATES, COLUMNS, H),
+        out=None if inputs.q is None or config.maps else smem(CHUNK, COLUMNS),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),
     )
 
@@ -197,21 +210,21 @@ class _Block:
     """What one block of threads does."""
 
     def __init__(
-        self, config: Config, num_heads: int, num_chunks: int, num_runs: int, inputs: Inputs, outputs: Outputs,
-        shared: _Shared,
+        self, config: Config, num_heads: int, num_chunks: int, num_runs: int, num_sides: int, inputs: Inputs,
+        outputs: Outputs, shared: _Shared,
     ):  # fmt: skip
         self.config, self.num_heads = config, num_heads
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
         self.num_stages = shared.k.shape[0]
-        num_sides = inputs.v.shape[3] // COLUMNS
         number = lax.axis_index("block")
-        side, number = lax.rem(number, num_sides), lax.div(number, num_sides)
-        self.columns = pl.ds(side * COLUMNS, COLUMNS)
+        self.side, number = lax.rem(number, num_sides), lax.div(number, num_sides)
         self.head, number = lax.rem(number, num_heads), lax.div(number, num_heads)
         self.part, self.batch = lax.rem(number, num_runs), lax.div(number, num_runs)
-        chunks_of_run = num_chunks if num_runs == 1 else config.part_chunks
-        self.first_chunk = self.part * chunks_of_run
+        chunks_of_run = num_chunks if config.starts else config.part_chunks
+        first_part = self.part + (1 if config.maps and config.reverse else 0)
+        self.first_chunk = first_part * chunks_of_run
         self.num_chunks = jnp.minimum(chunks_of_run, num_chunks - self.first_chunk)
+        self.of_values = self.columns(inputs.v.shape[3])
         self.free = NAMED_BARRIERS.start
         self.ready = self.free + self.num_stages
         self.done = self.ready + _NUM_STATES
@@ -223,17 +236,27 @@ class _Block:
         @pl.when(warpgroup == _CHAIN)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            self.carry()
+            if self.config.maps:
+                self.map_part(self.outputs.end, of_values=True)
+            else:
+                self.carry()
 
         @pl.when(warpgroup == _READER)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            self.read()
+            if self.config.maps:
+                self.map_part(self.outputs.decays, of_values=False)
+            else:
+                self.read()
 
         @pl.when(warpgroup == _PRODUCER)
         def _():
             plgpu.set_max_registers(40, action="decrease")
             self.produce()
+
+    def columns(self, width: int):
+        """Those that the block has of an array of `width` columns; the last where it has fewer."""
+        return pl.ds(jnp.minimum(self.side, width // COLUMNS - 1) * COLUMNS, COLUMNS)
 
     def chunk(self, i) -> ArrayLike:
         return self.first_chunk + (self.num_chunks - 1 - i if self.config.reverse else i)
@@ -250,7 +273,7 @@ class _Block:
             sync(self.free + slot, 3 * WARPGROUP)
             for name in ("q", "k"):
                 self.copy(self.tokens(getattr(inputs, name), chunk), getattr(shared, name), slot, full)
-            self.copy(self.tokens(inputs.v, chunk, self.columns), shared.v, slot, full)
+            self.copy(self.tokens(inputs.v, chunk, self.of_values), shared.v, slot, full)
             for name in ("scores", "solve", "keeps"):
                 source = getattr(inputs, name)
                 source = None if source is None else source.at[self.batch, self.head, chunk]
@@ -297,7 +320,7 @@ class _Block:
         self.of_part(self.outputs.end)[...] = state
 
     def of_part(self, ref, part=None):
-        return ref.at[self.batch, self.part if part is None else part, self.head, self.columns]
+        return ref.at[self.batch, self.part if part is None else part, self.head, self.columns(ref.shape[3])]
 
     def put_start(self, i, state) -> None:
         @pl.when(lax.rem(i, self.config.part_chunks) == 0)
@@ -312,16 +335,23 @@ class _Block:
             plgpu.commit_smem()
             arrive(self.ready + copy, 2 * WARPGROUP)
             return self.matmul(v, k, acc=self.kept(slot, state), transpose_a=True)
-        solve = shared.solve.at[slot]
-        said, written = self.products((operand, k, False, True), (v, solve, True, True))
-        said = self.by_tokens(shared.reads, slot, said)
-        written = self.matmul((-said).astype(v.dtype), solve, acc=written, transpose_b=True)
+        written = self.written(slot, operand, v)
         plgpu.commit_smem()  # a warp may be ahead of another's matmul
         v[...] = written.astype(v.dtype)  # transposed: what readers multiply
         plgpu.commit_smem()
         arrive(self.ready + copy, 2 * WARPGROUP)
         written = self.by_tokens(shared.writes, slot, written).astype(v.dtype)
         return self.matmul(written, k, acc=self.kept(slot, state))
+
+    def written(self, slot, operand, v):
+        """What a delta rule writes of values, or of none, to a state: `[columns, tokens]`."""
+        k, solve = self.shared.k.at[slot], self.shared.solve.at[slot]
+        if v is None:
+            said, of_values = self.matmul(operand, k, transpose_b=True), None
+        else:
+            said, of_values = self.products((operand, k, False, True), (v, solve, True, True))
+        said = self.by_tokens(self.shared.reads, slot, said)
+        return self.matmul((-said).astype(operand.dtype), solve, acc=of_values, transpose_b=True)
 
     def step_back(self, slot, copy, state, operand):
         """One chunk: the cotangent of what it writes and of its values, and that of the state before it."""
@@ -332,8 +362,7 @@ class _Block:
             plgpu.commit_smem()
             arrive(self.ready + copy, 2 * WARPGROUP)
             return self.matmul(dout, q, acc=self.kept(slot, state), transpose_a=True)
-        by_state, by_out = self.products((operand, k, False, True), (dout, scores, True, False))
-        dwritten = (self.by_tokens(shared.writes, slot, by_state) + by_out).astype(dout.dtype)
+        dwritten = self.dwritten(slot, operand, dout)
         plgpu.commit_smem()  # a warp may be ahead of another's matmul
         scores[...] = dwritten  # nobody reads it again
         plgpu.commit_smem()
@@ -342,6 +371,64 @@ class _Block:
         state = self.matmul((-dsaid).astype(dout.dtype), k, acc=self.kept(slot, state))
         sync(self.scaled, 2 * WARPGROUP)
         return self.matmul(dout, q, acc=state, transpose_a=True)
+
+    def dwritten(self, slot, operand, dout):
+        """The cotangent of what a delta rule writes, given that of the state after the chunk and of out, or of none:
+        `[columns, tokens]`, 16 bits."""
+        k, scores = self.shared.k.at[slot], self.shared.scores.at[slot]
+        if dout is None:
+            by_state, by_out = self.matmul(operand, k, transpose_b=True), 0.0
+        else:
+            by_state, by_out = self.products((operand, k, False, True), (dout, scores, True, False))
+        return (self.by_tokens(self.shared.writes, slot, by_state) + by_out).astype(operand.dtype)
+
+    def map_part(self, target, *, of_values: bool) -> None:
+        """What a part makes of a state of zero or, not `of_values`, of the identity."""
+        for stage in range(self.num_stages):
+            arrive(self.free + stage, 3 * WARPGROUP)
+        step = self.map_back if self.config.reverse else self.map
+        width = self.inputs.k.shape[3]
+        if of_values:
+            state = plgpu.layout_cast(jnp.zeros((COLUMNS, width), jnp.float32), MATRIX)
+        else:
+            row, column = (plgpu.broadcasted_iota(jnp.int32, (COLUMNS, width), i, layout=MATRIX) for i in (0, 1))
+            state = jnp.where(row + self.side * COLUMNS == column, 1.0, 0.0)
+
+        def one(i, state):
+            slot = lax.rem(i, self.num_stages)
+            plgpu.barrier_wait(self.shared.full.at[slot])
+            state = step(slot, state, self.shared.v.at[slot] if of_values else None)
+            arrive(self.free + slot, 3 * WARPGROUP)
+            return state
+
+        state = lax.fori_loop(0, self.num_chunks, one, state)
+
+        @pl.when(self.side < target.shape[3] // COLUMNS)
+        def _():
+            self.of_part(target)[...] = state
+
+    def map(self, slot, state, v):
+        """The state after a chunk, of its values or of none."""
+        operand = state.astype(self.inputs.k.dtype)
+        written = self.by_tokens(self.shared.writes, slot, self.written(slot, operand, v)).astype(operand.dtype)
+        return self.matmul(written, self.shared.k.at[slot], acc=self.kept(slot, state))
+
+    def map_back(self, slot, state, dout):
+        """The cotangent of the state before a chunk, of that of its outputs or of none."""
+        shared = self.shared
+        dwritten = self.dwritten(slot, state.astype(self.inputs.k.dtype), dout)
+        if dout is not None:
+            plgpu.commit_smem()  # a warp may be ahead of another's matmul
+            self.scale_dout(slot)
+        dsaid = self.by_tokens(shared.reads, slot, self.matmul(dwritten, shared.solve.at[slot]))
+        state = self.matmul((-dsaid).astype(dwritten.dtype), shared.k.at[slot], acc=self.kept(slot, state))
+        return state if dout is None else self.matmul(dout, shared.q.at[slot], acc=state, transpose_a=True)
+
+    def scale_dout(self, slot) -> None:
+        """By what its tokens read of the state with."""
+        dout = self.shared.v.at[slot]
+        dout[...] = self.by_readers(slot, plgpu.load(dout, layout=MATRIX).astype(jnp.float32)).astype(dout.dtype)
+        plgpu.commit_smem()
 
     def kept(self, slot, state):
         """What is left of the state after a chunk."""
@@ -370,10 +457,10 @@ class _Block:
             plgpu.barrier_wait(self.shared.full.at[slot])
             sync(self.ready + copy, 2 * WARPGROUP)
             if self.outputs.snapshots is not None:
-                target = self.outputs.snapshots.at[self.batch, self.head, chunk, self.columns]
+                target = self.outputs.snapshots.at[self.batch, self.head, chunk, self.of_values]
                 plgpu.copy_smem_to_gmem(self.shared.state.at[copy], target)
             if self.outputs.written is not None:
-                target = self.outputs.written.at[self.batch, self.head, chunk, self.columns]
+                target = self.outputs.written.at[self.batch, self.head, chunk, self.of_values]
                 plgpu.copy_smem_to_gmem(self.shared.v.at[slot], target)
             if self.inputs.q is not None:
                 out = self.read_chunk_back(slot, copy) if self.config.reverse else self.read_chunk(slot, copy)
@@ -383,7 +470,7 @@ class _Block:
             if self.inputs.q is not None:
                 self.shared.out[...] = out.astype(self.shared.out.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(self.shared.out, self.tokens(self.outputs.out, chunk, self.columns))
+                plgpu.copy_smem_to_gmem(self.shared.out, self.tokens(self.outputs.out, chunk, self.of_values))
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -402,8 +489,7 @@ class _Block:
         if shared.solve is None:
             dv = self.matmul(shared.scores.at[slot], dout, transpose_a=True)
             return self.matmul(shared.k.at[slot], shared.state.at[copy], acc=dv, transpose_b=True)
-        dout[...] = self.by_readers(slot, plgpu.load(dout, layout=MATRIX).astype(jnp.float32)).astype(dout.dtype)
-        plgpu.commit_smem()
+        self.scale_dout(slot)
         arrive(self.scaled, 2 * WARPGROUP)
         return self.matmul(shared.solve.at[slot], shared.scores.at[slot], transpose_a=True, transpose_b=True)
 

@@ -2,8 +2,8 @@
 decay is made of, from the states before and their cotangents after each chunk. See prepared.py for the maths.
 
 Grid: two warpgroups for a chunk of a head, each with 64 columns of the keys and 64 of the values. Everything is in
-tiles of 64 x 64, in shared memory as it comes from memory. What tokens are to each other, `[64, 64]`, both have, in
-registers, the one way round and the other, so that each is the left operand of a matmul as it is."""
+tiles of 64 x 64, in shared memory as it comes from memory. What tokens are to each other, `[64, 64]`, goes there too,
+by the first warpgroup what queries read, by the second what keys do; then both multiply with both, either way round."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
 from pallas_kernels.linear.pallas_mosaic_gpu_tiles import matmul, spread
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, sync
 from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -55,8 +56,9 @@ class Outputs(NamedTuple):
     Attributes:
       dq, dk: 16 bits `[B, T, N, H]`.
       dbeta: float32 `[sides, B, N, T']`.
-      dlog: The derivative by the log decay up to a token, less `to_end`, float32 `[sides, B, N, T']`; None where it is
-        not asked for.
+      dlog: The derivative by the log decay up to a token, but for what tokens are to each other and less `to_end`,
+        float32 `[sides, B, N, T']`; None where it is not asked for.
+      reading, read: That derivative of what tokens read of others, and its negative of what others read of them.
       to_end: The same of what a token writes, which has the decay from there to the chunk's end.
       kept: State times cotangent of the state, float32 `[sides, B, N, n, 64]`, to be summed.
     """
@@ -65,21 +67,24 @@ class Outputs(NamedTuple):
     dk: Any
     dbeta: Any
     dlog: Any
+    reading: Any
+    read: Any
     to_end: Any
     kept: Any
 
 
 class _Shared(NamedTuple):
-    """Shared memory: tiles `[64, 64]`, and the barrier that says when they are full."""
+    """Shared memory: tiles `[64, 64]`, and the barrier that says when they are full. Those of q come before those of k,
+    those of dout before those of dv. `among` is scores and, negative, the system; `damong` are their cotangents."""
 
-    q: Any
-    k: Any
+    keys: Any
+    values: Any
     v: Any
-    dout: Any
-    dv: Any
     written: Any
     states: Any
     dstates: Any
+    among: Any
+    damong: Any
     out: Any
     full: Any
 
@@ -93,6 +98,8 @@ def gradients(inputs: Inputs, *, num_heads: int, scale: float, with_decay: bool,
         dk=jax.ShapeDtypeStruct((B, T, N, H), dtype),
         dbeta=of_tokens,
         dlog=of_tokens if with_decay else None,
+        reading=of_tokens if with_decay else None,
+        read=of_tokens if with_decay else None,
         to_end=of_tokens if with_decay else None,
         kept=jax.ShapeDtypeStruct((_SIDES, B, N, num_chunks, CHUNK), jnp.float32) if with_decay else None,
     )
@@ -102,14 +109,14 @@ def gradients(inputs: Inputs, *, num_heads: int, scale: float, with_decay: bool,
 
     keys, values = H // CHUNK, V // CHUNK
     shared = _Shared(
-        q=tiles(keys),
-        k=tiles(keys),
+        keys=tiles(2 * keys),
+        values=tiles(2 * values),
         v=tiles(values),
-        dout=tiles(values),
-        dv=tiles(values),
         written=tiles(values),
         states=tiles(values * keys),
         dstates=tiles(values * keys),
+        among=tiles(_SIDES),
+        damong=tiles(_SIDES),
         out=tiles(_SIDES),
         full=plgpu.Barrier(num_arrivals=2 * keys + 4 * values + 2 * keys * values),
     )
@@ -147,21 +154,29 @@ class _Chunk:
         self.head, number = lax.rem(number, num_heads), lax.div(number, num_heads)
         self.chunk, self.batch = lax.rem(number, num_chunks), lax.div(number, num_chunks)
         self.num_heads, self.side = num_heads, lax.axis_index("warpgroup")
-        self.keys, self.values = shared.q.shape[0], shared.v.shape[0]
+        self.keys, self.values = shared.keys.shape[0] // 2, shared.v.shape[0]
         self.tokens = pl.ds(self.chunk * CHUNK, CHUNK)
 
     def run(self) -> None:
         pl.when(self.side == 0)(self.load)
         plgpu.barrier_wait(self.shared.full)
-        self.factors()
-        pl.when(self.side < self.values)(self.strengths)
-        pl.when(self.side < self.keys)(self.queries_and_keys)
+        self.of_each_other()
+        for num, gradients_of_side in ((self.values, self.strengths), (self.keys, self.queries_and_keys)):
+            if num == _SIDES:
+                gradients_of_side()
+            else:
+                pl.when(self.side < num)(gradients_of_side)
         plgpu.wait_smem_to_gmem(0)
 
     def load(self) -> None:
         shared, of_head = self.shared, (self.batch, self.head, self.chunk)
-        for name in ("k", "q", "dout", "v", "dv"):
-            source, target = getattr(self.inputs, name), getattr(shared, name)
+        of_keys, of_values = (
+            [x.at[pl.ds(i * num, num)] for i in (0, 1)]
+            for x, num in ((shared.keys, self.keys), (shared.values, self.values))
+        )
+        targets = {"q": of_keys[0], "k": of_keys[1], "dout": of_values[0], "dv": of_values[1], "v": shared.v}
+        for name, target in targets.items():
+            source = getattr(self.inputs, name)
             head = lax.div(self.head, self.num_heads // source.shape[2])
             for i in range(target.shape[0]):
                 columns = source.at[self.batch, self.tokens, head, pl.ds(i * CHUNK, CHUNK)]
@@ -176,24 +191,41 @@ class _Chunk:
 
     # What tokens are to each other.
 
-    def factors(self) -> None:
-        """Decays between tokens, and which see which: readers in rows, and transposed."""
-        row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
+    def of_each_other(self) -> None:
+        """Scores and their cotangent, or the same of the system; readers in rows."""
+        shared, side, outputs = self.shared, self.side, self.outputs
         log_row, document_row = self.of_tokens(ROW)
         # Between two reads of the same in two layouts, which the compiler takes for one.
-        self.among = self.matmul(self.along(self.keys, self.shared.k, self.shared.k, transpose_b=True))
+        among = [(self.key(side, i), self.key(1, i), False, True) for i in range(self.keys)]
+        among = self.matmul(among)
         log_column, document_column = self.of_tokens(_COLUMN)
-        same = None
+        damong = self.matmul([(self.value(side, i), shared.written.at[i], False, False) for i in range(self.values)])
+        row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
+        seen = row > column - (side == 0).astype(jnp.int32)  # a score is also of a token with itself
         if document_row is not None:
             rows = spread(document_row, 0)
-            same = (rows == spread(document_column, 1)) & (rows >= 0)
-        self.before, self.after, self.itself = (
-            x if same is None else x & same for x in (row > column, row < column, row == column)
-        )
-        self.decay = self.decay_back = None
+            seen &= (rows == spread(document_column, 1)) & (rows >= 0)
+        decay = jnp.where(seen, jnp.where(side == 0, self.scale, -1.0), 0.0)
         if log_row is not None:
-            apart = spread(log_row, 0) - spread(log_column, 1)
-            self.decay, self.decay_back = jnp.exp2(apart), jnp.exp2(-apart)
+            decay = decay * jnp.exp2(jnp.where(seen, spread(log_row, 0) - spread(log_column, 1), 0.0))
+        among = among * decay
+        for target, x in ((shared.among, among), (shared.damong, decay * damong)):
+            target.at[side][...] = x.astype(target.dtype)
+        plgpu.commit_smem()
+        both = NAMED_BARRIERS.start, _SIDES * WARPGROUP
+        if outputs.dlog is None:
+            sync(*both)
+            return
+        dlog = jnp.where(row == column, 0.0, among * damong)
+        self.of_side(outputs.reading)[...] = dlog.sum(axis=1)
+
+        def put() -> None:
+            self.of_side(outputs.read)[...] = dlog.sum(axis=0)
+
+        # One warpgroup after the other: a sum over warps goes through memory that the compiler has but once.
+        for i in range(_SIDES):
+            pl.when(side == i)(put)
+            sync(*both)
 
     def of_tokens(self, layout):
         """Log decay (base 2) and document of the chunk's tokens."""
@@ -206,35 +238,32 @@ class _Chunk:
             document = plgpu.load(at, layout=layout, optimized=False)
         return cumulative, document
 
-    def seen(self, x, *, back: bool = False, strict: bool = False):
-        """x[i, j], decayed, where i comes after j or, `back`, before it; unless `strict` also where it is j."""
-        decay, seen = (self.decay_back, self.after) if back else (self.decay, self.before)
-        x = x if decay is None else x * decay
-        return jnp.where(seen if strict else seen | self.itself, x, 0.0)
+    def key(self, which, i):
+        """Columns of the queries, 0, or the keys, 1."""
+        return self.shared.keys.at[which * self.keys + i]
+
+    def value(self, which, i):
+        """Columns of dout, 0, or dv, 1."""
+        return self.shared.values.at[which * self.values + i]
 
     # The values' columns.
 
     def strengths(self) -> None:
         """dbeta."""
         shared, side = self.shared, self.side
-        dtype = shared.q.dtype
-        v, dout, dv, written = (x.at[side] for x in (shared.v, shared.dout, shared.dv, shared.written))
-        dwritten = self.matmul(self.state(shared.dstates))
-        dwritten = self.by_tokens(self.inputs.writes, dwritten)
-        read = self.matmul(self.along(self.keys, shared.k, shared.q, transpose_b=True)) * self.scale
-        dwritten = self.matmul([(self.seen(read, back=True).astype(dtype), dout, False, False)], acc=dwritten)
-        told = (-self.seen(self.among, back=True, strict=True)).astype(dtype)
-        dwritten = self.matmul([(told, dv, False, False)], acc=dwritten)
+        v, dout, dv, written = shared.v.at[side], self.value(0, side), self.value(1, side), shared.written.at[side]
+        scores, system = (shared.among.at[i] for i in (0, 1))
+        dwritten = self.by_tokens(self.inputs.writes, self.matmul(self.state(shared.dstates)))
+        dwritten += self.matmul([(scores, dout, True, False), (system, dv, True, False)])
         error = plgpu.load(v, layout=MATRIX).astype(jnp.float32)
-        error = error - self.by_tokens(self.inputs.reads, self.matmul(self.state(shared.states)))
-        told = (-self.seen(self.among, strict=True)).astype(dtype)
-        error = self.matmul([(told, written, False, True)], acc=error)
+        error -= self.by_tokens(self.inputs.reads, self.matmul(self.state(shared.states)))
+        error += self.matmul([(system, written, False, True)])
         self.of_side(self.outputs.dbeta)[...] = (dwritten * error).sum(axis=1)
 
     def state(self, states):
         """k times the columns of a state."""
         return [
-            (self.shared.k.at[j], states.at[self.side * self.keys + j], False, True) for j in range(self.keys)
+            (self.key(1, j), states.at[self.side * self.keys + j], False, True) for j in range(self.keys)
         ]  # fmt: skip
 
     # The keys' columns.
@@ -242,33 +271,16 @@ class _Chunk:
     def queries_and_keys(self) -> None:
         """dq, dk and the derivative by the log decays."""
         shared, side, outputs = self.shared, self.side, self.outputs
-        dtype, with_decay = shared.q.dtype, outputs.dlog is not None
-        q, k = shared.q.at[side], shared.k.at[side]
-        dscores = self.matmul(self.along(self.values, shared.dout, shared.written)) * self.scale
-        dscores = self.seen(dscores)
-        damong = -self.seen(self.matmul(self.along(self.values, shared.dv, shared.written)), strict=True)
-        transposed = {"transpose_a": True, "transpose_b": True}
-        dscores_back = self.matmul(self.along(self.values, shared.written, shared.dout, **transposed)) * self.scale
-        dscores_back = self.seen(dscores_back, back=True)
-        damong_back = self.matmul(self.along(self.values, shared.written, shared.dv, **transposed))
-        damong_back = -self.seen(damong_back, back=True, strict=True)
-        dlog = None
-        if with_decay:
-            dlog = (self.among * (damong - damong_back)).sum(axis=1)
-            products = self.matmul(self.along(self.keys, shared.q, shared.k, transpose_b=True))
-            dlog += jnp.where(self.itself, 0.0, products * dscores).sum(axis=1)
-            products = self.matmul(self.along(self.keys, shared.k, shared.q, transpose_b=True))
-            dlog -= jnp.where(self.itself, 0.0, products * dscores_back).sum(axis=1)
-            dlog = dlog * (side == 0).astype(jnp.float32)  # both have it
-        dscores, dscores_back = dscores.astype(dtype), dscores_back.astype(dtype)
-        damong = (damong + damong_back).astype(dtype)
-        dq = self.by_tokens(self.inputs.reads, self.matmul(self.from_state(shared.dout, shared.states)) * self.scale)
-        if with_decay:
-            dlog += self.dots(q, dq)
-        self.write(outputs.dq, self.matmul([(dscores, k, False, False)], acc=dq))
-        said = self.by_tokens(self.inputs.reads, -self.matmul(self.from_state(shared.dv, shared.states)))
-        to_state = self.matmul(self.from_state(shared.written, shared.dstates, transpose_a=True))
-        to_state = self.by_tokens(self.inputs.writes, to_state)
+        q, k, with_decay = self.key(0, side), self.key(1, side), outputs.dlog is not None
+        dscores, dsystem = (shared.damong.at[i] for i in (0, 1))
+        dq = self.by_tokens(self.inputs.reads, self.matmul(self.from_state(0, shared.states)) * self.scale)
+        dlog = self.dots(q, dq) if with_decay else None
+        self.write(outputs.dq, dq + self.matmul([(dscores, k, False, False)]))
+        said = self.by_tokens(self.inputs.reads, -self.matmul(self.from_state(1, shared.states)))
+        written = [
+            (shared.written.at[i], shared.dstates.at[i * self.keys + side], True, False) for i in range(self.values)
+        ]  # fmt: skip
+        to_state = self.by_tokens(self.inputs.writes, self.matmul(written))
         if with_decay:
             to_end = self.dots(k, to_state)
             self.of_side(outputs.to_end)[...] = to_end
@@ -279,13 +291,13 @@ class _Chunk:
                 state, dstate = (plgpu.load(x, layout=MATRIX).astype(jnp.float32) for x in both)
                 kept = state * dstate if kept is None else kept + state * dstate
             outputs.kept.at[side, self.batch, self.head, self.chunk][...] = kept.sum(axis=1)
-        dk = self.matmul([(dscores_back, q, False, False), (damong, k, False, False)], acc=said + to_state)
-        self.write(outputs.dk, dk)
+        both_ways = [(dscores, q, True, False), (dsystem, k, False, False), (dsystem, k, True, False)]
+        self.write(outputs.dk, said + to_state + self.matmul(both_ways))
 
-    def from_state(self, values, states, *, transpose_a: bool = False):
-        """Of the values' columns and a state the keys' columns."""
+    def from_state(self, which, states):
+        """Of the values' columns, as `value` names them, and a state the keys' columns."""
         return [
-            (values.at[i], states.at[i * self.keys + self.side], transpose_a, False) for i in range(self.values)
+            (self.value(which, i), states.at[i * self.keys + self.side], False, False) for i in range(self.values)
         ]  # fmt: skip
 
     def dots(self, tile, x):
@@ -309,10 +321,6 @@ class _Chunk:
         plgpu.commit_smem()
         columns = pl.ds(self.side * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(staged, target.at[self.batch, self.tokens, self.head, columns])
-
-    def along(self, num: int, a, b, *, transpose_a: bool = False, transpose_b: bool = False):
-        """The factors of a product over all columns."""
-        return [(a.at[i], b.at[i], transpose_a, transpose_b) for i in range(num)]
 
     def matmul(self, factors, **options):
         """`tiles.matmul` by this warpgroup."""

@@ -29,12 +29,12 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Option
     """As `api.linear_attention_forward`, except for parts of runs."""
     chunks = factors_of(v, decay, segment_ids)
     prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
-    T, of_part = v.shape[1], part_chunks(v, num_cores)
+    T, (of_part, in_parts) = v.shape[1], parts_of(v, beta, num_cores)
     inputs = _inputs(prepared, v, _first(k, v, initial_state), interpret)
-    if beta is None:
-        inputs = _in_parts(inputs, T, of_part, reverse=False, interpret=interpret)
+    if in_parts:
+        inputs = _in_parts(inputs, T, of_part, scale=options.scale, reverse=False, interpret=interpret)
     config = chain.Config(
-        reverse=False, scale=options.scale, part_chunks=of_part, starts=beta is not None, interpret=interpret
+        reverse=False, scale=options.scale, part_chunks=of_part, starts=not in_parts, interpret=interpret
     )
     swept = chain.sweep(inputs, num_heads=v.shape[2], length=T, config=config)
     starts = inputs.before if swept.starts is None else swept.starts
@@ -61,11 +61,11 @@ def backward(
     T, N = v.shape[1:3]
     chunks = factors_of(v, decay, segment_ids)
     prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
-    of_part = part_chunks(v, num_cores)
+    of_part, in_parts = parts_of(v, beta, num_cores)
     num_chunks = -(-T // CHUNK)
     num_parts = -(-num_chunks // of_part)
     if starts is None or starts.shape[1] != num_parts:
-        starts, of_part = _first(k, v, initial_state).mT, num_chunks
+        starts, of_part, in_parts = _first(k, v, initial_state).mT, num_chunks, False
     sizes = {"num_heads": N, "length": T}
     before = chain.sweep(
         _inputs(prepared, v, starts.mT, interpret)._replace(q=None, scores=None),
@@ -75,10 +75,10 @@ def backward(
         **sizes,
     )  # fmt: skip
     inputs = _inputs(prepared, dout, _first(k, v, dstate), interpret)
-    if beta is None:
-        inputs = _in_parts(inputs, T, of_part, reverse=True, interpret=interpret)
+    if in_parts:
+        inputs = _in_parts(inputs, T, of_part, scale=options.scale, reverse=True, interpret=interpret)
     config = chain.Config(
-        reverse=True, scale=options.scale, part_chunks=of_part if beta is None else num_chunks, snapshots=True,
+        reverse=True, scale=options.scale, part_chunks=of_part if in_parts else num_chunks, snapshots=True,
         interpret=interpret,
     )  # fmt: skip
     after = chain.sweep(inputs, config=config, **sizes)
@@ -194,9 +194,9 @@ def _delta_gradients(
     ddecay = None
     if with_decay:
         of_chunks = (*chunks.keeps.shape, CHUNK)
-        dlog, to_end = (
-            jnp.sum(x[: sides[1]], axis=0).reshape(of_chunks) for x in (outputs.dlog, outputs.to_end)
-        )  # fmt: skip
+        dlog, to_end = (jnp.sum(x[: sides[1]], axis=0) for x in (outputs.dlog, outputs.to_end))
+        dlog += jnp.sum(outputs.reading - outputs.read, axis=0)
+        dlog, to_end = dlog.reshape(of_chunks), to_end.reshape(of_chunks)
         kept = jnp.sum(outputs.kept[: sides[1]], axis=(0, 4))
         at_end = jnp.sum(to_end, axis=3) + chunks.keeps * kept
         ddecay = jax.lax.cumsum(dlog, axis=3, reverse=True) + at_end[..., None]
@@ -222,24 +222,54 @@ def states(k, v, *, decay, segment_ids, reverse: bool, interpret) -> LinearState
     return LinearState(value=swept.end.mT, decay=jnp.prod(keeps, axis=2)[:, None])
 
 
-def part_chunks(v, num_cores: int) -> int:
-    """Chunks of the parts that the backward pass goes through at once, to have the states again: as many as the
-    multiprocessors want, the last of which may be shorter."""
-    B, T, N, V = v.shape
-    chunks = -(-T // CHUNK)
-    parts = max(1, num_cores // (B * N * (V // chain.COLUMNS)))
-    return -(-chunks // parts)
+_OF_MAPS, _OF_STEP = 1.25, 8
+"""What a chunk takes in the pass for the maps of parts of a delta rule, and what a product of such maps takes, in
+chunks of a sweep."""
+
+_MOST_PARTS = 16
 
 
-def _in_parts(inputs: chain.Inputs, length: int, of_part: int, *, reverse: bool, interpret) -> chain.Inputs:
-    """The same with the state before each part in place of that before the row: by a pass over what is written.
+def parts_of(v, beta, num_cores: int) -> tuple[int, bool]:
+    """Chunks of the parts whose states the forward pass returns, but for the last, and whether the parts of a row are
+    swept side by side.
 
-    Not of a delta rule, where the map of a part would be a matrix.
+    The backward pass goes through all parts at once, to have the states again: they are as many as multiprocessors
+    want. Those of a delta rule are swept side by side, after a pass for their maps, which are matrices, where that is
+    faster than the row from end to end; then they are as many as take the least time.
     """
-    (B, N, num_chunks, H), V = inputs.keeps.shape, inputs.v.shape[3]
+    B, T, N, V = v.shape
+    chunks, rows = -(-T // CHUNK), B * N * (V // chain.COLUMNS)
+    many = -(-chunks // max(1, num_cores // rows))
+    if beta is None:
+        return many, True
+
+    def cost(of_part: int) -> float:
+        parts = -(-chunks // of_part)
+        rounds, rounds_of_maps = (-(-rows * x // num_cores) for x in (parts, parts - 1))
+        return (rounds + _OF_MAPS * rounds_of_maps) * of_part + (_OF_STEP * parts if parts > 1 else 0)
+
+    of_part = min((-(-chunks // parts) for parts in range(1, _MOST_PARTS + 1)), key=cost)
+    return (many, False) if of_part == chunks else (of_part, True)
+
+
+def _in_parts(
+    inputs: chain.Inputs, length: int, of_part: int, *, scale: float, reverse: bool, interpret
+) -> chain.Inputs:
+    """The same with the state before each part in place of that before the row: by a pass over what is written."""
+    (B, N, num_chunks), V = inputs.scores.shape[:3], inputs.v.shape[3]
     num_parts = -(-num_chunks // of_part)
     if num_parts == 1:
         return inputs
+    first = inputs.before[:, 0].mT
+    if inputs.solve is not None:
+        of_maps = inputs._replace(before=None) if reverse else inputs._replace(q=None, scores=None, before=None)
+        config = chain.Config(reverse=reverse, scale=scale, part_chunks=of_part, maps=True, interpret=interpret)
+        maps = chain.sweep(of_maps, num_heads=N, length=length, config=config)
+        parts = LinearState(value=maps.end.mT, decay=maps.decays.mT)
+        before, last = before_each(parts, first, reverse=reverse)
+        before = jnp.concatenate([last[:, None], before] if reverse else [before, last[:, None]], axis=1)
+        return inputs._replace(before=before.mT)
+    H = inputs.keeps.shape[3]
     zeros = jnp.zeros((B, num_parts, N, V, H), jnp.float32)
     written = inputs._replace(q=None, k=inputs.q if reverse else inputs.k, scores=None, before=zeros)
     config = chain.Config(reverse=reverse, scale=1.0, part_chunks=of_part, interpret=interpret)
@@ -247,7 +277,7 @@ def _in_parts(inputs: chain.Inputs, length: int, of_part: int, *, reverse: bool,
     padding = (0, 0), (0, 0), (0, num_parts * of_part - num_chunks), (0, 0)
     keeps = jnp.pad(inputs.keeps, padding, constant_values=1.0).reshape(B, N, num_parts, of_part, H)
     parts = LinearState(value=swept.end.mT, decay=jnp.moveaxis(jnp.prod(keeps, axis=3), 2, 1))
-    before, _ = before_each(parts, inputs.before[:, 0].mT, reverse=reverse)
+    before, _ = before_each(parts, first, reverse=reverse)
     return inputs._replace(before=before.mT)
 
 

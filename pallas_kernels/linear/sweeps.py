@@ -172,9 +172,18 @@ class Primitives:
 
 
 def part_chunks(num_chunks: int, num_parts: int, snapshot_chunks: int) -> int:
-    """Chunks of each part but the last, which may have fewer: a whole number of intervals."""
+    """Chunks of each part but the last, which may have fewer: a whole number of intervals.
+
+    Raises: ValueError if the last part then had none, as kernels write nothing for it.
+    """
     intervals = -(-num_chunks // snapshot_chunks)
-    return -(-intervals // num_parts) * snapshot_chunks
+    of_part = -(-intervals // num_parts) * snapshot_chunks
+    if (num_parts - 1) * of_part >= num_chunks:
+        raise ValueError(
+            f"num_parts: {num_chunks} chunks in {num_parts} parts of {of_part} leave none for the last, want at most "
+            f"{-(-num_chunks // of_part)} parts"
+        )
+    return of_part
 
 
 def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:

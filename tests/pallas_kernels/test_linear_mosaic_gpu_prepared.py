@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear import pallas_mosaic_gpu, reference
+from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_gpu_prepared, reference
 from pallas_kernels.linear.api import (
     linear_attention,
     linear_attention_backward,
@@ -137,6 +137,35 @@ def test_equals_reference_in_the_interpreter(dims, kind, beta, options):
         assert (got is None) == (want is None), name
         if got is not None:
             assert_close(name, got, want, "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64)])
+def test_parts_of_a_delta_rule_side_by_side_in_the_interpreter(dims, monkeypatch):
+    """Two chunks each but the last: their maps, both ways, and the states before them."""
+    monkeypatch.setattr(pallas_mosaic_gpu_prepared, "parts_of", lambda *_: (2, True))
+    (q, k, v, dout), dstate, call = case(dims, "scalar", True, length=300, documents=True)
+    out, state, starts = pallas_mosaic_gpu.forward(q, k, v, **call, interpret=interpreter())
+    assert starts.shape[1] == 3
+    precise = tuple(x.astype(jnp.float32) for x in (q, k, v, dout))
+    want, want_state, _ = reference.forward(*precise[:3], **call)
+    assert_close("out", out, want, "bfloat16")
+    assert_close("state", state, want_state, "bfloat16")
+    gradients = pallas_mosaic_gpu.backward(q, k, v, dout, dstate, starts=starts, **call, interpret=interpreter())
+    wanted = reference.backward(*precise, dstate, starts=None, **call)
+    for name, got, want in zip(NAMES, gradients, wanted, strict=True):
+        assert_close(name, got, want, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("shape", "of_part", "in_parts"),
+    [((1, 32768, 16, 128), 128, True), ((2, 8192, 16, 128), 64, False), ((1, 32768, 1, 128), 43, True)],
+)
+def test_rows_of_few_heads_are_swept_in_parts(shape, of_part, in_parts):
+    """On 132 multiprocessors one row of 16 heads in four parts, one of one head in twelve, two rows from end to end."""
+    v = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    assert pallas_mosaic_gpu_prepared.parts_of(v, v, 132) == (of_part, in_parts)
 
 
 @pytest.mark.slow
