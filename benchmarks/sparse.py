@@ -14,7 +14,7 @@ from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
 from benchmarks.side_by_side import measure_side_by_side, peer_candidates
 from benchmarks.sparse_cases import NSA, SELECTORS, SIZES, SparseCase, choose, draw_choices
-from benchmarks.sparse_check import check_of
+from benchmarks.sparse_check import check_of, lower_check
 from pallas_kernels import blockwise_attention
 from pallas_kernels.mask import Causal
 from pallas_kernels.sparse import (
@@ -73,6 +73,7 @@ def measure_sparse(
         ceiling=ceiling,
         dtype=dtype,
         kinds_in_any_order=ordered | ({"dense"} if ordered else set()),
+        passes=tuple(passes),
     )
     rows = measure_side_by_side(family, cases, passes=passes, repetitions=repetitions, progress=progress)
     return _with_savings(rows, cases)
@@ -91,6 +92,7 @@ class _Sparse:
     ceiling: Ceiling
     dtype: str
     kinds_in_any_order: frozenset[str] = frozenset()
+    passes: Sequence[Pass] = WHOLE_PASSES
 
     @property
     def _blockwise(self) -> Blockwise:
@@ -125,14 +127,18 @@ class _Sparse:
         return self._blockwise.lower(candidate, case, which)
 
     def checks(self, case: SparseCase) -> Mapping[Pass, Callable]:
-        return {}
+        if case.kind not in ("selected", "nsa"):
+            return {}
+        return {self.passes[-1]: functools.partial(lower_check, case, self.dtype)}  # one program for all passes
 
     def start(self, case: SparseCase, checks: Mapping) -> Callable:
         if case.kind not in ("select", *_BY_QUERY):
             return self._blockwise.start(case, checks)
         q, k, v, dout = case.inputs(self.dtype)
-        if case.kind in ("selected", "nsa"):
-            check = check_of(case, q, k, v, dout, _choices(case))
+        for program in checks.values():
+            if isinstance(program, Exception):
+                raise program
+            check = check_of(program, case, q, k, v, dout, _choices(case))
         problem_of_moba = functools.cache(functools.partial(_problem_of_moba, case=case, dtype=self.dtype))
 
         def run(candidate: Candidate, which: Pass, program: jax.stages.Compiled) -> tuple[str | None, Callable]:

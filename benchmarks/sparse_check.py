@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.check import Check
-from benchmarks.sparse_cases import NSA, SparseCase
+from benchmarks.sparse_cases import NSA, SparseCase, draw_choices
 from pallas_kernels.online_softmax import finite_max
 
 NUM_ROWS = 64
@@ -23,27 +23,48 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0}
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def check_of(case: SparseCase, q, k, v, dout, choices: jax.Array | None, *, seed: int = 0) -> Check:
-    """The first and the last row, and others drawn at random.
+def lower_check(case: SparseCase, dtype: str) -> jax.stages.Lowered:
+    """The program of `check_of`, to be compiled beside others.
 
-    Args:
-      choices: Of the selected branch, `[1, T, K, n]`; None for NSA, which makes its own.
     Memory: O(N / K NUM_ROWS T), the few that a gradient takes.
     """
-    drawn = np.random.default_rng(seed).choice(case.length, min(_DRAWN, case.length), replace=False)
-    rows = np.unique([0, case.length - 1, *drawn])
-    if choices is None:
-        clearest = np.argsort(-np.asarray(_margins(q[:, rows], k, jnp.asarray(rows))), kind="stable")
-        rows = rows[np.sort(clearest[:NUM_ROWS])]
-    else:
-        rows = rows[:: -(-len(rows) // NUM_ROWS)]
-    rows = jnp.asarray(rows, jnp.int32)
-    want = _results(q[:, rows], k, v, dout[:, rows], rows, None if choices is None else choices[0, rows])
+    rows = jax.ShapeDtypeStruct(_drawn(case).shape, jnp.int32)
+    choices = None
+    if case.kind == "selected":
+        choices = jax.eval_shape(lambda: draw_choices(case.length, case.num_kv_heads))
+    return _sampled.lower(*case.shapes(dtype), rows, choices)
+
+
+def check_of(program: jax.stages.Compiled, case: SparseCase, q, k, v, dout, choices: jax.Array | None) -> Check:
+    """What some rows must give, drawn at random.
+
+    Args:
+      program: Of `lower_check`.
+      choices: Of the selected branch, `[1, T, K, n]`; None for NSA, which makes its own.
+    """
+    rows, want = program(q, k, v, dout, jnp.asarray(_drawn(case)), choices)
     sampled = jnp.zeros((1, case.length, 1, 1), dout.dtype).at[:, rows].set(1)
     return Check(rows=rows, dout=dout * sampled, want=want)
 
 
+def _drawn(case: SparseCase) -> np.ndarray:
+    """The first and the last row, and others at random."""
+    drawn = np.random.default_rng(0).choice(case.length, min(_DRAWN, case.length), replace=False)
+    return np.unique([0, case.length - 1, *drawn]).astype(np.int32)
+
+
 @_jit
+def _sampled(q, k, v, dout, rows, choices) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Some of the rows, in order, and float32 out, dq, dk and dv of them alone."""
+    num_rows = min(NUM_ROWS, len(rows))
+    if choices is None:
+        clearest = jnp.argsort(-_margins(q[:, rows], k, rows))
+        rows = jnp.sort(rows[clearest[:num_rows]])
+    else:
+        rows = rows[np.linspace(0, len(rows) - 1, num_rows).astype(int)]
+    return rows, _results(q[:, rows], k, v, dout[:, rows], rows, None if choices is None else choices[0, rows])
+
+
 def _margins(q, k, rows) -> jax.Array:
     """By how much of its score the last block that a row chooses is ahead of the next, least over kv heads: `[R]`."""
 
@@ -57,7 +78,6 @@ def _margins(q, k, rows) -> jax.Array:
     return jnp.min(_over_kv_heads(of_kv_head, q, k), axis=0)
 
 
-@_jit
 def _results(q, k, v, dout, rows, choices) -> tuple[jax.Array, ...]:
     """Float32 out, dq, dk and dv."""
 
