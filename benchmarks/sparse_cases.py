@@ -153,8 +153,7 @@ CASES = (
     _case("moba", 32768, "16/16"),
     _case("moba", 32768, "16/4"),
     _case("selected", 8192, "64/4"),
-    _case("selected", 32768, "16/4"),
-    _case("selected", 32768, "16/16"),
+    *(_case("selected", 32768, heads) for heads in ("16/16", "16/8", "16/4", "16/2", "16/1")),
     *(_case("nsa", length, heads) for length in (32768, 65536) for heads in ("64/4", "16/4")),
 )
 

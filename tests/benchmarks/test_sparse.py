@@ -8,6 +8,7 @@ import pytest
 from benchmarks import run, sparse, sparse_cases
 from benchmarks.results import Results, Row
 from benchmarks.sparse_cases import SMOKE, SparseCase
+from pallas_kernels.sparse import nsa
 
 
 def case_of(kind: str) -> SparseCase:
@@ -65,3 +66,22 @@ def test_smoke_cases_end_to_end(tmp_path):
     assert all(row.problem is None for row in rows)
     assert all(row.details for row in rows if not row.case.startswith("dense"))
     assert {row.implementation for row in rows if row.case.startswith("select")} == set(sparse_cases.SELECTORS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["selected", "nsa"])
+def test_a_block_that_is_left_out_is_found(kind, monkeypatch):
+    """By the rows that are compared, out and every gradient; and what is right passes."""
+    case = dataclasses.replace(case_of(kind), length=1536, num_heads=2, num_kv_heads=1)
+    family = sparse._Sparse(implementations=("xla",), peers={}, ceiling=None, dtype="bfloat16")
+    run_one = family.start(case, {which: lower().compile() for which, lower in family.checks(case).items()})
+
+    def problem():
+        (candidate,) = family.candidates(case)
+        return run_one(candidate, "forward+backward", family.lower(candidate, case, "forward+backward").compile())[0]
+
+    assert problem() is None
+    chooser = "benchmarks.sparse.draw_choices" if kind == "selected" else "pallas_kernels.sparse.nsa.choose_blocks"
+    choose = sparse.draw_choices if kind == "selected" else nsa.choose_blocks
+    monkeypatch.setattr(chooser, lambda *args, **options: choose(*args, **options).at[..., 5].set(-1))
+    assert "out" in problem()
