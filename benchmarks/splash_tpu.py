@@ -105,7 +105,7 @@ def examine(name: str, generation: str, length: int, dump: Path) -> Found | str:
     mesh = jax.sharding.Mesh(np.array([device]), ("device",))
 
     def array(heads):
-        shape = (1, length, heads, HEAD_DIM) if name == "ours" else (heads, length, HEAD_DIM)
+        shape = (1, length, heads, HEAD_DIM) if name.startswith("ours") else (heads, length, HEAD_DIM)
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
 
     arguments = [array(heads) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS, NUM_HEADS)]
