@@ -153,8 +153,9 @@ def backward(
         pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
         interpret=interpret,
     )
-    adds_where_it_stays = head_dim > _WIDE or options.deterministic and blocks.is_selection
-    differentiate = _differentiate_split if adds_where_it_stays else _differentiate
+    # Items that visit scattered blocks would wait for their turns longer than two more matmuls take.
+    is_split = head_dim > _WIDE or options.deterministic and blocks.q_blocks.first is not None
+    differentiate = _differentiate_split if is_split else _differentiate
     gradients = zip(differentiate(call, blocks), (q, k, v), strict=True)
     return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
 

@@ -113,7 +113,7 @@ def _tiles(seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     full = jnp.all(of_tiles == -1, axis=(2, 4)).reshape(-1)
     number = jnp.arange(len(counts), dtype=jnp.int32)
     place = jnp.where(counts, jnp.cumsum(counts) - 1, len(counts))
-    items = jnp.zeros(len(counts), jnp.int32).at[place].set(2 * number + full, mode="drop")
+    items = jnp.zeros(len(counts), jnp.int32).at[place].set(2 * number + full.astype(jnp.int32), mode="drop")
     return words, items, jnp.sum(counts, dtype=jnp.int32)[None]
 
 
@@ -226,7 +226,7 @@ class _Sums:
                 def one_step(step, count):
                     slot = lax.rem(count, _SLOTS)
                     plgpu.barrier_wait(self.full.at[slot])
-                    plgpu.wgmma(acc, self.a.at[slot, self.warpgroup], plgpu.transpose_ref(self.b.at[slot], (1, 0)))
+                    plgpu.wgmma(acc, self.a.at[slot, self.warpgroup], self.b.at[slot].transpose(1, 0))
                     plgpu.wgmma_wait(1)
                     pl.when(step > 0)(lambda: self.give_back(count - 1))
                     return count + 1

@@ -350,6 +350,10 @@ class XAttention(Selector):
         super().__post_init__()
         if self.stride < 1:
             raise ValueError(f"stride: got {self.stride}, wanted 1 or more")
+        if self.implementation not in (None, *dispatch.IMPLEMENTATIONS):
+            raise ValueError(
+                f"implementation: got {self.implementation!r}, wanted None or one of {dispatch.IMPLEMENTATIONS}"
+            )
 
     def _check_sizes(self, op, **sizes):
         for name, size in sizes.items():

@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels import dispatch
 from pallas_kernels.sparse import nsa_selected_reference
 from pallas_kernels.sparse.cases import CASES, KERNEL_CASES, Case
 from pallas_kernels.sparse.moba import moba_attention
 from pallas_kernels.sparse.moba_reference import moba_reference
-from pallas_kernels.sparse.nsa_selected import FORWARD, selected_attention
+from pallas_kernels.sparse.nsa_selected import selected_attention
 from pallas_kernels.testing import Family, Serves, Trial, Way
 
 GRADIENTS = ("dq", "dk", "dv")
@@ -127,12 +126,12 @@ _LOW_PRECISION = "moba_packed", "moba_a_head_each", "selected_gqa", "selected_va
 
 
 def _trials(platform: str) -> tuple[Trial, ...]:
-    """On a GPU its kernels and XLA in half precision; elsewhere XLA, mostly in float32, as it computes, and some by the
+    """On a GPU its kernels in half precision, and some cases by XLA; elsewhere XLA, mostly in float32, as it computes, and some by the
     reference, without the cases of kernels."""
     if platform == "gpu":
-        taken = [name for name in dispatch.PREFERENCE[platform] if name in FORWARD]
-        runs = [(case, name, "bfloat16") for case in _ALL_CASES for name in taken]
+        runs = [(case, "mosaic_gpu", "bfloat16") for case in _ALL_CASES]
         runs += [(case, "mosaic_gpu", "float16") for case in KERNEL_CASES]
+        runs += [(case, "xla", "bfloat16") for case in _ALL_CASES if case.all_ways]
     else:
         runs = [(case, "xla", "float32") for case in CASES]
         runs += [(case, "reference", "float32") for case in CASES if case.all_ways]

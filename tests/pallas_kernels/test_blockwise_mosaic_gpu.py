@@ -29,6 +29,8 @@ from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Causal, SameDocument, Window
 from pallas_kernels.mask_patterns import Predicate, Table
 from pallas_kernels.mosaic_gpu import interpreter
+from pallas_kernels.sparse import BlockSelection
+from pallas_kernels.sparse.choose import lists_of
 from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_for
 
 A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
@@ -430,10 +432,10 @@ def test_a_schedule_from_outside_serves_every_head_dim():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["causal", "documents", "table", "few keys"])
+@pytest.mark.parametrize("kind", ["causal", "documents", "table", "few keys", "chosen"])
 def test_gradients_are_the_same_each_time(kind):
-    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row, and
-    heads that are shared out."""
+    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row, heads
+    that are shared out, and lists of chosen blocks, whose gradients have owners."""
     length = 4096
     documents = ((1000, 1, 700, 2000, 395),)
     tokens = jax.tree.map(jnp.asarray, packed_tokens(documents, length)) if kind == "documents" else None
@@ -443,7 +445,16 @@ def test_gradients_are_the_same_each_time(kind):
         "documents": Causal() & SameDocument(),
         "table": Table(blocks, block_q=128, block_kv=128),
         "few keys": Causal(),
+        "chosen": Causal(),
     }
+    schedule = None
+    if kind == "chosen":
+        chosen = np.random.default_rng(1).random((1, 8, 32, 32)) < 0.3
+        selection = BlockSelection(
+            blocks=lists_of(jnp.asarray(chosen | np.eye(32, dtype=bool)), 32), q_len=length, kv_len=length,
+            block_sizes=BlockSizes(block_q=128, block_kv=128),
+        )  # fmt: skip
+        schedule = jax.jit(functools.partial(BlockSelection.schedule, mask=Causal()))(selection)
     kv_len = 1024 if kind == "few keys" else length
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, dout = (
@@ -453,7 +464,7 @@ def test_gradients_are_the_same_each_time(kind):
 
     @jax.jit
     def gradients(q, k, v, dout):
-        options = {"mask": masks[kind], "tokens": tokens, "implementation": "mosaic_gpu"}
+        options = {"mask": masks[kind], "tokens": tokens, "schedule": schedule, "implementation": "mosaic_gpu"}
         return jax.vjp(functools.partial(blockwise_attention, **options), q, k, v)[1](dout)
 
     first = jax.device_get(gradients(q, k, v, dout))
