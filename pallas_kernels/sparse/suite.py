@@ -126,8 +126,8 @@ _LOW_PRECISION = "moba_packed", "moba_a_head_each", "selected_gqa", "selected_va
 
 
 def _trials(platform: str) -> tuple[Trial, ...]:
-    """On a GPU its kernels in half precision, and some cases by XLA; elsewhere XLA, mostly in float32, as it computes, and some by the
-    reference, without the cases of kernels."""
+    """On a GPU its kernels in half precision, and some cases by XLA; elsewhere XLA, mostly in float32, as it computes,
+    and some by the reference, without the cases of kernels."""
     if platform == "gpu":
         runs = [(case, "mosaic_gpu", "bfloat16") for case in _ALL_CASES]
         runs += [(case, "mosaic_gpu", "float16") for case in KERNEL_CASES]
