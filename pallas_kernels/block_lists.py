@@ -1,14 +1,14 @@
 """Schedules of blocks that were chosen: a list for each block of queries and head, and the transpose, on the device.
 
 The transpose is made by one sort of all pairs of blocks, a key of 32 bits each: no array of rows times columns, and
-nothing that the host would have to wait for.
+nothing that the host would have to wait for. It also tells after how many others a block of keys comes to a block of
+queries, which a backward pass with a fixed order of sums asks for.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.dispatch import current_platform
@@ -16,7 +16,7 @@ from pallas_kernels.mask import Mask
 from pallas_kernels.schedule import BlockRanges, Blocks, Schedule, judge, longest_first, sides_of
 from pallas_kernels.tokens import Tokens
 
-_NOTHING = np.uint32(np.iinfo(np.uint32).max)
+_NOTHING = jnp.iinfo(jnp.int32).max
 
 
 def schedule_of_lists(
@@ -39,7 +39,7 @@ def schedule_of_lists(
       list_sizes: Tokens a block of the lists holds.
       block_sizes: Tokens a block of the schedule holds; divides list_sizes (`can_be_cut`).
     Raises: ValueError where it does not.
-    Cost: a sort of B lists (T / list block_q) most (list block_kv / block_kv) pairs, each of which takes 28 bytes.
+    Cost: a sort of B lists (T / list block_q) most (list block_kv / block_kv) pairs, each of which takes 36 bytes.
     """
     sizes = block_sizes.fit(q_len, kv_len)
     num_q_blocks, num_kv_blocks = -(-q_len // sizes.block_q), -(-kv_len // sizes.block_kv)
@@ -112,26 +112,29 @@ def _transposed(column, there, full, *, parts_q: int, num_q_blocks: int, num_kv_
     such a pair, and whether it is full."""
     num_rows = column.shape[2]
     row = jnp.arange(num_rows)[:, None, None]
-    # Whether a pair is full is the last bit: no two are of the same blocks, so it has no say in the order.
-    key = (column * num_rows + row).astype(jnp.uint32) * 2 + full.astype(jnp.uint32)
-    key = jnp.where(there, key, _NOTHING).reshape(*column.shape[:2], -1)
-    key = jax.lax.sort(key, is_stable=False)
-    bounds = jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32) * (2 * num_rows)
+    key = jnp.where(there, column * num_rows + row, _NOTHING)
+    # Blocks of keys go from the first to the last, so a pair's place in the list of its block of queries is how many
+    # come to that before it.
+    turn = jnp.arange(column.shape[3])[:, None] * column.shape[4] + jnp.arange(column.shape[4])
+    note = turn * 2 + full.astype(jnp.int32)
+    key, note = (x.reshape(*x.shape[:2], -1) for x in (key, note))
+    key, note = jax.lax.sort((key, note), num_keys=1, is_stable=False)
+    bounds = jnp.arange(num_kv_blocks + 1, dtype=jnp.int32) * num_rows
     # An iteration of a loop costs a GPU more than what a step of the search does.
     method = "scan_unrolled" if current_platform() == "gpu" else "scan"
     search = functools.partial(jnp.searchsorted, v=bounds, method=method)
     first = jax.vmap(jax.vmap(search))(key).astype(jnp.int32)
-    is_pair = key < _NOTHING
-    start = jnp.where(is_pair, (key // 2 % num_rows).astype(jnp.int32), 0) * parts_q
-    stop = jnp.where(is_pair, jnp.minimum(start + parts_q, num_q_blocks), 0)
+    start = jnp.where(key == _NOTHING, 0, key % num_rows) * parts_q
+    stop = jnp.where(key == _NOTHING, 0, jnp.minimum(start + parts_q, num_q_blocks))
     num_visits = jnp.sum(jnp.diff(first, axis=-1), axis=1)[..., None]
     return BlockRanges(
         start=start,
         stop=stop,
         full_start=start,
-        full_stop=jnp.where(is_pair & (key % 2 == 1), stop, start),
+        full_stop=jnp.where(note % 2 == 1, stop, start),
         order=longest_first(num_visits),
         first=first,
+        turn=note // 2,
     )
 
 

@@ -54,7 +54,7 @@ class BlockRanges:
         `[B or 1, lists, ranges]`, and this is where each row's begin, and where the last one's end,
         `[B or 1, lists, rows + 1]`.
       turn: None, or of the blocks of each range how many rows visit them before this row, in ascending order; of the
-        ranges' shape. Not where there is `first`.
+        ranges' shape.
     """
 
     start: Leaf

@@ -153,8 +153,7 @@ def backward(
         pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
         interpret=interpret,
     )
-    # Items that visit scattered blocks would wait for their turns longer than two more matmuls take.
-    is_split = head_dim > _WIDE or options.deterministic and blocks.q_blocks.first is not None
+    is_split = head_dim > _WIDE or _takes_no_turns(call, blocks)
     differentiate = _differentiate_split if is_split else _differentiate
     gradients = zip(differentiate(call, blocks), (q, k, v), strict=True)
     return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
@@ -178,6 +177,26 @@ class _Backward:
     dropout_rate: float
     pair_test: Callable[..., PairTest | None]
     interpret: Any
+
+
+def _takes_no_turns(call: _Backward, blocks: Schedule) -> bool:
+    """Whether narrow heads have the gradients of each block added up by one owner, in kernels of their own.
+
+    Items that visit scattered blocks, as lists do, would wait for their turns longer than two more matmuls take. What
+    has not run so on a card yet takes turns: other head dims, groups of query heads, options of logits and
+    probabilities, tokens that are given, gradients that are added to running ones.
+    """
+    q, k, v = (call.operands[name] for name in "qkv")
+    is_plain = call.options.logits_soft_cap is None and call.operands["words"] is None
+    given = [call.operands[name] for name in ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids")]
+    return (
+        call.options.deterministic
+        and blocks.q_blocks.first is not None
+        and q.shape[2] == k.shape[2]
+        and q.shape[3] == v.shape[3] == _WIDE
+        and is_plain
+        and all(x is None for x in (*given, *call.accumulate))
+    )
 
 
 def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Array, jax.Array]:

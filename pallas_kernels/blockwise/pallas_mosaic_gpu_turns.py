@@ -9,7 +9,7 @@ items wait for each other in a circle, and good ones make them wait little:
   then comes to a tile a step behind the one before it, if that began a step earlier, which takes several pairs side by
   side. Or both the other way round: then each begins with a tile of its own, whenever it does, but the longest items of
   a causal mask go out last.
-- A schedule may tell beside each range after how many others an item comes to it; items go as in the first way.
+- Lists of chosen blocks tell beside each block after how many others an item comes to it; items go as in the first way.
 - Where rows visit scattered blocks and the schedule is constant, items are dealt out beforehand and the walk is
   rehearsed, every step taking the same time and nobody waiting for a turn, but only so many adding into a tile at a
   time; turns go as items came to it. That is free of circles, and of waiting too as far as steps do take the same time.
@@ -47,13 +47,13 @@ class Turns(NamedTuple):
       line: `(rank, gone)`, int32 `[B or 1, lists, blocks of keys]` and `[B or 1, lists, blocks of queries]`: how many
         items that visit anything come before an item, and how many of those have ended before a block. The turn is the
         difference, where items visit one range whose ends never fall.
-      told: `turn` of the schedule, which tells them itself.
+      listed: `(first, turn)` of the schedule, which tells them itself.
       table: int32 `[B or 1, lists, blocks of keys, blocks of queries]`.
     """
 
     rehearsed: Any = None
     line: tuple[Any, Any] | None = None
-    told: Any = None
+    listed: tuple[Any, Any] | None = None
     table: Any = None
 
     def at(self, batch, pair, which, row, number, block) -> ArrayLike:
@@ -66,8 +66,12 @@ class Turns(NamedTuple):
             return self.rehearsed[pair, row, block]
         if self.table is not None:
             return self.table[row_of_batch(self.table, batch), which, row, block]
-        if self.told is not None:
-            return self.told[row_of_batch(self.told, batch), row, which, number]
+        if self.listed is not None:
+            first, turn = self.listed
+            batch = row_of_batch(turn, batch)
+            if first is None:
+                return turn[batch, row, which, number]
+            return turn[batch, which, first[batch, which, row] + number]
         rank, gone = self.line
         batch = row_of_batch(rank, batch)
         return rank[batch, which, row] - gone[batch, which, block]
@@ -108,8 +112,7 @@ def plan(
     """Plans the walk over a schedule's `q_blocks`.
 
     Args:
-      ranges: NumPy arrays where the schedule is constant. Lists of blocks (`first`) have no turns: what
-        visits scattered blocks takes any order, or a backward pass that needs none (pallas_mosaic_gpu_split.py).
+      ranges: NumPy arrays where the schedule is constant.
       pair_bytes: What the items of a pair read over and over.
       deterministic: Whether each tile of dq is to be added to in a fixed order.
       most_heads_together: As `Plan.heads_together`, which is the greatest divisor of the group up to it.
@@ -140,16 +143,17 @@ def plan(
             turns=Turns(rehearsed=turns),
         )  # fmt: skip
     line = _line(ranges, num_q_blocks) if is_constant and num_ranges == 1 else None
-    # A block of several heads takes long enough for turns to be passed on, and few rows have not far to; those that a
-    # schedule tells are in ascending order.
-    ascends = line is None and ranges.turn is None and group == 1 and num_rows > _ONE_BEHIND_THE_OTHER
+    listed = None if ranges.turn is None else (ranges.first, ranges.turn)
+    # A block of several heads takes long enough for turns to be passed on, and few rows have not far to; lists have
+    # theirs in ascending order.
+    ascends = line is None and listed is None and group == 1 and num_rows > _ONE_BEHIND_THE_OTHER
     if not ascends:
         # An item of several heads is longer, so the next begins later.
         side_by_side = max(deal.section, deal.num_blocks // (_ONE_BEHIND_THE_OTHER * min(group, 2)))
         deal = dataclasses.replace(deal, section=min(num_pairs, side_by_side))
     order = np.arange(num_rows, dtype=np.int32)[None, :: -1 if ascends else 1, None]
-    if line or ranges.turn is not None:
-        turns = Turns(line=line, told=ranges.turn)
+    if line or listed:
+        turns = Turns(line=line, listed=listed)
     else:
         turns = Turns(table=_table(ranges, num_q_blocks, ascends))
     return Plan(

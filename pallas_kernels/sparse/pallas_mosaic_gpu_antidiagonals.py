@@ -41,8 +41,8 @@ _LOG2_E = math.log2(math.e)
 def check(q, *, stride: int, block_kv: int) -> None:
     """Raises NotImplementedError with the reason where the kernel does not serve a call."""
     hopper_cores()
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] not in HEAD_DIMS:
-        refuse(f"q is {q.dtype} of head dim {q.shape[-1]}, it takes bfloat16 and float16 of {HEAD_DIMS}")
+    if q.dtype != jnp.bfloat16 or q.shape[-1] not in HEAD_DIMS:
+        refuse(f"q is {q.dtype} of head dim {q.shape[-1]}, it takes bfloat16 of {HEAD_DIMS}")
     if block_kv % (GROUP * stride):
         refuse(f"blocks of {block_kv} keys with stride {stride}, it takes multiples of {GROUP} squares")
 
@@ -226,7 +226,7 @@ class _Sums:
                 def one_step(step, count):
                     slot = lax.rem(count, _SLOTS)
                     plgpu.barrier_wait(self.full.at[slot])
-                    plgpu.wgmma(acc, self.a.at[slot, self.warpgroup], self.b.at[slot].transpose(1, 0))
+                    plgpu.wgmma(acc, self.a.at[slot, self.warpgroup], self.b.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(1)
                     pl.when(step > 0)(lambda: self.give_back(count - 1))
                     return count + 1
@@ -318,7 +318,7 @@ def _store_lines(num_registers: int, words_shape: tuple[int, int], heads: int, r
         for step in (1, 2):
             lines += [f"shfl.sync.bfly.b32 other, most, {step}, 31, 0xffffffff;", "max.f32 most, most, other;"]
         # Of a row that sees nothing all are -inf, and stay so.
-        lines += [f"setp.eq.f32 seen, most, {minus_infinity};", f"selp.f32 most, {_float(0)}, most, seen;"]
+        lines += [f"setp.eq.f32 seen, most, {minus_infinity};", f"selp.f32 most, {_float(0.0)}, most, seen;"]
         for x in xs:
             lines += [f"sub.f32 {x}, {x}, most;", f"ex2.approx.ftz.f32 {x}, {x};"]
         lines += [f"add.f32 {total}, {xs[2 * j]}, {xs[2 * j + 1]};" for j, total in enumerate(sums)]

@@ -13,6 +13,8 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, plan
 from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
 from pallas_kernels.mask_patterns import Table
 from pallas_kernels.schedule import BlockRanges, static_schedule
+from pallas_kernels.sparse.choose import lists_of
+from pallas_kernels.sparse.selection import BlockSelection
 from pallas_kernels.testing import packed_tokens
 
 BLOCK = 8
@@ -32,33 +34,28 @@ CONSTANT = {
     "per_head": PerHead((Causal(), Window(left=40, right=0), Full(), Prefix(5))),
     "per_kv_head": PerHead((Causal(), Causal() & (Prefix(4) | Window(left=30)))),
 }
-NAMES = [*CONSTANT, "documents", "told"]
+CHOSEN = {"chosen_per_head": 4, "chosen_per_kv_head": 2, "chosen": 1}
+NAMES = [*CONSTANT, "documents", *CHOSEN]
 
 
-def chunks_of_rows() -> BlockRanges:
-    """As MoBA's: each kv head's blocks of queries stand in the order of ten chunks, of two blocks of keys each, that
-    they visit, and the schedule tells turns."""
-    chunks = np.sort(np.random.default_rng(1).integers(0, 10, (2, NUM_KV_HEADS, 20)), axis=-1)
-    bounds = np.sum(chunks[..., None, :] < np.arange(11)[:, None], axis=-1)
-    of_block = np.arange(20) // 2
-    start, stop = (jnp.asarray(bounds[..., i].swapaxes(1, 2)[..., None], jnp.int32) for i in (of_block, of_block + 1))
-    turn = jnp.broadcast_to(jnp.arange(20, dtype=jnp.int32)[:, None, None] % 2, start.shape)
-    order = jnp.arange(20, dtype=jnp.int32)[None, :, None]
-    return BlockRanges(start=start, stop=stop, full_start=start, full_stop=stop, order=order, turn=turn)
+def selection(num_lists: int) -> BlockSelection:
+    """Up to six blocks of keys for each block of queries."""
+    chosen = np.random.default_rng(1).random((2, num_lists, 20, 20)) < 0.3
+    return BlockSelection(blocks=lists_of(jnp.array(chosen), 6), q_len=160, kv_len=160, block_sizes=SIZES)
 
 
 def planned(
     mask: Mask,
     *,
     documents=None,
-    told: BlockRanges | None = None,
+    chosen: BlockSelection | None = None,
     num_cores: int = 7,
     deterministic: bool = True,
     length: int = 160,
     most_heads_together: int = 4,
 ) -> tuple[Plan, BlockRanges]:
-    if told is not None:
-        ranges = told
+    if chosen is not None:
+        ranges = jax.jit(lambda chosen: chosen.schedule(mask=mask, block_sizes=SIZES).q_blocks)(chosen)
     elif documents is None:
         ranges = static_schedule(mask, length, length, SIZES).q_blocks
     else:
@@ -107,7 +104,11 @@ def steps_of_item(ranges: BlockRanges, turns, batch, kv_head, row, found: Plan):
     group, here = NUM_HEADS // NUM_KV_HEADS, batch if ranges.start.shape[0] > 1 else 0
     for first in range(kv_head * group, (kv_head + 1) * group, found.heads_together):
         which = first * ranges.num_lists // NUM_HEADS
-        bounds = zip(ranges.start[here, row, which], ranges.stop[here, row, which], strict=True)
+        if ranges.first is None:
+            bounds = zip(ranges.start[here, row, which], ranges.stop[here, row, which], strict=True)
+        else:
+            mine = slice(*ranges.first[here, which, row : row + 2])
+            bounds = zip(ranges.start[here, which, mine], ranges.stop[here, which, mine], strict=True)
         visited = [(number, tile) for number, ends in enumerate(bounds) for tile in range(*ends)]
         for number, tile in visited if found.ascends else reversed(visited):
             for head in range(first, first + found.heads_together):
@@ -161,8 +162,8 @@ def test_every_turn_comes(name, rehearsed, num_cores, most_heads_together, monke
 def planned_for(name: str, **options) -> tuple[Plan, BlockRanges]:
     if name == "documents":
         return planned(Causal() & SameDocument(), documents=DOCUMENTS, **options)
-    if name == "told":
-        return planned(Full(), told=chunks_of_rows(), **options)
+    if name in CHOSEN:
+        return planned(Full(), chosen=selection(CHOSEN[name]), **options)
     return planned(CONSTANT[name], **options)
 
 
