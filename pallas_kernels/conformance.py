@@ -25,11 +25,12 @@ from pallas_kernels import dispatch, machine, markdown
 from pallas_kernels.blockwise import suite as blockwise
 from pallas_kernels.compiling import compile_all
 from pallas_kernels.linear import suite as linear
+from pallas_kernels.sparse import suite as sparse
 from pallas_kernels.testing import Family, Trial, assert_close, relative_errors
 
 _SHARES_OF_A_PROCESS = 4
 
-FAMILIES = {family.name: family for family in (blockwise.FAMILY, linear.FAMILY)}
+FAMILIES = {family.name: family for family in (blockwise.FAMILY, linear.FAMILY, sparse.FAMILY)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

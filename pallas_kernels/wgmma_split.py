@@ -1,10 +1,13 @@
 """One step of a backward pass that computes one gradient at a time, on Hopper's tensor cores, for 64 rows.
 
     scores      starts S = a b^T and dP = a' b'^T, and waits for S alone; `wgmma_backward.settle` waits for dP
-    product     acc += x b, of 16-bit probabilities or gradients of logits x, and waits for it
+    products    acc += x b, for each gradient, of 16-bit probabilities or gradients of logits x, and waits for them
 
 a and a' are what the rows are (queries and their dout, or keys and values), b and b' what they visit, tile by tile.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,13 +32,14 @@ _SMEM = plgpu.RefType(TRANSFORMS)
 
 
 def scores(
-    first: tuple, second: tuple | None, *, warpgroup: jax.typing.ArrayLike
+    first: tuple, second: tuple | None, *, slot_a: jax.typing.ArrayLike, warpgroup: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array | None]:
     """Starts s = a b^T and dp = a' b'^T, and returns when s is done.
 
     Args:
-      first: a `[128, H]`, of which this warpgroup reads its 64 rows, b `[slots, tile, H]`, and a slot.
+      first: a `[slots, 128, H]`, of which this warpgroup reads its 64 rows of a slot, b `[slots, tile, H]`, and a slot.
       second: The same of a' and b', which may have another head dim; None for no dp.
+      slot_a: Of a and a'.
     Returns: s, float32 `[64, tile]`, and dp in flight, for `wgmma_backward.settle`; or s and None.
     """
     pairs = [pair for pair in (first, second) if pair is not None]
@@ -46,17 +50,18 @@ def scores(
     types = [array_type((ROWS, tile), layout) for layout in (MATRIX, IN_FLIGHT)[: len(pairs)]]
 
     @plgpu.inline_mgpu(
-        arg_types=(_SMEM,) * len(refs) + (SCALAR,) * (len(pairs) + 1),
+        arg_types=(_SMEM,) * len(refs) + (SCALAR,) * (len(pairs) + 2),
         return_type=tuple(types) if second is not None else types[0],
     )
     def emit(_, *operands):
-        refs_in, (warpgroup, *slots) = operands[: 2 * len(dims)], operands[2 * len(dims) :]
+        refs_in, (warpgroup, slot_a, *slots) = operands[: 2 * len(dims)], operands[2 * len(dims) :]
         ptx = Ptx()
         results = [ptx.write(tile // 2) for _ in dims]
         sides = []
         for i, (dim, slot) in enumerate(zip(dims, slots, strict=True)):
             rows = {"leading": 0, "stride": dim // 64 * TILE_BYTES}
-            sides.append(descriptor(refs_in[2 * i], (warpgroup, ROWS * dim * 2), **rows))
+            rows_at = (slot_a, 2 * ROWS * dim * 2), (warpgroup, ROWS * dim * 2)
+            sides.append(descriptor(refs_in[2 * i], *rows_at, **rows))
             sides.append(descriptor(refs_in[2 * i + 1], (slot, tile * dim * 2), **rows))
         names = ptx.read("l", sides)
         ptx.begin()
@@ -69,32 +74,49 @@ def scores(
         s = fragmented(values[:count], (ROWS, tile)).to_layout(MATRIX.to_mgpu())
         return s if len(dims) == 1 else (s, fragmented(values[count:], (ROWS, tile)))
 
-    results = emit(*refs, *int32s((warpgroup, *(slot for _, _, slot in pairs))))
+    results = emit(*refs, *int32s((warpgroup, slot_a, *(slot for _, _, slot in pairs))))
     return results if second is not None else (results, None)
 
 
-def product(acc: jax.Array, x: jax.Array, b_smem, *, slot: jax.typing.ArrayLike) -> jax.Array:
-    """acc + x b.
+def products(accs: Sequence[jax.Array], factors: Sequence[tuple]) -> list[jax.Array]:
+    """acc + x b for each.
 
     Args:
-      acc: float32 `[64, H]`.
-      x: 16-bit `[64, tile]`.
-      b_smem: `[slots, tile, H]`, of which a slot is read.
+      accs: float32 `[64, H]`.
+      factors: For each x, 16-bit `[64, tile]`, b `[slots, tile, H]`, and the slot that is read.
     """
-    tile, dim = b_smem.shape[1:]
-    dtype = PTX_DTYPES[x.dtype.name]
+    shapes = [b.shape[1:] for _, b, _ in factors]
+    count = len(accs)
 
-    @plgpu.inline_mgpu(arg_types=(MATRIX, MATRIX, _SMEM, SCALAR), return_type=array_type((ROWS, dim), MATRIX))
-    def emit(_, acc, x, b_smem, slot):
-        row_of_tiles = dim // 64 * TILE_BYTES
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,) * (2 * count) + (_SMEM,) * count + (SCALAR,) * count,
+        return_type=tuple(array_type((ROWS, dim), MATRIX) for _, dim in shapes),
+    )
+    def emit(_, *operands):
+        accs, xs, refs, slots = (operands[i * count : (i + 1) * count] for i in range(4))
         ptx = Ptx()
-        acc_registers = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
-        x_registers = ptx.read("r", map(as_int32, x.registers.flat))
-        (b,) = ptx.read("l", [descriptor(b_smem, (slot, tile * dim * 2), leading=TILE_BYTES, stride=row_of_tiles)])
+        registers = [ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat) for acc in accs]
+        x_registers = [ptx.read("r", map(as_int32, x.registers.flat)) for x in xs]
+        descriptors = ptx.read(
+            "l",
+            [
+                descriptor(ref, (slot, tile * dim * 2), leading=TILE_BYTES, stride=dim // 64 * TILE_BYTES)
+                for ref, slot, (tile, dim) in zip(refs, slots, shapes, strict=True)
+            ],
+        )
         ptx.begin()
-        ptx.matmul(acc_registers, x_registers, b, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
+        for acc, x, b, (tile, dim) in zip(registers, x_registers, descriptors, shapes, strict=True):
+            ptx.matmul(
+                acc, x, b, contracted=tile, dtype=PTX_DTYPES[xs_dtype], b_rows=dim // 64 * TILE_BYTES
+            )  # fmt: skip
         ptx.commit()
         ptx.wait(0)
-        return fragmented(ptx.emit(), (ROWS, dim)).to_layout(MATRIX.to_mgpu())
+        values = iter(ptx.emit())
+        return tuple(
+            fragmented(list(itertools.islice(values, len(acc))), (ROWS, dim)).to_layout(MATRIX.to_mgpu())
+            for acc, (_, dim) in zip(registers, shapes, strict=True)
+        )
 
-    return emit(acc, x, b_smem, *int32s((slot,)))
+    xs, refs, slots = zip(*factors, strict=True)
+    xs_dtype = xs[0].dtype.name
+    return list(emit(*accs, *xs, *refs, *int32s(slots)))

@@ -43,6 +43,8 @@ _MOST_KEYS = {256: 64}
 """Of a block of the forward pass, by head dim of q and k, where its shared memory cannot hold those of a schedule."""
 _WIDE = 128
 """The forward pass keeps two tiles of q up to this head dim, and one of wider ones."""
+_TILE_OF_DQ = 128
+"""Keys of a step of the kernel of dq alone, where the head dim leaves room."""
 _LEAST_ITEMS_A_CORE = 1.5
 """Of the backward pass. Items of a causal mask differ in length: fewer leave some without work in the end."""
 
@@ -153,7 +155,8 @@ def backward(
         pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
         interpret=interpret,
     )
-    differentiate = _differentiate if head_dim <= _WIDE else _differentiate_split
+    is_split = head_dim > _WIDE or _takes_no_turns(call, blocks)
+    differentiate = _differentiate_split if is_split else _differentiate
     gradients = zip(differentiate(call, blocks), (q, k, v), strict=True)
     return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
 
@@ -176,6 +179,26 @@ class _Backward:
     dropout_rate: float
     pair_test: Callable[..., PairTest | None]
     interpret: Any
+
+
+def _takes_no_turns(call: _Backward, blocks: Schedule) -> bool:
+    """Whether narrow heads have the gradients of each block added up by one owner, in kernels of their own.
+
+    Items that visit scattered blocks, as lists do, would wait for their turns longer than two more matmuls take. What
+    has not run so on a card yet takes turns: other head dims, groups of query heads, options of logits and
+    probabilities, tokens that are given, gradients that are added to running ones.
+    """
+    q, k, v = (call.operands[name] for name in "qkv")
+    is_plain = call.options.logits_soft_cap is None and call.operands["words"] is None
+    given = [call.operands[name] for name in ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids")]
+    return (
+        call.options.deterministic
+        and blocks.q_blocks.first is not None
+        and q.shape[2] == k.shape[2]
+        and q.shape[3] == v.shape[3] == _WIDE
+        and is_plain
+        and all(x is None for x in (*given, *call.accumulate))
+    )
 
 
 def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -242,31 +265,38 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
 
 
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, ...]:
-    """dq, dk and dv, padded, by a kernel each."""
+    """dq, dk and dv, padded, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
+    is_wide = call.operands["q"].shape[3] > _WIDE
 
-    def gradient(name: str, ranges: BlockRanges, running):
+    def gradients(names: tuple[str, ...], ranges: BlockRanges, running: tuple, tile: int) -> list[jax.Array]:
         if call.kv_len < split_kernel.BLOCK:
             ranges = _without_full_blocks(ranges)
         inputs = split_kernel.Inputs(
             **call.operands,
             ranges=jax.tree.map(jnp.asarray, ranges),
-            running=None if running is None else _whole_blocks(running),
+            running=tuple(None if x is None else _whole_blocks(x) for x in running),
         )
         config = split_kernel.Config(
-            gradient=name,
+            gradients=names,
+            tile=tile,
             scale=call.options.scale,
             soft_cap=call.options.logits_soft_cap,
             dropout_rate=call.dropout_rate,
             kv_len=call.kv_len,
-            pair_test=call.pair_test(columns=split_kernel.TILE),
+            pair_test=call.pair_test(columns=tile),
             num_cores=num_cores,
             interpret=call.interpret,
         )
         return split_kernel.differentiate(inputs, config)
 
-    sides = blocks.kv_blocks, blocks.q_blocks, blocks.q_blocks
-    return tuple(gradient(*of) for of in zip(("dq", "dk", "dv"), sides, call.accumulate, strict=True))
+    running_dq, *running = call.accumulate
+    tile = split_kernel.TILE if is_wide else _TILE_OF_DQ
+    (dq,) = gradients(("dq",), blocks.kv_blocks, (running_dq,), tile)
+    if not is_wide:
+        return dq, *gradients(("dk", "dv"), blocks.q_blocks, tuple(running), split_kernel.TILE)
+    of_keys = zip(("dk", "dv"), running, strict=True)
+    return dq, *(gradients((name,), blocks.q_blocks, (x,), split_kernel.TILE)[0] for name, x in of_keys)
 
 
 def num_shares(group: int, *, num_items: int, num_cores: int) -> int:

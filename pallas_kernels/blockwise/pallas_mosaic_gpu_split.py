@@ -1,17 +1,21 @@
-"""The backward kernels of blockwise attention on Hopper GPUs for wide heads (Mosaic GPU): one each of dq, dk and dv.
+"""The backward kernels of blockwise attention on Hopper GPUs that add up each gradient where it stays (Mosaic GPU): one
+of dq, and one of dk and dv, or for wide heads one each.
 
 Grid: one block of threads a multiprocessor, each with a list of items; an item is 128 rows of one head, queries for dq,
-keys for dk and dv. A producer warpgroup copies the rows, and tiles of 64 of what the schedule says that they visit (for
-dk and dv of all query heads of the kv head), into shared memory. Two consumers, 64 rows each, keep the gradient of
-their rows in registers over the whole item.
+keys for dk and dv. A producer warpgroup copies the rows, those of the next item ahead of time where there is room, and
+tiles of what the schedule says that they visit (for dk and dv of all query heads of the kv head), into shared memory.
+Two consumers, 64 rows each, keep the gradients of their rows in registers over the whole item.
 
 On chip: the rows, as queries with dout or keys with values, and the tiles, in shared memory; logits, their gradients
 and dq, dk or dv in registers.
 
-At head dim 256 dk and dv of 64 keys are 256 registers a thread, and there are 232: so the fused kernel of narrower
-heads (pallas_mosaic_gpu_backward.py) cannot be. Its 5 matmuls are 8 here, 2 of them to compute the logits anew and 1
-the gradients of probabilities; in exchange no float32 sum of dq goes through shared memory and the second-level cache,
-and each gradient has one owner that adds it up, so that it comes out the same each time without turns.
+The 5 matmuls of the fused kernel (pallas_mosaic_gpu_backward.py) are 7 here, 2 of them to compute the logits and the
+gradients of probabilities anew; in exchange no float32 sum of dq goes through shared memory and the second-level cache,
+and each gradient has one owner that adds it up, so that it comes out the same each time without turns. That pays where
+items visit scattered blocks, and so would wait for their turns.
+
+At head dim 256 dk and dv of 64 keys are 256 registers a thread, and there are 232: so the fused kernel cannot be, and
+a kernel of each makes it 8 matmuls.
 
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
 """
@@ -52,7 +56,7 @@ from pallas_kernels.wgmma import ROWS, TRANSFORMS
 BLOCK = 128
 """Tokens of the schedule's blocks, and rows of an item."""
 TILE = 64
-"""Tokens of what the rows visit in a step."""
+"""Tokens of what the rows visit in a step, or a multiple."""
 _SLOTS = 2
 _NUM_CONSUMERS = 2
 _SHARED_BYTES = 220 * 1024  # of the 227 KB that a block of threads may have, what buffers of operands may take
@@ -64,18 +68,20 @@ class Config:
     """What is static of a call.
 
     Attributes:
-      gradient: Which one.
+      gradients: Which: ("dq",), ("dk",), ("dv",) or, of head dims up to 128, ("dk", "dv").
+      tile: Tokens of what the rows visit in a step, TILE or 128.
       scale: Multiplies q.k.
       soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
       dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
       kv_len: Number of keys, of which the last block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
-        `[64, 64]` each; None where all may, of those that are visited.
+        `[64, tile]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
-    gradient: Literal["dq", "dk", "dv"]
+    gradients: tuple[Literal["dq", "dk", "dv"], ...]
+    tile: int = TILE
     scale: float
     soft_cap: float | None
     dropout_rate: float
@@ -95,11 +101,11 @@ class Config:
 
     @property
     def rows_are_queries(self) -> bool:
-        return self.gradient == "dq"
+        return self.gradients == ("dq",)
 
     @property
     def needs_dp(self) -> bool:
-        return self.gradient != "dv"
+        return self.gradients != ("dv",)
 
 
 class Inputs(NamedTuple):
@@ -112,7 +118,7 @@ class Inputs(NamedTuple):
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's, of queries and heads (two) and of keys.
-      running: What to add the gradient to, float32.
+      running: For each gradient what to add it to, float32, or None.
     """
 
     q: Any
@@ -127,14 +133,13 @@ class Inputs(NamedTuple):
     q_segment_ids: Any
     kv_segment_ids: Any
     words: Words | None
-    running: Any
+    running: tuple[Any, ...]
 
 
-def differentiate(inputs: Inputs, config: Config) -> jax.Array:
-    """Runs the kernel: the gradient in whole blocks, float32 where something is running."""
+def differentiate(inputs: Inputs, config: Config) -> list[jax.Array]:
+    """Runs the kernel: the gradients in whole blocks, float32 where something is running."""
     own, other = (inputs.q, inputs.k) if config.rows_are_queries else (inputs.k, inputs.q)
     (B, length, num_heads, H), V = own.shape, inputs.v.shape[3]
-    of_gradient = inputs.v if config.gradient == "dv" else own
     num_rows = -(-length // BLOCK)
     deal = Deal.of(
         num_pairs=B * num_heads,
@@ -143,27 +148,36 @@ def differentiate(inputs: Inputs, config: Config) -> jax.Array:
         group=max(1, num_heads // other.shape[2]),
         num_cores=config.num_cores,
     )
-    dtype = of_gradient.dtype if inputs.running is None else jnp.float32
+    outputs = [
+        jax.ShapeDtypeStruct(
+            (B, num_rows * BLOCK, num_heads, V if name == "dv" else H), own.dtype if running is None else jnp.float32
+        )
+        for name, running in zip(config.gradients, inputs.running, strict=True)
+    ]
     leaves, tree = jax.tree.flatten(inputs)
 
     def smem(*shape):
         return plgpu.SMEM(shape, own.dtype, transforms=TRANSFORMS)
 
     def vector():
-        return plgpu.SMEM((_SLOTS, TILE), jnp.float32)
+        return plgpu.SMEM((_SLOTS, config.tile), jnp.float32)
+
+    def fit(slots_a: int, slots_2: int) -> bool:
+        rows, tiles = slots_a * BLOCK, config.tile
+        held = (rows + _SLOTS * tiles) * H + (config.needs_dp * rows + slots_2 * tiles) * V
+        return held * own.dtype.itemsize <= _SHARED_BYTES
 
     # b' takes one slot where two do not fit: it is given back while b is still needed.
-    held = (BLOCK + _SLOTS * TILE) * H + (config.needs_dp * BLOCK + _SLOTS * TILE) * V
-    slots_2 = _SLOTS if held * own.dtype.itemsize <= _SHARED_BYTES else 1
+    slots_a, slots_2 = next((x for x in ((2, _SLOTS), (1, _SLOTS)) if fit(*x)), (1, 1))
     vectors = 0 if config.rows_are_queries else 2 if config.needs_dp else 1
     shared = _Shared(
-        a=smem(BLOCK, H),
-        a_2=smem(BLOCK, V) if config.needs_dp else None,
-        b=smem(_SLOTS, TILE, H),
-        b_2=smem(slots_2, TILE, V),
+        a=smem(slots_a, BLOCK, H),
+        a_2=smem(slots_a, BLOCK, V) if config.needs_dp else None,
+        b=smem(_SLOTS, config.tile, H),
+        b_2=smem(slots_2, config.tile, V),
         lse=vector() if vectors else None,
         delta=vector() if vectors == 2 else None,
-        a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp),
+        a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp, num_barriers=slots_a),
         b_full=plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=_SLOTS),
         b_2_full=plgpu.Barrier(num_barriers=slots_2),
     )
@@ -172,12 +186,12 @@ def differentiate(inputs: Inputs, config: Config) -> jax.Array:
     def body(*refs):
         refs = iter(refs)
         inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        output = next(refs)
-        _Block(config, deal, inputs, output, jax.tree.unflatten(shared_tree, refs)).run()
+        results = list(itertools.islice(refs, len(outputs)))
+        _Block(config, deal, inputs, results, jax.tree.unflatten(shared_tree, refs)).run()
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((B, num_rows * BLOCK, num_heads, of_gradient.shape[3]), dtype),
+        out_type=outputs,
         grid=(deal.num_blocks,),
         grid_names=("block",),
         num_threads=_NUM_CONSUMERS + 1,
@@ -192,7 +206,8 @@ class _Shared(NamedTuple):
     """Shared memory, and the barriers that say when a buffer is full.
 
     Attributes:
-      a, a_2: The rows: queries and dout for dq, else keys and values; values only where they are needed.
+      a, a_2: The rows of one item or two: queries and dout for dq, else keys and values; values only where they are
+        needed.
       b, b_2: Tiles of what they visit: keys and values for dq, else queries and dout.
       lse, delta: Of a tile of queries; None where the rows are queries, and delta for dv.
     """
@@ -225,8 +240,8 @@ class _Tile(NamedTuple):
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, deal: Deal, inputs: Inputs, output, shared: _Shared):
-        self.config, self.inputs, self.output, self.shared = config, inputs, output, shared
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: list, shared: _Shared):
+        self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
         self.num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
         self.walk = Walk(
@@ -236,11 +251,11 @@ class _Block:
             tests_blocks=config.tests_blocks,
         )
         self.dtype = inputs.q.dtype
-        self.slots_2 = shared.b_2.shape[0]
+        self.slots_a, self.slots_2 = shared.a.shape[0], shared.b_2.shape[0]
         self.warpgroup = lax.axis_index("warpgroup")
         # Named barriers that tell the producer that a buffer may be filled again.
         self.a_free = NAMED_BARRIERS.start
-        self.b_free = self.a_free + 1
+        self.b_free = self.a_free + self.slots_a
         self.b_2_free = self.b_free + _SLOTS
         self.everyone = WARPGROUP * (_NUM_CONSUMERS + 1)
 
@@ -266,10 +281,12 @@ class _Block:
             def one_block(block, is_full, number, state):
                 del number
 
-                def one_tile(i, state):
-                    return body(_Tile(head, block * (BLOCK // TILE) + i, is_full), state)
+                tiles_of_block = BLOCK // self.config.tile
 
-                return lax.fori_loop(0, BLOCK // TILE, one_tile, state)
+                def one_tile(i, state):
+                    return body(_Tile(head, block * tiles_of_block + i, is_full), state)
+
+                return lax.fori_loop(0, tiles_of_block, one_tile, state)
 
             return self.walk.visit_in_order(item, which, one_block, state, ascending=True)
 
@@ -283,16 +300,16 @@ class _Block:
         own, others = (queries, keys) if config.rows_are_queries else (keys, queries)
 
         def one_item(number, item: Item, count):
-            del number
-            sync(self.a_free, self.everyone)
+            slot_a = lax.rem(number, self.slots_a)
+            sync(self.a_free + slot_a, self.everyone)
             at = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
             for source, target in zip(own, (shared.a, shared.a_2), strict=True):
                 if target is not None:
-                    plgpu.copy_gmem_to_smem(source.at[at], target, shared.a_full)
+                    plgpu.copy_gmem_to_smem(source.at[at], target.at[slot_a], shared.a_full.at[slot_a])
 
             def load(tile: _Tile, count):
                 slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
-                tokens = pl.ds(tile.index * TILE, TILE)
+                tokens = pl.ds(tile.index * config.tile, config.tile)
                 head = lax.div(tile.head, self.group) if config.rows_are_queries else tile.head
                 at = item.batch, tokens, head
                 sync(self.b_free + slot, self.everyone)
@@ -312,7 +329,8 @@ class _Block:
     # A consumer.
 
     def consume(self) -> None:
-        arrive(self.a_free, self.everyone)
+        for slot in range(self.slots_a):
+            arrive(self.a_free + slot, self.everyone)
         for slot in range(_SLOTS):
             arrive(self.b_free + slot, self.everyone)
         for slot in range(self.slots_2):
@@ -320,7 +338,7 @@ class _Block:
         self.walk.for_each_item(self.consume_item, jnp.int32(0))
 
     def consume_item(self, number, item: Item, count):
-        del number
+        slot_a = lax.rem(number, self.slots_a)
         start = item.row * BLOCK + self.warpgroup * ROWS
         lse_and_delta = None
         if self.config.rows_are_queries:
@@ -328,26 +346,26 @@ class _Block:
             lse_and_delta = [
                 plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (self.inputs.lse, self.inputs.delta)
             ]
-        plgpu.barrier_wait(self.shared.a_full)
+        plgpu.barrier_wait(self.shared.a_full.at[slot_a])
         allowed, kept = self.pair_test(item, start), self.kept(item, start)
-        nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.output.shape[3]), jnp.float32), MATRIX)
+        nothing = [plgpu.layout_cast(jnp.zeros((ROWS, x.shape[3]), jnp.float32), MATRIX) for x in self.outputs]
 
         def one_tile(tile: _Tile, state):
-            return self.step(tile, allowed, kept, lse_and_delta, *state)
+            return self.step(slot_a, tile, allowed, kept, lse_and_delta, *state)
 
-        count, gradient = self.for_each_tile(item, one_tile, (count, nothing))
-        arrive(self.a_free, self.everyone)
-        self.write(item, start, gradient)
+        count, gradients = self.for_each_tile(item, one_tile, (count, nothing))
+        arrive(self.a_free + slot_a, self.everyone)
+        self.write(item, start, gradients)
         return count
 
-    def step(self, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta, count, gradient):
+    def step(self, slot_a, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta, count, gradients):
         """One tile."""
         config, shared = self.config, self.shared
         slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
         plgpu.barrier_wait(shared.b_full.at[slot])
         if config.needs_dp:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
-        s, dp = self.scores(slot, slot_2)
+        s, dp = self.scores(slot_a, slot, slot_2)
 
         def of_queries(number: int, ref):
             if lse_and_delta is not None:
@@ -363,49 +381,59 @@ class _Block:
             p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
         if config.needs_dp:
             dp, p = self.settle(dp, p)
-            arrive(self.b_2_free + slot_2, self.everyone)
+            if not self.needs_b_2:
+                arrive(self.b_2_free + slot_2, self.everyone)
         else:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
         if config.tests_blocks:
             p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
-        x = p if kept is None else jnp.maximum(p, 0.0)
+        factors = {}
+        if self.needs_b_2:
+            factors["dv"] = p if kept is None else jnp.maximum(p, 0.0), shared.b_2, slot_2
         if config.needs_dp:
             if kept is not None:
                 p, dp = dropped(p, dp, config.dropout_rate)
             x = p * (dp - of_queries(1, shared.delta))
-            x = x if slope is None else x * slope
-        factor, factor_slot = (shared.b, slot) if config.needs_dp else (shared.b_2, slot_2)
-        gradient = self.product(gradient, x.astype(self.dtype), factor, factor_slot)
+            factors[config.gradients[0]] = x if slope is None else x * slope, shared.b, slot
+        gradients = self.products(gradients, [factors[name] for name in config.gradients])
         arrive(self.b_free + slot, self.everyone)
-        if not config.needs_dp:
+        if self.needs_b_2:
             arrive(self.b_2_free + slot_2, self.everyone)
-        return count + 1, gradient
+        return count + 1, gradients
+
+    @property
+    def needs_b_2(self) -> bool:
+        """Whether a product is of b', which is needed for as long as b then."""
+        return "dv" in self.config.gradients
 
     # Parts of a step: matmuls.
 
-    def scores(self, slot, slot_2):
+    def scores(self, slot_a, slot, slot_2):
         shared = self.shared
         second = (shared.a_2, shared.b_2, slot_2) if self.config.needs_dp else None
         if not self.config.interpret:
-            return wgmma_split.scores((shared.a, shared.b, slot), second, warpgroup=self.warpgroup)
-        mine = pl.ds(self.warpgroup * ROWS, ROWS)
+            first = shared.a, shared.b, slot
+            return wgmma_split.scores(first, second, slot_a=slot_a, warpgroup=self.warpgroup)
+        mine = slot_a, pl.ds(self.warpgroup * ROWS, ROWS)
         s = _dot(shared.a.at[mine][...], shared.b[slot].T)
         return s, None if second is None else _dot(shared.a_2.at[mine][...], shared.b_2[slot_2].T)
 
     def settle(self, in_flight, x):
         return (in_flight, x) if self.config.interpret else wgmma_backward.settle(in_flight, x)
 
-    def product(self, gradient, x, factor, slot):
+    def products(self, gradients: list, factors: list[tuple]) -> list:
+        """Each gradient with the product added of logits' gradients, or probabilities, and a slot of b or b'."""
+        factors = [(x.astype(self.dtype), b, slot) for x, b, slot in factors]
         if not self.config.interpret:
-            return wgmma_split.product(gradient, x, factor, slot=slot)
-        gradient = gradient + _dot(x, factor[slot])
+            return wgmma_split.products(gradients, factors)
+        gradients = [acc + _dot(x, b[slot]) for acc, (x, b, slot) in zip(gradients, factors, strict=True)]
         plgpu.commit_smem()  # an ordinary read, which a copy may overwrite only behind a fence
-        return gradient
+        return gradients
 
     def pair_test(self, item: Item, start) -> Callable:
         """allowed(tile): which pairs of this warpgroup's rows and of a tile may attend."""
         inputs, test, of_queries = self.inputs, self.config.pair_test, self.config.rows_are_queries
-        shape = ROWS, TILE
+        shape = ROWS, self.config.tile
 
         def vectors(at, is_of_queries: bool):
             sides = {"q": at, "kv": None} if is_of_queries else {"q": None, "kv": at}
@@ -416,14 +444,14 @@ class _Block:
             own = [rows(x, shape) for x in vectors((start, ROWS, ROW), of_queries)]
 
         def allowed(tile: _Tile) -> jax.Array:
-            tile_start, bits = tile.index * TILE, None
+            tile_start, bits = tile.index * self.config.tile, None
             if test is not None:
-                other = [columns(x, shape) for x in vectors((tile_start, TILE, COLUMN), not of_queries)]
+                other = [columns(x, shape) for x in vectors((tile_start, shape[1], COLUMN), not of_queries)]
                 (q_positions, q_ids), (kv_positions, kv_ids) = (own, other) if of_queries else (other, own)
                 bits = test.allowed(tile.head, q_positions, kv_positions, q_ids, kv_ids)
             if self.config.has_ragged_keys:
                 if of_queries:
-                    keys = columns(indices(tile_start, TILE, COLUMN), shape)
+                    keys = columns(indices(tile_start, shape[1], COLUMN), shape)
                 else:
                     keys = rows(indices(start, ROWS, ROW), shape)
                 are_keys = keys < self.config.kv_len
@@ -434,7 +462,7 @@ class _Block:
 
     def kept(self, item: Item, start) -> Callable | None:
         """kept(tile): which pairs of this warpgroup's rows and of a tile dropout keeps; None for all."""
-        words, of_queries, shape = self.inputs.words, self.config.rows_are_queries, (ROWS, TILE)
+        words, of_queries, shape = self.inputs.words, self.config.rows_are_queries, (ROWS, self.config.tile)
         if words is None:
             return None
 
@@ -448,23 +476,27 @@ class _Block:
         own = words_of(pl.ds(start, ROWS), item.head, ROW, queries=of_queries)
 
         def kept(tile: _Tile) -> jax.Array:
-            other = words_of(pl.ds(tile.index * TILE, TILE), tile.head, COLUMN, queries=not of_queries)
+            tokens = pl.ds(tile.index * shape[1], shape[1])
+            other = words_of(tokens, tile.head, COLUMN, queries=not of_queries)
             query_words, (kv_words,) = (own, other) if of_queries else (other, own)
             return is_kept(self.config.dropout_rate, tuple(query_words), kv_words)
 
         return kept
 
-    def write(self, item: Item, start, gradient) -> None:
-        """Writes the gradient of 64 rows, added to what is running."""
+    def write(self, item: Item, start, gradients: list) -> None:
+        """Writes the gradients of 64 rows, added to what is running."""
         at = item.batch, pl.ds(start, ROWS), item.head
-        gradient = gradient * (self.config.scale if self.config.needs_dp else 1 / (1 - self.config.dropout_rate))
-        if self.inputs.running is not None:
-            gradient = gradient + plgpu.load(self.inputs.running.at[at], layout=MATRIX, optimized=False)
-        target = self.output.at[at]
-        if self.config.interpret:
-            target[...] = gradient.astype(target.dtype)
-        else:
-            store_parts_of_sectors(target, gradient.astype(target.dtype))
+        for name, gradient, output, running in zip(
+            self.config.gradients, gradients, self.outputs, self.inputs.running, strict=True
+        ):
+            gradient = gradient * (1 / (1 - self.config.dropout_rate) if name == "dv" else self.config.scale)
+            if running is not None:
+                gradient = gradient + plgpu.load(running.at[at], layout=MATRIX, optimized=False)
+            target = output.at[at]
+            if self.config.interpret:
+                target[...] = gradient.astype(target.dtype)
+            else:
+                store_parts_of_sectors(target, gradient.astype(target.dtype))
 
 
 def _dot(x, y) -> jax.Array:

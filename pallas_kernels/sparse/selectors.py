@@ -11,6 +11,7 @@ keys, block by block, and `select_from`, the choice of some queries from the sum
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_heads
 from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import finite_max
 from pallas_kernels.schedule import make_schedule
+from pallas_kernels.sparse import pallas_mosaic_gpu_antidiagonals as antidiagonals
 from pallas_kernels.sparse.choose import heaviest, lists_of, most_scored
 from pallas_kernels.sparse.selection import BlockSelection, attention_recall
 from pallas_kernels.tokens import Tokens, validate_tokens
@@ -56,6 +60,22 @@ class _Call(NamedTuple):
         """The query heads of an axis as kv heads, and the heads of a group."""
         K = self.num_kv_heads
         return x.reshape(*x.shape[:axis], K, x.shape[axis] // K, *x.shape[axis + 1 :])
+
+
+class _Scorer(NamedTuple):
+    """How rows of blocks are scored.
+
+    Attributes:
+      of_rows: A function of some _Rows and of which of their blocks are possible, bool `[B or 1, 1, rows, columns]`. It
+        gives the scores of these blocks, float32 `[B, N, rows, columns]`: the logarithm, but for a constant of the row,
+        of what the block is thought to have of the row's attention.
+      numbers: How many are held at a time for the score of a pair of blocks.
+      leaves_out: Whether blocks that are not possible cost it nothing.
+    """
+
+    of_rows: Callable[["_Rows", jax.Array], jax.Array]
+    numbers: int = 1
+    leaves_out: bool = False
 
 
 class _Rows(NamedTuple):
@@ -197,7 +217,7 @@ class Selector(abc.ABC):
         num_rows, num_columns = -(-T // sizes.block_q), -(-S // sizes.block_kv)
         most = num_columns if budget is None else min(budget, num_columns)
         ranges = make_schedule(mask, tokens, q_len=T, kv_len=S, block_sizes=sizes).kv_blocks
-        scores_of = self._scores(call)
+        scorer = self._scorer(call)
 
         def possible_of(rows: _Rows) -> jax.Array:
             start, stop = (
@@ -209,7 +229,7 @@ class Selector(abc.ABC):
 
         def shares_of(rows: _Rows) -> jax.Array:
             possible = possible_of(rows)
-            shares = _softmax(jnp.where(possible, scores_of(rows, possible), -jnp.inf))
+            shares = _softmax(jnp.where(possible, scorer.of_rows(rows, possible), -jnp.inf))
             if self.heads == "kv":
                 shares = jnp.mean(shares.reshape(B, K, N // K, *shares.shape[2:]), axis=2)
             # What a section of the rows does not see.
@@ -219,13 +239,13 @@ class Selector(abc.ABC):
             return lists_of(self._choose(shares, possible_of(rows), most, threshold), most)
 
         scores_of_row = B * N * num_columns
-        most_rows = max(1, _MOST_SCORES_AT_ONCE // (scores_of_row * self._scores_of_a_block(sizes)))
+        most_rows = max(1, _MOST_SCORES_AT_ONCE // (scores_of_row * scorer.numbers))
+        everything = _Rows(0, num_rows, num_columns)
         if scores_of_row * num_rows <= _MOST_SCORES_AT_ONCE:
-            sections = _sections(call, num_rows, num_columns)
+            sections = [everything] if scorer.leaves_out else _sections(call, num_rows, num_columns)
             shares = jnp.concatenate([_in_groups(shares_of, section, most_rows) for section in sections], axis=2)
-            blocks = lists(shares, _Rows(0, num_rows, num_columns))
+            blocks = lists(shares, everything)
         else:
-            everything = _Rows(0, num_rows, num_columns)
             blocks = _in_groups(lambda rows: lists(shares_of(rows), rows), everything, most_rows)
         return BlockSelection(blocks=blocks, q_len=T, kv_len=S, block_sizes=sizes)
 
@@ -234,17 +254,8 @@ class Selector(abc.ABC):
         """What `_scores` needs of the keys; as `summary`, unless `split_refusal` says that it is not."""
 
     @abc.abstractmethod
-    def _scores(self, call: _Call):
-        """A function of some _Rows and of which of their blocks are possible, bool `[B, 1, rows, columns]`.
-
-        It gives the scores of these blocks, float32 `[B, N, rows, columns]`: the logarithm, but for a constant of the
-        row, of what the block is thought to have of the row's attention.
-        """
-
-    def _scores_of_a_block(self, sizes: BlockSizes) -> int:
-        """How many numbers the score of a pair of blocks is made of."""
-        del sizes
-        return 1
+    def _scorer(self, call: _Call) -> _Scorer:
+        """Scores its blocks."""
 
     def _choose(self, shares, possible, most: int, threshold: float | None) -> jax.Array:
         always = self._always(possible)
@@ -305,14 +316,14 @@ class BlockMean(Selector):
     def _summary(self, k, block_kv):
         return _means(k, block_kv)
 
-    def _scores(self, call):
+    def _scorer(self, call):
         mean_q = call.grouped(_means(call.q, call.sizes.block_q), 2)
 
         def scores_of(rows, _possible):
             scores = call.multiply("brkgh,bckh->bkgrc", rows.of(mean_q, 1), call.summary[:, : rows.columns])
             return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
 
-        return scores_of
+        return _Scorer(scores_of)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,6 +333,9 @@ class XAttention(Selector):
 
     Attributes:
       stride: S of the paper. Divides block_q and block_kv.
+      implementation: Of the sums, "mosaic_gpu" or "xla"; None takes the former on a Hopper GPU where it serves the call
+        (bfloat16, head dims 64 and 128, block_kv a multiple of 8 strides). NotImplementedError where the one that
+        is named does not.
 
     Its summary of keys is all of them: nothing of an antidiagonal is left out.
 
@@ -330,6 +344,7 @@ class XAttention(Selector):
     """
 
     stride: int = 16
+    implementation: Implementation | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -344,32 +359,58 @@ class XAttention(Selector):
     def _summary(self, k, block_kv):
         return _squares(k, block_kv, self.stride)
 
-    def _scores(self, call):
+    def _scorer(self, call):
+        implementations = {"mosaic_gpu": self._by_mosaic_gpu, "xla": self._by_xla}
+        return dispatch.run("XAttention.select", implementations, self.implementation, call)
+
+    def _by_xla(self, call: _Call) -> _Scorer:
         stride, sizes = self.stride, call.sizes
         # Queries against the order of keys: the products of these long vectors are sums along antidiagonals. By head
         # and then by square, so that neither they nor the products are moved again.
         q = jnp.moveaxis(_squares(call.grouped(call.q, 2), sizes.block_q, stride)[:, :, :, ::-1], (4, 5), (1, 2))
         k = jnp.moveaxis(call.summary, 4, 1)
         q, k = q.reshape(*q.shape[:5], -1), k.reshape(*k.shape[:4], -1)
-        q_ends = self._ends(*call.tokens.queries(call.q.shape[1]), sizes.block_q)
-        kv_ends = self._ends(*call.tokens.keys(call.kv_len), sizes.block_kv)
+        seen_by = self._seen_by(call)
 
         def scores_of(rows, possible):
             sums = call.multiply("bkgrix,bkcjx->bkgricj", rows.of(q, 3), k[:, :, : rows.columns]) / stride
             sums = sums.reshape(sums.shape[0], -1, *sums.shape[3:])
+            return _log_of_mean_share(jnp.where(seen_by(rows, possible)[:, None], sums, -jnp.inf))
+
+        return _Scorer(scores_of, numbers=(sizes.block_q // stride) * (sizes.block_kv // stride))
+
+    def _by_mosaic_gpu(self, call: _Call) -> _Scorer:
+        stride, sizes = self.stride, call.sizes
+        antidiagonals.check(call.q, stride=stride, block_kv=sizes.block_kv)
+        q, k = _squares(call.q, sizes.block_q, stride), call.summary
+        seen_by = self._seen_by(call)
+
+        def scores_of(rows, possible):
+            seen = seen_by(rows, possible)
+            rows_q = rows.of(q, 1)
+            sums = antidiagonals.group_logsumexp(
+                rows_q.reshape(len(q), -1, *q.shape[3:]),
+                k.reshape(len(k), -1, *k.shape[3:]),
+                seen.reshape(len(seen), seen.shape[1] * seen.shape[2], -1),
+                scale=call.scale / stride,
+            )
+            return _log_of_mean_share(sums.reshape(*sums.shape[:2], *seen.shape[1:4], -1))
+
+        numbers = (sizes.block_q // stride) * (sizes.block_kv // stride // antidiagonals.GROUP)
+        return _Scorer(scores_of, numbers=numbers, leaves_out=True)
+
+    def _seen_by(self, call: _Call) -> Callable[[_Rows, jax.Array], jax.Array]:
+        """A function of rows and their possible blocks: which squares count, `[B or 1, rows, squares, columns,
+        squares]`."""
+        q_ends = self._ends(*call.tokens.queries(call.q.shape[1]), call.sizes.block_q)
+        kv_ends = self._ends(*call.tokens.keys(call.kv_len), call.sizes.block_kv)
+
+        def seen_by(rows, possible):
             columns = _Ends(*(x[:, : rows.columns] for x in kv_ends))
             seen = self._seen(call.mask, _Ends(*(rows.of(x, 1) for x in q_ends)), columns)
-            sums = jnp.where((seen & possible[:, 0, :, None, :, None])[:, None], sums, -jnp.inf)
-            # A softmax for each row of squares, of which only the sums over squares of a block are held.
-            greatest = finite_max(jnp.max(sums, axis=(4, 5), keepdims=True))
-            of_blocks = jnp.sum(jnp.exp(sums - greatest), axis=5)
-            total = jnp.sum(of_blocks, axis=4, keepdims=True)
-            return jnp.log(jnp.sum(of_blocks / jnp.where(total > 0, total, 1.0), axis=3))
+            return seen & possible[:, 0, :, None, :, None]
 
-        return scores_of
-
-    def _scores_of_a_block(self, sizes):
-        return (sizes.block_q // self.stride) * (sizes.block_kv // self.stride)
+        return seen_by
 
     def _ends(self, positions, segment_ids, block) -> "_Ends":
         def of_squares(x):
@@ -446,7 +487,7 @@ class VerticalSlash(Selector):
         del block_kv
         return k
 
-    def _scores(self, call):
+    def _scorer(self, call):
         (B, T, N, _), S, k, sizes = call.q.shape, call.kv_len, call.summary, call.sizes
         num = min(self.last_queries, T)
         first = T - num
@@ -474,7 +515,7 @@ class VerticalSlash(Selector):
             of_lines = upto[:, :, jnp.clip(farthest + 1, 0, T)] - upto[:, :, jnp.clip(nearest, 0, T)]
             return jnp.log(columns[:, :, None, : rows.columns] + jnp.maximum(of_lines, 0.0))
 
-        return scores_of
+        return _Scorer(scores_of)
 
     def _choose(self, shares, possible, most, threshold):
         # A block without a line is not taken, however many may be.
@@ -499,11 +540,11 @@ class AShape(Selector):
         B, S, K, _ = k.shape
         return jnp.zeros((B, -(-S // block_kv), K, 0))
 
-    def _scores(self, call):
+    def _scorer(self, call):
         def scores_of(_rows, possible):
             return jnp.zeros((*call.q.shape[::2], *possible.shape[2:]))
 
-        return scores_of
+        return _Scorer(scores_of)
 
     def _choose(self, shares, possible, most, threshold):
         chosen = super()._choose(shares, possible, most, threshold)
@@ -594,6 +635,16 @@ def best_by_head(
 
     recalls = jnp.stack([recall_of(q, k, candidate) for candidate in candidates])
     return PerHead(selectors=tuple(candidates[int(i)] for i in jnp.argmax(recalls, axis=0)))
+
+
+def _log_of_mean_share(sums: jax.Array) -> jax.Array:
+    """Of sums `[B, N, rows, squares, columns, squares]` a softmax for each row of squares; what a block has of those of
+    its rows, `[B, N, rows, columns]`, but for a factor, as a logarithm. Only sums over squares of a block are held.
+    """
+    greatest = finite_max(jnp.max(sums, axis=(4, 5), keepdims=True))
+    of_blocks = jnp.sum(jnp.exp(sums - greatest), axis=5)
+    total = jnp.sum(of_blocks, axis=4, keepdims=True)
+    return jnp.log(jnp.sum(of_blocks / jnp.where(total > 0, total, 1.0), axis=3))
 
 
 def _softmax(x: jax.Array) -> jax.Array:

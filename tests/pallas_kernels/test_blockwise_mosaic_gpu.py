@@ -29,6 +29,8 @@ from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Causal, SameDocument, Window
 from pallas_kernels.mask_patterns import Predicate, Table
 from pallas_kernels.mosaic_gpu import interpreter
+from pallas_kernels.sparse import BlockSelection
+from pallas_kernels.sparse.choose import lists_of
 from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_for
 
 A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
@@ -236,6 +238,43 @@ def test_gradients_equal_the_reference_in_the_interpreter(name):
         assert_close(name, gradient - 0.125 if accumulates else gradient, want[name], "bfloat16")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chosen_by_head_D128", "chosen_by_kv_head_documents_D128", "chosen_large_blocks_D64"])
+def test_lists_without_turns_in_the_interpreter(name, monkeypatch):
+    """Also where they take turns until a card has run them so."""
+    monkeypatch.setattr(pallas_mosaic_gpu, "_takes_no_turns", lambda call, blocks: True)
+    case, want = CASES_BY_NAME[name], truth(name)
+    inputs = case.inputs("bfloat16")
+    gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"])
+    for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
+        assert_close(name, gradient, want[name], "bfloat16")
+
+
+def test_what_takes_no_turns():
+    """Lists of a head each, plain and the same each time: a kernel of dq, one of dk and dv, and the forward one."""
+    selection = BlockSelection(
+        blocks=jnp.zeros((1, 4, 4, 1), jnp.int32), q_len=512, kv_len=512,
+        block_sizes=BlockSizes(block_q=128, block_kv=128),
+    )  # fmt: skip
+
+    def num_kernels(head_dim=128, num_kv_heads=4, **options):
+        def gradients(q, k, v):
+            schedule = selection.schedule(mask=Causal(), block_sizes=selection.block_sizes)
+            options_of_call = {"mask": Causal(), "schedule": schedule, "implementation": "mosaic_gpu"} | options
+            out, vjp = jax.vjp(functools.partial(blockwise_attention, **options_of_call), q, k, v)
+            return vjp(out)
+
+        shapes = (jax.ShapeDtypeStruct((1, 512, n, head_dim), "bfloat16") for n in (4, num_kv_heads, num_kv_heads))
+        with tracing_for(H100):
+            return str(jax.make_jaxpr(gradients)(*shapes)).count("mpmd_map[")  # what a kernel is in a jaxpr
+
+    assert num_kernels() == 3
+    for options in (
+        {"deterministic": False}, {"head_dim": 64}, {"num_kv_heads": 2}, {"logits_soft_cap": 30.0}
+    ):  # fmt: skip
+        assert num_kernels(**options) == 2, options
+
+
 @pytest.mark.parametrize("name", some_slow(SHARED_OUT, ["gqa_heads_of_3_rows_D64"]))
 def test_heads_that_are_shared_out_in_the_interpreter(name, monkeypatch):
     """Each query head of a kv head in an item of its own, added to what is running or not."""
@@ -430,10 +469,10 @@ def test_a_schedule_from_outside_serves_every_head_dim():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["causal", "documents", "table", "few keys"])
+@pytest.mark.parametrize("kind", ["causal", "documents", "table", "few keys", "chosen"])
 def test_gradients_are_the_same_each_time(kind):
-    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row, and
-    heads that are shared out."""
+    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row, heads
+    that are shared out, and lists of chosen blocks, whose gradients have owners."""
     length = 4096
     documents = ((1000, 1, 700, 2000, 395),)
     tokens = jax.tree.map(jnp.asarray, packed_tokens(documents, length)) if kind == "documents" else None
@@ -443,17 +482,26 @@ def test_gradients_are_the_same_each_time(kind):
         "documents": Causal() & SameDocument(),
         "table": Table(blocks, block_q=128, block_kv=128),
         "few keys": Causal(),
+        "chosen": Causal(),
     }
-    kv_len = 1024 if kind == "few keys" else length
+    schedule = None
+    if kind == "chosen":
+        chosen = np.random.default_rng(1).random((1, 8, 32, 32)) < 0.3
+        selection = BlockSelection(
+            blocks=lists_of(jnp.asarray(chosen | np.eye(32, dtype=bool)), 32), q_len=length, kv_len=length,
+            block_sizes=BlockSizes(block_q=128, block_kv=128),
+        )  # fmt: skip
+        schedule = jax.jit(functools.partial(BlockSelection.schedule, mask=Causal()))(selection)
+    kv_len, num_kv_heads = 1024 if kind == "few keys" else length, 8 if kind == "chosen" else 4
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, dout = (
         jax.random.normal(key, (1, of, n, 128), jnp.bfloat16)
-        for key, of, n in zip(keys, (length, kv_len, kv_len, length), (8, 4, 4, 8), strict=True)
+        for key, of, n in zip(keys, (length, kv_len, kv_len, length), (8, num_kv_heads, num_kv_heads, 8), strict=True)
     )
 
     @jax.jit
     def gradients(q, k, v, dout):
-        options = {"mask": masks[kind], "tokens": tokens, "implementation": "mosaic_gpu"}
+        options = {"mask": masks[kind], "tokens": tokens, "schedule": schedule, "implementation": "mosaic_gpu"}
         return jax.vjp(functools.partial(blockwise_attention, **options), q, k, v)[1](dout)
 
     first = jax.device_get(gradients(q, k, v, dout))
