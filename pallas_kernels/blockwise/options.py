@@ -16,6 +16,7 @@ class Options:
       logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
       block_sizes: Tokens a block holds; None lets the implementation choose.
       deterministic: Whether gradients must come out the same, bit by bit, each time.
+      bias_gradient: Whether a backward pass also returns the gradient of the bias' parameters, float32.
     """
 
     mask: Mask
@@ -23,3 +24,4 @@ class Options:
     logits_soft_cap: float | None
     block_sizes: BlockSizes | None
     deterministic: bool
+    bias_gradient: bool = False

@@ -19,8 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bias import Bias
 from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
+from pallas_kernels.blockwise import near_bias
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
+from pallas_kernels.blockwise import pallas_mosaic_gpu_bias as kernel_bias
 from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
@@ -48,7 +51,18 @@ _LEAST_ITEMS_A_CORE = 1.5
 
 
 def forward(
-    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None, interpret=None
+    q,
+    k,
+    v,
+    *,
+    tokens,
+    schedule,
+    carry,
+    return_carry,
+    options: Options,
+    dropout: Dropout | None = None,
+    bias: Bias | None = None,
+    interpret=None,
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
@@ -56,7 +70,8 @@ def forward(
     tokens = tokens or Tokens()
     # A head dim that has to be filled up would have the keys copied.
     is_whole = q.shape[3] == v.shape[3] and q.shape[3] in decode.BLOCK
-    if is_whole and dropout is None and decode.serves(q.shape[1], schedule, options):
+    of_bias = kernel_bias.of_call(bias)
+    if is_whole and dropout is None and bias is None and decode.serves(q.shape[1], schedule, options):
         arguments = {"tokens": tokens, "carry": carry, "return_carry": return_carry, "options": options}
         return decode.forward(q, k, v, **arguments, num_cores=num_cores, interpret=interpret)
     given_dim, (head_dim, value_dim) = v.shape[3], dims_of(q, v)
@@ -77,6 +92,7 @@ def forward(
         ranges=jax.tree.map(jnp.asarray, ranges),
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
+        bias=of_bias,
         carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
     outputs = forward_kernel.attend(
@@ -117,6 +133,7 @@ def backward(
     accumulate,
     options: Options,
     dropout: Dropout | None = None,
+    bias: Bias | None = None,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
@@ -127,7 +144,7 @@ def backward(
     blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
     delta = delta_of(out, dout, dlse)
-    rows = (0, 0), (0, 0), (0, padding_q)
+    rows, given_lse = ((0, 0), (0, 0), (0, padding_q)), lse
     # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
     lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
     head_dim, value_dim = dims_of(q, v)
@@ -142,6 +159,7 @@ def backward(
             "delta": jnp.pad(delta, rows),
             **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
             "words": _words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
+            "bias": kernel_bias.of_call(bias),
         },
         accumulate=tuple(None if x is None else _filled(x, dim) for x, dim in zip(accumulate, dims, strict=True)),
         q_len=q_len,
@@ -152,8 +170,19 @@ def backward(
         interpret=interpret,
     )
     differentiate = _differentiate if head_dim <= _WIDE else _differentiate_split
-    gradients = zip(differentiate(call, blocks), (q, k, v), strict=True)
-    return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
+    *gradients, sums = differentiate(call, blocks)
+    gradients = zip(gradients, (q, k, v), strict=True)
+    gradients = tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
+    if sums is None:
+        return gradients
+    dbias = kernel_bias.gradient_of_sums(bias, sums[..., :kv_len])
+    if bias.reach is not None:
+        within = near_bias.gradient(
+            bias, q, k, v, lse=given_lse, delta=delta, dout=dout, tokens=tokens, schedule=schedule,
+            options=options, dropout=dropout,
+        )  # fmt: skip
+        dbias = jax.tree.map(jnp.add, dbias, within)
+    return *gradients, dbias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,8 +205,8 @@ class _Backward:
     interpret: Any
 
 
-def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk and dv, padded, by the fused kernel."""
+def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
+    """dq, dk and dv, padded, and the sums for the bias or None, by the fused kernel."""
     # By one block of threads where it is interpreted: more would have to take turns there too.
     num_cores = hopper_cores(call.interpret)
     options, sizes, q, k = call.options, blocks.block_sizes, call.operands["q"], call.operands["k"]
@@ -198,7 +227,10 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
         pair_bytes=pair_bytes,
         num_cores=num_cores,
         deterministic=options.deterministic,
-        most_heads_together=_most_heads_together(options.mask, head_dim, max(call.q_len, call.kv_len)),
+        # Sums for a bias are of one head, and written when the next begins.
+        most_heads_together=1
+        if options.bias_gradient
+        else _most_heads_together(options.mask, head_dim, max(call.q_len, call.kv_len)),
     )
     running_dq, *running = call.accumulate
     running = None if running[0] is None else tuple(_whole_blocks(x) for x in running)
@@ -209,7 +241,7 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
         turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running if shares == 1 else None,
     )
-    dq, dk, dv = backward_kernel.differentiate(
+    dq, dk, dv, *sums = backward_kernel.differentiate(
         inputs,
         # The interpreter, unlike a copy, does not leave out what lies behind the end.
         _whole_tiles(dq) if call.interpret is None else _whole_blocks(dq),
@@ -221,6 +253,7 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
             dropout_rate=call.dropout_rate,
             kv_len=call.kv_len,
             scales_dq=running_dq is not None,
+            bias_gradient=options.bias_gradient,
             shares=shares,
             interpret=call.interpret,
         ),
@@ -232,11 +265,11 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
         )
     if running_dq is None:
         dq = (dq * options.scale).astype(q.dtype)
-    return dq, dk, dv
+    return dq, dk, dv, sums[0] if sums else None
 
 
-def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, ...]:
-    """dq, dk and dv, padded, by a kernel each."""
+def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
+    """dq, dk and dv, padded, by a kernel each, and the sums for the bias or None."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
 
     def gradient(name: str, ranges: BlockRanges, running):
@@ -255,12 +288,15 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, 
             kv_len=call.kv_len,
             pair_test=call.pair_test(columns=split_kernel.TILE),
             num_cores=num_cores,
+            bias_gradient=call.options.bias_gradient and name == "dk",
             interpret=call.interpret,
         )
         return split_kernel.differentiate(inputs, config)
 
     sides = blocks.kv_blocks, blocks.q_blocks, blocks.q_blocks
-    return tuple(gradient(*of) for of in zip(("dq", "dk", "dv"), sides, call.accumulate, strict=True))
+    results = (gradient(*of) for of in zip(("dq", "dk", "dv"), sides, call.accumulate, strict=True))
+    (dq,), (dk, *sums), (dv,) = results
+    return dq, dk, dv, sums[0] if sums else None
 
 
 def num_shares(group: int, *, num_items: int, num_cores: int) -> int:

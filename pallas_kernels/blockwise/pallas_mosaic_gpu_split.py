@@ -30,6 +30,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward, wgmma_split
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
+    KernelBias,
+    Side,
+    TileBias,
+    added,
+    nothing_summed,
+    num_sums,
+)
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -72,6 +80,7 @@ class Config:
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, 64]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
+      bias_gradient: Whether sums are made for the gradient of the bias: by the kernel of dk.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
@@ -82,6 +91,7 @@ class Config:
     kv_len: int
     pair_test: PairTest | None
     num_cores: int
+    bias_gradient: bool = False
     interpret: Any = None
 
     @property
@@ -112,6 +122,7 @@ class Inputs(NamedTuple):
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's, of queries and heads (two) and of keys.
+      bias: Base 2.
       running: What to add the gradient to, float32.
     """
 
@@ -127,11 +138,15 @@ class Inputs(NamedTuple):
     q_segment_ids: Any
     kv_segment_ids: Any
     words: Words | None
+    bias: KernelBias | None
     running: Any
 
 
-def differentiate(inputs: Inputs, config: Config) -> jax.Array:
-    """Runs the kernel: the gradient in whole blocks, float32 where something is running."""
+def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
+    """Runs the kernel: the gradient in whole blocks, float32 where something is running.
+
+    With `bias_gradient` also the sums of which that of the bias is made, float32 `[B, N, sums, S]`.
+    """
     own, other = (inputs.q, inputs.k) if config.rows_are_queries else (inputs.k, inputs.q)
     (B, length, num_heads, H), V = own.shape, inputs.v.shape[3]
     of_gradient = inputs.v if config.gradient == "dv" else own
@@ -172,12 +187,16 @@ def differentiate(inputs: Inputs, config: Config) -> jax.Array:
     def body(*refs):
         refs = iter(refs)
         inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        output = next(refs)
-        _Block(config, deal, inputs, output, jax.tree.unflatten(shared_tree, refs)).run()
+        output, sums = next(refs), next(refs) if config.bias_gradient else None
+        _Block(config, deal, inputs, output, sums, jax.tree.unflatten(shared_tree, refs)).run()
 
+    out_types = [jax.ShapeDtypeStruct((B, num_rows * BLOCK, num_heads, of_gradient.shape[3]), dtype)]
+    if config.bias_gradient:
+        sums_shape = B, inputs.q.shape[2], num_sums(inputs.bias), num_rows * BLOCK
+        out_types.append(jax.ShapeDtypeStruct(sums_shape, jnp.float32))
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((B, num_rows * BLOCK, num_heads, of_gradient.shape[3]), dtype),
+        out_type=out_types,
         grid=(deal.num_blocks,),
         grid_names=("block",),
         num_threads=_NUM_CONSUMERS + 1,
@@ -225,8 +244,8 @@ class _Tile(NamedTuple):
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, deal: Deal, inputs: Inputs, output, shared: _Shared):
-        self.config, self.inputs, self.output, self.shared = config, inputs, output, shared
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, output, sums, shared: _Shared):
+        self.config, self.inputs, self.output, self.sums, self.shared = config, inputs, output, sums, shared
         self.num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
         self.walk = Walk(
@@ -255,8 +274,9 @@ class _Block:
             plgpu.set_max_registers(24, action="decrease")
             self.produce()
 
-    def for_each_tile(self, item: Item, body: Callable, state):
-        """state = body(a _Tile, state), tile by tile, for dk and dv of all query heads."""
+    def for_each_tile(self, item: Item, body: Callable, state, *, end_of_head: Callable | None = None):
+        """state = body(a _Tile, state), tile by tile, for dk and dv of all query heads; end_of_head(head, state) after
+        each."""
 
         def one_head(number, state):
             head = item.head if self.config.rows_are_queries else item.head * self.group + number
@@ -271,7 +291,8 @@ class _Block:
 
                 return lax.fori_loop(0, BLOCK // TILE, one_tile, state)
 
-            return self.walk.visit_in_order(item, which, one_block, state, ascending=True)
+            state = self.walk.visit_in_order(item, which, one_block, state, ascending=True)
+            return state if end_of_head is None else end_of_head(head, state)
 
         return lax.fori_loop(0, 1 if self.config.rows_are_queries else self.group, one_head, state)
 
@@ -332,15 +353,26 @@ class _Block:
         allowed, kept = self.pair_test(item, start), self.kept(item, start)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.output.shape[3]), jnp.float32), MATRIX)
 
-        def one_tile(tile: _Tile, state):
-            return self.step(tile, allowed, kept, lse_and_delta, *state)
+        no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
-        count, gradient = self.for_each_tile(item, one_tile, (count, nothing))
+        def one_tile(tile: _Tile, state):
+            return self.step(item, tile, allowed, kept, lse_and_delta, *state)
+
+        def end_of_head(head, state):
+            count, gradient, sums = state
+            for i, x in enumerate(sums):
+                self.sums.at[item.batch, head, i, pl.ds(start, ROWS)][...] = x.sum(axis=1)
+            return count, gradient, no_sums
+
+        state = count, nothing, no_sums
+        count, gradient, _ = self.for_each_tile(item, one_tile, state, end_of_head=end_of_head if no_sums else None)
         arrive(self.a_free, self.everyone)
         self.write(item, start, gradient)
         return count
 
-    def step(self, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta, count, gradient):
+    def step(
+        self, item: Item, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta, count, gradient, sums
+    ):
         """One tile."""
         config, shared = self.config, self.shared
         slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
@@ -358,7 +390,10 @@ class _Block:
         if config.soft_cap is not None:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
-        p = jnp.exp2(s * to_base_2 - of_queries(0, shared.lse))
+        s = s * to_base_2
+        if self.inputs.bias is not None:
+            s = s + self.bias.tile(tile.head, item.batch, *self.sides(item, tile))
+        p = jnp.exp2(s - of_queries(0, shared.lse))
         if kept is not None:
             p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
         if config.needs_dp:
@@ -373,13 +408,31 @@ class _Block:
             if kept is not None:
                 p, dp = dropped(p, dp, config.dropout_rate)
             x = p * (dp - of_queries(1, shared.delta))
+            if sums:
+                sums = added(sums, self.bias.slopes(tile.head, item.batch, *self.sides(item, tile)), x)
             x = x if slope is None else x * slope
         factor, factor_slot = (shared.b, slot) if config.needs_dp else (shared.b_2, slot_2)
         gradient = self.product(gradient, x.astype(self.dtype), factor, factor_slot)
         arrive(self.b_free + slot, self.everyone)
         if not config.needs_dp:
             arrive(self.b_2_free + slot_2, self.everyone)
-        return count + 1, gradient
+        return count + 1, gradient, sums
+
+    @property
+    def bias(self) -> TileBias:
+        """Of tiles of this warpgroup's rows."""
+        return TileBias(
+            bias=self.inputs.bias,
+            columns=TILE,
+            rows_are_queries=self.config.rows_are_queries,
+            interpret=bool(self.config.interpret),
+        )
+
+    def sides(self, item: Item, tile: _Tile) -> tuple[Side, Side]:
+        """This warpgroup's rows, and a tile."""
+        of_q, of_kv = self.inputs.q_positions, self.inputs.kv_positions
+        own, other = (of_q, of_kv) if self.config.rows_are_queries else (of_kv, of_q)
+        return Side(own, item.row * BLOCK + self.warpgroup * ROWS), Side(other, tile.index * TILE)
 
     # Parts of a step: matmuls.
 
