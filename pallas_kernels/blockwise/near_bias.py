@@ -121,7 +121,7 @@ def _chosen(schedule: Schedule | None, *, num_heads: int):
         return None
     visited, sizes = schedule.visited(), schedule.block_sizes
     visited = jnp.repeat(visited, num_heads // schedule.num_lists, axis=1)
-    last_q, last_kv = visited.shape[2] - 1, visited.shape[3] - 1
+    num_rows, num_columns = visited.shape[2:]
 
     def chosen(queries, keys):
         # Of tokens that are not there, any.

@@ -135,7 +135,7 @@ def backward(
     dropout: Dropout | None = None,
     bias: Bias | None = None,
     interpret=None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     _check_call(q, v, options)
     tokens = tokens or Tokens()
@@ -175,7 +175,7 @@ def backward(
     gradients = tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
     if sums is None:
         return gradients
-    dbias = kernel_bias.gradient_of_sums(bias, sums[..., :kv_len])
+    dbias = kernel_bias.gradient_of_sums(bias, sums[:, :, :, :kv_len])
     if bias.reach is not None:
         within = near_bias.gradient(
             bias, q, k, v, lse=given_lse, delta=delta, dout=dout, tokens=tokens, schedule=schedule,

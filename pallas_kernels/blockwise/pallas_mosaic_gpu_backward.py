@@ -41,6 +41,8 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     added,
     nothing_summed,
     num_sums,
+    store_sums,
+    sums_type,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
@@ -157,7 +159,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
     """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys.
 
     Where heads are shared out, dk and dv are `[B, S, K shares, H]`. With `bias_gradient` also the sums of which that is
-    made, float32 `[B, N, sums, S]`.
+    made (`sums_type`).
     """
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
@@ -185,7 +187,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
 
     out_types = [kv_type, kv_type]
     if config.bias_gradient:
-        out_types.append(jax.ShapeDtypeStruct((B, N, num_sums(inputs.bias), kv_shape[1]), jnp.float32))
+        out_types.append(sums_type(inputs.bias, (B, N, kv_shape[1])))
     gradients = plgpu.kernel(
         body,
         out_type=out_types,
@@ -435,7 +437,7 @@ class _Block:
             count, dk, dv, sums = state
             for i, x in enumerate(sums):
                 at = item.batch, head, i, pl.ds(item.row * BLOCK + self.warpgroup * ROWS, ROWS)
-                self.outputs.sums.at[at][...] = x.sum(axis=1)
+                store_sums(self.outputs.sums.at[at], x, interpret=bool(self.config.interpret))
             return count, dk, dv, no_sums
 
         state = count, nothing, nothing, no_sums

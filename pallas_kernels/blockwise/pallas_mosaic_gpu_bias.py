@@ -1,15 +1,14 @@
-"""Biases of logits on Hopper: of a tile of 64 rows in registers, and the sums of which gradients of parameters are made.
+"""Biases of logits on Hopper: of a tile of 64 rows in registers, and the sums that gradients of parameters are made of.
 
 A tile of tokens in order has as few distances as it has diagonals: 8 columns further is the same as 8 rows up, and a
 thread holds rows that are 8 apart. So of a tile of 128 columns a thread computes 36 biases and not 64: those of every
-other group of 8 columns, which the groups between them share (`_shared_out`). Where positions are given it computes each
-pair's.
+other group of 8 columns, which the groups between them share (`_shared_out`). Where positions are given, each pair's.
 
-A bias whose parameters are a number a head is computed as its class says. One that has a `reach` is read from a table of
-short distances; blocks of tokens in order that are further apart read one number.
+A bias whose parameters are a number a head is computed as its class says. One that has a `reach` is read from a table
+of short distances; blocks of tokens in order that are further apart read one number.
 
 Backward, each key adds up over its queries `dlogit dbias/dparameter` of each parameter, in registers, until the query
-head changes; then they are written, float32 `[B, N, parameters, S]`, and XLA adds them up in a fixed order. Of a table
+head changes; then they are written, `[B, N, parameters, S, 8]`, and XLA adds them up in a fixed order. Of a table
 these are the sums of both sides beyond the reach; the pairs within it are a pass of their own (near_bias.py).
 """
 
@@ -30,7 +29,15 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.bias import Bias, DistanceBias
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, MATRIX, ROW, columns, indices, rows
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
+    COLUMN,
+    MATRIX,
+    ROW,
+    columns,
+    indices,
+    rows,
+    store_parts_of_sectors,
+)
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
 from pallas_kernels.mosaic_gpu import refuse
 from pallas_kernels.tokens import Leaf
@@ -80,11 +87,25 @@ def num_sums(bias: KernelBias) -> int:
     return 2 if isinstance(bias, NearTable) else len(jax.tree.leaves(bias))
 
 
-def gradient_of_sums(bias: DistanceBias, sums_BNPS: jax.Array) -> DistanceBias:
-    """The gradient of a bias' parameters, float32, given the sums of the backward pass; of a bias that has a reach, that
-    of the pairs beyond it."""
+def sums_type(bias: KernelBias, shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    """Of the sums of `[B, N, S]`, in 8 parts each: to add these up takes shared memory, of which there is none left."""
+    batch_size, num_heads, kv_len = shape
+    return jax.ShapeDtypeStruct((batch_size, num_heads, num_sums(bias), kv_len, _GROUP), jnp.float32)
+
+
+def store_sums(target, x: jax.Array, *, interpret: bool) -> None:
+    """Those of 64 keys."""
+    if interpret:
+        target[...] = x
+    else:
+        store_parts_of_sectors(target, x)
+
+
+def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array) -> DistanceBias:
+    """The gradient of a bias' parameters, float32, given the sums of the backward pass; where the bias has a reach, of
+    the pairs beyond it."""
     bias = bias.in_float32()
-    sums = jnp.sum(sums_BNPS, axis=(0, 3))
+    sums = jnp.sum(sums_BNPS8, axis=(0, 3, 4))
     if bias.reach is not None:
         by_distance, vjp = jax.vjp(_by_distance, bias)
         cotangent = jnp.zeros_like(by_distance).at[:, -1].set(sums[:, 0]).at[:, 0].set(sums[:, 1])

@@ -511,7 +511,7 @@ class _Block:
         return new_max, row_sum, p, rescale
 
     def bias(self, item: Item) -> Callable:
-        """bias(j): what is added to the logits of the item's queries and the keys of block j, base 2; None for nothing."""
+        """bias(j): what is added to the logits of the item's queries and keys of block j, base 2; None for nothing."""
         inputs, block_kv = self.inputs, self.config.block_kv
         if inputs.bias is None:
             return lambda j: None

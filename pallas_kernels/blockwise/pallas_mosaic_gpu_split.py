@@ -37,6 +37,8 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     added,
     nothing_summed,
     num_sums,
+    store_sums,
+    sums_type,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
@@ -145,7 +147,7 @@ class Inputs(NamedTuple):
 def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
     """Runs the kernel: the gradient in whole blocks, float32 where something is running.
 
-    With `bias_gradient` also the sums of which that of the bias is made, float32 `[B, N, sums, S]`.
+    With `bias_gradient` also the sums of which that of the bias is made (`sums_type`).
     """
     own, other = (inputs.q, inputs.k) if config.rows_are_queries else (inputs.k, inputs.q)
     (B, length, num_heads, H), V = own.shape, inputs.v.shape[3]
@@ -192,8 +194,7 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
 
     out_types = [jax.ShapeDtypeStruct((B, num_rows * BLOCK, num_heads, of_gradient.shape[3]), dtype)]
     if config.bias_gradient:
-        sums_shape = B, inputs.q.shape[2], num_sums(inputs.bias), num_rows * BLOCK
-        out_types.append(jax.ShapeDtypeStruct(sums_shape, jnp.float32))
+        out_types.append(sums_type(inputs.bias, (B, inputs.q.shape[2], num_rows * BLOCK)))
     return plgpu.kernel(
         body,
         out_type=out_types,
@@ -361,7 +362,8 @@ class _Block:
         def end_of_head(head, state):
             count, gradient, sums = state
             for i, x in enumerate(sums):
-                self.sums.at[item.batch, head, i, pl.ds(start, ROWS)][...] = x.sum(axis=1)
+                target = self.sums.at[item.batch, head, i, pl.ds(start, ROWS)]
+                store_sums(target, x, interpret=bool(self.config.interpret))
             return count, gradient, no_sums
 
         state = count, nothing, no_sums

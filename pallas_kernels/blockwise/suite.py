@@ -204,7 +204,7 @@ _NOT_ON_HOPPER = {"table_of_64_D64"}  # its blocks are smaller than the kernel's
 # Other head dims than its own it refuses.
 _NOT_ON_TPU = {
     *("table_D128", "table_of_64_D64"),
-    *(case.name for case in KERNEL_CASES if case.dropout_rate or case.chosen),
+    *(case.name for case in KERNEL_CASES if case.dropout_rate or case.chosen or case.bias),
     *(case.name for case in KERNEL_CASES if case.head_dim not in TPU_HEAD_DIMS),
 }
 
