@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from longctx import MeshConfig, make_mesh, masks
+from longctx import Attention, BiasConfig, MeshConfig, make_mesh, masks
 from longctx.context_parallel import ContextParallelConfig, sharded_attention
 from longctx.testing import assert_context_parallel_equal
 from pallas_kernels import Alibi, BlockSizes, KerpleLog, T5Buckets, Tokens, blockwise_attention
@@ -79,8 +80,8 @@ def test_context_parallel_equals_one_device(kind, strategy, layout):
     [
         ({"data": 2, "context_inner": 2, "tensor": 2}, "ring"),
         ({"data": 2, "context_inner": 2, "tensor": 2}, "ulysses"),
-        ({"context_outer": 2, "context_inner": 2}, "usp"),
-        ({"context_outer": 2, "context_inner": 2}, "double_ring"),
+        ({"data": 2, "context_outer": 2, "context_inner": 2}, "usp"),
+        ({"data": 2, "context_outer": 2, "context_inner": 2}, "double_ring"),
     ],
 )
 def test_rows_and_heads_that_are_split_too(shape, strategy):
@@ -114,3 +115,32 @@ def test_constants_have_no_gradient_to_sum():
             return str(jax.make_jaxpr(jax.grad(loss))(differentiated, batch())).count("psum")
 
     assert count(True) > count(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"context_inner": 2, "tensor": 2, "data": 2}, {"context_inner": 8}], ids=str)
+def test_decoding_over_a_split_cache_equals_a_call(shape):
+    """Each device adds the bias of its own slots and heads; the gradient of the parameters is that of the call."""
+    layer = Attention(16, num_heads=4, num_kv_heads=2, rotary=None, bias=BiasConfig(kind="t5"), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 16))
+
+    def called(state):
+        return nnx.merge(graph, state)(x)
+
+    def decoded(state):
+        layer = nnx.merge(graph, state)
+        first, cache = layer.decode(x[:, :5], layer.init_cache(2, 16))
+        return jnp.concatenate([first, layer.decode(x[:, 5:], cache)[0]], axis=1)
+
+    def run(function):
+        def loss(state):
+            y = function(state)
+            return (y**2).sum(), y
+
+        return jax.block_until_ready(jax.jit(jax.grad(loss, has_aux=True))(state))
+
+    want = run(called)
+    with jax.set_mesh(make_mesh(MeshConfig(**shape))):
+        got = run(decoded)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
