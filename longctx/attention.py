@@ -233,9 +233,8 @@ class Attention(GroupedQueryLayer):
             rngs=rngs,
         )
         self.mask, self.logits_soft_cap, self.block_sizes = mask, logits_soft_cap, block_sizes
-        self.bias = None
-        if bias is not None:
-            self.bias = PositionBias(bias, dim, num_heads, param_dtype=param_dtype, rngs=rngs)
+        kwargs = dict(param_dtype=param_dtype, rngs=rngs)
+        self.bias = None if bias is None else PositionBias(bias, dim, num_heads, **kwargs)
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), logical_axes=("heads",)) if sinks else None
         self.dropout = AttentionDropout(dropout_rate) if dropout_rate else None
 

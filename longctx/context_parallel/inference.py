@@ -207,7 +207,7 @@ def sharded_decode(
     """
     if value_dim is not None and (v is not None or sinks is not None or bias is not None or k.shape[2] != 1):
         raise ValueError(
-            f"decode: value_dim={value_dim} with v, sinks, a bias or with {k.shape[2]} kv heads, wanted keys of one head "
+            f"decode: value_dim={value_dim} with v, sinks, a bias or {k.shape[2]} kv heads, wanted keys of one head "
             "alone, whose first dims are the values; leave it out, or them"
         )
     num_new, num_slots = q.shape[1], cache.k.shape[1]
