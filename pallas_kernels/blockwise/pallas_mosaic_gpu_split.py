@@ -195,7 +195,7 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
     out_types = [jax.ShapeDtypeStruct((B, num_rows * BLOCK, num_heads, of_gradient.shape[3]), dtype)]
     if config.bias_gradient:
         out_types.append(sums_type(inputs.bias, (B, inputs.q.shape[2], num_rows * BLOCK)))
-    return plgpu.kernel(
+    gradients = plgpu.kernel(
         body,
         out_type=out_types,
         grid=(deal.num_blocks,),
@@ -206,6 +206,7 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
+    return tuple(gradients)
 
 
 class _Shared(NamedTuple):
