@@ -14,6 +14,7 @@ from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
 from benchmarks.side_by_side import measure_side_by_side, peer_candidates
 from pallas_kernels import (
+    Alibi,
     SoftmaxCarry,
     blockwise_attention,
     blockwise_attention_backward,
@@ -127,7 +128,13 @@ def all_candidates(
         if case.hop:
             yield hop_candidate(case, name)
             yield from hop_backward_candidates(case, name)
-    yield from peer_candidates(case, peers)
+    if case.position_bias is None:
+        yield from peer_candidates(case, peers)
+    else:
+        problem = "it has no bias of positions"
+        yield from (
+            Row(case=case.name, which="both passes", implementation=name, ours=False, problem=problem) for name in peers
+        )
 
 
 def our_candidates(case: AttentionCase, implementation: str) -> Iterator[Candidate]:
@@ -137,7 +144,7 @@ def our_candidates(case: AttentionCase, implementation: str) -> Iterator[Candida
     """
 
     def attend(q, k, v, extra, *, deterministic):
-        tokens, schedule = extra
+        tokens, schedule, bias = extra
         return blockwise_attention(
             q,
             k,
@@ -145,13 +152,16 @@ def our_candidates(case: AttentionCase, implementation: str) -> Iterator[Candida
             mask=case.mask,
             tokens=tokens,
             schedule=schedule,
+            bias=case.position_bias if bias is None else bias,
             implementation=implementation,
             deterministic=deterministic,
         )
 
     def extra():
         tokens = case.tokens
-        return tokens, make_schedule(case.mask, tokens, q_len=case.length, kv_len=case.length)
+        # Constants are no arguments.
+        bias = None if isinstance(case.position_bias, Alibi) else case.position_bias
+        return tokens, make_schedule(case.mask, tokens, q_len=case.length, kv_len=case.length), bias
 
     passes_by_order: dict[bool, list[Pass]] = {True: ["forward"], False: []}
     for deterministic in DETERMINISTIC.get(implementation, (True, False)):
@@ -237,7 +247,11 @@ def _lower(candidate: AnyCandidate, case: AttentionCase, which: Pass, dtype: str
         return (candidate.attend(q, k, v, extra),)
 
     def forward_and_backward(q, k, v, dout, extra):
-        out, vjp = jax.vjp(lambda q, k, v: candidate.attend(q, k, v, extra), q, k, v)
+        if case.position_bias is None or extra[-1] is None:
+            out, vjp = jax.vjp(lambda q, k, v: candidate.attend(q, k, v, extra), q, k, v)
+        else:  # whose parameters are learned
+            *others, bias = extra
+            out, vjp = jax.vjp(lambda q, k, v, bias: candidate.attend(q, k, v, (*others, bias)), q, k, v, bias)
         return out, *vjp(dout)
 
     program = forward if which == "forward" else forward_and_backward

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Mask, Tokens
+from pallas_kernels import Alibi, Bias, KerpleLog, KerplePower, Mask, T5Buckets, Tokens
 from pallas_kernels.mask import Causal, Full, SameDocument, Window
 from pallas_kernels.mask_patterns import Table
 from pallas_kernels.testing import packed_tokens
@@ -56,6 +56,11 @@ class AttentionCase(Batch):
     head_dim: int
 
     @property
+    def position_bias(self) -> Bias | None:
+        """What is added to the logits."""
+        return None
+
+    @property
     def shape_name(self) -> str:
         return f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
 
@@ -86,12 +91,14 @@ class Case(AttentionCase):
       one_block_in: If given, a query sees only some blocks of BLOCK keys, one in so many drawn at random.
       hop: Whether this project's implementations are also timed as a hop of a ring: forward with a carry in and out,
         and the backward pass alone, without and with running gradients.
+      bias: Of the logits. ALiBi's slopes are constants, of the others the gradient of the parameters is timed too.
     """
 
     causal: bool = True
     window: int | None = None
     one_block_in: int | None = None
     hop: bool = False
+    bias: Literal["alibi", "t5", "kerple_log", "kerple_power"] | None = None
 
     def __post_init__(self):
         if self.one_block_in is not None and (self.causal or self.length % BLOCK):
@@ -111,7 +118,24 @@ class Case(AttentionCase):
             kind = f"blocks 1/{self.one_block_in}"
         if self.hop:
             kind = f"hop, {kind}"
+        if self.bias is not None:
+            kind = f"{self.bias}, {kind}"
         return f"{kind} {self.shape_name}"
+
+    @property
+    def position_bias(self) -> Bias | None:
+        N = self.num_heads
+        first, second = (jnp.asarray(np.linspace(*ends, N), jnp.float32) for ends in ((0.1, 1.0), (0.9, 0.3)))
+        match self.bias:
+            case "alibi":
+                return Alibi.geometric(N)
+            case "t5":
+                return T5Buckets(table=jax.random.normal(jax.random.key(2), (N, 32)))
+            case "kerple_log":
+                return KerpleLog(r1=first, r2=second)
+            case "kerple_power":
+                return KerplePower(r1=first / 10, r2=second)
+        return None
 
     @property
     def mask(self) -> Mask:
@@ -193,6 +217,11 @@ CASES = (
     _case(1, 32768, "16/4", 64, documents=DOCUMENTS),
     _case(1, 8192, "16/16", 128, causal=False, hop=True),
     *(_case(1, 32768, "16/16", 128, causal=False, one_block_in=one_in) for one_in in (2, 4, 8, 16)),
+    *(
+        _case(batch_size, length, "16/16", 128, bias=bias)
+        for batch_size, length in ((2, 8192), (1, 32768))
+        for bias in ("alibi", "t5", "kerple_log", "kerple_power")
+    ),
 )
 
 SMOKE = (
@@ -201,4 +230,5 @@ SMOKE = (
     _case(1, 96, "4/2", 8, window=24),
     _case(1, 96, "2/1", 16, documents=(40, 1, 55)),
     _case(1, 384, "2/1", 16, causal=False, one_block_in=4),
+    _case(1, 96, "2/1", 16, bias="t5"),
 )

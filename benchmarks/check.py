@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cases import AttentionCase
-from pallas_kernels import Mask, Tokens
+from pallas_kernels import Bias, Mask, Tokens
 from pallas_kernels.testing import TOLERANCE
 
 NUM_ROWS = 256
@@ -36,13 +36,14 @@ class Check:
     def of(cls, case: AttentionCase, q, k, v, dout, *, num_rows: int = NUM_ROWS, seed: int = 0) -> "Check":
         """The first and the last row, and others drawn at random.
 
-        Memory: one `[N / K, R, S]` array of logits and the few that its gradient takes; and a bool `[N, R, S]` where
-        the mask differs between heads.
+        Memory: one `[N / K, R, S]` array of logits and the few that its gradient takes; a bool `[N, R, S]` where the
+        mask differs between heads, and a float32 `[N, R, S]` where there is a bias.
         """
         drawn = np.random.default_rng(seed).choice(case.length, min(num_rows, case.length), replace=False)
         rows = jnp.asarray(np.unique([0, case.length - 1, *drawn]), jnp.int32)
         allowed = _allowed(case.mask, rows, case.tokens or Tokens(), k.shape[1], q.shape[2])
-        want = _formula(allowed, q[:, rows], k, v, dout[:, rows])
+        bias = _bias(case.position_bias, rows, case.tokens or Tokens(), k.shape[1])
+        want = _formula(allowed, bias, q[:, rows], k, v, dout[:, rows])
         sampled = jnp.zeros((1, case.length, 1, 1), dout.dtype).at[:, rows].set(1)
         return cls(rows=rows, dout=dout * sampled, want=want)
 
@@ -87,9 +88,17 @@ def _allowed(mask: Mask, rows, tokens: Tokens, length: int, num_heads: int) -> j
     )
 
 
+def _bias(bias: Bias | None, rows, tokens: Tokens, length: int) -> jax.Array | None:
+    """Of the rows and all keys, `[N, R, S]`."""
+    if bias is None:
+        return None
+    q_positions, kv_positions = tokens.queries(length).positions[:, rows], tokens.keys(length).positions
+    return bias.of_heads(q_positions[:, :, None], kv_positions[:, None, :])[0]
+
+
 @jax.jit
-def _formula(allowed, q, k, v, dout) -> tuple[jax.Array, ...]:
-    """softmax(q k^T / sqrt(H)) v over the keys that the rows may attend to, and its derivative by JAX, in float32."""
+def _formula(allowed, bias, q, k, v, dout) -> tuple[jax.Array, ...]:
+    """softmax(q k^T / sqrt(H) + bias) v over the keys that rows may attend to, and JAX's derivative of it, float32."""
     B, R, N, H = q.shape
     K = k.shape[2]
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -97,14 +106,18 @@ def _formula(allowed, q, k, v, dout) -> tuple[jax.Array, ...]:
     # Of each kv head and its query heads, or of all alike.
     allowed_KGRS = allowed.reshape(*((K, N // K) if len(allowed) > 1 else (1, 1)), R, -1)
 
-    def one_kv_head(allowed_GRS, q_RGH, k_SH, v_SH):
-        logits = jnp.where(allowed_GRS, H**-0.5 * einsum("RGH,SH->GRS", q_RGH, k_SH), -jnp.inf)
+    bias_KGRS = jnp.zeros((1, 1, 1, 1)) if bias is None else bias.reshape(K, N // K, R, -1)
+
+    def one_kv_head(allowed_GRS, bias_GRS, q_RGH, k_SH, v_SH):
+        logits = H**-0.5 * einsum("RGH,SH->GRS", q_RGH, k_SH) + bias_GRS
+        logits = jnp.where(allowed_GRS, logits, -jnp.inf)
         return einsum("GRS,SH->RGH", jax.nn.softmax(logits, axis=-1), v_SH)
 
     def one_head_and_gradients(operands):
         head, *arrays = operands
         *qkv, dout_RGH = (x.astype(jnp.float32) for x in arrays)
-        out, vjp = jax.vjp(functools.partial(one_kv_head, allowed_KGRS[head % len(allowed_KGRS)]), *qkv)
+        of_head = allowed_KGRS[head % len(allowed_KGRS)], bias_KGRS[head % len(bias_KGRS)]
+        out, vjp = jax.vjp(functools.partial(one_kv_head, *of_head), *qkv)
         return out, *vjp(dout_RGH)
 
     q_dout = tuple(x.reshape(B, R, K, N // K, H).swapaxes(1, 2).reshape(B * K, R, N // K, H) for x in (q, dout))

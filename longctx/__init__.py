@@ -31,6 +31,7 @@ from longctx.model import DecodeCache, ModelConfig, TransformerLM
 from longctx.model_flops import forward_flops
 from longctx.norms import RMSNorm, SimpleRMSNorm
 from longctx.nsa import NsaAttention
+from longctx.position_bias import BiasConfig
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, param_shardings
 from longctx.unembedding import logits_of
@@ -39,6 +40,7 @@ __all__ = [
     "Attention",
     "AttentionConfig",
     "AttentionSharding",
+    "BiasConfig",
     "Block",
     "ContextParallelConfig",
     "DecodeCache",

@@ -20,11 +20,12 @@ from longctx.context_parallel import (
 )
 from longctx.context_parallel.inference import plan_tokens
 from longctx.norms import RMSNorm
+from longctx.position_bias import BiasConfig, PositionBias
 from longctx.projections import projection
 from longctx.remat import QKV, named
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import constrain
-from pallas_kernels import BlockSizes, Dropout, Implementation, Mask, Tokens
+from pallas_kernels import Bias, BlockSizes, Dropout, Implementation, Mask, Tokens
 from pallas_kernels.dropout import check_rate
 
 RandomSource = nnx.Rngs | nnx.RngStream | jax.Array
@@ -167,6 +168,8 @@ class Attention(GroupedQueryLayer):
       rotary: Rotary position embedding, default theta 10000; None leaves q and k as they are.
       qk_norm: RMSNorm over head_dim on each head of q and k, one gain for all heads.
       logits_soft_cap: Logits become cap * tanh(logits / cap); None leaves them.
+      bias: What is added to the logits for the distance of a pair of tokens, after the cap; its models have no rotary
+        positions, `rotary=None`.
       sinks: Whether each query head has a learned logit that takes part in the softmax and has no value, so that a
         token may attend to nothing. They start at 0, a softmax with 1 more in its denominator.
       dropout_rate: The share of attention probabilities that is dropped in training, 0 <= rate < 1. Follows `train()`,
@@ -186,7 +189,7 @@ class Attention(GroupedQueryLayer):
     Raises: ValueError where the numbers of heads and dims do not divide.
     Memory: O(B T (N + K) H) for a call, in the backward pass too.
     Reference: Ainslie et al., GQA, arXiv:2305.13245. Sinks: Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; that they
-      start at 0: Miller 2023, Attention is off by one.
+      start at 0: Miller 2023, Attention is off by one. Biases: pallas_kernels/bias.py.
     """
 
     def __init__(
@@ -200,6 +203,7 @@ class Attention(GroupedQueryLayer):
         rotary: RotaryConfig | None = _ROTARY,
         qk_norm: bool = False,
         logits_soft_cap: float | None = None,
+        bias: BiasConfig | None = None,
         sinks: bool = False,
         dropout_rate: float = 0.0,
         dtype: DTypeLike = jnp.float32,
@@ -229,6 +233,8 @@ class Attention(GroupedQueryLayer):
             rngs=rngs,
         )
         self.mask, self.logits_soft_cap, self.block_sizes = mask, logits_soft_cap, block_sizes
+        kwargs = dict(param_dtype=param_dtype, rngs=rngs)
+        self.bias = None if bias is None else PositionBias(bias, dim, num_heads, **kwargs)
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype), logical_axes=("heads",)) if sinks else None
         self.dropout = AttentionDropout(dropout_rate) if dropout_rate else None
 
@@ -272,6 +278,7 @@ class Attention(GroupedQueryLayer):
             schedule=schedule,
             sharding=self.sharding,
             sinks=self._sinks(),
+            bias=self._bias(),
             dropout=dropout,
             logits_soft_cap=self.logits_soft_cap,
             block_sizes=self.block_sizes,
@@ -322,6 +329,7 @@ class Attention(GroupedQueryLayer):
             mask=self.mask,
             sharding=self.sharding,
             sinks=self._sinks(),
+            bias=self._bias(),
             logits_soft_cap=self.logits_soft_cap,
             deterministic=self.deterministic_gradients,
         )
@@ -360,12 +368,16 @@ class Attention(GroupedQueryLayer):
             schedule=schedule,
             sharding=self.sharding,
             sinks=self._sinks(),
+            bias=self._bias(),
             logits_soft_cap=self.logits_soft_cap,
             block_sizes=self.block_sizes,
             implementation=self.implementation,
             deterministic=self.deterministic_gradients,
         )
         return self.out(constrain(attended_BTNH, "batch", "sequence", "heads", None)), cache
+
+    def _bias(self) -> Bias | None:
+        return None if self.bias is None else self.bias()
 
     def _sinks(self) -> jax.Array | None:
         return None if self.sinks is None else self.sinks[...]

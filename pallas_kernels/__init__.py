@@ -4,6 +4,7 @@ Shapes: B batch, T query length, S key length, N query heads, K kv heads, G = N 
 head dim, D model dim, C chunk, W window. Public layout `[B, T, N, H]`.
 """
 
+from pallas_kernels.bias import Alibi, Bias, DistanceBias, KerpleLog, KerplePower, T5Buckets
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise.api import (
     blockwise_attention,
@@ -31,13 +32,19 @@ from pallas_kernels.tokens import PADDING_SEGMENT_ID, Tokens
 __all__ = [
     "IMPLEMENTATIONS",
     "PADDING_SEGMENT_ID",
+    "Alibi",
+    "Bias",
     "BlockSizes",
+    "DistanceBias",
     "Dropout",
     "Implementation",
+    "KerpleLog",
+    "KerplePower",
     "LinearState",
     "Mask",
     "Schedule",
     "SoftmaxCarry",
+    "T5Buckets",
     "Tokens",
     "blockwise_attention",
     "blockwise_attention_backward",

@@ -214,7 +214,11 @@ def _lower_truth(family: Family, case) -> jax.stages.Lowered:
 
 def _truth_inputs(inputs: dict, absent: frozenset[str]) -> dict:
     """The inputs in float32, zero where a way to call the ops leaves them out."""
-    return {name: jnp.zeros(x.shape) if name in absent else x.astype(jnp.float32) for name, x in inputs.items()}
+
+    def in_float32(name: str, x: jax.Array) -> jax.Array:
+        return jnp.zeros(x.shape) if name in absent else x.astype(jnp.float32)
+
+    return {name: jax.tree.map(functools.partial(in_float32, name), x) for name, x in inputs.items()}
 
 
 def _broken_promises(family: Family, trial: Trial, outcome: Outcome) -> Iterator[str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, markdown
+from pallas_kernels.bias import Alibi
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import api
 from pallas_kernels.dropout import Dropout
@@ -73,7 +74,7 @@ FEATURES = {
     "gradient through the lse": _call(return_lse=True),
     "logit soft cap": _call(logits_soft_cap=30.0),
     "learned sinks": _call(sinks=jnp.zeros(4)),
-    "additive bias": _call(bias=jnp.zeros((4, 256, 256))),
+    "additive bias": _call(bias=Alibi.geometric(4)),
     "maxima of blocks of logits": _call(block_maxima=BlockSizes(block_q=128, block_kv=128)),
     "tiles left out below a softmax threshold": _call(skip_softmax_threshold=1e-3),
     "attention dropout": _call(dropout=Dropout(rate=0.1, seeds=jnp.zeros((2, 4), jnp.uint32))),

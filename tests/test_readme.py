@@ -26,7 +26,8 @@ def test_the_support_table_tells_refusals_apart():
     assert served["causal"] == everywhere | {"`cudnn`": in_any_order}
     assert served["gradient through the lse"] == everywhere | {"`cudnn`": "forward"}
     assert served["learned sinks"] == everywhere | {"`cudnn`": "-"}
-    assert served["attention dropout"] == everywhere | {"`mosaic_tpu`": "-", "`cudnn`": "-"}
+    for option in ("attention dropout", "additive bias"):
+        assert served[option] == everywhere | {"`mosaic_tpu`": "-", "`cudnn`": "-"}
 
 
 def test_the_layer_example_is_the_script():

@@ -12,7 +12,7 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 _SLOWEST_IN_BFLOAT16 = 0.99  # half a unit in the last place is at most 2^-8 of a number
 
-UNDECAYED_NAMES = ("bias", "scale", "sinks", "theta", "dt_bias", "a_log", "skip")
+UNDECAYED_NAMES = ("bias", "slopes", "table", "r1", "r2", "scale", "sinks", "theta", "dt_bias", "a_log", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)

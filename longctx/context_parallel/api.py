@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from longctx.context_parallel.config import AttentionSharding
 from longctx.context_parallel.strategy import Residuals, SavedResults, Setting, ShardedSchedule, Strategy
 from longctx.sharding import ACTIVATION_AXES, own_mesh_in_scope
 from pallas_kernels import (
+    Bias,
     BlockSizes,
     Dropout,
     Mask,
@@ -29,6 +31,8 @@ from pallas_kernels import (
     make_schedule,
     sinks_gradient,
 )
+from pallas_kernels.bias import check_bias
+from pallas_kernels.perturbed import is_perturbed, values_of
 from pallas_kernels.saved import as_attention
 
 AnySchedule = Schedule | ShardedSchedule
@@ -85,6 +89,7 @@ def sharded_attention(
     sharding: AttentionSharding | None = None,
     sinks: jax.Array | None = None,
     dropout: Dropout | None = None,
+    bias: Bias | None = None,
     deterministic: bool = True,
     **options,
 ) -> jax.Array:
@@ -101,21 +106,25 @@ def sharded_attention(
       sinks: `[N]`, global; split as the heads are.
       dropout: Global; its seeds are split as rows and heads are, and since they are drawn with by positions and segment
         ids, the result does not depend on the split.
+      bias: Global; its parameters are split as the heads are, and it is of positions, so the result does not depend on
+        the split.
     Returns: out `[B, T, N, V]`, split as q.
     Raises: ValueError where an axis is not of the mesh, or its size does not divide the kv heads or the lengths, or the
         layout is another than that of the tokens; NotImplementedError where the strategy does not serve the call, or
         the heads are split and the mask differs between them.
     Cost: what the strategy states (the head of its file); nothing moves where the sequence is not split, but for the
-      gradient of the sinks, N float32 that are summed over the devices that split rows and tokens. A batch that the
-      batch axes do not divide is computed by each of their devices in full.
+      gradients of sinks and of a bias' parameters, N float32 or a few times as many that are summed over the devices
+      that split rows and tokens. A batch that the batch axes do not divide is computed by each of their devices in
+      full.
     """
     split = AttentionSplit.of(sharding, q.shape[0])
     if split is None:
         return blockwise_attention(
             q, k, v, mask=mask, tokens=tokens, schedule=schedule, sinks=sinks, dropout=dropout,
-            deterministic=deterministic, **options,
+            bias=bias, deterministic=deterministic, **options,
         )  # fmt: skip
     split.check_heads(mask, k.shape[2])
+    bias = check_bias("sharded_attention", bias, q.shape[2])
     setting = None
     if split.sequence:
         lengths = dict(q_len=q.shape[1], kv_len=k.shape[1])
@@ -131,7 +140,7 @@ def sharded_attention(
             )
         tokens = split.filled(tokens, **lengths)
     call = _Call(split=split, setting=setting, deterministic=deterministic, options=(("mask", mask), *options.items()))
-    return _attention(call, q, k, v, tokens, schedule, sinks, dropout)
+    return _attention(call, q, k, v, tokens, schedule, sinks, dropout, bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,6 +282,10 @@ class AttentionSplit(MeshSplit):
         """Of `[N]` arrays."""
         return None if sinks is None else PartitionSpec(self.heads)
 
+    def bias_spec(self, bias: Bias | None) -> Any:
+        """Of its parameters, `[N, ...]`."""
+        return jax.tree.map(lambda _: PartitionSpec(self.heads), bias)
+
     def dropout_spec(self, dropout: Dropout | None) -> Any:
         """Of its seeds, `[B or 1, N]`."""
         return jax.tree.map(lambda seeds: PartitionSpec(self.batch_of(seeds.shape[0]), self.heads), dropout)
@@ -306,43 +319,63 @@ class _Call:
             return Residuals(*(split.heads_spec,) * 4, split.lse_spec)
         return Residuals(*self.strategy.residual_specs(split.batch, split.sequence, split.heads))
 
-    def specs(self, tokens: Tokens, schedule: AnySchedule | None, sinks, dropout) -> tuple:
+    def specs(self, tokens: Tokens, schedule: AnySchedule | None, sinks, dropout, bias) -> tuple:
         split = self.split
         if self.setting is None:
             of_schedule = split.rows(schedule)
         else:
             of_schedule = split.schedule_spec(self.setting.mask, tokens.q_positions.shape[0])
-        return split.rows(tokens), of_schedule, split.sinks_spec(sinks), split.dropout_spec(dropout)
+        of_heads = split.sinks_spec(sinks), split.dropout_spec(dropout), split.bias_spec(bias)
+        return split.rows(tokens), of_schedule, *of_heads
 
-    def of_own_heads(self, tree: Any) -> Any:
-        """Arrays whose last dim is this shard's heads, as those that this device is given; per shard."""
+    def of_own_heads(self, tree: Any, *, axis: int = 0) -> Any:
+        """Arrays that have this shard's heads along `axis`, as those that this device is given; per shard."""
         if self.setting is None:
             return tree
-        return jax.tree.map(lambda x: self.strategy.own_heads(self.setting, x.T).T, tree)
+        return jax.tree.map(
+            lambda x: jnp.moveaxis(self.strategy.own_heads(self.setting, jnp.moveaxis(x, axis, 0)), 0, axis), tree
+        )
+
+    def of_heads(self, sinks, dropout, bias) -> dict[str, Any]:
+        """The arguments that ops take of heads; per shard."""
+        return {
+            "sinks": self.of_own_heads(sinks),
+            "dropout": self.of_own_heads(dropout, axis=1),
+            "bias": self.of_own_heads(bias),
+        }
+
+    def over_devices(self, own: Any, like: Any) -> Any:
+        """Gradients of arrays `[N, ...]` of this device's heads, as those of all devices, in the dtypes of `like`."""
+        axes = *self.split.batch, *self.split.sequence
+
+        def total(own, like):
+            if self.setting is not None:
+                own = self.strategy.in_all_heads(self.setting, own, len(like))
+            return jax.lax.psum(own, axes).astype(like.dtype)
+
+        return jax.tree.map(total, own, like)
 
     def dsinks(self, sinks: jax.Array | None, residuals: Residuals, dout) -> jax.Array | None:
         """Over all rows and tokens; per shard. dout is split as the residuals are."""
         if sinks is None:
             return None
         own = sinks_gradient(self.of_own_heads(sinks), residuals.out, residuals.lse, dout, None)
-        if self.setting is not None:
-            own = self.strategy.in_all_heads(self.setting, own, len(sinks))
-        return jax.lax.psum(own, (*self.split.batch, *self.split.sequence)).astype(sinks.dtype)
+        return self.over_devices(own, sinks)
 
 
 # Differentiated here and not inside the shard_map, whose transpose would add a reduction over every axis that its
 # inputs are not split over; and a strategy's backward pass is not the derivative of its forward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
-    return _attention_fwd(call, q, k, v, tokens, schedule, sinks, dropout)[0]
+def _attention(call: _Call, q, k, v, tokens, schedule, sinks, dropout, bias):
+    return _forward(call, q, k, v, tokens, schedule, sinks, dropout, bias)[0]
 
 
-def _attention_fwd(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
+def _forward(call: _Call, q, k, v, tokens, schedule, sinks, dropout, bias) -> tuple[jax.Array, Residuals]:
     options, heads = dict(call.options), call.split.heads_spec
     saved = SavedResults()
 
-    def shard(q, k, v, tokens, schedule, sinks, dropout):
-        extras = {"sinks": call.of_own_heads(sinks), "dropout": call.of_own_heads(dropout)}
+    def shard(q, k, v, tokens, schedule, *of_heads):
+        extras = call.of_heads(*of_heads)
         if call.setting is not None:
             with jax.named_scope(HOP_SCOPE):
                 out, residuals = call.strategy.forward(call.setting, q, k, v, tokens, schedule, **extras, **options)
@@ -353,45 +386,69 @@ def _attention_fwd(call: _Call, q, k, v, tokens, schedule, sinks, dropout):
 
     out, residuals = jax.shard_map(
         shard,
-        in_specs=(heads, heads, heads, *call.specs(tokens, schedule, sinks, dropout)),
+        in_specs=(heads, heads, heads, *call.specs(tokens, schedule, sinks, dropout, bias)),
         out_specs=(heads, call.residual_specs),
         check_vma=False,  # the op's loops start from constants, which that check would have to be told of
-    )(q, k, v, tokens, schedule, sinks, dropout)
+    )(q, k, v, tokens, schedule, sinks, dropout, bias)
     out = as_attention(out)
-    residuals = saved.outside((q, k, v, out), residuals)
-    return out, (residuals, tokens, schedule, sinks, dropout)
+    return out, saved.outside((q, k, v, out), residuals)
 
 
-def _attention_bwd(call: _Call, saved, dout):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """What the backward pass takes from the forward pass, and whether anything asks for the gradient of the bias."""
+
+    residuals: Residuals
+    others: tuple
+    bias_gradient: bool = dataclasses.field(metadata={"static": True})
+
+
+def _attention_fwd(call: _Call, *arguments):
+    q, k, v, *others = values_of(arguments)
+    out, residuals = _forward(call, q, k, v, *others)
+    return out, _Saved(residuals=residuals, others=tuple(others), bias_gradient=is_perturbed(arguments[-1]))
+
+
+def _attention_bwd(call: _Call, saved: _Saved, dout):
+    residuals, (tokens, schedule, sinks, dropout, bias) = saved.residuals, saved.others
+    if isinstance(dout, SymbolicZero):
+        dout = jnp.zeros(dout.shape, dout.dtype)
     split, options = call.split, dict(call.options) | {"deterministic": call.deterministic}
+    if saved.bias_gradient:
+        options["bias_gradient"] = True
 
     # Only out is returned, so lse has no cotangent: None says so to implementations that could not take one.
-    def shard(residuals, dout, tokens, schedule, sinks, dropout):
-        dropped = {"dropout": call.of_own_heads(dropout)}
+    def shard(residuals, dout, tokens, schedule, sinks, dropout, bias):
+        extras = call.of_heads(None, dropout, bias)
+        del extras["sinks"]
         if call.setting is not None:
             with jax.named_scope(HOP_SCOPE):
                 dout = call.strategy.like_residuals(call.setting, dout, schedule)
-                gradients = call.strategy.backward(
-                    call.setting, residuals, dout, tokens, schedule, **dropped, **options
+                dq, dk, dv, *dbias = call.strategy.backward(
+                    call.setting, residuals, dout, tokens, schedule, **extras, **options
                 )
         else:
-            gradients = blockwise_attention_backward(
-                *residuals, dout, None, tokens=tokens, schedule=schedule, **dropped, **options
+            dq, dk, dv, *dbias = blockwise_attention_backward(
+                *residuals, dout, None, tokens=tokens, schedule=schedule, **extras, **options
             )
-        return *gradients, call.dsinks(sinks, residuals, dout)
+        dbias = call.over_devices(dbias[0], bias) if dbias else None
+        return dq, dk, dv, call.dsinks(sinks, residuals, dout), dbias
 
-    residuals, tokens, schedule, sinks, dropout = saved
     heads = split.heads_spec
-    dq, dk, dv, dsinks = jax.shard_map(
+    dq, dk, dv, dsinks, dbias = jax.shard_map(
         shard,
-        in_specs=(call.residual_specs, heads, *call.specs(tokens, schedule, sinks, dropout)),
-        out_specs=(heads, heads, heads, split.sinks_spec(sinks)),
+        in_specs=(call.residual_specs, heads, *call.specs(tokens, schedule, sinks, dropout, bias)),
+        out_specs=(
+            *(heads, heads, heads, split.sinks_spec(sinks)),
+            split.bias_spec(bias) if saved.bias_gradient else None,
+        ),
         check_vma=False,  # as in the forward
-    )(residuals, dout, tokens, schedule, sinks, dropout)
-    return dq, dk, dv, None, None, dsinks, None
+    )(residuals, dout, tokens, schedule, sinks, dropout, bias)
+    return dq, dk, dv, None, None, dsinks, None, dbias
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
 def with_axes(sharding: AttentionSharding | None) -> AttentionSharding | None:

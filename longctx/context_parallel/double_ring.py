@@ -48,8 +48,9 @@ from longctx.context_parallel.ring import (
     empty_carry,
     forward_hops,
     forward_of_hop,
+    zeros_of_own,
 )
-from longctx.context_parallel.strategy import Residuals, Setting, float32_zeros, num_bytes
+from longctx.context_parallel.strategy import Residuals, Setting, num_bytes
 from longctx.context_parallel.traffic import Transfer
 
 
@@ -105,7 +106,7 @@ class DoubleRing(Ring):
         # The barrier is that of the ring.
         kv = jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1))
         next_kv = plan.send(kv, plan.moves_of_firsts[0]) if plan.moves_of_firsts else kv
-        dq, gathered = backward_hops(plan.route(plan.strides[0]), attend, kv, *float32_zeros(q))
+        dq, gathered = backward_hops(plan.route(plan.strides[0]), attend, kv, zeros_of_own(q, options))
         if plan.moves_of_firsts:
             state = next_kv, dq, gathered
             between = zip(plan.strides[1:], plan.moves_of_firsts[1:], plan.moves_of_lasts, strict=False)
@@ -119,8 +120,9 @@ class DoubleRing(Ring):
         dkv = gathered.astype(kv.dtype)  # where nothing is added any more
         if len(schedule.kv_positions) > 1:
             dkv = plan.send(dkv, plan.home)
+        dq, *dbias = dq
         gradients = dq.astype(q.dtype), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
-        return tuple(where_it_holds(schedule.holds, x) for x in gradients)
+        return *(where_it_holds(schedule.holds, x) for x in gradients), *dbias
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         rounds = _rounds(setting)

@@ -23,6 +23,7 @@ from longctx.context_parallel.layout import Layout
 from longctx.context_parallel.tree import tree_backward, tree_decode
 from pallas_kernels import (
     PADDING_SEGMENT_ID,
+    Bias,
     BlockSizes,
     Mask,
     Tokens,
@@ -30,6 +31,7 @@ from pallas_kernels import (
     latent_attention,
     make_schedule,
 )
+from pallas_kernels.bias import check_bias, like_parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,7 @@ def sharded_decode(
     value_dim: int | None = None,
     sharding: AttentionSharding | None = None,
     sinks: Float[Array, " N"] | None = None,
+    bias: Bias | None = None,
     deterministic: bool = True,
     **options,
 ) -> tuple[Float[Array, "B T N V"], KVCache]:
@@ -194,17 +197,17 @@ def sharded_decode(
         be given then.
       sharding: The mesh axes to split over; None means those of `longctx.make_mesh` where such a mesh is in scope, and
         otherwise one device.
-      sinks, deterministic, **options: As `blockwise_attention`.
-    Returns: out `[B, T, N, V]` and the cache with T more tokens. Differentiable in q, k, v, sinks and the cache's
-      arrays.
+      sinks, bias, deterministic, **options: As `blockwise_attention`.
+    Returns: out `[B, T, N, V]` and the cache with T more tokens. Differentiable in q, k, v, sinks, bias and the
+      cache's arrays.
     Raises: ValueError where T exceeds the slots of the cache, or an axis is not of the mesh, or does not divide the
       slots, or value_dim does not go with the others.
     Cost: what tree.py states; nothing of the size of the cache moves. Where q, k and v come in split along T, they are
       gathered.
     """
-    if value_dim is not None and (v is not None or sinks is not None or k.shape[2] != 1):
+    if value_dim is not None and (v is not None or sinks is not None or bias is not None or k.shape[2] != 1):
         raise ValueError(
-            f"decode: value_dim={value_dim} with v, with sinks or with {k.shape[2]} kv heads, wanted keys of one head "
+            f"decode: value_dim={value_dim} with v, sinks, a bias or {k.shape[2]} kv heads, wanted keys of one head "
             "alone, whose first dims are the values; leave it out, or them"
         )
     num_new, num_slots = q.shape[1], cache.k.shape[1]
@@ -232,7 +235,7 @@ def sharded_decode(
         options |= {"tokens": tokens, "deterministic": deterministic}
         if value_dim is not None:
             return latent_attention(q, cache.k[:, :, 0], value_dim=value_dim, **options), cache
-        return blockwise_attention(q, cache.k, cache.v, sinks=sinks, **options), cache
+        return blockwise_attention(q, cache.k, cache.v, sinks=sinks, bias=bias, **options), cache
     call = _Call(
         split=split,
         value_dim=value_dim,
@@ -240,7 +243,7 @@ def sharded_decode(
         deterministic=deterministic,
         options=tuple(options.items()),
     )
-    out, lse = _attend(call, q, cache.k, cache.v, tokens)
+    out, lse = _attend(call, q, cache.k, cache.v, tokens, check_bias("decode", bias, q.shape[2]))
     if sinks is not None:
         # What sum exp S is of it and exp(sink) together.
         sees_some = lse > -jnp.inf
@@ -294,6 +297,7 @@ def sharded_prefill(
     schedule: AnySchedule | None = None,
     sharding: AttentionSharding | None = None,
     sinks: Float[Array, " N"] | None = None,
+    bias: Bias | None = None,
     deterministic: bool = True,
     **options,
 ) -> tuple[Float[Array, "B T N V"], KVCache]:
@@ -308,7 +312,7 @@ def sharded_prefill(
       kept: What the cache is to hold, `[B, T, heads, dims]` each, of values maybe None; None means k and v.
       schedule: From `prefill_schedule` with the same mask, plan and sharding; None builds it here.
       sharding: As for `sharded_decode`.
-      sinks, deterministic, **options: As `blockwise_attention`.
+      sinks, bias, deterministic, **options: As `blockwise_attention`.
     Returns: out, laid out as q, and the cache.
     """
     split = CacheSplit.of(sharding, batch_size=q.shape[0], num_kv_heads=k.shape[2], mask=mask)
@@ -318,8 +322,8 @@ def sharded_prefill(
             mask, plan, batch_size=q.shape[0], block_sizes=options.get("block_sizes"), sharding=sharding
         )
 
-    def attend(q, k, v, sinks, tokens, schedule):
-        arguments = {"tokens": tokens, "schedule": schedule, "sinks": sinks, **options}
+    def attend(q, k, v, sinks, bias, tokens, schedule):
+        arguments = {"tokens": tokens, "schedule": schedule, "sinks": sinks, "bias": bias, **options}
         if plan.star_block is None:
             return sharded_attention(q, k, v, sharding=plan.sharding(sharding), **arguments)
         return blockwise_attention(q, k, v, **arguments)
@@ -328,11 +332,11 @@ def sharded_prefill(
         heads, rows = PartitionSpec(split.batch, split.sequence, split.heads), PartitionSpec(None, split.sequence)
         attend = jax.shard_map(
             attend,
-            in_specs=(heads, heads, heads, PartitionSpec(split.heads), rows, rows),
+            in_specs=(heads, heads, heads, *(PartitionSpec(split.heads),) * 2, rows, rows),
             out_specs=heads,
             check_vma=False,  # as in api.py
         )
-    out = attend(q, k, v, sinks, plan_tokens(plan), schedule)
+    out = attend(q, k, v, sinks, bias, plan_tokens(plan), schedule)
 
     def keep(k, v, places):
         spare = num_slots - plan.run_len
@@ -450,46 +454,50 @@ def _written(split: CacheSplit | None, cache: KVCache, k: jax.Array, v: jax.Arra
 
 # As in api.py, differentiated here and not inside the shard_map.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, q, k, v, tokens):
+def _attend(call: _Call, q, k, v, tokens, bias):
     """out and lse."""
-    return _attend_fwd(call, q, k, v, tokens)[0]
+    return _attend_fwd(call, q, k, v, tokens, bias)[0]
 
 
-def _attend_fwd(call: _Call, q, k, v, tokens):
+def _attend_fwd(call: _Call, q, k, v, tokens, bias):
     split = call.split
 
-    def shard(q, k, v, tokens):
+    def shard(q, k, v, tokens, bias):
+        options = dict(call.options) | ({} if bias is None else {"bias": bias})
         with jax.named_scope(HOP_SCOPE):
-            return tree_decode(q, k, v, tokens, axes=split.sequence, value_dim=call.value_dim, **dict(call.options))
+            return tree_decode(q, k, v, tokens, axes=split.sequence, value_dim=call.value_dim, **options)
 
     kv, whole = split.slots_spec[0], split.whole_spec
     out, lse = jax.shard_map(
         shard,
-        in_specs=(whole, kv, kv, split.tokens_spec),
+        in_specs=(whole, kv, kv, split.tokens_spec, PartitionSpec(split.heads)),
         out_specs=(whole, PartitionSpec(split.batch, split.heads)),
         check_vma=False,  # as in api.py
-    )(q, k, v, tokens)
-    return (out, lse), (q, k, v, out, lse, tokens)
+    )(q, k, v, tokens, bias)
+    return (out, lse), (q, k, v, out, lse, tokens, bias)
 
 
 def _attend_bwd(call: _Call, residuals, cotangents):
     split = call.split
 
-    def shard(q, k, v, out, lse, dout, dlse, tokens):
+    def shard(q, k, v, out, lse, dout, dlse, tokens, bias):
         dlse = dlse if call.uses_lse else None
         options = dict(call.options) | {"deterministic": call.deterministic, "value_dim": call.value_dim}
+        if bias is not None:
+            options |= {"bias": bias, "bias_gradient": True}
         with jax.named_scope(HOP_SCOPE):
-            return tree_backward(q, k, v, out, lse, dout, dlse, tokens, axes=split.sequence, **options)
+            dq, dk, dv, *dbias = tree_backward(q, k, v, out, lse, dout, dlse, tokens, axes=split.sequence, **options)
+        return dq, dk, dv, like_parameters(jax.lax.psum(dbias[0], split.batch), bias) if dbias else None
 
-    q, k, v, out, lse, tokens = residuals
+    q, k, v, out, lse, tokens, bias = residuals
     kv, whole, of_lse = split.slots_spec[0], split.whole_spec, PartitionSpec(split.batch, split.heads)
     gradients = jax.shard_map(
         shard,
-        in_specs=(whole, kv, kv, whole, of_lse, whole, of_lse, split.tokens_spec),
-        out_specs=(whole, kv, kv),
+        in_specs=(whole, kv, kv, whole, of_lse, whole, of_lse, split.tokens_spec, PartitionSpec(split.heads)),
+        out_specs=(whole, kv, kv, PartitionSpec(split.heads)),
         check_vma=False,  # as in api.py
-    )(q, k, v, out, lse, *cotangents, tokens)
-    return *gradients, None
+    )(q, k, v, out, lse, *cotangents, tokens, bias)
+    return *gradients[:3], None, gradients[3]
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -42,13 +42,13 @@ class OneCallStrategy(Strategy):
         # Without the barrier XLA takes these collectives for the forward pass's and keeps their results until now.
         kv = self.bring(setting, jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1)), schedule)
         keys, values = kv[..., : k.shape[3]], kv[..., k.shape[3] :]
-        dq, dk, dv = blockwise_attention_backward(
+        dq, dk, dv, *dbias = blockwise_attention_backward(
             q, keys, values, out, lse, dout, None, tokens=schedule.tokens, schedule=schedule.blocks,
             accumulate=float32_zeros(q, keys, values), **options | {"mask": self.call_mask(setting)},
         )  # fmt: skip
         dkv = self.send_home(setting, jnp.concatenate([dk, dv], axis=-1), schedule).astype(k.dtype)
         gradients = dq.astype(q.dtype), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
-        return tuple(where_it_holds(schedule.holds, x) for x in gradients)
+        return *(where_it_holds(schedule.holds, x) for x in gradients), *dbias
 
     def tiles_of_calls(self, setting, tiles):
         return tiles.sum(axis=1, keepdims=True)

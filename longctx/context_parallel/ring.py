@@ -41,6 +41,7 @@ from longctx.context_parallel.strategy import (
     Strategy,
     float32_zeros,
     num_bytes,
+    zeros_like_bias,
 )
 from longctx.context_parallel.traffic import Transfer
 from pallas_kernels import (
@@ -145,14 +146,14 @@ class Ring(Strategy):
         # the memory of an all-gather.
         kv = jax.lax.optimization_barrier(jnp.concatenate([k, v], axis=-1))
         attend = backward_of_hop(residuals, dout, tokens, schedule, options)
-        dq, gathered = backward_hops(route, attend, kv, *float32_zeros(q))
+        (dq, *dbias), gathered = backward_hops(route, attend, kv, zeros_of_own(q, options))
         # Nothing is added any more: rounding here rather than at home is the same, and this hop has little to hide
         # behind.
         dkv = gathered.astype(kv.dtype)
         if route.strides:
             dkv = route.send(dkv, route.home)
         gradients = dq.astype(q.dtype), dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
-        return tuple(where_it_holds(schedule.holds, x) for x in gradients)
+        return *(where_it_holds(schedule.holds, x) for x in gradients), *dbias
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         num_sent = len(hops_needed(setting)) - 1
@@ -229,28 +230,37 @@ def forward_of_hop(
 
 def backward_of_hop(
     residuals: Residuals, dout: jax.Array, tokens: Tokens, schedule: RingSchedule, options: Mapping[str, Any]
-) -> Callable[[jax.typing.ArrayLike, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> Callable[[jax.typing.ArrayLike, jax.Array, tuple], tuple[tuple, jax.Array]]:
     """A function of a hop, the keys and values that are here, and dq, float32.
 
-    It returns dq with this hop's part added, and this hop's part of the gradient of keys and values, float32.
+    What stands for dq here and in `backward_hops` is a tuple, of dq and, where it is asked for, of the gradient of the
+    bias: all that stays on the device (`zeros_of_own`). It returns that with this hop's part added, and this hop's part
+    of the gradient of keys and values, float32.
     """
     q, k, v, out, lse = residuals
     key_dim = k.shape[3]
 
-    def attend(hop, kv, dq):
+    def attend(hop, kv, own):
         hop_schedule, hop_tokens = schedule.at(hop, tokens)
         zeros = float32_zeros(k, v)
 
-        def visit(dq):
-            return blockwise_attention_backward(
+        def visit(own):
+            dq, *dbias_before = own
+            dq, dk, dv, *dbias = blockwise_attention_backward(
                 q, kv[..., :key_dim], kv[..., key_dim:], out, lse, dout, None, tokens=hop_tokens,
                 schedule=hop_schedule, accumulate=(dq, *zeros), **options,
             )  # fmt: skip
+            return (dq, *jax.tree.map(jnp.add, dbias_before, dbias)), dk, dv
 
-        dq, dk, dv = jax.lax.cond(_visits(hop_schedule), visit, lambda dq: (dq, *zeros), dq)
-        return dq, jnp.concatenate([dk, dv], axis=-1)
+        own, dk, dv = jax.lax.cond(_visits(hop_schedule), visit, lambda own: (own, *zeros), own)
+        return own, jnp.concatenate([dk, dv], axis=-1)
 
     return attend
+
+
+def zeros_of_own(q: jax.Array, options: Mapping[str, Any]) -> tuple:
+    """What `backward_of_hop` starts from: dq, and the gradient of the bias if `options` ask for it, float32."""
+    return *float32_zeros(q), *((zeros_like_bias(options["bias"]),) if options.get("bias_gradient") else ())
 
 
 def forward_hops(
@@ -276,12 +286,12 @@ def forward_hops(
 
 
 def backward_hops(
-    route: Route, attend: Callable, kv: jax.Array, dq: jax.Array, *, first: jax.typing.ArrayLike = 0
-) -> tuple[jax.Array, jax.Array]:
+    route: Route, attend: Callable, kv: jax.Array, dq: tuple, *, first: jax.typing.ArrayLike = 0
+) -> tuple[tuple, jax.Array]:
     """dq after all hops of a route, and the gradient of the keys and values that are here at the last; per shard.
 
     Args:
-      attend: From `backward_of_hop`.
+      attend: From `backward_of_hop`, which says what dq is.
       first: As for `forward_hops`.
     """
 

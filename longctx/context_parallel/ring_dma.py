@@ -43,6 +43,7 @@ class RingDma(Ring):
     name = "ring_dma"
     platform = "tpu"
     has_dropout = False
+    has_bias = False
 
     def refusal(self, setting):
         # A plan may be made anywhere; calls name the mesh axes that they run on.

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from longctx.context_parallel.api import HOP_SCOPE, MeshSplit
@@ -55,6 +55,7 @@ from pallas_kernels.linear.api import (
     normalized,
 )
 from pallas_kernels.linear.state import total
+from pallas_kernels.perturbed import is_perturbed, values_of
 from pallas_kernels.saved import as_attention
 
 _LAYOUTS = ("contiguous", "zigzag")
@@ -369,12 +370,12 @@ def _forward(call: _Call, q, k, v, decay, beta, initial_state, segment_ids):
 
 
 def _attention_fwd(call: _Call, *primals):
-    results, residuals = _forward(call, *jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal))
+    results, residuals = _forward(call, *values_of(primals))
     decay, initial_state = primals[3], primals[5]
     return results, _Saved(
         residuals=residuals,
-        decay_gradient=decay is not None and decay.perturbed,
-        initial_state_gradient=initial_state is not None and initial_state.perturbed,
+        decay_gradient=is_perturbed(decay),
+        initial_state_gradient=is_perturbed(initial_state),
     )
 
 
@@ -422,10 +423,6 @@ def _attention_bwd(call: _Call, saved: _Saved, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
-
-
-def _is_primal(x) -> bool:
-    return isinstance(x, CustomVJPPrimal)
 
 
 def _in_scope(shard):

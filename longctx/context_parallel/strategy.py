@@ -17,7 +17,7 @@ from jaxtyping import DTypeLike, Int
 
 from longctx.context_parallel.layout import Layout
 from longctx.context_parallel.traffic import Transfer
-from pallas_kernels import BlockSizes, Mask, Schedule, Tokens
+from pallas_kernels import Bias, BlockSizes, Mask, Schedule, Tokens
 from pallas_kernels.saved import as_attention
 from pallas_kernels.tokens import Leaf
 
@@ -142,6 +142,8 @@ class Strategy(abc.ABC):
     """The only platform whose devices it runs on; None where it runs on any."""
     has_dropout: ClassVar[bool] = True
     """Whether it serves dropout, which no Setting tells of; refused by the call where it does not."""
+    has_bias: ClassVar[bool] = True
+    """The same of an additive bias."""
     schedule_dims: ClassVar[int] = 0
     """Dims that arrays of its schedule have before the rows of the batch."""
 
@@ -166,13 +168,16 @@ class Strategy(abc.ABC):
         Args:
           tokens: This device's, nothing None.
           schedule: From `schedule`.
-          **options: As `blockwise_attention_forward`, the mask among them; sinks and dropout are of the heads that this
-            device is given (`own_heads`).
+          **options: As `blockwise_attention_forward`, the mask among them; sinks, dropout and bias are of the heads
+            that this device is given (`own_heads`).
         """
 
     @abc.abstractmethod
     def backward(self, setting: Setting, residuals: Residuals, dout, tokens: Tokens, schedule, **options):
         """`(dq, dk, dv)` of this device's queries and keys, in their dtypes; per shard.
+
+        Where `options` say `bias_gradient`, also that of the bias, float32, of the heads of the residuals: to be summed
+        over the devices.
 
         Args:
           dout: Split as the residuals (`like_residuals`).
@@ -221,7 +226,7 @@ class Strategy(abc.ABC):
         return per_head
 
     def in_all_heads(self, setting: Setting, own: jax.Array, num_heads: int) -> jax.Array:
-        """The transpose of `own_heads`, to be summed over the devices: `[N]` with zeros for other heads; per shard."""
+        """The transpose of `own_heads`, to be summed over devices: `[N, ...]` with zeros for other heads; per shard."""
         del setting, num_heads
         return own
 
@@ -229,6 +234,11 @@ class Strategy(abc.ABC):
 def num_bytes(dtype: DTypeLike, *dims: int) -> int:
     """Bytes of an array."""
     return int(np.prod(dims)) * jnp.dtype(dtype).itemsize
+
+
+def zeros_like_bias(bias: Bias) -> Bias:
+    """What the gradient of a bias is added up from, float32."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), bias)
 
 
 def float32_zeros(*arrays: jax.Array) -> tuple[jax.Array, ...]:

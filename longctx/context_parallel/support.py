@@ -53,11 +53,13 @@ FEATURES = {
     "a window, P does not divide N": _case(_WINDOW, num_heads=12, num_kv_heads=4),
     **{f"{name}, here with a window": _case(_WINDOW) for name in ("soft cap", "learned sinks", "fully masked shards")},
     "dropout, here with a window": _case(_WINDOW, dropout=True),
+    "additive bias, here with a window": _case(_WINDOW, bias=True),
 }
 """Attention over P = 8 devices in groups of 2: the fields of a Setting, and the layouts that make sense if not all do.
 
 No Setting tells of soft caps, sinks or what the arrays mask: they go with every mask that a strategy serves, and so
-does dropout where it is served at all (`Strategy.has_dropout`). matrix.py runs them."""
+do dropout and biases where they are served at all (`Strategy.has_dropout`, `has_bias`). matrix.py runs all but
+biases."""
 
 
 def table() -> str:
@@ -68,8 +70,10 @@ def table() -> str:
     return markdown.table(rows)
 
 
-def _cell(strategy: str, *, layouts=_LAYOUTS, max_document_length=None, dropout: bool = False, **fields) -> str:
-    if dropout and not STRATEGIES[strategy].has_dropout:
+def _cell(
+    strategy: str, *, layouts=_LAYOUTS, max_document_length=None, dropout: bool = False, bias: bool = False, **fields
+) -> str:
+    if dropout and not STRATEGIES[strategy].has_dropout or bias and not STRATEGIES[strategy].has_bias:
         return "-"
     served = []
     for name in layouts:

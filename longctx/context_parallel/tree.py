@@ -80,18 +80,19 @@ def tree_backward(
 ):
     """`(dq, dk, dv)` in their dtypes, dq the same on every device, dk and dv of this device's keys; per shard.
 
-    With value_dim v and dv are None.
+    With value_dim v and dv are None. With `bias_gradient` among the options also that of the bias, the same on every
+    device.
     """
     if value_dim is not None:
         values = k[..., :value_dim]
         dq, dk, dv = tree_backward(q, k, values, out, lse, dout, dlse, tokens, axes=axes, **options)
         return dq, dk.at[..., :value_dim].add(dv), None
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = blockwise_attention_backward(
+    dq, dk, dv, *dbias = blockwise_attention_backward(
         q, k, v, out, lse, dout, dlse, tokens=tokens, accumulate=zeros, **options
     )  # fmt: skip
-    dq = jax.lax.psum(dq, axes) if axes else dq
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    dq, *dbias = jax.lax.psum((dq, *dbias), axes) if axes else (dq, *dbias)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *dbias
 
 
 def tree_transfers(

@@ -74,7 +74,7 @@ class Ulysses(Strategy):
     def backward(self, setting, residuals, dout, tokens, schedule, **options):
         q, k, v, out, lse = residuals
         copies = _copies(setting)
-        dq, dk, dv = blockwise_attention_backward(
+        dq, dk, dv, *dbias = blockwise_attention_backward(
             q, k, v, out, lse, dout, None, tokens=schedule.tokens, schedule=schedule.blocks,
             accumulate=float32_zeros(q, k, v) if copies > 1 else None, **options,
         )  # fmt: skip
@@ -83,7 +83,7 @@ class Ulysses(Strategy):
         )
         if copies > 1:
             dkv = dkv.reshape(*dkv.shape[:2], -1, copies, dkv.shape[3]).sum(axis=3).astype(k.dtype)
-        return dq, dkv[..., : k.shape[3]], dkv[..., k.shape[3] :]
+        return dq, dkv[..., : k.shape[3]], dkv[..., k.shape[3] :], *dbias
 
     def transfers(self, setting, *, batch_size, key_dim, value_dim, dtype):
         degree, copies = setting.degree, _copies(setting)
@@ -117,11 +117,12 @@ class Ulysses(Strategy):
 
     def own_heads(self, setting, per_head):
         size = per_head.shape[0] // setting.degree
-        return jax.lax.dynamic_slice_in_dim(per_head, jax.lax.axis_index(setting.axes) * size, size)
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(per_head), jax.lax.axis_index(setting.axes) * size, size)
 
     def in_all_heads(self, setting, own, num_heads):
         start = jax.lax.axis_index(setting.axes) * len(own)
-        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros((num_heads,), own.dtype), own, start, 0)
+        zeros = jnp.zeros((num_heads, *own.shape[1:]), own.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(zeros, own, start, 0)
 
 
 def _copies(setting: Setting) -> int:

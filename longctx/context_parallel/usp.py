@@ -113,9 +113,11 @@ class Usp(Strategy):
 
     def backward(self, setting, residuals, dout, tokens, schedule, **options):
         inside, chunks = _inside(setting), schedule.chunks_of_group
-        dq, dk, dv = _BETWEEN.backward(_between(setting), residuals, dout, schedule.queries, schedule.ring, **options)
+        dq, dk, dv, *dbias = _BETWEEN.backward(
+            _between(setting), residuals, dout, schedule.queries, schedule.ring, **options
+        )
         dq, dkv = (by_tokens(inside, x, chunks) for x in (dq, jnp.concatenate([dk, dv], axis=-1)))
-        return dq, dkv[..., : dk.shape[3]], dkv[..., dk.shape[3] :]
+        return dq, dkv[..., : dk.shape[3]], dkv[..., dk.shape[3] :], *dbias
 
     def transfers(self, setting, **sizes):
         inner, outer = _INSIDE.transfers(_inside(setting), **sizes), _BETWEEN.transfers(_between(setting), **sizes)

@@ -14,6 +14,7 @@ from longctx.context_parallel.strategy import Setting
 from longctx.context_parallel.traffic import Transfer
 from longctx.mixers.grouped_query import GroupedQueryConfig
 from longctx.mixers.registry import register
+from longctx.position_bias import BiasConfig
 from pallas_kernels import BlockSizes, Mask
 
 
@@ -29,6 +30,9 @@ class AttentionConfig(GroupedQueryConfig):
     alone (the diagonal attention of TransNormer, the chunked of Llama 4); null cuts nothing. Not with window."""
     logits_soft_cap: float | None = None
     """Attention logits become cap * tanh(logits / cap); null leaves them."""
+    bias: BiasConfig | None = None
+    """What is added to the logits for the distance of a pair; null adds nothing. Models that have one set rope_theta to
+    null."""
     sinks: bool = False
     """Whether each query head has a learned logit that takes part in the softmax and has no value."""
     dropout: float = 0.0
@@ -91,6 +95,7 @@ class AttentionConfig(GroupedQueryConfig):
             **self.layer_options,
             mask=self.mask,
             logits_soft_cap=self.logits_soft_cap,
+            bias=self.bias,
             sinks=self.sinks,
             dropout_rate=self.dropout,
             dtype=dtype,

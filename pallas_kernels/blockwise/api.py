@@ -7,10 +7,12 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_qkv, check_results
+from pallas_kernels.bias import Bias, check_bias, like_parameters
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.blockwise.options import Options
@@ -19,6 +21,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import SoftmaxCarry
+from pallas_kernels.perturbed import is_perturbed, values_of
 from pallas_kernels.saved import as_attention
 from pallas_kernels.schedule import Schedule
 from pallas_kernels.tokens import Tokens, validate_tokens
@@ -50,7 +53,7 @@ def blockwise_attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    bias: Any = None,
+    bias: Bias | None = None,
     dropout: Dropout | None = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
@@ -59,7 +62,7 @@ def blockwise_attention(
     block_maxima: BlockSizes | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Array, ...]:
-    """Softmax attention computed block by block, in memory linear in T and S; differentiable in q, k, v and sinks.
+    """Softmax attention computed block by block, in memory linear in T and S; differentiable in q, k, v, sinks, bias.
 
     out[t] = sum_s softmax_s(scale q[t].k[s]) v[s], over the keys s that the mask lets t attend to
     with sinks:    out[t] = sum_s exp(S[t, s] - lse[t]) v[s],  lse[t] = log(exp(sink) + sum_s exp(S[t, s]))
@@ -78,7 +81,8 @@ def blockwise_attention(
       logits_soft_cap: If given, logits become cap * tanh(logits / cap) before the mask.
       sinks: A logit for each query head that takes part in the softmax and has no value, any float dtype, computed in
         float32; -inf is none. Not to be confused with sink tokens, which are a mask (`longctx.masks.sink_tokens`).
-      bias: Reserved; must be None.
+      bias: Added to the logits, after the soft cap: a function of the positions of a pair, whose parameters are of each
+        query head (pallas_kernels/bias.py), computed in float32. Their gradient is computed where it is asked for.
       dropout: Which probabilities to drop: by tokens and seeds, so however the call is cut up. Rate 0 is None.
       block_sizes: Tokens a block holds, and a tile; None leaves it to the implementation, or to the schedule.
       implementation: Which implementation to use; None takes the first of the platform's that serves the call.
@@ -94,20 +98,19 @@ def blockwise_attention(
     Returns: out in q's dtype; with return_lse also lse, natural log, float32, whose cotangent is honoured; with
       block_maxima also maxima, whose cotangent is not: they are constants to differentiation. A row that
       may attend to nothing is out = 0, lse = -inf (with sinks, lse = sink), gradient 0.
-    Raises: ValueError where the call is wrong; NotImplementedError where the named implementation, or a reserved
-      argument, is not there; ExceptionGroup with every reason where no implementation serves the call.
+    Raises: ValueError where the call is wrong; NotImplementedError where the named implementation does not serve it;
+      ExceptionGroup with every reason where no implementation does.
     Memory: O(B T N (H + V)) plus one tile of logits.
     Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2. Sinks: Miller 2023, Attention is off by
       one, of which they are the learned form in Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; what they replace: Xiao
       et al. 2023, StreamingLLM, arXiv:2309.17453. Threshold: Yuan et al. 2025, BLASST, arXiv:2512.12087, Algorithm 1.
     """
     op = "blockwise_attention"
-    _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic)
     options = _with_forward_options(op, options, skip_softmax_threshold, block_maxima)
     _check_sinks(op, sinks, q)
-    dropout = _checked_dropout(op, dropout, q)
-    return _attention(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)
+    dropout, bias = _checked_dropout(op, dropout, q), check_bias(op, bias, q.shape[2])
+    return _attention(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout, bias)
 
 
 def blockwise_attention_forward(
@@ -121,7 +124,7 @@ def blockwise_attention_forward(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    bias: Any = None,
+    bias: Bias | None = None,
     dropout: Dropout | None = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
@@ -153,11 +156,10 @@ def blockwise_attention_forward(
       2.1 (QK-Clip): what the maximum of a head is for.
     """
     op = "blockwise_attention_forward"
-    _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes)
     options = _with_forward_options(op, options, skip_softmax_threshold, block_maxima)
     _check_sinks(op, sinks, q)
-    dropout = _checked_dropout(op, dropout, q)
+    dropout, bias = _checked_dropout(op, dropout, q), check_bias(op, bias, q.shape[2])
     if carry is not None and sinks is not None:
         raise ValueError(
             f"{op}: got both sinks and carry, wanted at most one: sinks are what a softmax starts from; pass them with "
@@ -180,6 +182,7 @@ def blockwise_attention_forward(
         return_carry=return_carry,
         options=options,
         dropout=dropout,
+        bias=bias,
     )
     if block_maxima is None:
         return result
@@ -202,7 +205,8 @@ def blockwise_attention_backward(
     schedule: Schedule | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    bias: Any = None,
+    bias: Bias | None = None,
+    bias_gradient: bool = False,
     dropout: Dropout | None = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
@@ -211,7 +215,10 @@ def blockwise_attention_backward(
         Float32[Array, "B T N H"] | None, Float32[Array, "B S K H"] | None, Float32[Array, "B S K V"] | None
     ]
     | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+) -> (
+    tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]
+    | tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"], Bias]
+):
     """One backward pass over one set of keys, given the results over all of them: a hop of a ring's backward.
 
     dS = P (dP - delta + dlse) with P = exp(S - lse), dP = dout v^T (times Z with dropout), delta = rowsum(dout out)
@@ -223,16 +230,21 @@ def blockwise_attention_backward(
       lse: Its log-sum-exp over all keys, and the sinks if there are any.
       dout: Cotangent of out.
       dlse: Cotangent of lse; None where nothing depends on lse, which some implementations require.
+      bias_gradient: Whether to return the gradient of the bias too.
       accumulate: Running (dq, dk, dv) to add into; None, of all or of one, starts from zero. dk and dv go together.
       Others: as `blockwise_attention`.
-    Returns: (dq, dk, dv): float32 where something was running, else in the dtypes of q, k and v.
+    Returns: (dq, dk, dv): float32 where something was running, else in the dtypes of q, k and v. With bias_gradient
+      also that of the bias, a bias of float32 parameters, summed over the rows, queries and keys at hand: where those
+      are split over hops or devices, sum it over them too.
     Raises: as `blockwise_attention`.
     Memory: O(B T N (H + V)) plus one tile of logits.
     """
     op = "blockwise_attention_backward"
-    _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, tokens, schedule, scale, logits_soft_cap, block_sizes, deterministic)
-    dropout = _checked_dropout(op, dropout, q)
+    dropout, bias = _checked_dropout(op, dropout, q), check_bias(op, bias, q.shape[2])
+    if bias_gradient and bias is None:
+        raise ValueError(f"{op}: got bias_gradient=True and no bias, wanted one; pass the bias, or leave it out")
+    options = dataclasses.replace(options, bias_gradient=bias_gradient)
     if out is None and dlse is None:
         raise ValueError(f"{op}: got neither out nor dlse, wanted one of them; pass out, or dlse - rowsum(dout out)")
     check_results(op, (*q.shape[:3], v.shape[3]), out={"out": out, "dout": dout}, lse={"lse": lse, "dlse": dlse})
@@ -258,6 +270,7 @@ def blockwise_attention_backward(
         accumulate=running,
         options=options,
         dropout=dropout,
+        bias=bias,
     )
 
 
@@ -303,7 +316,7 @@ def ring_kernels(
     schedule: Schedule,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    bias: Any = None,
+    bias: Bias | None = None,
     dropout: Dropout | None = None,
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
@@ -319,79 +332,77 @@ def ring_kernels(
     Raises: ValueError where the call is wrong; NotImplementedError where the kernels do not serve it.
     """
     op = "ring_kernels"
-    _refuse_bias(op, bias)
     options = _options(op, q, k, v, mask, None, schedule, scale, logits_soft_cap, block_sizes, deterministic)
     if implementation not in (None, "mosaic_tpu"):
         raise NotImplementedError(
             f"{op}: kernels of {implementation!r} do not send, those of 'mosaic_tpu' do; pass that or None"
         )
-    dropout = _checked_dropout(op, dropout, q)
-    return RingKernels(q, k, v, options=options, block_sizes=schedule.block_sizes, dropout=dropout)
+    dropout, bias = _checked_dropout(op, dropout, q), check_bias(op, bias, q.shape[2])
+    return RingKernels(q, k, v, options=options, block_sizes=schedule.block_sizes, dropout=dropout, bias=bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(options: Options, implementation, return_lse: bool, q, k, v, tokens, schedule, sinks, dropout):
-    return _attend(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)[0]
+def _attention(options: Options, implementation, return_lse: bool, q, k, v, tokens, schedule, sinks, dropout, bias):
+    return _forward(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout, bias)[0]
 
 
-def _attention_fwd(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout):
+def _forward(options: Options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout, bias):
+    """What is returned, and what the backward pass needs."""
+    context = {"tokens": tokens, "schedule": schedule, "dropout": dropout, "bias": bias}
+    result = dispatch.run(
+        "blockwise_attention_forward", FORWARD, implementation, q, k, v, carry=_starting_from(sinks, q),
+        return_carry=False, options=options, **context,
+    )  # fmt: skip
+    (out, lse), *maxima = (result,) if options.block_maxima is None else result
+    out, lse = as_attention((out, lse))
+    returned = out, *((lse,) if return_lse else ()), *maxima
+    return returned if len(returned) > 1 else out, ((q, k, v, out, lse), context)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Residuals:
+    """What the backward pass takes from the forward pass, and whether anything asks for the gradient of the bias."""
+
+    arrays: tuple
+    context: dict[str, Any]
+    sinks: Any
+    bias_gradient: bool = dataclasses.field(metadata={"static": True})
+
+
+def _attention_fwd(options, implementation, return_lse, *arguments):
     if options.skip_softmax_threshold:
         raise NotImplementedError(
             f"blockwise_attention: skip_softmax_threshold={options.skip_softmax_threshold} is differentiated: "
             "the backward pass does not know which tiles were left out; pass 0 where you train"
         )
-    return _attend(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout)
+    q, k, v, tokens, schedule, sinks, dropout, bias = values_of(arguments)
+    results, (arrays, context) = _forward(
+        options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout, bias
+    )  # fmt: skip
+    saved = _Residuals(arrays=arrays, context=context, sinks=sinks, bias_gradient=is_perturbed(arguments[-1]))
+    return results, saved
 
 
-def _attend(options, implementation, return_lse, q, k, v, tokens, schedule, sinks, dropout):
-    """What is returned, and what the backward pass needs."""
-    result = dispatch.run(
-        "blockwise_attention_forward",
-        FORWARD,
-        implementation,
-        q,
-        k,
-        v,
-        tokens=tokens,
-        schedule=schedule,
-        carry=_starting_from(sinks, q),
-        return_carry=False,
-        options=options,
-        dropout=dropout,
-    )
-    (out, lse), *maxima = (result,) if options.block_maxima is None else result
-    out, lse = as_attention((out, lse))
-    returned = out, *((lse,) if return_lse else ()), *maxima
-    return returned if len(returned) > 1 else out, (q, k, v, out, lse, tokens, schedule, sinks, dropout)
-
-
-def _attention_bwd(options, implementation, return_lse, residuals, cotangents):
-    q, k, v, out, lse, tokens, schedule, sinks, dropout = residuals
-    # An lse that was not returned has no cotangent: None says so to implementations that could not take one.
+def _attention_bwd(options, implementation, return_lse, saved: _Residuals, cotangents):
+    q, k, v, out, lse = saved.arrays
+    # An lse that nothing depends on has no cotangent: None says so to implementations that could not take one.
     cotangents = cotangents if return_lse or options.block_maxima is not None else (cotangents,)
     dout, dlse = cotangents[0], cotangents[1] if return_lse else None
-    gradients = dispatch.run(
-        "blockwise_attention_backward",
-        BACKWARD,
-        implementation,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dout,
-        dlse,
-        tokens=tokens,
-        schedule=schedule,
+    dout = jnp.zeros_like(out) if isinstance(dout, SymbolicZero) else dout
+    dlse = None if isinstance(dlse, SymbolicZero) else dlse
+    dq, dk, dv, *dbias = dispatch.run(
+        "blockwise_attention_backward", BACKWARD, implementation, *saved.arrays, dout, dlse,
         accumulate=(None, None, None),
-        options=dataclasses.replace(options, block_maxima=None),
-        dropout=dropout,
-    )
+        options=dataclasses.replace(options, block_maxima=None, bias_gradient=saved.bias_gradient),
+        **saved.context,
+    )  # fmt: skip
+    sinks, bias = saved.sinks, saved.context["bias"]
     dsinks = None if sinks is None else sinks_gradient(sinks, out, lse, dout, dlse).astype(sinks.dtype)
-    return *gradients, None, None, dsinks, None
+    return dq, dk, dv, None, None, dsinks, None, like_parameters(dbias[0], bias) if dbias else None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
 def _starting_from(sinks, q) -> SoftmaxCarry | None:
@@ -399,11 +410,6 @@ def _starting_from(sinks, q) -> SoftmaxCarry | None:
     if sinks is None:
         return None
     return SoftmaxCarry.of_sinks(sinks, batch_size=q.shape[0], q_len=q.shape[1])
-
-
-def _refuse_bias(op: str, bias) -> None:
-    if bias is not None:
-        raise NotImplementedError(f"{op}: bias is reserved and not built yet; pass bias=None")
 
 
 def _check_sinks(op: str, sinks, q) -> None:

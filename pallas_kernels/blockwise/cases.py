@@ -1,11 +1,14 @@
 """The family's cases, as data: what its conformance suite runs."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.bias import Alibi, Bias, KerpleLog, KerplePower, T5Buckets
 from pallas_kernels.block_lists import schedule_of_lists
 from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, BlockSizes
 from pallas_kernels.dropout import Dropout
@@ -15,7 +18,7 @@ from pallas_kernels.schedule import Schedule
 from pallas_kernels.testing import packed_tokens
 from pallas_kernels.tokens import PADDING_SEGMENT_ID, Tokens
 
-_SINCE_RECORDED = ("sinks", "dropout_rate", "chosen", "cached")
+_SINCE_RECORDED = ("sinks", "dropout_rate", "chosen", "cached", "bias")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Case:
       sinks: Whether each query head has a learned sink; the mask of sink tokens is another thing.
       dropout_rate: The share of pairs that is dropped.
       chosen: What blocks are attended to; None for all that the mask allows.
+      bias: The kind of additive bias, if any, with parameters of their own for each head.
       cached: If given, keys are the slots of a cache, of which the first so many of each row of the batch hold a token;
         the queries are the last tokens among them. Where a row holds fewer, its first queries see nothing.
     """
@@ -77,6 +81,7 @@ class Case:
     dropout_rate: float = 0.0
     chosen: Chosen | None = None
     cached: tuple[int, ...] | None = None
+    bias: Literal["alibi", "t5", "t5_bidirectional", "kerple_log", "kerple_power"] | None = None
 
     def __repr__(self) -> str:
         """All that the case is. Fields that outcomes on record do not know of are left out at their defaults, so that
@@ -111,7 +116,8 @@ class Case:
         )
 
     def inputs(self, dtype: str, seed: int = 0) -> dict[str, jax.Array]:
-        """q, k, v, cotangents dout and dlse, and sinks if any: normal, rounded to `dtype` (dlse and sinks float32)."""
+        """q, k, v, cotangents dout and dlse, and sinks and a bias if any: normal, rounded to `dtype` (the last three
+        float32, and those of a bias that must be positive are made so)."""
         B, T, S = self.batch_size, self.q_len, self.kv_len or self.q_len
         V = self.value_dim or self.head_dim
         shapes = {
@@ -126,7 +132,21 @@ class Case:
         # NumPy's, since JAX would compile a program for each shape.
         normal = np.random.default_rng(seed).standard_normal
         dtypes = dict.fromkeys(shapes, jnp.dtype(dtype)) | dict.fromkeys(("dlse", "sinks"), jnp.dtype("float32"))
-        return {name: jnp.asarray(normal(shape, np.float32).astype(dtypes[name])) for name, shape in shapes.items()}
+        inputs = {name: jnp.asarray(normal(shape, np.float32).astype(dtypes[name])) for name, shape in shapes.items()}
+        return inputs if self.bias is None else inputs | {"bias": self._bias(normal)}
+
+    def _bias(self, normal: Callable[..., np.ndarray]) -> Bias:
+        N = self.num_heads
+        if self.bias in ("t5", "t5_bidirectional"):
+            is_bidirectional = self.bias == "t5_bidirectional"
+            table = jnp.asarray(normal((N, 16), np.float32))
+            return T5Buckets(table=table, max_distance=50, bidirectional=is_bidirectional)
+        first, second = (jnp.asarray(np.abs(normal((N,), np.float32)) + np.float32(0.1)) for _ in range(2))
+        if self.bias == "alibi":
+            return Alibi(slopes=first / 16)
+        if self.bias == "kerple_log":
+            return KerpleLog(r1=first, r2=second)
+        return KerplePower(r1=first / 8, r2=jnp.minimum(second, 1.0))
 
     def dropout(self) -> Dropout | None:
         """The case's dropout, or None where nothing is dropped."""
@@ -151,7 +171,7 @@ class Case:
         )
 
     def arguments(self) -> dict:
-        """The keyword arguments of the ops, but for sinks, which are an input: they have a gradient."""
+        """The keyword arguments of the ops, but for sinks and bias, which are inputs: they have gradients."""
         return {
             "mask": self.mask,
             "tokens": self.tokens(),
@@ -222,6 +242,16 @@ CASES = (
          documents=_PACKED, dropout_rate=0.3),
     Case(name="dropout_learned_sinks_soft_cap", mask=Causal(offset=-5), q_len=37, num_heads=4, dropout_rate=0.2,
          sinks=True, logits_soft_cap=2.0, all_ways=True),
+    Case(name="bias_alibi_gqa_documents", mask=Causal() & SameDocument(), q_len=70, num_heads=6, num_kv_heads=2,
+         documents=_PACKED, bias="alibi", all_ways=True),
+    Case(name="bias_t5_striped_soft_cap", mask=Causal(), q_len=64, stripe=4, bias="t5", logits_soft_cap=2.0),
+    Case(name="bias_t5_bidirectional_cross_empty_rows", mask=Causal(offset=20) & Window(left=70, right=200), q_len=97,
+         kv_len=60, bias="t5_bidirectional", all_ways=True),
+    Case(name="bias_kerple_log_sinks_dropout", mask=Full(), q_len=40, kv_len=97, num_heads=4, bias="kerple_log",
+         sinks=True, dropout_rate=0.2),
+    Case(name="bias_kerple_power_empty_rows", mask=Causal(offset=-20), q_len=64, bias="kerple_power"),
+    Case(name="bias_alibi_chosen_by_kv_head", mask=Causal(), q_len=70, num_heads=4, bias="alibi",
+         chosen=dataclasses.replace(_CHOSEN, num_lists=2)),
     Case(name="chosen", mask=Causal(), q_len=70, num_heads=4, chosen=_CHOSEN),
     Case(name="chosen_by_head_documents", mask=Causal() & SameDocument(), q_len=70, num_heads=4, documents=_PACKED,
          chosen=dataclasses.replace(_CHOSEN, num_lists=4)),
@@ -309,6 +339,18 @@ KERNEL_CASES = (
                  logits_soft_cap=2.0, sinks=True, all_ways=True),
     _kernel_case("dropout_documents_gqa", Causal() & SameDocument(), 512, head_dim=256, num_heads=4,
                  documents=_LONG_PACKED, dropout_rate=0.3, all_ways=True),
+    _kernel_case("bias_alibi_gqa", Causal(), 450, head_dim=128, num_heads=4, bias="alibi", all_ways=True),
+    _kernel_case("bias_alibi_documents", Causal() & SameDocument(), 512, documents=_LONG_PACKED, bias="alibi"),
+    _kernel_case("bias_t5_gqa", Causal(), 450, num_heads=4, bias="t5", all_ways=True),
+    _kernel_case("bias_t5_bidirectional_documents", SameDocument(), 512, head_dim=128, documents=_LONG_PACKED,
+                 bias="t5_bidirectional"),
+    _kernel_case("bias_t5_bidirectional_soft_cap", Full(), 300, head_dim=128, kv_len=400, bias="t5_bidirectional",
+                 logits_soft_cap=2.0),
+    _kernel_case("bias_kerple_log_sinks_dropout", Causal(offset=-20), 300, head_dim=128, kv_len=517, num_heads=4,
+                 bias="kerple_log", sinks=True, dropout_rate=0.2),
+    _kernel_case("bias_kerple_log", Causal(), 384, bias="kerple_log"),
+    _kernel_case("bias_kerple_power_gqa", Causal(), 300, head_dim=256, num_heads=4, num_kv_heads=1,
+                 bias="kerple_power"),
     _kernel_case("causal", Causal(), 384, head_dim=256, all_ways=True),
     _kernel_case("gqa_T129", Causal(), 129, head_dim=256, num_heads=4),
     _kernel_case("cross_mqa", Full(), 300, head_dim=256, kv_len=517, num_heads=4, num_kv_heads=1, all_ways=True),

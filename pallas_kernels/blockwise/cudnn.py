@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import jax.numpy as jnp
 
+from pallas_kernels.bias import Bias
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.dropout import Dropout
@@ -30,20 +31,36 @@ MIN_LENGTH = 64
 MAX_ELEMENTS = 2**31
 
 
-def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
+def forward(
+    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None,
+    bias: Bias | None = None,
+):  # fmt: skip
     """`blockwise_attention_forward` by cuDNN; needs no schedule."""
     _check_schedule(schedule)
     if carry is not None or return_carry:
         _refuse("it takes and returns no running softmax (carry, return_carry, sinks)")
     if (refusal := options.refusal_of_skipping_and_maxima()) is not None:
         _refuse(refusal)
-    settings = _settings(q, k, v, tokens, dropout, options)
+    settings = _settings(q, k, v, tokens, dropout, bias, options)
     out, lse = _call("_dot_product_attention_fwd", query=q, key=k, value=v, **_unused(q), **settings)
     return out, lse
 
 
 def backward(
-    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    tokens,
+    schedule,
+    accumulate,
+    options: Options,
+    dropout: Dropout | None = None,
+    bias: Bias | None = None,
 ):
     """`blockwise_attention_backward` by cuDNN; needs no schedule."""
     _check_schedule(schedule)
@@ -53,7 +70,7 @@ def backward(
         _refuse("its gradient wants the result (out)")
     if any(x is not None for x in accumulate):
         _refuse("it adds into no running gradients (accumulate)")
-    settings = _settings(q, k, v, tokens, dropout, options)
+    settings = _settings(q, k, v, tokens, dropout, bias, options)
     if options.deterministic:
         _refuse("its dq is added up in no fixed order (deterministic=True); pass deterministic=False to allow that")
     # The backward's residuals are the forward's operands and results.
@@ -65,7 +82,9 @@ def backward(
     return dq, dk, dv
 
 
-def _settings(q, k, v, tokens: Tokens | None, dropout: Dropout | None, options: Options) -> dict[str, Any]:
+def _settings(
+    q, k, v, tokens: Tokens | None, dropout: Dropout | None, bias: Bias | None, options: Options
+) -> dict[str, Any]:
     """The static arguments of JAX's functions for a call that cuDNN serves.
 
     Raises: NotImplementedError with the reason where it does not.
@@ -78,6 +97,8 @@ def _settings(q, k, v, tokens: Tokens | None, dropout: Dropout | None, options: 
         _refuse("it has no soft cap of logits")
     if dropout is not None:
         _refuse("it draws dropout by where a pair lies in the arrays, not by its tokens (dropout)")
+    if bias is not None:
+        _refuse("its bias is an array of all pairs, [N, T, S], not a function of positions (bias)")
     head_dim, value_dim = q.shape[3], v.shape[3]
     if value_dim != head_dim:
         _refuse(f"values have head dim {value_dim} and keys {head_dim}, it takes one head dim")

@@ -19,6 +19,7 @@ class Options:
       skip_softmax_threshold: Tiles may be left out of which no probability is as much as this, before it is divided by
         the sum; 0 for none.
       block_maxima: Tokens of the blocks whose greatest logits are returned beside the result; None for none.
+      bias_gradient: Whether a backward pass also returns the gradient of the bias' parameters, float32.
     """
 
     mask: Mask
@@ -28,6 +29,7 @@ class Options:
     deterministic: bool
     skip_softmax_threshold: float = 0.0
     block_maxima: BlockSizes | None = None
+    bias_gradient: bool = False
 
     def refusal_of_skipping_and_maxima(self) -> str | None:
         """Why an implementation that has neither cannot serve the call; None where it is asked for neither."""

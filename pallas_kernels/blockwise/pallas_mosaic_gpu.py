@@ -19,8 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bias import Bias
 from pallas_kernels.block_sizes import MOSAIC_GPU_ATTENTION, BlockSizes
+from pallas_kernels.blockwise import near_bias
 from pallas_kernels.blockwise import pallas_mosaic_gpu_backward as backward_kernel
+from pallas_kernels.blockwise import pallas_mosaic_gpu_bias as kernel_bias
 from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
@@ -50,7 +53,18 @@ _LEAST_ITEMS_A_CORE = 1.5
 
 
 def forward(
-    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None, interpret=None
+    q,
+    k,
+    v,
+    *,
+    tokens,
+    schedule,
+    carry,
+    return_carry,
+    options: Options,
+    dropout: Dropout | None = None,
+    bias: Bias | None = None,
+    interpret=None,
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = hopper_cores(interpret, interpreted=4)
@@ -60,7 +74,8 @@ def forward(
     tokens = tokens or Tokens()
     # A head dim that has to be filled up would have the keys copied.
     is_whole = q.shape[3] == v.shape[3] and q.shape[3] in decode.BLOCK
-    if is_whole and dropout is None and decode.serves(q.shape[1], schedule, options):
+    of_bias = kernel_bias.of_call(bias)
+    if is_whole and dropout is None and bias is None and decode.serves(q.shape[1], schedule, options):
         arguments = {"tokens": tokens, "carry": carry, "return_carry": return_carry, "options": options}
         return decode.forward(q, k, v, **arguments, num_cores=num_cores, interpret=interpret)
     given_dim, (head_dim, value_dim) = v.shape[3], dims_of(q, v)
@@ -81,6 +96,7 @@ def forward(
         ranges=jax.tree.map(jnp.asarray, ranges),
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
+        bias=of_bias,
         carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
     outputs = forward_kernel.attend(
@@ -121,8 +137,9 @@ def backward(
     accumulate,
     options: Options,
     dropout: Dropout | None = None,
+    bias: Bias | None = None,
     interpret=None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     _check_call(q, v, options)
     tokens = tokens or Tokens()
@@ -131,7 +148,7 @@ def backward(
     blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
     delta = delta_of(out, dout, dlse)
-    rows = (0, 0), (0, 0), (0, padding_q)
+    rows, given_lse = ((0, 0), (0, 0), (0, padding_q)), lse
     # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
     lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
     head_dim, value_dim = dims_of(q, v)
@@ -146,6 +163,7 @@ def backward(
             "delta": jnp.pad(delta, rows),
             **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
             "words": _words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
+            "bias": kernel_bias.of_call(bias),
         },
         accumulate=tuple(None if x is None else _filled(x, dim) for x, dim in zip(accumulate, dims, strict=True)),
         q_len=q_len,
@@ -156,9 +174,19 @@ def backward(
         interpret=interpret,
     )
     is_split = head_dim > _WIDE or _takes_no_turns(call, blocks)
-    differentiate = _differentiate_split if is_split else _differentiate
-    gradients = zip(differentiate(call, blocks), (q, k, v), strict=True)
-    return tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
+    *gradients, sums = (_differentiate_split if is_split else _differentiate)(call, blocks)
+    gradients = zip(gradients, (q, k, v), strict=True)
+    gradients = tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
+    if sums is None:
+        return gradients
+    dbias = kernel_bias.gradient_of_sums(bias, sums[:, :, :, :kv_len])
+    if bias.reach is not None:
+        within = near_bias.gradient(
+            bias, q, k, v, lse=given_lse, delta=delta, dout=dout, tokens=tokens, schedule=schedule,
+            options=options, dropout=dropout,
+        )  # fmt: skip
+        dbias = jax.tree.map(jnp.add, dbias, within)
+    return *gradients, dbias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +217,7 @@ def _takes_no_turns(call: _Backward, blocks: Schedule) -> bool:
     probabilities, tokens that are given, gradients that are added to running ones.
     """
     q, k, v = (call.operands[name] for name in "qkv")
-    is_plain = call.options.logits_soft_cap is None and call.operands["words"] is None
+    is_plain = call.options.logits_soft_cap is None and all(call.operands[name] is None for name in ("words", "bias"))
     given = [call.operands[name] for name in ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids")]
     return (
         call.options.deterministic
@@ -201,8 +229,8 @@ def _takes_no_turns(call: _Backward, blocks: Schedule) -> bool:
     )
 
 
-def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk and dv, padded, by the fused kernel."""
+def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
+    """dq, dk and dv, padded, and the sums for the bias or None, by the fused kernel."""
     # By one block of threads where it is interpreted: more would have to take turns there too.
     num_cores = hopper_cores(call.interpret)
     options, sizes, q, k = call.options, blocks.block_sizes, call.operands["q"], call.operands["k"]
@@ -223,7 +251,10 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
         pair_bytes=pair_bytes,
         num_cores=num_cores,
         deterministic=options.deterministic,
-        most_heads_together=_most_heads_together(options.mask, head_dim, max(call.q_len, call.kv_len)),
+        # Sums for a bias are of one head, and written when the next begins.
+        most_heads_together=1
+        if options.bias_gradient
+        else _most_heads_together(options.mask, head_dim, max(call.q_len, call.kv_len)),
     )
     running_dq, *running = call.accumulate
     running = None if running[0] is None else tuple(_whole_blocks(x) for x in running)
@@ -238,7 +269,7 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
         turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running if shares == 1 else None,
     )
-    dq, dk, dv = backward_kernel.differentiate(
+    dq, dk, dv, *sums = backward_kernel.differentiate(
         inputs,
         # The interpreter, unlike a copy, does not leave out what lies behind the end.
         _whole_tiles(dq) if call.interpret is None else _whole_blocks(dq),
@@ -250,6 +281,7 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
             dropout_rate=call.dropout_rate,
             kv_len=call.kv_len,
             scales_dq=running_dq is not None,
+            bias_gradient=options.bias_gradient,
             shares=shares,
             interpret=call.interpret,
         ),
@@ -261,15 +293,15 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array, jax.Ar
         )
     if running_dq is None:
         dq = (dq * options.scale).astype(q.dtype)
-    return dq, dk, dv
+    return dq, dk, dv, sums[0] if sums else None
 
 
-def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, ...]:
-    """dq, dk and dv, padded, by kernels that each add up their own."""
+def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
+    """dq, dk and dv, padded, and the sums for the bias or None, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
     is_wide = call.operands["q"].shape[3] > _WIDE
 
-    def gradients(names: tuple[str, ...], ranges: BlockRanges, running: tuple, tile: int) -> list[jax.Array]:
+    def gradients(names: tuple[str, ...], ranges: BlockRanges, running: tuple, tile: int) -> tuple[jax.Array, ...]:
         if call.kv_len < split_kernel.BLOCK:
             ranges = _without_full_blocks(ranges)
         inputs = split_kernel.Inputs(
@@ -286,6 +318,7 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, 
             kv_len=call.kv_len,
             pair_test=call.pair_test(columns=tile),
             num_cores=num_cores,
+            bias_gradient=call.options.bias_gradient and "dk" in names,
             interpret=call.interpret,
         )
         return split_kernel.differentiate(inputs, config)
@@ -294,9 +327,13 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array, 
     tile = split_kernel.TILE if is_wide else _TILE_OF_DQ
     (dq,) = gradients(("dq",), blocks.kv_blocks, (running_dq,), tile)
     if not is_wide:
-        return dq, *gradients(("dk", "dv"), blocks.q_blocks, tuple(running), split_kernel.TILE)
-    of_keys = zip(("dk", "dv"), running, strict=True)
-    return dq, *(gradients((name,), blocks.q_blocks, (x,), split_kernel.TILE)[0] for name, x in of_keys)
+        dk, dv, *sums = gradients(("dk", "dv"), blocks.q_blocks, tuple(running), split_kernel.TILE)
+    else:
+        (dk, *sums), (dv,) = (
+            gradients((name,), blocks.q_blocks, (x,), split_kernel.TILE)
+            for name, x in zip(("dk", "dv"), running, strict=True)
+        )
+    return dq, dk, dv, sums[0] if sums else None
 
 
 def num_shares(group: int, *, num_items: int, num_cores: int) -> int:

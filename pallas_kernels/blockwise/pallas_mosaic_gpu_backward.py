@@ -34,6 +34,16 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
+    KernelBias,
+    Side,
+    TileBias,
+    added,
+    nothing_summed,
+    num_sums,
+    store_sums,
+    sums_type,
+)
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -86,6 +96,8 @@ class Config:
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, tile]` each; None where all may, of those that are visited.
       scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does.
+      bias_gradient: Whether sums are made for the gradient of the bias. Then the plan visits the heads of a group one
+        after the other.
       shares: Among how many items the query heads of a kv head are shared out. If several, dk and dv are of each of
         them, in float32, and nothing is running.
       interpret: Whether to run on a CPU, in JAX's interpreter: by one block of threads, which need not take turns.
@@ -97,6 +109,7 @@ class Config:
     kv_len: int
     pair_test: PairTest | None
     scales_dq: bool
+    bias_gradient: bool = False
     shares: int = 1
     interpret: Any = None
 
@@ -120,6 +133,7 @@ class Inputs(NamedTuple):
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       words: Dropout's, of queries and heads (two) and of keys.
+      bias: Base 2.
       turns: The plan's.
       running: dk and dv to add to, float32.
     """
@@ -136,14 +150,16 @@ class Inputs(NamedTuple):
     q_segment_ids: Any
     kv_segment_ids: Any
     words: Words | None
+    bias: KernelBias | None
     turns: Turns | None
     running: tuple[Any, Any] | None
 
 
-def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> tuple[jax.Array, ...]:
     """Runs the kernel: `dq` (float32, of q's shape) with the rest of dq added, dk and dv, in whole blocks of keys.
 
-    Where heads are shared out, dk and dv are `[B, S, K shares, H]`.
+    Where heads are shared out, dk and dv are `[B, S, K shares, H]`. With `bias_gradient` also the sums of which that is
+    made (`sums_type`).
     """
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
@@ -163,15 +179,18 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
     def body(*refs):
         refs = iter(refs)
         inputs, dq_ref, counters, taken, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        dk_ref, dv_ref = itertools.islice(refs, 2)
-        _Block(config, plan, inputs, taken, notes, _Outputs(dq_ref, counters, dk_ref, dv_ref), _Shared(*refs)).run()
+        outputs = _Outputs(dq_ref, counters, *itertools.islice(refs, 2), next(refs) if config.bias_gradient else None)
+        _Block(config, plan, inputs, taken, notes, outputs, _Shared(*refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
 
-    dk, dv = plgpu.kernel(
+    out_types = [kv_type, kv_type]
+    if config.bias_gradient:
+        out_types.append(sums_type(inputs.bias, (B, N, kv_shape[1])))
+    gradients = plgpu.kernel(
         body,
-        out_type=[kv_type, kv_type],
+        out_type=out_types,
         grid=(plan.deal.num_blocks,),
         grid_names=("block",),
         num_threads=_NUM_CONSUMERS + 2,
@@ -192,7 +211,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
-    return jax.freeze(dq_ref), dk, dv
+    return jax.freeze(dq_ref), *gradients
 
 
 class _Outputs(NamedTuple):
@@ -202,6 +221,7 @@ class _Outputs(NamedTuple):
     counters: Any
     dk: Any
     dv: Any
+    sums: Any
 
 
 class _Shared(NamedTuple):
@@ -287,8 +307,8 @@ class _Block:
                 plgpu.set_max_registers(registers, action="increase" if registers > 128 else "decrease")
                 role()
 
-    def for_each_tile(self, item: Item, body: Callable, state):
-        """state = body(a _Tile, state), tile by tile.
+    def for_each_tile(self, item: Item, body: Callable, state, *, end_of_heads: Callable | None = None):
+        """state = body(a _Tile, state), tile by tile, and end_of_heads(the first of some heads, state) after these.
 
         A block of some heads of the group before the next, so that items that follow each other in the schedule do so
         in the tiles of each of these heads; then other heads of the group.
@@ -307,7 +327,8 @@ class _Block:
 
                 return lax.fori_loop(0, self.heads_together * self.tiles_of_block, one_tile, state)
 
-            return self.walk.visit_in_order(item, which, one_block, state, ascending=self.ascends)
+            state = self.walk.visit_in_order(item, which, one_block, state, ascending=self.ascends)
+            return state if end_of_heads is None else end_of_heads(first_head, state)
 
         return lax.fori_loop(0, self.group // self.heads_together, some_heads, state)
 
@@ -407,18 +428,27 @@ class _Block:
         allowed = self.pair_test(item)
         kept = self.kept(item)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)
+        no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
         def one_tile(tile: _Tile, state):
-            return self.step(tile, allowed, kept, *state)
+            return self.step(item, tile, allowed, kept, *state)
 
-        count, dk, dv = self.for_each_tile(item, one_tile, (count, nothing, nothing))
+        def end_of_head(head, state):
+            count, dk, dv, sums = state
+            for i, x in enumerate(sums):
+                at = item.batch, head, i, pl.ds(item.row * BLOCK + self.warpgroup * ROWS, ROWS)
+                store_sums(self.outputs.sums.at[at], x, interpret=bool(self.config.interpret))
+            return count, dk, dv, no_sums
+
+        state = count, nothing, nothing, no_sums
+        count, dk, dv, _ = self.for_each_tile(item, one_tile, state, end_of_heads=end_of_head if no_sums else None)
         arrive(self.kv_free, self.consumers_and_one)
         if self.config.dropout_rate:
             dv = dv * (1 / (1 - self.config.dropout_rate))
         self.write(item, dk * self.config.scale, dv)
         return count
 
-    def step(self, tile: _Tile, allowed: Callable, kept: Callable | None, count, dk, dv):
+    def step(self, item: Item, tile: _Tile, allowed: Callable, kept: Callable | None, count, dk, dv, sums):
         """One tile of queries."""
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
         plgpu.barrier_wait(shared.tile_full.at[slot])
@@ -429,10 +459,15 @@ class _Block:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             # As precise as the tanh; with float32's registers beside those of p there would be spills.
             to_base_2, slope = config.soft_cap * _LOG2_E, (1.0 - s * s).astype(jnp.float16)
-        p = jnp.exp2(s * to_base_2 - columns(lse, self.tile))
+        s = s * to_base_2
+        if self.inputs.bias is not None:
+            s = s + self.bias(self.tile_len).tile(tile.head, item.batch, *self.sides(item, tile))
+        p = jnp.exp2(s - columns(lse, self.tile))
         if kept is not None:
             p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
         dp, p = self.settle(dp, p)
+
+        summed = list(sums)
 
         def gradient_of_logits(p, dp, part: int):
             """Of the part-th 64 queries."""
@@ -440,6 +475,9 @@ class _Block:
             if kept is not None:
                 p, dp = dropped(p, dp, config.dropout_rate)
             ds = p * (dp - columns(delta, p.shape))
+            if summed:
+                sides = self.sides(item, tile, part)
+                summed[:] = added(summed, self.bias(ROWS).slopes(tile.head, item.batch, *sides), ds)
             return ds if slope is None else ds * slope[:, part * ROWS : (part + 1) * ROWS].astype(jnp.float32)
 
         if config.tests_blocks:
@@ -459,7 +497,17 @@ class _Block:
         shared.dq.at[slot, self.warpgroup][...] = dq * config.scale if config.scales_dq else dq
         self.fence()
         arrive(self.dq_full + slot, self.consumers_and_one)
-        return count + 1, self.finish(dk, slot), dv
+        return count + 1, self.finish(dk, slot), dv, tuple(summed)
+
+    def bias(self, num_queries: int) -> TileBias:
+        """Of tiles of this warpgroup's keys and so many queries."""
+        interpret = bool(self.config.interpret)
+        return TileBias(bias=self.inputs.bias, columns=num_queries, rows_are_queries=False, interpret=interpret)
+
+    def sides(self, item: Item, tile: _Tile, part: int = 0) -> tuple[Side, Side]:
+        """This warpgroup's keys, and a tile's queries from its part-th 64 on."""
+        keys = Side(self.inputs.kv_positions, item.row * BLOCK + self.warpgroup * ROWS)
+        return keys, Side(self.inputs.q_positions, tile.index * self.tile_len + part * ROWS)
 
     def fence(self) -> None:
         """Before what this warpgroup has written to shared memory is read by a copy or a matmul."""

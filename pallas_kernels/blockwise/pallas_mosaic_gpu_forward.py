@@ -40,6 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, Side, TileBias
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -128,7 +129,7 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys.
+    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys. The bias is base 2.
     """
 
     q: Any
@@ -140,6 +141,7 @@ class Inputs(NamedTuple):
     q_segment_ids: Any
     kv_segment_ids: Any
     words: Words | None
+    bias: KernelBias | None
     carry: SoftmaxCarry | None
 
 
@@ -330,11 +332,11 @@ class _Block:
         slot = lax.rem(number, self.config.q_slots)
         plgpu.barrier_wait(self.shared.q_full.at[slot])
         allowed = self.pair_test(item)
-        words = self.query_words(item)
+        words, bias = self.query_words(item), self.bias(item)
 
         def attend(running: _Running) -> _Running:
-            running = self.first_step(item, slot, running, allowed, words)
-            step = functools.partial(self.next_step, q_slot=slot, words=words)
+            running = self.first_step(item, slot, running, allowed, words, bias)
+            step = functools.partial(self.next_step, q_slot=slot, words=words, bias=bias)
             return self.walk.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
 
         def skip(running: _Running) -> _Running:
@@ -361,7 +363,7 @@ class _Block:
             p=plgpu.layout_cast(jnp.zeros(self.tile, self.dtype), MATRIX),
         )
 
-    def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable, words) -> _Running:
+    def first_step(self, item: Item, q_slot, running: _Running, allowed: Callable, words, bias) -> _Running:
         """The first logits of an item, beside the last product of the item before, which is then written.
 
         Before the first item there is none: then zeros are multiplied with whatever is in the buffer, for nothing.
@@ -372,7 +374,7 @@ class _Block:
         j = self.walk.first_block(item)
         s, acc = self.start(q_slot, running)
         kept = self.kept(running, words)
-        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j), kept)
+        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j), kept, bias(j))
         acc, p = self.finish(acc, p, None, None)
 
         @pl.when(running.started)
@@ -392,14 +394,16 @@ class _Block:
             p=p.astype(self.dtype),
         )
 
-    def next_step(self, j, running: _Running, *, q_slot, words, allowed: Callable | None = None) -> _Running:
+    def next_step(
+        self, j, running: _Running, *, q_slot, words, bias: Callable, allowed: Callable | None = None
+    ) -> _Running:
         """Logits of block j, beside the product of the block before."""
         previous = self.previous_slot(running)
         plgpu.barrier_wait(self.shared.v_full.at[previous])
         s, acc = self.start(q_slot, running)
         bits = None if allowed is None else allowed(j)
         kept = self.kept(running, words)
-        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits, kept)
+        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits, kept, bias(j))
         acc, p = self.finish(acc, p, rescale, Arrival(self.v_free + previous, self.everyone))
         return running._replace(
             num_blocks=running.num_blocks + 1,
@@ -485,12 +489,14 @@ class _Block:
         plgpu.commit_smem()
         return result
 
-    def softmax(self, s, row_max, row_sum, bits, kept):
+    def softmax(self, s, row_max, row_sum, bits, kept, bias):
         """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""
         to_base_2 = self.config.scale * _LOG2_E
         if self.config.soft_cap is not None:
             s = jnp.tanh(s * (self.config.scale / self.config.soft_cap))
             to_base_2 = self.config.soft_cap * _LOG2_E
+        if bias is not None:
+            s, to_base_2 = s * to_base_2 + bias, 1.0
         if bits is not None:
             s = jnp.where(bits, s, -jnp.inf)
         greatest = s.max(axis=1) * to_base_2
@@ -503,6 +509,21 @@ class _Block:
         if kept is not None:
             p = jnp.where(kept, p, 0.0)
         return new_max, row_sum, p, rescale
+
+    def bias(self, item: Item) -> Callable:
+        """bias(j): what is added to the logits of the item's queries and keys of block j, base 2; None for nothing."""
+        inputs, block_kv = self.inputs, self.config.block_kv
+        if inputs.bias is None:
+            return lambda j: None
+        tiles = TileBias(
+            bias=inputs.bias, columns=block_kv, rows_are_queries=True, interpret=bool(self.config.interpret)
+        )
+
+        def bias(j) -> jax.Array:
+            of_q = Side(inputs.q_positions, self.q_start(item.row))
+            return tiles.tile(item.head, item.batch, of_q, Side(inputs.kv_positions, j * block_kv))
+
+        return bias
 
     def query_words(self, item: Item) -> list | None:
         """Dropout's words of this warpgroup's queries; None where nothing is dropped."""

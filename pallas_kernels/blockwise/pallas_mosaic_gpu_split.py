@@ -34,6 +34,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward, wgmma_split
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
+    KernelBias,
+    Side,
+    TileBias,
+    added,
+    nothing_summed,
+    num_sums,
+    store_sums,
+    sums_type,
+)
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -77,6 +87,7 @@ class Config:
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, tile]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
+      bias_gradient: Whether sums are made for the gradient of the bias: by the kernel of dk.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
@@ -88,6 +99,7 @@ class Config:
     kv_len: int
     pair_test: PairTest | None
     num_cores: int
+    bias_gradient: bool = False
     interpret: Any = None
 
     @property
@@ -118,6 +130,7 @@ class Inputs(NamedTuple):
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's, of queries and heads (two) and of keys.
+      bias: Base 2.
       running: For each gradient what to add it to, float32, or None.
     """
 
@@ -133,11 +146,15 @@ class Inputs(NamedTuple):
     q_segment_ids: Any
     kv_segment_ids: Any
     words: Words | None
+    bias: KernelBias | None
     running: tuple[Any, ...]
 
 
-def differentiate(inputs: Inputs, config: Config) -> list[jax.Array]:
-    """Runs the kernel: the gradients in whole blocks, float32 where something is running."""
+def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
+    """Runs the kernel: the gradients in whole blocks, float32 where something is running.
+
+    With `bias_gradient` also the sums of which that of the bias is made (`sums_type`).
+    """
     own, other = (inputs.q, inputs.k) if config.rows_are_queries else (inputs.k, inputs.q)
     (B, length, num_heads, H), V = own.shape, inputs.v.shape[3]
     num_rows = -(-length // BLOCK)
@@ -186,10 +203,13 @@ def differentiate(inputs: Inputs, config: Config) -> list[jax.Array]:
     def body(*refs):
         refs = iter(refs)
         inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        results = list(itertools.islice(refs, len(outputs)))
-        _Block(config, deal, inputs, results, jax.tree.unflatten(shared_tree, refs)).run()
+        results = list(itertools.islice(refs, len(config.gradients)))
+        sums = next(refs) if config.bias_gradient else None
+        _Block(config, deal, inputs, results, sums, jax.tree.unflatten(shared_tree, refs)).run()
 
-    return plgpu.kernel(
+    if config.bias_gradient:
+        outputs.append(sums_type(inputs.bias, (B, inputs.q.shape[2], num_rows * BLOCK)))
+    gradients = plgpu.kernel(
         body,
         out_type=outputs,
         grid=(deal.num_blocks,),
@@ -200,6 +220,7 @@ def differentiate(inputs: Inputs, config: Config) -> list[jax.Array]:
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
+    return tuple(gradients)
 
 
 class _Shared(NamedTuple):
@@ -240,8 +261,8 @@ class _Tile(NamedTuple):
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: list, shared: _Shared):
-        self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: list, sums, shared: _Shared):
+        self.config, self.inputs, self.outputs, self.sums, self.shared = config, inputs, outputs, sums, shared
         self.num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
         self.walk = Walk(
@@ -270,8 +291,9 @@ class _Block:
             plgpu.set_max_registers(24, action="decrease")
             self.produce()
 
-    def for_each_tile(self, item: Item, body: Callable, state):
-        """state = body(a _Tile, state), tile by tile, for dk and dv of all query heads."""
+    def for_each_tile(self, item: Item, body: Callable, state, *, end_of_head: Callable | None = None):
+        """state = body(a _Tile, state), tile by tile, for dk and dv of all query heads; end_of_head(head, state) after
+        each."""
 
         def one_head(number, state):
             head = item.head if self.config.rows_are_queries else item.head * self.group + number
@@ -288,7 +310,8 @@ class _Block:
 
                 return lax.fori_loop(0, tiles_of_block, one_tile, state)
 
-            return self.walk.visit_in_order(item, which, one_block, state, ascending=True)
+            state = self.walk.visit_in_order(item, which, one_block, state, ascending=True)
+            return state if end_of_head is None else end_of_head(head, state)
 
         return lax.fori_loop(0, 1 if self.config.rows_are_queries else self.group, one_head, state)
 
@@ -350,15 +373,28 @@ class _Block:
         allowed, kept = self.pair_test(item, start), self.kept(item, start)
         nothing = [plgpu.layout_cast(jnp.zeros((ROWS, x.shape[3]), jnp.float32), MATRIX) for x in self.outputs]
 
-        def one_tile(tile: _Tile, state):
-            return self.step(slot_a, tile, allowed, kept, lse_and_delta, *state)
+        no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
-        count, gradients = self.for_each_tile(item, one_tile, (count, nothing))
+        def one_tile(tile: _Tile, state):
+            return self.step(item, slot_a, tile, allowed, kept, lse_and_delta, *state)
+
+        def end_of_head(head, state):
+            count, gradients, sums = state
+            for i, x in enumerate(sums):
+                target = self.sums.at[item.batch, head, i, pl.ds(start, ROWS)]
+                store_sums(target, x, interpret=bool(self.config.interpret))
+            return count, gradients, no_sums
+
+        state = count, nothing, no_sums
+        count, gradients, _ = self.for_each_tile(item, one_tile, state, end_of_head=end_of_head if no_sums else None)
         arrive(self.a_free + slot_a, self.everyone)
         self.write(item, start, gradients)
         return count
 
-    def step(self, slot_a, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta, count, gradients):
+    def step(
+        self, item: Item, slot_a, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta,
+        count, gradients, sums,
+    ):  # fmt: skip
         """One tile."""
         config, shared = self.config, self.shared
         slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
@@ -376,7 +412,10 @@ class _Block:
         if config.soft_cap is not None:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
-        p = jnp.exp2(s * to_base_2 - of_queries(0, shared.lse))
+        s = s * to_base_2
+        if self.inputs.bias is not None:
+            s = s + self.bias.tile(tile.head, item.batch, *self.sides(item, tile))
+        p = jnp.exp2(s - of_queries(0, shared.lse))
         if kept is not None:
             p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
         if config.needs_dp:
@@ -394,17 +433,35 @@ class _Block:
             if kept is not None:
                 p, dp = dropped(p, dp, config.dropout_rate)
             x = p * (dp - of_queries(1, shared.delta))
+            if sums:
+                sums = added(sums, self.bias.slopes(tile.head, item.batch, *self.sides(item, tile)), x)
             factors[config.gradients[0]] = x if slope is None else x * slope, shared.b, slot
         gradients = self.products(gradients, [factors[name] for name in config.gradients])
         arrive(self.b_free + slot, self.everyone)
         if self.needs_b_2:
             arrive(self.b_2_free + slot_2, self.everyone)
-        return count + 1, gradients
+        return count + 1, gradients, sums
 
     @property
     def needs_b_2(self) -> bool:
         """Whether a product is of b', which is needed for as long as b then."""
         return "dv" in self.config.gradients
+
+    @property
+    def bias(self) -> TileBias:
+        """Of tiles of this warpgroup's rows."""
+        return TileBias(
+            bias=self.inputs.bias,
+            columns=self.config.tile,
+            rows_are_queries=self.config.rows_are_queries,
+            interpret=bool(self.config.interpret),
+        )
+
+    def sides(self, item: Item, tile: _Tile) -> tuple[Side, Side]:
+        """This warpgroup's rows, and a tile."""
+        of_q, of_kv = self.inputs.q_positions, self.inputs.kv_positions
+        own, other = (of_q, of_kv) if self.config.rows_are_queries else (of_kv, of_q)
+        return Side(own, item.row * BLOCK + self.warpgroup * ROWS), Side(other, tile.index * self.config.tile)
 
     # Parts of a step: matmuls.
 

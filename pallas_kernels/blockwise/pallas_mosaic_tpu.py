@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
+from pallas_kernels.bias import Bias
 from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, MOSAIC_TPU_ATTENTION, BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_tpu_backward as backward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_tpu_forward as forward_kernel
@@ -42,10 +43,20 @@ _SCOPED_VMEM_BYTES = 16 * 2**20
 
 
 def forward(
-    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None
+    q,
+    k,
+    v,
+    *,
+    tokens,
+    schedule,
+    carry,
+    return_carry,
+    options: Options,
+    dropout: Dropout | None = None,
+    bias: Bias | None = None,
 ) -> tuple[jax.Array, jax.Array] | SoftmaxCarry:
     """`blockwise_attention_forward` on a TPU."""
-    check_call(q, v, dropout, schedule)
+    check_call(q, v, dropout, schedule, bias)
     if (refusal := options.refusal_of_skipping_and_maxima()) is not None:
         _refuse(refusal)
     call = Call(q, k, v, tokens or Tokens(), schedule, options)
@@ -69,10 +80,23 @@ def forward(
 
 
 def backward(
-    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    tokens,
+    schedule,
+    accumulate,
+    options: Options,
+    dropout: Dropout | None = None,
+    bias: Bias | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`blockwise_attention_backward` on a TPU."""
-    check_call(q, v, dropout, schedule)
+    check_call(q, v, dropout, schedule, bias)
     call = Call(q, k, v, tokens or Tokens(), schedule, options)
     block_q, block_kv = call.config.block_q, call.config.block_kv
     (_, T, _, H), (_, S, _, V) = q.shape, v.shape
@@ -204,7 +228,7 @@ def rows_of_backward(out, lse, dout, dlse, block: int) -> jax.Array:
     return jnp.concatenate([lse, rows_of(delta_of(out, dout, dlse), block)], axis=2)
 
 
-def check_call(q, v, dropout: Dropout | None, schedule: Schedule | None) -> None:
+def check_call(q, v, dropout: Dropout | None, schedule: Schedule | None, bias: Bias | None) -> None:
     """Raises NotImplementedError with the reason where the kernels do not serve the call."""
     platform = dispatch.current_platform()
     if platform != "tpu":
@@ -216,6 +240,8 @@ def check_call(q, v, dropout: Dropout | None, schedule: Schedule | None) -> None
             _refuse(f"the head dim of {name} is {x.shape[3]}, it takes one of {HEAD_DIMS}")
     if dropout is not None:
         _refuse("it has no dropout")
+    if bias is not None:
+        _refuse("it adds no bias to the logits (bias)")
     if schedule is not None and schedule.is_selection:
         _refuse("it takes no blocks that were chosen")
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.bias import Bias
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import pallas_mosaic_tpu_backward as backward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_tpu_forward as forward_kernel
@@ -45,12 +46,22 @@ class RingKernels:
       q, k, v: This device's, as `blockwise_attention`.
       options: Of the call.
       block_sizes: Of the schedules of all hops.
-      dropout: Refused.
+      dropout, bias: Refused.
     Raises: NotImplementedError where the kernels do not serve the call.
     """
 
-    def __init__(self, q, k, v, *, options: Options, block_sizes: BlockSizes, dropout: Dropout | None = None):
-        check_call(q, v, dropout, None)
+    def __init__(
+        self,
+        q,
+        k,
+        v,
+        *,
+        options: Options,
+        block_sizes: BlockSizes,
+        dropout: Dropout | None = None,
+        bias: Bias | None = None,
+    ):
+        check_call(q, v, dropout, None, bias)
         self.arrays = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
         self._options = options
         self.block_q, self.block_kv = whole_blocks(block_sizes, q.shape[1], k.shape[1])

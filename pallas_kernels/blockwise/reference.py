@@ -1,10 +1,11 @@
 """Softmax attention written down plainly, in float32, with the whole [T, S] matrix: the truth the rest is held to.
 
-  S = scale q k^T;  S = cap tanh(S / cap) if capped;  S = -inf where the mask forbids
+  S = scale q k^T;  S = cap tanh(S / cap) if capped;  S += bias if any;  S = -inf where the mask forbids
   lse = log sum_s exp(S);  P = exp(S - lse);  out = P v
   dV = P^T dO;  dS = P (dO v^T - rowsum(dO out) + dlse);  dQ = scale dS k;  dK = scale dS^T q
   with dropout:  out = (P Z) v;  dV = (P Z)^T dO;  dS = P ((dO v^T) Z - rowsum(dO out) + dlse)
   with blocks that were chosen:  S = -inf in all others
+  with a bias of parameters theta:  dtheta = sum dS dbias/dtheta
   with sinks, one for each query head:  lse = log(exp(sink) + sum_s exp(S))
   with a threshold (skip_softmax_threshold), tile by tile, blocks of keys in ascending order:  S = -inf in a tile where
     max of the tile's S - max of S in the tiles before < log threshold  for each of its queries
@@ -20,11 +21,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bias import Bias, gradient_of_tile
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.online_softmax import MASK_VALUE, SoftmaxCarry, delta_of, finite_max, pooled_max
 from pallas_kernels.schedule import Schedule
+from pallas_kernels.tokens import Tokens
 
 # GPUs and TPUs would otherwise multiply float32 in TF32 and bfloat16.
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -33,9 +36,12 @@ SKIPPED_TILE = BlockSizes(block_q=64, block_kv=128)
 """What a threshold leaves out at a time, unless block sizes are asked for."""
 
 
-def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
+def forward(
+    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None,
+    bias: Bias | None = None,
+):  # fmt: skip
     """The reference of `blockwise_attention_forward`; needs no schedule, but one of chosen blocks is a mask too."""
-    s, _ = _logits(q, k, tokens, options, schedule)
+    s, _ = _logits(q, k, tokens, options, schedule, bias)
     maxima = None if options.block_maxima is None else _block_maxima(s, options.block_maxima)
     if options.skip_softmax_threshold:
         s = _without_negligible_tiles(s, options)
@@ -55,12 +61,14 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options,
     return result if maxima is None else (result, maxima)
 
 
-def forward_with_sinks(q, k, v, sinks, *, tokens, schedule, options: Options, dropout: Dropout | None = None):
+def forward_with_sinks(
+    q, k, v, sinks, *, tokens, schedule, options: Options, dropout: Dropout | None = None, bias: Bias | None = None
+):
     """`(out, lse)` by one softmax over the logits and a column of sinks, whose probability meets no value.
 
     `forward` knows sinks only as a carry to start from; this is what that is held to.
     """
-    s, _ = _logits(q, k, tokens, options, schedule)
+    s, _ = _logits(q, k, tokens, options, schedule, bias)
     column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (*s.shape[:3], 1))
     s = jnp.concatenate([s, column], axis=-1)
     p = jax.nn.softmax(s, axis=-1)[..., :-1]
@@ -69,23 +77,32 @@ def forward_with_sinks(q, k, v, sinks, *, tokens, schedule, options: Options, dr
 
 
 def backward(
-    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
-):
+    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None,
+    bias: Bias | None = None,
+):  # fmt: skip
     """The reference of `blockwise_attention_backward`; the schedule as in `forward`."""
-    s, cap_slope = _logits(q, k, tokens, options, schedule)
+    s, cap_slope = _logits(q, k, tokens, options, schedule, bias)
     dout = dout.astype(jnp.float32)
     delta = delta_of(out, dout, dlse)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
     dp = _dropped(einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q)), tokens, dropout)
-    ds = options.scale * cap_slope * p * (dp - delta[..., None])
+    dlogits = p * (dp - delta[..., None])
+    ds = options.scale * cap_slope * dlogits
     dq = einsum("BNTS,BSNH->BTNH", ds, _per_query_head(k, q))
     dk = _per_kv_head(einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
     dv = _per_kv_head(einsum("BNTS,BTNV->BSNV", _dropped(p, tokens, dropout), dout), v)
     gradients = zip(accumulate, (dq, dk, dv), (q, k, v), strict=True)
-    return tuple(g.astype(x.dtype) if running is None else running + g for running, g, x in gradients)
+    gradients = tuple(g.astype(x.dtype) if running is None else running + g for running, g, x in gradients)
+    if not options.bias_gradient:
+        return gradients
+    tokens = tokens or Tokens()
+    q_positions, kv_positions = tokens.queries(q.shape[1]).positions, tokens.keys(k.shape[1]).positions
+    return *gradients, gradient_of_tile(bias, q_positions[:, :, None], kv_positions[:, None, :], dlogits)
 
 
-def _logits(q, k, tokens, options: Options, schedule: Schedule | None) -> tuple[jax.Array, jax.Array]:
+def _logits(
+    q, k, tokens, options: Options, schedule: Schedule | None, bias: Bias | None
+) -> tuple[jax.Array, jax.Array]:
     """Masked logits `[B, N, T, S]`, and the derivative of the soft cap at each."""
     s = options.scale * einsum("BTNH,BSNH->BNTS", q.astype(jnp.float32), _per_query_head(k, q))
     slope = jnp.ones_like(s)
@@ -93,6 +110,8 @@ def _logits(q, k, tokens, options: Options, schedule: Schedule | None) -> tuple[
         squashed = jnp.tanh(s / options.logits_soft_cap)
         s, slope = options.logits_soft_cap * squashed, 1 - squashed**2
     (_, T, N, _), S = q.shape, k.shape[1]
+    if bias is not None:
+        s += bias.in_float32().dense(tokens, T, S)
     allowed = options.mask.dense(tokens, T, S, num_heads=N)
     if schedule is not None and schedule.is_selection:
         rows, columns = jnp.arange(T) // schedule.block_sizes.block_q, jnp.arange(S) // schedule.block_sizes.block_kv

@@ -6,6 +6,7 @@ so the hand-written backward of the reference is under test like any other.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,30 +35,32 @@ def truth(case: Case) -> Callable[[dict], dict]:
     )
     call = {"tokens": case.tokens(), "schedule": case.schedule(), "dropout": case.dropout(), "options": options}
 
-    def attend(q, k, v, sinks=None):
+    def attend(q, k, v, sinks=None, bias=None):
         if sinks is not None:
-            return reference.forward_with_sinks(q, k, v, sinks, **call)
-        return reference.forward(q, k, v, carry=None, return_carry=False, **call)
+            return reference.forward_with_sinks(q, k, v, sinks, bias=bias, **call)
+        return reference.forward(q, k, v, carry=None, return_carry=False, bias=bias, **call)
 
     return _with_gradients(case, attend)
 
 
-def operands(case: Case, inputs: dict) -> tuple[jax.Array, ...]:
-    """What the op is differentiated in: q, k, v, and sinks where the case has them."""
-    return tuple(inputs[name] for name in ("q", "k", "v", "sinks")[: 4 if case.sinks else 3])
+def operands(case: Case, inputs: dict) -> tuple[Any, ...]:
+    """What the op is differentiated in: q, k, v, and the sinks and the bias, None where the case has none."""
+    return tuple(inputs.get(name) for name in ("q", "k", "v", "sinks", "bias"))
 
 
-def named(gradients: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
-    """The gradients of `operands` by name."""
-    return dict(zip((*GRADIENTS, "dsinks")[: len(gradients)], gradients, strict=True))
+def named(gradients: tuple[Any, ...]) -> dict[str, jax.Array]:
+    """The gradients of `operands` by name; of a bias, of each of its parameters."""
+    *of_arrays, of_bias = gradients
+    of_bias = {f"d{path[0].name}": dx for path, dx in jax.tree.leaves_with_path(of_bias)}
+    return {name: dx for name, dx in zip((*GRADIENTS, "dsinks"), of_arrays, strict=True) if dx is not None} | of_bias
 
 
 def _gradient_of_out_and_lse(case: Case, implementation: str | None) -> Callable[[dict], dict]:
     """Every result of the differentiable op, with cotangents of out and lse."""
 
-    def attend(q, k, v, sinks=None):
+    def attend(q, k, v, sinks, bias):
         return api.blockwise_attention(
-            q, k, v, sinks=sinks, implementation=implementation, return_lse=True, **case.arguments()
+            q, k, v, sinks=sinks, bias=bias, implementation=implementation, return_lse=True, **case.arguments()
         )
 
     return _with_gradients(case, attend)
@@ -68,10 +71,11 @@ def _gradient_of_out(case: Case, implementation: str | None, *, deterministic: b
     forward = _forward(case, implementation)
 
     def run(inputs):
-        def attend(q, k, v, sinks=None):
+        def attend(q, k, v, sinks, bias):
             return api.blockwise_attention(
-                q, k, v, sinks=sinks, implementation=implementation, deterministic=deterministic, **case.arguments()
-            )
+                q, k, v, sinks=sinks, bias=bias, implementation=implementation, deterministic=deterministic,
+                **case.arguments(),
+            )  # fmt: skip
 
         out, vjp = jax.vjp(attend, *operands(case, inputs))
         return forward(inputs) | {"out": out} | named(vjp(inputs["dout"]))
@@ -83,7 +87,8 @@ def _forward(case: Case, implementation: str | None) -> Callable[[dict], dict]:
     """out and lse alone."""
 
     def run(inputs):
-        arguments = case.arguments() | {"implementation": implementation, "sinks": inputs.get("sinks")}
+        arguments = case.arguments() | {"implementation": implementation}
+        arguments |= {name: inputs.get(name) for name in ("sinks", "bias")}
         out, lse = api.blockwise_attention_forward(*(inputs[name] for name in "qkv"), **arguments)
         return {"out": out, "lse": lse}
 
@@ -96,7 +101,7 @@ def _forward_hops(case: Case, implementation: str | None) -> Callable[[dict], di
     tokens = arguments.pop("tokens")
 
     def run(inputs):
-        out, lse = _hop_by_hop(inputs, _hops_of(inputs, tokens), arguments)
+        out, lse = _hop_by_hop(inputs, _hops_of(inputs, tokens), arguments | {"bias": inputs.get("bias")})
         return {"out": out, "lse": lse}
 
     return run
@@ -125,19 +130,21 @@ def _hops(case: Case, implementation: str | None) -> Callable[[dict], dict]:
 
     def run(inputs):
         q, dout, dlse = (inputs[name] for name in ("q", "dout", "dlse"))
-        hops = _hops_of(inputs, tokens)
-        out, lse = _hop_by_hop(inputs, hops, arguments)
-        dq, gradients_kv = jnp.zeros(q.shape, jnp.float32), []
+        hops, bias = _hops_of(inputs, tokens), inputs.get("bias")
+        out, lse = _hop_by_hop(inputs, hops, arguments | {"bias": bias})
+        dq, gradients_kv, gradients_bias = jnp.zeros(q.shape, jnp.float32), [], []
         for k_part, v_part, tokens_part in hops:
             running = dq, *(jnp.full(x.shape, _RUNNING, jnp.float32) for x in (k_part, v_part))
-            dq, dk, dv = api.blockwise_attention_backward(
-                q, k_part, v_part, out, lse, dout, dlse, tokens=tokens_part, accumulate=running, **arguments
-            )
+            dq, dk, dv, *dbias = api.blockwise_attention_backward(
+                q, k_part, v_part, out, lse, dout, dlse, tokens=tokens_part, accumulate=running, bias=bias,
+                bias_gradient=bias is not None, **arguments,
+            )  # fmt: skip
+            gradients_bias += dbias
             gradients_kv.append((dk - _RUNNING, dv - _RUNNING))
         dk, dv = (jnp.concatenate(x, axis=1) for x in zip(*gradients_kv, strict=True))
-        gradients = dq, dk, dv
-        if case.sinks:
-            gradients += (api.sinks_gradient(inputs["sinks"], out, lse, dout, dlse),)
+        dsinks = api.sinks_gradient(inputs["sinks"], out, lse, dout, dlse) if case.sinks else None
+        dbias = jax.tree.map(jnp.add, *gradients_bias) if gradients_bias else None
+        gradients = dq, dk, dv, dsinks, dbias
         return {"out": out, "lse": lse} | named(gradients)
 
     return run
@@ -197,7 +204,7 @@ _NOT_ON_HOPPER = {"table_of_64_D64"}  # its blocks are smaller than the kernel's
 # Other head dims than its own it refuses.
 _NOT_ON_TPU = {
     *("table_D128", "table_of_64_D64"),
-    *(case.name for case in KERNEL_CASES if case.dropout_rate or case.chosen),
+    *(case.name for case in KERNEL_CASES if case.dropout_rate or case.chosen or case.bias),
     *(case.name for case in KERNEL_CASES if case.head_dim not in TPU_HEAD_DIMS),
 }
 

@@ -3,7 +3,7 @@
 One tile of logits lives at a time. Blocks of queries are walked in order, and for each the blocks of keys that its
 schedule names, so work is proportional to the blocks visited. Query heads stay grouped by the kv head they share;
 K and V are never expanded. The backward recomputes a tile from lse and adds into dq, dk and dv in one walk: five
-matmuls a tile. Dropout is drawn anew for each tile, in both passes.
+matmuls a tile. Dropout is drawn anew for each tile, and a bias computed, in both passes.
 
 Reference: Rabe and Staats 2021, Self-attention does not need O(n^2) memory, arXiv:2112.05682; Dao 2023,
 FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2.
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.bias import Bias, gradient_of_tile
 from pallas_kernels.block_sizes import XLA_TILES, BlockSizes
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.blockwise.xla_lists import Lists, OneList
@@ -29,13 +30,16 @@ from pallas_kernels.schedule import Schedule, make_schedule, merged_walk
 from pallas_kernels.tokens import TokenAxis, Tokens
 
 
-def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None):
+def forward(
+    q, k, v, *, tokens, schedule, carry, return_carry, options: Options, dropout: Dropout | None = None,
+    bias: Bias | None = None,
+):  # fmt: skip
     """`blockwise_attention_forward` on any platform."""
     carry = None if carry is None else carry.whole(v.shape[3])
     if schedule is not None and schedule.is_selection:
-        return _forward_by_lists(q, k, v, tokens, Lists(q, k, schedule), carry, return_carry, options, dropout)
+        return _forward_by_lists(q, k, v, tokens, Lists(q, k, schedule), carry, return_carry, options, dropout, bias)
     schedule = _schedule(q, k, tokens, schedule, options)
-    tiles = _Tiles(q, k, tokens, schedule, options, dropout)
+    tiles = _Tiles(q, k, tokens, schedule, options, dropout, bias)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
     if carry is None:
         carry = SoftmaxCarry.empty(batch_size=q.shape[0], q_len=q.shape[1], num_heads=q.shape[2], value_dim=v.shape[3])
@@ -72,41 +76,46 @@ def forward(q, k, v, *, tokens, schedule, carry, return_carry, options: Options,
 
 
 def backward(
-    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None
-):
+    q, k, v, out, lse, dout, dlse, *, tokens, schedule, accumulate, options: Options, dropout: Dropout | None = None,
+    bias: Bias | None = None,
+):  # fmt: skip
     """`blockwise_attention_backward` on any platform."""
     if schedule is not None and schedule.is_selection:
         arrays = q, k, v, out, lse, dout, dlse
-        return _backward_by_lists(arrays, tokens, Lists(q, k, schedule), accumulate, options, dropout)
+        return _backward_by_lists(arrays, tokens, Lists(q, k, schedule), accumulate, options, dropout, bias)
     schedule = _schedule(q, k, tokens, schedule, options)
-    tiles = _Tiles(q, k, tokens, schedule, options, dropout)
+    tiles = _Tiles(q, k, tokens, schedule, options, dropout, bias)
     k_blocks, v_blocks = tiles.split_kv(k), tiles.split_kv(v)
     delta = delta_of(out, dout, dlse)
     running = zip(accumulate, (q, k, v), strict=True)
     dtypes, (dq, dk, dv) = zip(*(_started(x, like) for x, like in running), strict=True)
+    dbias = jax.tree.map(jnp.zeros_like, tiles.bias) if options.bias_gradient else None
 
-    def one_q_block(dk_dv, xs):
+    def one_q_block(running, xs):
         i, q_i, dout_i, lse_i, delta_i, dq_i = xs
         # Rows that may attend to nothing, missing rows of a ragged block among them: exp(-inf - inf) = 0.
         lse_i = jnp.where(lse_i == -jnp.inf, jnp.inf, lse_i)
         dropped = tiles.dropping(i)
 
         def visit(j, state):
-            dq_i, dk, dv = state
+            dq_i, dk, dv, dbias = state
             s, cap_slope = tiles.logits(i, j, q_i, k_blocks[j])
             p = jnp.exp(s - lse_i[..., None])
             dp = dropped(j, tiles.matmul("bkgqv,bksv->bkgqs", dout_i, v_blocks[j]))
-            ds = p * (dp - delta_i[..., None]) * options.scale
+            dlogits = p * (dp - delta_i[..., None])
+            if dbias is not None:
+                dbias = jax.tree.map(jnp.add, dbias, tiles.bias_gradient(i, j, dlogits))
+            ds = dlogits * options.scale
             if cap_slope is not None:
                 ds *= cap_slope
             ds = ds.astype(q.dtype)
             dq_i += tiles.matmul("bkgqs,bksh->bkgqh", ds, k_blocks[j])
             dk = dk.at[j].add(tiles.matmul("bkgqs,bkgqh->bksh", ds, q_i))
             dv = dv.at[j].add(tiles.matmul("bkgqs,bkgqv->bksv", dropped(j, p).astype(dout.dtype), dout_i))
-            return dq_i, dk, dv
+            return dq_i, dk, dv, dbias
 
-        dq_i, *dk_dv = tiles.walk(i, visit, (dq_i, *dk_dv))
-        return tuple(dk_dv), dq_i
+        dq_i, *running = tiles.walk(i, visit, (dq_i, *running))
+        return tuple(running), dq_i
 
     q_blocks = tiles.split_q(q)
     xs = (
@@ -117,9 +126,10 @@ def backward(
         tiles.split_rows(delta),
         tiles.split_q(dq),
     )
-    (dk, dv), dq = jax.lax.scan(one_q_block, (tiles.split_kv(dk), tiles.split_kv(dv)), xs)
+    (dk, dv, dbias), dq = jax.lax.scan(one_q_block, (tiles.split_kv(dk), tiles.split_kv(dv), dbias), xs)
     gradients = tiles.join_q(dq), tiles.join_kv(dk), tiles.join_kv(dv)
-    return tuple(g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+    gradients = tuple(g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+    return gradients if dbias is None else (*gradients, dbias)
 
 
 def _started(running: jax.Array | None, like: jax.Array) -> tuple[jnp.dtype, jax.Array]:
@@ -129,14 +139,14 @@ def _started(running: jax.Array | None, like: jax.Array) -> tuple[jnp.dtype, jax
     return running.dtype, running
 
 
-def _forward_by_lists(q, k, v, tokens, lists: Lists, carry, return_carry, options: Options, dropout):
+def _forward_by_lists(q, k, v, tokens, lists: Lists, carry, return_carry, options: Options, dropout, bias):
     """`forward`, one list of chosen blocks after the other."""
 
     def attend(one: OneList):
         return forward(
             *(one.heads(x, 2) for x in (q, k, v)), tokens=one.tokens(tokens), schedule=one.schedule(),
             carry=None if carry is None else one.carry(carry), return_carry=return_carry,
-            options=one.options(options), dropout=one.dropout(dropout),
+            options=one.options(options), dropout=one.dropout(dropout), bias=one.bias(bias),
         )  # fmt: skip
 
     results, maxima = lists.map(attend), None
@@ -151,7 +161,7 @@ def _forward_by_lists(q, k, v, tokens, lists: Lists, carry, return_carry, option
     return result if maxima is None else (result, lists.joined(maxima, 1))
 
 
-def _backward_by_lists(arrays, tokens, lists: Lists, accumulate, options: Options, dropout):
+def _backward_by_lists(arrays, tokens, lists: Lists, accumulate, options: Options, dropout, bias):
     """`backward`, one list of chosen blocks after the other."""
     q, k, v, out, lse, dout, dlse = arrays
 
@@ -162,12 +172,13 @@ def _backward_by_lists(arrays, tokens, lists: Lists, accumulate, options: Option
         return backward(
             q_i, k_i, v_i, out_i, lse_i, dout_i, dlse_i, tokens=one.tokens(tokens), schedule=one.schedule(),
             accumulate=tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_i, k_i, v_i)),
-            options=one.options(options), dropout=one.dropout(dropout),
+            options=one.options(options), dropout=one.dropout(dropout), bias=one.bias(bias),
         )  # fmt: skip
 
-    dq, dk, dv = lists.map(differentiate)
+    dq, dk, dv, *dbias = lists.map(differentiate)
     gradients = zip(accumulate, (lists.joined(dq, 2), lists.summed(dk), lists.summed(dv)), (q, k, v), strict=True)
-    return tuple(g.astype(x.dtype) if running is None else running + g for running, g, x in gradients)
+    gradients = tuple(g.astype(x.dtype) if running is None else running + g for running, g, x in gradients)
+    return *gradients, *(jax.tree.map(lists.over_rows, x) for x in dbias)
 
 
 def _schedule(q, k, tokens, schedule, options: Options) -> Schedule:
@@ -194,9 +205,18 @@ def _merges(schedule: Schedule, options: Options) -> dict[str, int]:
 class _Tiles:
     """The blocks of one call: how arrays split into them, which are visited, and the logits of a tile."""
 
-    def __init__(self, q, k, tokens: Tokens | None, schedule: Schedule, options: Options, dropout: Dropout | None):
+    def __init__(
+        self,
+        q,
+        k,
+        tokens: Tokens | None,
+        schedule: Schedule,
+        options: Options,
+        dropout: Dropout | None,
+        bias: Bias | None,
+    ):
         tokens = tokens or Tokens()
-        self.options, self.dropout = options, dropout
+        self.options, self.dropout, self.bias = options, dropout, None if bias is None else bias.in_float32()
         self.q_len, self.kv_len = q.shape[1], k.shape[1]
         self.num_heads, self.num_kv_heads = q.shape[2], k.shape[2]
         self.batch_size = q.shape[0]
@@ -223,7 +243,18 @@ class _Tiles:
         if cap is not None:
             squashed = jnp.tanh(s / cap)
             s, slope = cap * squashed, 1 - squashed**2
+        if self.bias is not None:
+            s += self.bias.of_heads(*self._positions(i, j)).reshape(-1, *s.shape[1:])
         return jnp.where(self._allowed(i, j), s, MASK_VALUE), slope
+
+    def bias_gradient(self, i, j, dlogits) -> Bias:
+        """A tile's part of the gradient of the bias, given that of its logits `[b, k, g, q, s]`."""
+        b, *_, q, s = dlogits.shape
+        return gradient_of_tile(self.bias, *self._positions(i, j), dlogits.reshape(b, self.num_heads, q, s))
+
+    def _positions(self, i, j) -> tuple[jax.Array, jax.Array]:
+        """Of a tile, `[b or 1, q, 1]` and `[b or 1, 1, s]`."""
+        return self.q_tokens.positions[i][:, :, None], self.kv_tokens.positions[j][:, None, :]
 
     def _allowed(self, i, j) -> jax.Array:
         """Which pairs of a tile may attend, `[b or 1, k or 1, g or 1, q, s]`."""

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bias import Bias
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.online_softmax import SoftmaxCarry
@@ -48,6 +49,11 @@ class Lists:
         x = self.joined(results, 2)
         return x.reshape(*x.shape[:2], self.num_kv_heads, -1, x.shape[3]).sum(axis=3)
 
+    def over_rows(self, results: jax.Array) -> jax.Array:
+        """Results `[calls, heads of a list, ...]` as `[N, ...]`, added over the rows of the batch."""
+        x = results.reshape(self.batch_size, self.num_lists * results.shape[1], *results.shape[2:])
+        return x.sum(axis=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class OneList:
@@ -72,6 +78,13 @@ class OneList:
 
     def dropout(self, dropout: Dropout | None) -> Dropout | None:
         return jax.tree.map(lambda seeds: self.heads(seeds, 1), dropout)
+
+    def bias(self, bias: Bias | None) -> Bias | None:
+        def of_list(x: jax.Array) -> jax.Array:
+            size = x.shape[0] // self.lists.num_lists
+            return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), self.number * size, size)
+
+        return jax.tree.map(of_list, bias)
 
     def carry(self, carry: SoftmaxCarry) -> SoftmaxCarry:
         return SoftmaxCarry(max=self.heads(carry.max, 1), sum=self.heads(carry.sum, 1), acc=self.heads(carry.acc, 2))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
@@ -18,6 +18,7 @@ from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_tpu, referenc
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.xla_chunks import multiply
+from pallas_kernels.perturbed import is_perturbed, values_of
 from pallas_kernels.saved import as_attention
 
 _MODULES = {
@@ -316,15 +317,14 @@ class _Residuals:
 
 
 def _attention_fwd(options, implementation, *arguments):
-    q, k, v, *others = jax.tree.map(lambda x: x.value, arguments, is_leaf=_is_primal)
+    q, k, v, *others = values_of(arguments)
     context = dict(zip(("decay", "beta", "initial_state", "segment_ids"), others, strict=True))
     out, state, starts = dispatch.run(
         "linear_attention_forward", FORWARD, implementation, q, k, v, parts=None, options=options, **context
     )
     out, state, starts = as_attention((out, state, starts))
-    decay = arguments[3]
     return (out, state), _Residuals(
-        arrays=(q, k, v), context=context | {"starts": starts}, decay_gradient=decay is not None and decay.perturbed
+        arrays=(q, k, v), context=context | {"starts": starts}, decay_gradient=is_perturbed(arguments[3])
     )
 
 
@@ -341,10 +341,6 @@ def _attention_bwd(options, implementation, residuals: _Residuals, cotangents):
     ddecay = None if ddecay is None else ddecay.astype(decay.dtype)
     dbeta = None if beta is None else dbeta.astype(beta.dtype)
     return dq, dk, dv, ddecay, dbeta, None if initial_state is None else dinitial_state, None
-
-
-def _is_primal(x) -> bool:
-    return isinstance(x, CustomVJPPrimal)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)

@@ -102,7 +102,7 @@ def test_a_wrong_result_is_not_timed(name):
         assert row.median_ms is None and row.tflops is None
 
 
-QUICK = [SMOKE[1], SMOKE[3], *(pytest.param(SMOKE[i], marks=pytest.mark.slow) for i in (0, 2, 4))]
+QUICK = [SMOKE[1], SMOKE[3], *(pytest.param(SMOKE[i], marks=pytest.mark.slow) for i in (0, 2, 4, 5))]
 
 
 @pytest.mark.parametrize("argument", ["q", "k", "v"])

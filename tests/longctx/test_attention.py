@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import Attention, RotaryConfig, apply_rotary, masks
+from longctx import Attention, BiasConfig, RotaryConfig, apply_rotary, masks
 from pallas_kernels import BlockSizes, Tokens, make_schedule
 
 DIM, LENGTH = 16, 11
@@ -19,6 +19,9 @@ VARIANTS = {
     "one kv head, no rotary": dict(num_heads=4, num_kv_heads=1, rotary=None),
     "qk-norm, soft cap, window": dict(num_heads=2, qk_norm=True, logits_soft_cap=2.0, mask=WINDOW),
     "sinks": dict(num_heads=4, num_kv_heads=2, sinks=True, mask=WINDOW),
+    "alibi": dict(num_heads=4, num_kv_heads=2, bias=BiasConfig(kind="alibi"), rotary=None, mask=WINDOW),
+    "t5": dict(num_heads=2, bias=BiasConfig(kind="t5", buckets=8, max_distance=6), rotary=None),
+    "kerple, learned": dict(num_heads=2, bias=BiasConfig(kind="kerple_log"), rotary=None),
     "theta": dict(num_heads=2, rotary=RotaryConfig(theta=50.0), block_sizes=BlockSizes(block_q=4, block_kv=4)),
 }
 
@@ -57,7 +60,10 @@ def textbook(layer, x, positions, segment_ids, *, num_heads, **_):
     logits = jnp.einsum("btnh,bsnh->bnts", q, k) / jnp.sqrt(q.shape[-1])
     if layer.logits_soft_cap is not None:
         logits = layer.logits_soft_cap * jnp.tanh(logits / layer.logits_soft_cap)
-    allowed = layer.mask.dense(Tokens.self_attention(positions, segment_ids), LENGTH, LENGTH)
+    tokens = Tokens.self_attention(positions, segment_ids)
+    allowed = layer.mask.dense(tokens, LENGTH, LENGTH)
+    if layer.bias is not None:
+        logits += layer.bias().dense(tokens, LENGTH, LENGTH)
     logits = jnp.where(allowed[:, None], logits, -1e30)
     if layer.sinks is not None:
         column = jnp.broadcast_to(layer.sinks[...][:, None, None], (*logits.shape[:3], 1))

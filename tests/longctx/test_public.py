@@ -21,6 +21,7 @@ def test_public_names_are_pinned():
         "Attention",
         "AttentionConfig",
         "AttentionSharding",
+        "BiasConfig",
         "Block",
         "ContextParallelConfig",
         "DecodeCache",

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import (
+    Alibi,
     BlockSizes,
     SoftmaxCarry,
     Tokens,
@@ -73,11 +75,26 @@ def test_mixed_dtypes_are_refused():
 
 
 @pytest.mark.parametrize("op", [blockwise_attention, blockwise_attention_forward, blockwise_attention_backward])
-def test_a_bias_is_refused(op):
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (jnp.zeros((4, 8, 8)), "wanted None or a Bias, such as Alibi.geometric"),
+        (Alibi.geometric(2), r"bias.slopes is float32\[2\], wanted floats \[4, ...\], of each query head"),
+        (Alibi(slopes=np.ones(4, np.int32)), "bias.slopes is int32"),
+    ],
+)
+def test_wrong_biases_are_refused(op, bias, message):
     q, k, v = qkv()
     rest = (q, jnp.zeros((1, 4, 8)), q, jnp.zeros((1, 4, 8))) if op is blockwise_attention_backward else ()
-    with pytest.raises(NotImplementedError, match="bias is reserved and not built yet; pass bias=None"):
-        op(q, k, v, *rest, mask=Causal(), bias=jnp.zeros(4))
+    with pytest.raises(ValueError, match=message):
+        unchecked(op)(q, k, v, *rest, mask=Causal(), bias=bias)
+
+
+def test_a_gradient_of_no_bias_is_refused():
+    q, k, v = qkv()
+    rows = jnp.zeros((1, 4, 8))
+    with pytest.raises(ValueError, match="got bias_gradient=True and no bias, wanted one"):
+        blockwise_attention_backward(q, k, v, q, rows, q, rows, mask=Causal(), bias_gradient=True)
 
 
 def test_a_carry_of_the_wrong_shape_is_refused():

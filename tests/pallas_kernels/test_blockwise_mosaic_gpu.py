@@ -58,22 +58,27 @@ def test_lowers_for_cuda(case):
     """Out and lse, and their gradients."""
     inputs, arguments = case.inputs("bfloat16"), case.arguments()
 
-    def differentiate(q, k, v, dout, dlse, sinks=None):
-        attend = functools.partial(blockwise_attention, sinks=sinks, return_lse=True, **arguments)
-        return jax.vjp(attend, q, k, v)[1]((dout, dlse))
+    def differentiate(inputs):
+        def attend(q, k, v, bias):
+            return blockwise_attention(q, k, v, bias=bias, sinks=inputs.get("sinks"), return_lse=True, **arguments)
+
+        operands = *(inputs[name] for name in "qkv"), inputs.get("bias")
+        return jax.vjp(attend, *operands)[1]((inputs["dout"], inputs["dlse"]))
 
     with tracing_for(H100), dispatch.record() as taken:
-        gradients, text = lowered(differentiate, *inputs.values())
+        gradients, text = lowered(differentiate, inputs)
     assert taken == BOTH
     # Few queries have two kernels for the forward pass, wide heads four in all.
     is_few = (
         case.q_len <= pallas_mosaic_gpu_decode.MOST_QUERIES
         and not case.dropout_rate
         and not case.logits_soft_cap
+        and not case.bias
         and case.head_dim in pallas_mosaic_gpu_decode.BLOCK
     )
     assert text.count("mosaic_gpu_v2") == (2 if case.head_dim <= 128 else 4) + is_few
-    assert [like(x) for x in gradients] == [like(inputs[name]) for name in "qkv"]
+    want = *(inputs[name] for name in "qkv"), inputs.get("bias")
+    assert jax.tree.map(like, gradients) == jax.tree.map(like, want)
 
 
 def test_a_mask_of_segment_ids_alone_lowers_without_positions():
@@ -134,7 +139,9 @@ INTERPRETED = ("causal_D64", "cross_fewer_keys_D128", "gqa_heads_of_3_rows_D64",
                "cross_one_key_D64", "documents_padding_row_D64", "per_head_blocks_D64", "chosen_by_head_D64",
                "chosen_by_head_D128", "chosen_large_blocks_D64", "soft_cap_D64", "soft_cap_empty_rows_gqa_D128",
                "gqa_T129_D256", "documents_D256", "cross_mqa_D256", "values_of_128_gqa_documents_D192",
-               "causal_gqa_D80", "values_of_64_D128", "dropout_D64", "dropout_documents_gqa_D256")  # fmt: skip
+               "causal_gqa_D80", "values_of_64_D128", "dropout_D64", "dropout_documents_gqa_D256",
+               "bias_alibi_gqa_D128", "bias_alibi_documents_D64", "bias_t5_bidirectional_soft_cap_D128",
+               "bias_kerple_power_gqa_D256")  # fmt: skip
 INTERPRETED_QUICK = ("cross_fewer_keys_D128", "documents_D128", "empty_rows_D64", "chosen_by_head_D64", "gqa_T129_D256")
 
 
@@ -166,6 +173,12 @@ INTERPRETED_BACKWARD = {
     "dropout_D64": True,
     "dropout_D128": False,
     "dropout_documents_gqa_D256": True,
+    "bias_alibi_gqa_D128": True,
+    "bias_alibi_documents_D64": False,
+    "bias_t5_gqa_D64": False,
+    "bias_t5_bidirectional_documents_D128": False,
+    "bias_kerple_log_D64": True,
+    "bias_kerple_power_gqa_D256": False,
 }
 
 
@@ -182,15 +195,18 @@ def in_interpreter(case, inputs, *, detect_races=False, **options):
     run = functools.partial(
         pallas_mosaic_gpu.forward,
         **fixed(case, detect_races),
-        **{"carry": None, "return_carry": False} | options,
+        **{"carry": None, "return_carry": False, "bias": inputs.get("bias")} | options,
     )
     return jax.jit(run)(*(inputs[name] for name in "qkv"))
 
 
 def backward_in_interpreter(case, inputs, out, lse, *, detect_races=False, accumulate=(None,) * 3):
     """Its gradients in the same way; by one block of threads, which adds to dq in one order without turns."""
-    run = functools.partial(pallas_mosaic_gpu.backward, **fixed(case, detect_races))
-    q, k, v, dout, dlse = inputs.values()
+    bias = inputs.get("bias")
+    call = fixed(case, detect_races)
+    call["options"] = dataclasses.replace(call["options"], bias_gradient=bias is not None)
+    run = functools.partial(pallas_mosaic_gpu.backward, bias=bias, **call)
+    q, k, v, dout, dlse = (inputs[name] for name in ("q", "k", "v", "dout", "dlse"))
     return jax.jit(run)(q, k, v, out.astype(q.dtype), lse, dout, dlse, accumulate=accumulate)
 
 
@@ -216,7 +232,7 @@ def fixed(case, detect_races: bool) -> dict:
 @functools.cache
 def truth(name: str) -> dict:
     case = CASES_BY_NAME[name]
-    return suite.truth(case)({name: x.astype(jnp.float32) for name, x in case.inputs("bfloat16").items()})
+    return suite.truth(case)(jax.tree.map(lambda x: x.astype(jnp.float32), case.inputs("bfloat16")))
 
 
 @pytest.mark.parametrize("name", some_slow(INTERPRETED, INTERPRETED_QUICK))
@@ -233,9 +249,11 @@ def test_gradients_equal_the_reference_in_the_interpreter(name):
     case, want = CASES_BY_NAME[name], truth(name)
     inputs = case.inputs("bfloat16")
     running = tuple(jnp.full(inputs[name].shape, 0.125, jnp.float32) for name in "qkv") if accumulates else (None,) * 3
-    gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"], accumulate=running)
+    *gradients, dbias = (*backward_in_interpreter(case, inputs, want["out"], want["lse"], accumulate=running), None)[:4]
     for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
         assert_close(name, gradient - 0.125 if accumulates else gradient, want[name], "bfloat16")
+    for path, gradient in jax.tree.leaves_with_path(dbias):
+        assert_close(f"d{path[0].name}", gradient, want[f"d{path[0].name}"], "bfloat16")
 
 
 @pytest.mark.slow

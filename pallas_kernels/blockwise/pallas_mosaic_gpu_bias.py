@@ -1,0 +1,288 @@
+"""Biases of logits on Hopper: of a tile of 64 rows in registers, and the sums that gradients of parameters are made of.
+
+A tile of tokens in order has as few distances as it has diagonals: 8 columns further is the same as 8 rows up, and a
+thread holds rows that are 8 apart. So of a tile of 128 columns a thread computes 36 biases and not 64: those of every
+other group of 8 columns, which the groups between them share (`_shared_out`). Where positions are given, each pair's.
+
+A bias whose parameters are a number a head is computed as its class says. One that has a `reach` is read from a table
+of short distances; blocks of tokens in order that are further apart read one number.
+
+Backward, each key adds up over its queries `dlogit dbias/dparameter` of each parameter, in registers, until the query
+head changes; then they are written, `[B, N, parameters, S, 8]`, and XLA adds them up in a fixed order. Of a table
+these are the sums of both sides beyond the reach; the pairs within it are a pass of their own (near_bias.py).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+
+from pallas_kernels.bias import Bias, DistanceBias
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
+    COLUMN,
+    MATRIX,
+    ROW,
+    columns,
+    indices,
+    rows,
+    store_parts_of_sectors,
+)
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.mosaic_gpu import refuse
+from pallas_kernels.tokens import Leaf
+from pallas_kernels.wgmma import IN_FLIGHT, ROWS, array_type, as_int32, fragmented
+
+_LOG2_E = math.log2(math.e)
+_GROUP = 8
+"""Columns of which a thread holds two, in each of two rows that are as many apart."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NearTable:
+    """A bias by distance, base 2: float32 `[N, 2 reach + 1]`, of the distances -reach ... reach."""
+
+    by_distance: Leaf
+
+    @property
+    def reach(self) -> int:
+        return self.by_distance.shape[1] // 2
+
+
+type KernelBias = DistanceBias | NearTable
+"""What kernels read of a bias, base 2; in a kernel its leaves are references."""
+
+
+def of_call(bias: Bias | None) -> KernelBias | None:
+    """What kernels read of a bias.
+
+    Raises: NotImplementedError with the reason where they cannot compute it.
+    """
+    if bias is None:
+        return None
+    name = type(bias).__name__
+    if not isinstance(bias, DistanceBias):
+        refuse(f"the bias {name} is not of the distance alone; it computes those that are")
+    bias = bias.in_float32()
+    if bias.reach is not None:
+        return NearTable(_by_distance(bias) * _LOG2_E)
+    if any(x.ndim != 1 for x in jax.tree.leaves(bias)):
+        refuse(f"the bias {name} has more than a number a head, and no reach; it reads no such parameters")
+    return bias.scaled(_LOG2_E)
+
+
+def num_sums(bias: KernelBias) -> int:
+    """Sums that the backward pass makes of each key and query head."""
+    return 2 if isinstance(bias, NearTable) else len(jax.tree.leaves(bias))
+
+
+def sums_type(bias: KernelBias, shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    """Of the sums of `[B, N, S]`, in 8 parts each: to add these up takes shared memory, of which there is none left."""
+    batch_size, num_heads, kv_len = shape
+    return jax.ShapeDtypeStruct((batch_size, num_heads, num_sums(bias), kv_len, _GROUP), jnp.float32)
+
+
+def store_sums(target, x: jax.Array, *, interpret: bool) -> None:
+    """Those of 64 keys."""
+    if interpret:
+        target[...] = x
+    else:
+        store_parts_of_sectors(target, x)
+
+
+def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array) -> DistanceBias:
+    """The gradient of a bias' parameters, float32, given the sums of the backward pass; where the bias has a reach, of
+    the pairs beyond it."""
+    bias = bias.in_float32()
+    sums = jnp.sum(sums_BNPS8, axis=(0, 3, 4))
+    if bias.reach is not None:
+        by_distance, vjp = jax.vjp(_by_distance, bias)
+        cotangent = jnp.zeros_like(by_distance).at[:, -1].set(sums[:, 0]).at[:, 0].set(sums[:, 1])
+        return vjp(cotangent)[0]
+    scaled, vjp = jax.vjp(lambda bias: bias.scaled(_LOG2_E), bias)
+    of_scaled = jax.tree.unflatten(jax.tree.structure(scaled), list(sums.T / _LOG2_E))
+    return vjp(of_scaled)[0]
+
+
+def _by_distance(bias: DistanceBias) -> jax.Array:
+    distances = jnp.arange(-bias.reach, bias.reach + 1, dtype=jnp.float32)
+    return jax.vmap(lambda head: head.of_distance(distances))(bias)
+
+
+class Side(NamedTuple):
+    """Tokens along one side of a tile: their positions, `[B or 1, length]` in device memory, or None in order; and
+    where they begin."""
+
+    positions: Any
+    start: ArrayLike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TileBias:
+    """The bias of tiles `[64, columns]` of one kernel.
+
+    Attributes:
+      bias: References.
+      columns: A multiple of 16.
+      rows_are_queries: Or keys.
+      interpret: Whether in JAX's interpreter.
+    """
+
+    bias: KernelBias
+    columns: int
+    rows_are_queries: bool
+    interpret: bool
+
+    def tile(self, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side) -> jax.Array:
+        """The bias of a tile, base 2."""
+        if not isinstance(self.bias, NearTable):
+            of_head = jax.tree.map(lambda ref: ref[head], self.bias)
+            return self._evaluated(lambda d: (of_head.of_distance(d),), batch, of_rows, of_columns)[0]
+        read = functools.partial(self._read, head)
+        if not self._in_order(of_rows, of_columns):
+            return self._evaluated(lambda d: (read(d),), batch, of_rows, of_columns)[0]
+        least = self._first_distance(of_rows, of_columns) - (self.columns if self.rows_are_queries else ROWS)
+        greatest = least + ROWS + self.columns
+        reach, table = self.bias.reach, self.bias.by_distance
+        is_far = (least >= reach) | (greatest <= -reach)
+
+        def far():
+            number = table[head, jnp.where(least >= reach, 2 * reach, 0)]
+            return plgpu.layout_cast(lax.broadcast_in_dim(number, (ROWS, self.columns), ()), MATRIX)
+
+        def near():
+            return self._evaluated(lambda d: (read(d),), batch, of_rows, of_columns)[0]
+
+        return lax.cond(is_far, far, near)
+
+    def slopes(self, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side) -> tuple[jax.Array, ...]:
+        """What to multiply gradients of logits by to have those of each sum, tiles."""
+        bias = self.bias
+        if isinstance(bias, NearTable):
+
+            def slopes(d):
+                reach = float(bias.reach)
+                return jnp.where(d >= reach, 1.0, 0.0), jnp.where(d <= -reach, 1.0, 0.0)
+        else:
+            leaves, tree = jax.tree.flatten(jax.tree.map(lambda ref: ref[head], bias))
+
+            def slopes(d):
+                def of_leaf(i: int) -> jax.Array:
+                    def value(x):
+                        return jax.tree.unflatten(tree, [*leaves[:i], x, *leaves[i + 1 :]]).of_distance(d)
+
+                    return jax.jvp(value, (leaves[i],), (jnp.float32(1.0),))[1]
+
+                return tuple(map(of_leaf, range(len(leaves))))
+
+        return self._evaluated(slopes, batch, of_rows, of_columns)
+
+    def _in_order(self, of_rows: Side, of_columns: Side) -> bool:
+        return of_rows.positions is None and of_columns.positions is None
+
+    def _first_distance(self, of_rows: Side, of_columns: Side) -> jax.Array:
+        """Of the first row and column of tokens in order."""
+        distance = jnp.asarray(of_rows.start - of_columns.start, jnp.int32)
+        return distance if self.rows_are_queries else -distance
+
+    def _evaluated(
+        self, functions: Callable[[jax.Array], tuple[jax.Array, ...]], batch, of_rows: Side, of_columns: Side
+    ) -> tuple[jax.Array, ...]:
+        """functions(distances of the tile), each elementwise."""
+        shape, sign = (ROWS, self.columns), 1 if self.rows_are_queries else -1
+        if not self._in_order(of_rows, of_columns):
+            row_positions, column_positions = (
+                _positions(side, batch, length, layout)
+                for side, length, layout in ((of_rows, ROWS, ROW), (of_columns, self.columns, COLUMN))
+            )
+            distance = (rows(row_positions, shape) - columns(column_positions, shape)) * sign
+            return functions(distance.astype(jnp.float32))
+        first = self._first_distance(of_rows, of_columns).astype(jnp.float32)
+        narrow = shape if self.interpret else (ROWS, _GROUP)
+        steps = rows(indices(0, ROWS, ROW).astype(jnp.float32), narrow) - columns(
+            indices(0, narrow[1], COLUMN).astype(jnp.float32), narrow
+        )
+        distance = steps * float(sign) + first
+        if self.interpret:
+            return functions(distance)
+        groups = [functions(distance - float(sign * 2 * _GROUP * i)) for i in range(self.columns // (2 * _GROUP) + 1)]
+        return tuple(_shared_out(group) for group in zip(*groups, strict=True))
+
+    def _read(self, head: ArrayLike, distance: jax.Array) -> jax.Array:
+        """The table at these distances."""
+        reach, table = float(self.bias.reach), self.bias.by_distance
+        slots = (jnp.clip(distance, -reach, reach) + reach).astype(jnp.int32)
+        if self.interpret:
+            return jnp.take(table[head], slots)
+        return _gathered(table.at[head], slots)
+
+
+def _positions(side: Side, batch, length: int, layout) -> jax.Array:
+    if side.positions is None:
+        return indices(side.start, length, layout)
+    at = row_of_batch(side.positions, batch), pl.ds(side.start, length)
+    return plgpu.load(side.positions.at[at], layout=layout, optimized=False)
+
+
+def nothing_summed(count: int) -> tuple[jax.Array, ...]:
+    """What sums of a key start from: as many as 8 columns of a tile, to be added up at the end."""
+    return (plgpu.layout_cast(jnp.zeros((ROWS, _GROUP), jnp.float32), MATRIX),) * count
+
+
+def added(sums: Sequence[jax.Array], slopes: Sequence[jax.Array], dlogits: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums with those of a tile of gradients of logits."""
+
+    def add(total, slope):
+        for i in range(0, dlogits.shape[1], _GROUP):
+            at = slice(i, i + _GROUP)
+            total = total + dlogits[:, at] * slope[:, at]
+        return total
+
+    return tuple(map(add, sums, slopes))
+
+
+def _shared_out(groups: Sequence[jax.Array]) -> jax.Array:
+    """`[64, columns]` of which every other group of 8 columns is computed, and one more, the others being equal to what
+    stands 8 rows down in the next, or 8 rows up in the last."""
+    shape = ROWS, 2 * _GROUP * (len(groups) - 1)
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX,) * len(groups), return_type=array_type(shape, MATRIX))
+    def emit(_, *groups):
+        # Of a thread, two of a row and two of the row 8 below.
+        registers = [list(x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat) for x in groups]
+        shared = []
+        for i in range(len(groups) - 1):
+            shared += registers[i] + registers[i + 1][2:] + registers[i][:2]
+        return fragmented(shared, shape).to_layout(MATRIX.to_mgpu())
+
+    return emit(*groups)
+
+
+def _gathered(ref, at: jax.Array) -> jax.Array:
+    """ref[at] of a vector of float32 in device memory and int32 indices."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), MATRIX), return_type=array_type(at.shape, MATRIX))
+    def emit(_, ref, at):
+        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+        start = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+
+        def read(register: ir.Value) -> ir.Value:
+            text = "{ .reg .b64 at; mad.wide.s32 at, $1, 4, $2; ld.global.nc.f32 $0, [at]; }"
+            value = llvm.inline_asm(f32, [as_int32(register), start], text, "=f,r,l", has_side_effects=False)
+            return vector.broadcast(ir.VectorType.get((1,), f32), value)
+
+        registers = at.to_layout(IN_FLIGHT.to_mgpu()).registers.flat
+        return fragmented([read(x) for x in registers], at.shape).to_layout(MATRIX.to_mgpu())
+
+    return emit(ref, at)

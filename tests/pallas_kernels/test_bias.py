@@ -1,0 +1,104 @@
+"""Biases against what their papers say, and what asks for their gradients."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Alibi, Bias, KerpleLog, KerplePower, T5Buckets, Tokens, blockwise_attention
+from pallas_kernels.blockwise import api
+from pallas_kernels.mask import Causal
+
+DISTANCES = np.arange(-300, 301)
+
+
+def test_slopes_of_alibi():
+    np.testing.assert_allclose(Alibi.geometric(8).slopes, [2.0**-n for n in range(1, 9)])
+    np.testing.assert_allclose(Alibi.geometric(16).slopes, [2.0 ** (-n / 2) for n in range(1, 17)], rtol=1e-6)
+    # In between, those of the power below and every other one of twice as many heads.
+    np.testing.assert_allclose(Alibi.geometric(3).slopes, [2.0**-4, 2.0**-8, 2.0**-2], rtol=1e-6)
+
+
+def bucket_of(distance: int, *, buckets: int, max_distance: int, bidirectional: bool) -> int:
+    """T5's bucket of one distance, query less key."""
+    first = 0
+    if bidirectional:
+        buckets //= 2
+        first, distance = (buckets, -distance) if distance < 0 else (0, distance)
+    distance = max(distance, 0)
+    exact = buckets // 2
+    if distance < exact:
+        return first + distance
+    share = math.log(distance / exact) / math.log(max_distance / exact)
+    return first + min(buckets - 1, exact + int(share * (buckets - exact)))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 50), (8, 20)])
+def test_buckets_of_t5(buckets, max_distance, bidirectional):
+    bias = T5Buckets(table=np.zeros((1, buckets)), max_distance=max_distance, bidirectional=bidirectional)
+    options = {"buckets": buckets, "max_distance": max_distance, "bidirectional": bidirectional}
+    want = [bucket_of(int(d), **options) for d in DISTANCES]
+    np.testing.assert_array_equal(bias.buckets(jnp.asarray(DISTANCES, jnp.float32)), want)
+
+
+@pytest.mark.parametrize(("buckets", "max_distance", "message"), [(7, 128, "7 buckets"), (32, 16, "max_distance=16")])
+def test_buckets_that_cannot_be_are_refused(buckets, max_distance, message):
+    with pytest.raises(ValueError, match=message):
+        T5Buckets(table=np.zeros((1, buckets)), max_distance=max_distance)
+
+
+def test_kernels_of_kerple():
+    r1, r2 = np.array([0.5, 2.0], np.float32), np.array([0.3, 1.5], np.float32)
+    tokens = Tokens(q_positions=jnp.asarray([[7]]), kv_positions=jnp.asarray([[7, 6, 2, 9]]))
+    distance = np.array([0.0, 1.0, 5.0, 2.0])
+    log, power = (kind(r1=r1, r2=r2).dense(tokens, 1, 4)[0, :, 0] for kind in (KerpleLog, KerplePower))
+    np.testing.assert_allclose(log, -r1[:, None] * np.log(1 + r2[:, None] * distance), rtol=1e-5)
+    np.testing.assert_allclose(power, -r1[:, None] * distance ** r2[:, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_the_gradient_of_a_bias_is_made_where_it_is_asked_for(differentiated, monkeypatch):
+    told = []
+
+    def backward(*arguments, options, **others):
+        told.append(options.bias_gradient)
+        return api.xla.backward(*arguments, options=options, **others)
+
+    monkeypatch.setitem(api.BACKWARD, "xla", backward)
+    q = jax.random.normal(jax.random.key(0), (1, 8, 4, 16))
+    bias = Alibi.geometric(4)
+
+    def loss(q, slopes):
+        given = Alibi(slopes=slopes) if differentiated else bias
+        return blockwise_attention(q, q, q, mask=Causal(), bias=given, implementation="xla").sum()
+
+    dslopes = jax.grad(loss, argnums=1)(q, jnp.asarray(bias.slopes))
+    jax.grad(loss)(q, jnp.asarray(bias.slopes))
+    assert told == ([True, False] if differentiated else [False])
+    assert np.any(dslopes != 0) == differentiated
+
+
+def test_a_kind_of_ones_own():
+    """One class is all that the ops in XLA need: here a bias of the positions themselves, not of their distance."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class OfKeys(Bias):
+        weights: jax.Array
+
+        def pair(self, q_positions, kv_positions):
+            return self.weights * jnp.cos(kv_positions.astype(jnp.float32)) + jnp.zeros(q_positions.shape)
+
+    q = jax.random.normal(jax.random.key(0), (1, 9, 2, 16))
+
+    def loss(implementation, weights):
+        attend = {"mask": Causal(), "bias": OfKeys(weights), "implementation": implementation}
+        return (blockwise_attention(q, q, q, **attend) ** 2).sum()
+
+    got, want = (jax.grad(loss, argnums=1)(name, jnp.ones(2)) for name in ("xla", "reference"))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    assert np.all(np.asarray(want) != 0)
