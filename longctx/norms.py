@@ -48,6 +48,10 @@ class SimpleRMSNorm(nnx.Module):
         self.eps, self.num_dims = eps, num_dims
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        if x.ndim < self.num_dims or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"x: got {x.dtype}{list(x.shape)}, wanted floats of {self.num_dims} dims or more (SimpleRMSNorm)"
+            )
         x_f32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x_f32 * x_f32, axis=tuple(range(-self.num_dims, 0)), keepdims=True)
         return (x_f32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)

@@ -34,6 +34,9 @@ class BiasConfig:
 
     def __post_init__(self):
         check_buckets("bias", self.buckets, self.max_distance, bidirectional=self.bidirectional)
+        for field in dataclasses.fields(self)[1:]:
+            if self.kind != "t5" and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"{field.name}: got {value}, which is of kind t5, with kind {self.kind}; leave it out")
 
 
 class PositionBias(nnx.Module):

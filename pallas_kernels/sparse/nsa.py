@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.arguments import check_qkv
+from pallas_kernels.arguments import check_heads
 from pallas_kernels.blockwise.api import blockwise_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.mask import Causal, Mask, SameDocument, Window
@@ -173,12 +173,14 @@ def check_nsa_call(
     def wrong(message: str) -> NoReturn:
         raise ValueError(f"{op}: {message}")
 
+    branches = {"compressed": compressed, "selected": selected, "sliding": sliding}
+    keys = {f"{name}.{side}": x for name, of in branches.items() for side, x in of._asdict().items()}
+    check_heads(op, {"q": q} | keys)
     B, T, N, H = q.shape
     num_compressed = sizes.num_compressed(T) if num_compressed is None else num_compressed
     K, V = selected.k.shape[2], selected.v.shape[3]
-    lengths = {"compressed": num_compressed, "selected": T, "sliding": T}
-    for (name, length), (k, v) in zip(lengths.items(), (compressed, selected, sliding), strict=True):
-        check_qkv(op, q, k, v)
+    for name, (k, v) in branches.items():
+        length = num_compressed if name == "compressed" else T
         if k.shape != (B, length, K, H) or v.shape != (B, length, K, V):
             wrong(
                 f"{name} has keys {k.shape} and values {v.shape}, wanted {(B, length, K, H)} and {(B, length, K, V)}, "
