@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_qkv
+from pallas_kernels.arguments import check_qkv, check_results
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.linear import pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
 from pallas_kernels.linear.options import Options
@@ -182,6 +182,10 @@ def linear_attention_backward(
     """
     op = "linear_attention_backward"
     options = _options(op, q, k, v, decay, beta, initial_state, segment_ids, scale)
+    check_results(op, v.shape, out={"dout": dout}, lse={})
+    state_shape = v.shape[0], v.shape[2], q.shape[3], v.shape[3]
+    if dstate is not None and (dstate.shape != state_shape or dstate.dtype != jnp.float32):
+        raise ValueError(f"{op}: dstate is {dstate.dtype}{list(dstate.shape)}, wanted float32{list(state_shape)}")
     options = dataclasses.replace(options, decay_gradient=decay_gradient)
     gradients = dispatch.run(
         op, BACKWARD, implementation, q, k, v, dout, dstate, decay=decay, beta=beta, initial_state=initial_state,

@@ -231,7 +231,8 @@ def _layer_calls() -> list[Call]:
     def rotary(x, positions):
         return longctx.apply_rotary(x, positions, longctx.RotaryConfig())
 
-    targets = {"targets_BT": Argument((2, 8), "int32", 5), "weights_BT": Argument((2, 8))}
+    # An id that the vocabulary lacks is promised a loss of NaN: those that a smaller one has too.
+    targets = {"targets_BT": Argument((2, 8), "int32", 1), "weights_BT": Argument((2, 8))}
     losses = {"logits_BTV": Argument((2, 8, 5))} | targets
     hidden = {"hidden_BTD": Argument((2, 8, 16)), "table_VD": Argument((5, 16))}
     scored = hidden | {"targets_BT": targets["targets_BT"]}
