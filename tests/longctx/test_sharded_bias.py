@@ -100,6 +100,7 @@ def test_rows_and_heads_that_are_split_too(shape, strategy):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4), got, want)
 
 
+@pytest.mark.slow
 def test_constants_have_no_gradient_to_sum():
     """Slopes that nobody differentiates cost nothing in the backward pass: nothing of theirs is summed over devices."""
     params = parameters("alibi")

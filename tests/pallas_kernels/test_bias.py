@@ -60,7 +60,7 @@ def test_kernels_of_kerple():
     np.testing.assert_allclose(power, -r1[:, None] * distance ** r2[:, None], rtol=1e-5)
 
 
-@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("differentiated", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_of_a_bias_is_made_where_it_is_asked_for(differentiated, monkeypatch):
     told = []
 
@@ -82,6 +82,7 @@ def test_the_gradient_of_a_bias_is_made_where_it_is_asked_for(differentiated, mo
     assert np.any(dslopes != 0) == differentiated
 
 
+@pytest.mark.slow
 def test_a_kind_of_ones_own():
     """One class is all that the ops in XLA need: here a bias of the positions themselves, not of their distance."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import (
+    Alibi,
     BlockSizes,
     SoftmaxCarry,
     blockwise_attention,
@@ -66,7 +67,7 @@ def test_are_the_greatest_logits(name, sizes, implementation):
         block_sizes=None, deterministic=True,
     )  # fmt: skip
     logits, _ = jax.jit(functools.partial(reference._logits, options=options))(
-        q, k, arguments["tokens"], schedule=arguments["schedule"]
+        q, k, arguments["tokens"], schedule=arguments["schedule"], bias=None
     )
     fitted = sizes.fit(*logits.shape[2:])
     want = brute_force(np.asarray(logits), fitted.block_q, fitted.block_kv)
@@ -74,6 +75,20 @@ def test_are_the_greatest_logits(name, sizes, implementation):
     np.testing.assert_allclose(maxima, want, rtol=1e-5, atol=1e-5)
     for got, plain in zip((out, lse), attention(q, k, v, **arguments), strict=True):
         np.testing.assert_array_equal(got, plain)
+
+
+@slow
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_are_of_logits_with_their_bias(implementation):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 70, 2, 16)), jnp.float32) for _ in range(3))
+    sizes, bias = BlockSizes(block_q=32, block_kv=16), Alibi.geometric(2)
+    _, maxima = blockwise_attention(
+        q, k, v, mask=Causal(), bias=bias, block_maxima=sizes, implementation=implementation
+    )
+    logits = 0.25 * np.einsum("btnh,bsnh->bnts", q, k) + bias.dense(None, 70, 70)
+    logits = np.where(np.tri(70, dtype=bool), logits, -np.inf)
+    np.testing.assert_allclose(maxima, brute_force(logits, 32, 16), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("xla", marks=slow)])
@@ -121,7 +136,8 @@ def uneven(head_dim: int, q_len: int, kv_len: int, dtype="float32", num_heads: i
     return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
 
 
-@pytest.mark.parametrize("threshold", [0.5, pytest.param(0.05, marks=slow)])
+@slow
+@pytest.mark.parametrize("threshold", [0.5, 0.05])
 def test_xla_leaves_out_the_same_tiles_as_the_reference(threshold):
     q, k, v = uneven(16, 150, 640)
     options = {"block_sizes": BlockSizes(block_q=64, block_kv=128), "mask": Full()}

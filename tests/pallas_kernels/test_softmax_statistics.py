@@ -26,7 +26,9 @@ def check(got, x):
     np.testing.assert_allclose(got[1], np.exp(x - greatest[:, None]).sum(axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (24, 1024), (1, 8192)])
+@pytest.mark.parametrize(
+    "shape", [(24, 1024), *(pytest.param(x, marks=pytest.mark.slow) for x in ((64, 128), (1, 8192)))]
+)
 def test_pieces_are_put_together(shape):
     """One tile of pieces; fewer tiles than slots; a row of several tiles."""
     check(by_pieces(rows(shape), interpret=interpreter()), rows(shape))
