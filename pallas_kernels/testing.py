@@ -40,13 +40,13 @@ def relative_errors(name: str, got, want) -> tuple[float, float]:
         return float(rms), float(np.max(np.abs(error)) / np.max(np.abs(want)))
 
 
-def assert_close(name: str, got, want, dtype: str) -> None:
-    """Asserts that `got` agrees with the float32 reference `want` within the table's tolerance for `dtype`.
+def assert_close(name: str, got, want, dtype: str, *, factor: float = 1.0) -> None:
+    """Asserts that `got` agrees with the float32 reference `want` within `factor` of the table's tolerance for `dtype`.
 
     Where `want` is infinite `got` must be the same infinity; nan never passes.
     """
     rms_error, max_error = relative_errors(name, got, want)
-    rms_tolerance, max_tolerance = TOLERANCE[dtype]
+    rms_tolerance, max_tolerance = (factor * x for x in TOLERANCE[dtype])
     assert rms_error <= rms_tolerance, f"{name}: rms error {rms_error:.3g} of the rms, wanted <= {rms_tolerance}"
     assert max_error <= max_tolerance, f"{name}: max error {max_error:.3g} of the greatest, wanted <= {max_tolerance}"
 
@@ -135,6 +135,7 @@ class Family:
       serves: What each implementation must serve.
       trials: The trials on a platform, "cpu", "gpu" or "tpu".
       precise: Results that bfloat16 inputs give as precisely as float16 ones.
+      cancelling: Sums over all pairs, whose terms cancel: up to three times the table's tolerance.
     """
 
     name: str
@@ -145,3 +146,4 @@ class Family:
     serves: Mapping[str, Serves]
     trials: Callable[[str], tuple[Trial, ...]]
     precise: frozenset[str] = frozenset()
+    cancelling: frozenset[str] = frozenset()

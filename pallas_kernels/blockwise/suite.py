@@ -264,4 +264,6 @@ FAMILY = Family(
     serves=SERVES,
     trials=_trials,
     precise=frozenset({"lse"}),  # the products of a logit are exact in float32
+    # In a head of bias_kerple_log_D64 dr2 by xla is 2.6e-6 of it from its float64 value, by the reference 2e-7.
+    cancelling=frozenset({"dslopes", "dtable", "dr1", "dr2"}),
 )
