@@ -43,7 +43,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
         "longctx xla with carry",
         "longctx xla with accumulate",
     }
-    assert len(timed) == 13
+    assert len(timed) == 15
     refused = {row["implementation"]: row["problem"] for row in saved["rows"] if row["problem"]}
     of_tpu = {name: refused.pop(name) for name in list(refused) if "mosaic_tpu" in name}
     assert len(of_tpu) == 5 and all("the platform is cpu, wanted tpu" in reason for reason in of_tpu.values())
@@ -114,7 +114,7 @@ def test_a_training_step_end_to_end(tmp_path, little_time):
     assert run.main([*arguments, "training.batch_size=4"]) == 0
     saved, page = files(out, "train")
     (row,) = saved["rows"]
-    assert row["implementation"] == "attention_forward xla, attention_backward xla"
+    assert row["implementation"] == "attention_forward xla, softmax_statistics xla, attention_backward xla"
     assert row["details"]["tokens a step"] <= 4 * 64
     assert row["details"]["tokens/s"] == pytest.approx(row["details"]["tokens a step"] / row["median_ms"] * 1e3)
     assert row["memory_bytes"] > 0 and saved["settings"]["overrides"] == "training.batch_size=4"
