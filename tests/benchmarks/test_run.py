@@ -66,7 +66,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert "# blockwise: cpu" in page and "## forward+backward" in page and "Commit abc." in page
     assert "| documents 3 B1 S96 2/1 D16 | longctx xla | **" in page
     printed = capsys.readouterr().out
-    assert "[1/66] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
+    assert "[1/76] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
 
 
 def test_one_pass_alone(tmp_path, little_time):
