@@ -50,7 +50,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     for order in ("", ", any order"):
         assert refused.pop(f"longctx mosaic_gpu with accumulate{order}").startswith("refused: ")
     assert refused == {
-        "cudnn": "refused: needs an NVIDIA GPU, the platform is cpu",
+        "cudnn": "it has no bias of positions",  # of the last case
         "longctx mosaic_gpu": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx mosaic_gpu with carry": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx cudnn with carry": (
