@@ -22,6 +22,7 @@ from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
 _SIDES = 2
+_OF_TOKENS = ("cumulative", "reads", "writes", "document")
 
 
 class Inputs(NamedTuple):
@@ -74,8 +75,9 @@ class Outputs(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory: tiles `[64, 64]`, and the barrier that says when they are full. Those of q come before those of k,
-    those of dout before those of dv. `among` is scores and, negative, the system; `damong` are their cotangents."""
+    """Shared memory: tiles `[64, 64]`, what there is of each token, and the barrier that says when they are full. Tiles
+    of q come before those of k, those of dout before those of dv. `among` is scores and, negative, the system; `damong`
+    are their cotangents."""
 
     keys: Any
     values: Any
@@ -83,6 +85,10 @@ class _Shared(NamedTuple):
     written: Any
     states: Any
     dstates: Any
+    cumulative: Any
+    reads: Any
+    writes: Any
+    document: Any
     among: Any
     damong: Any
     out: Any
@@ -108,6 +114,9 @@ def gradients(inputs: Inputs, *, num_heads: int, scale: float, with_decay: bool,
         return plgpu.SMEM((*shape, CHUNK, CHUNK), dtype, transforms=TRANSFORMS)
 
     keys, values = H // CHUNK, V // CHUNK
+    of_chunk = {name: getattr(inputs, name) for name in _OF_TOKENS}
+    of_chunk = {name: None if x is None else plgpu.SMEM((CHUNK,), x.dtype) for name, x in of_chunk.items()}
+    num_of_chunk = sum(x is not None for x in of_chunk.values())
     shared = _Shared(
         keys=tiles(2 * keys),
         values=tiles(2 * values),
@@ -115,10 +124,11 @@ def gradients(inputs: Inputs, *, num_heads: int, scale: float, with_decay: bool,
         written=tiles(values),
         states=tiles(values * keys),
         dstates=tiles(values * keys),
+        **of_chunk,
         among=tiles(_SIDES),
         damong=tiles(_SIDES),
         out=tiles(_SIDES),
-        full=plgpu.Barrier(num_arrivals=2 * keys + 4 * values + 2 * keys * values),
+        full=plgpu.Barrier(num_arrivals=2 * keys + 4 * values + 2 * keys * values + num_of_chunk),
     )
     trees = [jax.tree.flatten(x) for x in (inputs, outputs, shared)]
 
@@ -188,6 +198,11 @@ class _Chunk:
                 for j in range(self.keys):
                     tile = getattr(self.inputs, name).at[*of_head, rows, pl.ds(j * CHUNK, CHUNK)]
                     plgpu.copy_gmem_to_smem(tile, getattr(shared, name).at[i * self.keys + j], shared.full)
+        for name in _OF_TOKENS:
+            source = getattr(self.inputs, name)
+            if source is not None:
+                heads = () if name == "document" else (self.head,)
+                plgpu.copy_gmem_to_smem(source.at[self.batch, *heads, self.tokens], getattr(shared, name), shared.full)
 
     # What tokens are to each other.
 
@@ -229,14 +244,11 @@ class _Chunk:
 
     def of_tokens(self, layout):
         """Log decay (base 2) and document of the chunk's tokens."""
-        cumulative = document = None
-        if self.inputs.cumulative is not None:
-            at = self.inputs.cumulative.at[self.batch, self.head, self.tokens]
-            cumulative = plgpu.load(at, layout=layout, optimized=False) * _LOG2_E
-        if self.inputs.document is not None:
-            at = self.inputs.document.at[self.batch, self.tokens]
-            document = plgpu.load(at, layout=layout, optimized=False)
-        return cumulative, document
+        cumulative, document = (
+            None if x is None else plgpu.load(x, layout=layout, optimized=False)
+            for x in (self.shared.cumulative, self.shared.document)
+        )
+        return None if cumulative is None else cumulative * _LOG2_E, document
 
     def key(self, which, i):
         """Columns of the queries, 0, or the keys, 1."""
@@ -253,10 +265,10 @@ class _Chunk:
         shared, side = self.shared, self.side
         v, dout, dv, written = shared.v.at[side], self.value(0, side), self.value(1, side), shared.written.at[side]
         scores, system = (shared.among.at[i] for i in (0, 1))
-        dwritten = self.by_tokens(self.inputs.writes, self.matmul(self.state(shared.dstates)))
+        dwritten = self.by_tokens(self.shared.writes, self.matmul(self.state(shared.dstates)))
         dwritten += self.matmul([(scores, dout, True, False), (system, dv, True, False)])
         error = plgpu.load(v, layout=MATRIX).astype(jnp.float32)
-        error -= self.by_tokens(self.inputs.reads, self.matmul(self.state(shared.states)))
+        error -= self.by_tokens(self.shared.reads, self.matmul(self.state(shared.states)))
         error += self.matmul([(system, written, False, True)])
         self.of_side(self.outputs.dbeta)[...] = (dwritten * error).sum(axis=1)
 
@@ -273,14 +285,14 @@ class _Chunk:
         shared, side, outputs = self.shared, self.side, self.outputs
         q, k, with_decay = self.key(0, side), self.key(1, side), outputs.dlog is not None
         dscores, dsystem = (shared.damong.at[i] for i in (0, 1))
-        dq = self.by_tokens(self.inputs.reads, self.matmul(self.from_state(0, shared.states)) * self.scale)
+        dq = self.by_tokens(self.shared.reads, self.matmul(self.from_state(0, shared.states)) * self.scale)
         dlog = self.dots(q, dq) if with_decay else None
         self.write(outputs.dq, dq + self.matmul([(dscores, k, False, False)]))
-        said = self.by_tokens(self.inputs.reads, -self.matmul(self.from_state(1, shared.states)))
+        said = self.by_tokens(self.shared.reads, -self.matmul(self.from_state(1, shared.states)))
         written = [
             (shared.written.at[i], shared.dstates.at[i * self.keys + side], True, False) for i in range(self.values)
         ]  # fmt: skip
-        to_state = self.by_tokens(self.inputs.writes, self.matmul(written))
+        to_state = self.by_tokens(self.shared.writes, self.matmul(written))
         if with_decay:
             to_end = self.dots(k, to_state)
             self.of_side(outputs.to_end)[...] = to_end
@@ -308,8 +320,7 @@ class _Chunk:
         """x times the factor of each token."""
         if factors is None:
             return x
-        at = factors.at[self.batch, self.head, self.tokens]
-        return x * spread(plgpu.load(at, layout=ROW, optimized=False), 0)
+        return x * spread(plgpu.load(factors, layout=ROW, optimized=False), 0)
 
     def of_side(self, ref):
         return ref.at[self.side, self.batch, self.head, self.tokens]

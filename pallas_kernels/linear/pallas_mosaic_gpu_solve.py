@@ -51,10 +51,11 @@ def scores_and_solve(inputs: Inputs, *, scale: float, interpret) -> tuple[jax.Ar
     (B, N, length), (_, _, K, H), dtype = inputs.beta.shape, inputs.q.shape, inputs.q.dtype
     num_chunks = length // CHUNK
     given = {name: x for name, x in inputs._asdict().items() if x is not None}
+    of_tokens = [name for name in ("cumulative", "document") if name in given]
     square = jax.ShapeDtypeStruct((B, N, num_chunks, CHUNK, CHUNK), dtype)
 
     def body(*refs):
-        refs = dict(zip((*given, "scores", "solve", *_SCRATCH), refs, strict=True))
+        refs = dict(zip((*given, "scores", "solve", *scratch), refs, strict=True))
         _solve_chunk(refs, num_heads=N, num_key_heads=K, num_chunks=num_chunks, scale=scale, interpret=interpret)
 
     def smem(*shape):
@@ -67,21 +68,19 @@ def scores_and_solve(inputs: Inputs, *, scale: float, interpret) -> tuple[jax.Ar
         "system": plgpu.SMEM((CHUNK, CHUNK), jnp.float32),
         "beta_smem": plgpu.SMEM((CHUNK,), jnp.float32),
         "solve_smem": plgpu.SMEM((CHUNK, CHUNK), dtype),
-        "full": plgpu.Barrier(num_arrivals=3),
+        "full": plgpu.Barrier(num_arrivals=3 + len(of_tokens)),
+        **{f"{name}_smem": plgpu.SMEM((CHUNK,), given[name].dtype) for name in of_tokens},
     }
     results = plgpu.kernel(
         body,
         out_type=[square, square],
         grid=(B * N * num_chunks,),
         grid_names=("block",),
-        scratch_types=[scratch[name] for name in _SCRATCH],
+        scratch_types=[*scratch.values()],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(*given.values())
     return tuple(results)
-
-
-_SCRATCH = ("q_smem", "k_smem", "scores_smem", "system", "beta_smem", "solve_smem", "full")
 
 
 def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, scale: float, interpret) -> None:
@@ -94,17 +93,19 @@ def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, s
     plgpu.copy_gmem_to_smem(refs["k"].at[batch, tokens, key_head], k, full)
     plgpu.copy_gmem_to_smem(refs["beta"].at[batch, head, tokens], refs["beta_smem"], full)
     plgpu.copy_gmem_to_smem(refs["q"].at[batch, tokens, key_head], q, full)
+    if "cumulative" in refs:
+        plgpu.copy_gmem_to_smem(refs["cumulative"].at[batch, head, tokens], refs["cumulative_smem"], full)
+    if "document" in refs:
+        plgpu.copy_gmem_to_smem(refs["document"].at[batch, tokens], refs["document_smem"], full)
     plgpu.barrier_wait(full)
 
     def of_tokens(layout):
         """Log decay (base 2) and document of the chunk's tokens."""
-        cumulative = document = None
-        if "cumulative" in refs:
-            cumulative = plgpu.load(refs["cumulative"].at[batch, head, tokens], layout=layout, optimized=False)
-            cumulative = cumulative * _LOG2_E
-        if "document" in refs:
-            document = plgpu.load(refs["document"].at[batch, tokens], layout=layout, optimized=False)
-        return cumulative, document
+        names = ("cumulative_smem", "document_smem")
+        cumulative, document = (
+            plgpu.load(refs[name], layout=layout, optimized=False) if name in refs else None for name in names
+        )
+        return None if cumulative is None else cumulative * _LOG2_E, document
 
     row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
     # Read on either side of a matmul: the compiler takes two reads in a row for one, of two layouts.

@@ -1,10 +1,13 @@
 """The gradients of decays of each dim of the keys within their chunks on Hopper GPUs (Mosaic GPU): dq, dk and ddecay,
 from the states before and their cotangents after each chunk. See prepared.py for the maths.
 
-Grid: two warpgroups for a chunk of a head, each with 64 columns of the keys, which do not need each other. Decays are
-made as in pallas_mosaic_gpu_levels.py, and go to shared memory twice for each level: as factors of what a matmul gives,
-and in what it multiplies."""
+Grid: a warpgroup for 64 columns of the keys of a chunk of a head, which do not need the others; two fit on a
+multiprocessor, of which one loads while the other computes. Everything is in tiles of 64 x 64. Decays between tokens
+are made by the tensor cores too: what a level adds up of log decays is a matrix of zeros and ones times those, which
+are in shared memory as sums of two numbers of 16 bits, so that their sums are off by less than 2^-16 of themselves. The
+sums of derivatives from a token on, where terms cancel, are products of three such parts, which is all of float32."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
-from pallas_kernels.linear.pallas_mosaic_gpu_tiles import matmul, spread
+from pallas_kernels.linear.pallas_mosaic_gpu_tiles import matmul, spread, weighted
 from pallas_kernels.linear.prepared import LEVELS
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, sync
-from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
+from pallas_kernels.mosaic_gpu import do_not_unroll
+from pallas_kernels.wgmma import MATRIX, ROW, TILE_ROWS, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
+_LOG2_E = math.log2(math.e)
+_FLOAT_TRANSFORMS = plgpu.TilingTransform((TILE_ROWS, 32)), plgpu.SwizzleTransform(128)
 
 
 class Inputs(NamedTuple):
@@ -58,7 +62,8 @@ class Outputs(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory: tiles `[64, 64]`, and the barrier that says when they are full."""
+    """Shared memory: tiles `[64, 64]`, of which those of v, dout and the states are written to once they are read, and
+    the barrier that says when they are full."""
 
     q: Any
     k: Any
@@ -67,10 +72,6 @@ class _Shared(NamedTuple):
     decay: Any
     states: Any
     dstates: Any
-    reads: Any
-    writes: Any
-    operand: Any
-    factors: Any
     at_end: Any
     full: Any
 
@@ -84,42 +85,33 @@ def gradients(inputs: Inputs, *, num_heads: int, scale: float, interpret) -> Out
         ddecay=jax.ShapeDtypeStruct((B, T, N, H), jnp.float32),
     )
 
-    def tiles(num):
-        return plgpu.SMEM((num, CHUNK, CHUNK), dtype, transforms=TRANSFORMS)
-
-    def row(x):
-        return None if x is None else plgpu.SMEM((CHUNK,), jnp.float32)
+    def tiles(*num):
+        return plgpu.SMEM((*num, CHUNK, CHUNK), dtype, transforms=TRANSFORMS)
 
     keys, values = H // CHUNK, V // CHUNK
     shared = _Shared(
-        q=tiles(keys),
-        k=tiles(keys),
+        q=tiles(),
+        k=tiles(),
         v=tiles(values),
         dout=tiles(values),
-        decay=plgpu.SMEM((keys, CHUNK, CHUNK), jnp.float32),
-        states=tiles(values * keys),
-        dstates=tiles(values * keys),
-        reads=row(inputs.reads),
-        writes=row(inputs.writes),
-        operand=tiles(keys),
-        factors=tiles(keys),
-        at_end=plgpu.SMEM((keys, CHUNK), jnp.float32),
-        full=plgpu.Barrier(num_arrivals=3 * keys + 2 * values + 2 * keys * values + 2 * (inputs.reads is not None)),
+        decay=plgpu.SMEM((CHUNK, CHUNK), jnp.float32, transforms=_FLOAT_TRANSFORMS),
+        states=tiles(values),
+        dstates=tiles(values),
+        at_end=plgpu.SMEM((CHUNK,), jnp.float32),
+        full=plgpu.Barrier(num_arrivals=3 + 4 * values),
     )
     trees = [jax.tree.flatten(x) for x in (inputs, outputs, shared)]
 
     def body(*refs):
         refs = iter(refs)
         given = (jax.tree.unflatten(tree, [next(refs) for _ in range(tree.num_leaves)]) for _, tree in trees)
-        _Chunk(*given, num_heads=num_heads, num_chunks=num_chunks, scale=scale, interpret=interpret).run()
+        _Columns(*given, num_heads=num_heads, num_chunks=num_chunks, scale=scale, interpret=interpret).run()
 
     results = plgpu.kernel(
         body,
         out_type=trees[1][0],
-        grid=(B * N * num_chunks,),
+        grid=(B * N * num_chunks * keys,),
         grid_names=("block",),
-        num_threads=keys,
-        thread_name="warpgroup",
         scratch_types=trees[2][0],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
@@ -127,7 +119,7 @@ def gradients(inputs: Inputs, *, num_heads: int, scale: float, interpret) -> Out
     return jax.tree.unflatten(trees[1][1], results)
 
 
-class _Chunk:
+class _Columns:
     """What one block of threads does."""
 
     def __init__(
@@ -135,163 +127,163 @@ class _Chunk:
         interpret,
     ):  # fmt: skip
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
-        self.scale, self.interpret = scale, interpret
-        number = lax.axis_index("block")
+        self.num_heads, self.scale, self.interpret = num_heads, scale, interpret
+        # Those of a chunk side by side, for the values that they share.
+        number, keys = lax.axis_index("block"), inputs.q.shape[3] // CHUNK
+        side, number = lax.rem(number, keys), lax.div(number, keys)
         self.head, number = lax.rem(number, num_heads), lax.div(number, num_heads)
         self.chunk, self.batch = lax.rem(number, num_chunks), lax.div(number, num_chunks)
-        self.num_heads, self.side = num_heads, lax.axis_index("warpgroup")
-        self.keys, self.values = shared.q.shape[0], shared.v.shape[0]
-        self.tokens = pl.ds(self.chunk * CHUNK, CHUNK)
-
-    def load(self) -> None:
-        shared, of_head = self.shared, (self.batch, self.head, self.chunk)
-        for name in ("decay", "q", "k", "dout", "v"):
-            source, target = getattr(self.inputs, name), getattr(shared, name)
-            head = lax.div(self.head, self.num_heads // source.shape[2])
-            for i in range(target.shape[0]):
-                columns = source.at[self.batch, self.tokens, head, pl.ds(i * CHUNK, CHUNK)]
-                plgpu.copy_gmem_to_smem(columns, target.at[i], shared.full)
-        for name in ("states", "dstates"):
-            for i in range(self.values):
-                for j in range(self.keys):
-                    tile = getattr(self.inputs, name).at[*of_head, pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK)]
-                    plgpu.copy_gmem_to_smem(tile, getattr(shared, name).at[i * self.keys + j], shared.full)
-        if self.inputs.reads is not None:
-            for name in ("reads", "writes"):
-                row = getattr(self.inputs, name).at[self.batch, self.head, self.tokens]
-                plgpu.copy_gmem_to_smem(row, getattr(shared, name), shared.full)
+        self.tokens, self.columns = (pl.ds(i * CHUNK, CHUNK) for i in (self.chunk, side))
 
     def run(self) -> None:
-        pl.when(self.side == 0)(self.load)
-        shared, side = self.shared, self.side
-        plgpu.barrier_wait(shared.full)
-        if not self.interpret:
-            levels.exponentials(shared.decay)
-        row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
-        dscores = self.dscores(row, column)
-        zero = jnp.zeros((), dscores.dtype)
-        itself = jnp.where(row == column, dscores, zero)
-        dq = self.matmul([(itself, shared.k.at[side], False, False)])
-        dk = self.matmul([(itself, shared.q.at[side], False, False)])
-        self.whole_chunk(shared.q, reverse=False)
-        by_state = self.matmul(self.from_state(shared.dout, shared.states)) * self.scale
-        dq += self.tile(shared.factors) * by_state
-        dlog = self.tile(shared.operand) * by_state
+        self.load()
+        shared = self.shared
+        dscores = self.dscores()
+        dq, dk = self.from_states(shared.dout, shared.states), self.from_states(shared.v, shared.dstates)
+        at_end = self.of_states()
+        log = plgpu.load(shared.decay, layout=MATRIX) * _LOG2_E
+        self.dlog = shared.decay
+        self.logs = shared.states.at[0], shared.dstates.at[0]
+        plgpu.commit_smem()  # a warp may be ahead of another's matmul
+        self.dscores_tile = shared.dout.at[0]
+        self.dscores_tile[...] = dscores
+        self.put_parts(self.logs, log)
+        row, column = _positions()
+        dq *= self.by_tokens(self.inputs.reads, self.exponentials(row >= column)) * self.scale
+        of_log = self.tile(shared.q) * dq
+        dk *= self.by_tokens(self.inputs.writes, self.exponentials(row < column))
+        to_end = self.tile(shared.k) * dk
+        self.dlog[...] = of_log - to_end  # in registers it would be one thing too many
+        shared.at_end[...] = at_end + to_end.sum(axis=0)
+        itself = self.dscores_where(row == column)
+        dq = self.weighted(itself, [shared.k], acc=dq)
+        dk = self.weighted(itself, [shared.q], acc=dk)
+        # A loop, as the code of six levels would not stay in the cache of instructions.
+        dq, dk = lax.fori_loop(0, len(LEVELS), lambda i, of_keys: self.level(LEVELS[0] >> i, *of_keys), (dq, dk))
+        parts = (*self.logs, shared.dout.at[0])
+        self.put_parts(parts, plgpu.load(shared.decay, layout=MATRIX))
+        ddecay = self.weighted(self.ones(row <= column), parts)
+        ddecay += spread(plgpu.load(shared.at_end, layout=_COLUMN, optimized=False), 1)
+        for x, staged in ((dq, shared.q), (dk, shared.k), (ddecay, shared.decay)):
+            staged[...] = x.astype(staged.dtype)
         plgpu.commit_smem()
-        self.whole_chunk(shared.k, reverse=True)
-        to_state = self.matmul(self.from_state(shared.v, shared.dstates))
-        dk += self.tile(shared.factors) * to_state
-        to_state = self.tile(shared.operand) * to_state
-        dlog -= to_state
-        self.put_at_end(to_state)
-        apart = row ^ column
-        for size in LEVELS:
-            plgpu.commit_smem()  # a warp may be ahead of another's matmul
-            self.level(size)
-            pairs = jnp.where((apart >= size) & (apart < 2 * size), dscores, zero)
-            back = self.matmul([(pairs, shared.operand.at[side], False, False)])
-            later = (row & size) != 0
-            of_log = self.tile(shared.operand) * back
-            dlog += jnp.where(later, of_log, -of_log)
-            back = self.tile(shared.factors) * back
-            dq += jnp.where(later, back, 0.0)
-            dk += jnp.where(later, 0.0, back)
-        plgpu.commit_smem()
-        columns = pl.ds(side * CHUNK, CHUNK)
-        for x, staged in ((dq, shared.operand), (dk, shared.factors)):
-            staged.at[side][...] = x.astype(staged.dtype)
-        shared.decay.at[side][...] = dlog
-        plgpu.commit_smem()
-        self.sum_from()
-        plgpu.commit_smem()
-        for staged, target in (
-            (shared.operand, self.outputs.dq), (shared.factors, self.outputs.dk), (shared.decay, self.outputs.ddecay)
-        ):  # fmt: skip
-            plgpu.copy_smem_to_gmem(staged.at[side], target.at[self.batch, self.tokens, self.head, columns])
+        for staged, target in zip((shared.q, shared.k, shared.decay), self.outputs, strict=True):
+            plgpu.copy_smem_to_gmem(staged, target.at[self.batch, self.tokens, self.head, self.columns])
         plgpu.wait_smem_to_gmem(0)
 
-    def dscores(self, row, column):
+    def load(self) -> None:
+        shared, inputs = self.shared, self.inputs
+
+        def copy(source, target) -> None:
+            plgpu.copy_gmem_to_smem(source, target, shared.full)
+
+        def of_tokens(source, columns):
+            head = lax.div(self.head, self.num_heads // source.shape[2])
+            return source.at[self.batch, self.tokens, head, columns]
+
+        for i in range(shared.v.shape[0]):
+            columns = pl.ds(i * CHUNK, CHUNK)
+            copy(of_tokens(inputs.dout, columns), shared.dout.at[i])
+            copy(of_tokens(inputs.v, columns), shared.v.at[i])
+            for source, target in ((inputs.states, shared.states), (inputs.dstates, shared.dstates)):
+                copy(source.at[self.batch, self.head, self.chunk, columns, self.columns], target.at[i])
+        for name in ("decay", "q", "k"):
+            copy(of_tokens(getattr(inputs, name), self.columns), getattr(shared, name))
+        plgpu.barrier_wait(shared.full)
+
+    def dscores(self):
         """The cotangent of the scores below the diagonal, its transpose above: 16 bits `[64, 64]`."""
-        shared = self.shared
-        of_row = self.document(ROW)
-        below = self.matmul([(shared.dout.at[i], shared.v.at[i], False, True) for i in range(self.values)])
-        above = self.matmul([(shared.v.at[i], shared.dout.at[i], False, True) for i in range(self.values)])
+        v, dout = ([x.at[i] for i in range(x.shape[0])] for x in (self.shared.v, self.shared.dout))
+        (row, column), of_row = _positions(), self.document(ROW)
+        below = self.matmul([(*both, False, True) for both in zip(dout, v, strict=True)])
+        above = self.matmul([(*both, False, True) for both in zip(v, dout, strict=True)])
         dscores = jnp.where(row >= column, below, above) * self.scale
         if of_row is not None:
             rows, columns = spread(of_row, 0), spread(self.document(_COLUMN), 1)
             dscores = jnp.where((rows == columns) & (rows >= 0), dscores, 0.0)
-        return dscores.astype(shared.q.dtype)
+        return dscores.astype(self.shared.q.dtype)
+
+    def dscores_where(self, where):
+        dscores = plgpu.load(self.dscores_tile, layout=MATRIX)
+        return jnp.where(where, dscores, jnp.zeros((), dscores.dtype))
 
     def document(self, layout):
         if self.inputs.document is None:
             return None
         return plgpu.load(self.inputs.document.at[self.batch, self.tokens], layout=layout, optimized=False)
 
-    def put_at_end(self, to_state) -> None:
-        """The derivative by the log decay up to the chunk's end."""
-        shared, kept = self.shared, None
-        for i in range(self.values):
-            both = (x.at[i * self.keys + self.side] for x in (shared.states, shared.dstates))
-            state, dstate = (plgpu.load(x, layout=MATRIX).astype(jnp.float32) for x in both)
-            kept = state * dstate if kept is None else kept + state * dstate
-        columns = pl.ds(self.side * CHUNK, CHUNK)
-        keeps = self.inputs.keeps.at[self.batch, self.head, self.chunk, columns]
-        keeps = spread(plgpu.load(keeps, layout=_COLUMN, optimized=False), 1)
-        of_tokens = to_state + keeps * kept
-
-        def put() -> None:
-            shared.at_end.at[self.side][...] = of_tokens.sum(axis=0)
-
-        # One warpgroup after the other: a sum over warps goes through memory that the compiler has but once.
-        for side in range(self.keys):
-            pl.when(self.side == side)(put)
-            sync(NAMED_BARRIERS.start, self.keys * WARPGROUP)
-
-    # Decays.
-
-    def whole_chunk(self, source, *, reverse: bool) -> None:
-        shared = self.shared
-        of_documents = shared.writes if reverse else shared.reads
-        if self.interpret:
-            log = shared.decay.at[self.side][...]
-            upto = jnp.cumsum(log, axis=0)
-            factors = jnp.exp(upto[-1] - upto if reverse else upto)
-            factors = factors if of_documents is None else factors * of_documents[...][:, None]
-            self.put(factors, factors * source.at[self.side][...].astype(jnp.float32))
-        else:
-            levels.whole_chunk(source, shared.decay, of_documents, shared.operand, shared.factors, reverse=reverse)
-        plgpu.commit_smem()
-
-    def level(self, size: int) -> None:
-        shared = self.shared
-        if self.interpret:
-            q, k, log = (x.at[self.side][...] for x in (shared.q, shared.k, shared.decay))
-            self.put(*levels.interpreted_level(q, k, log, size))
-        else:
-            levels.level(shared.q, shared.k, shared.decay, shared.operand, size, shared.factors)
-        plgpu.commit_smem()
-
-    def put(self, factors, operand) -> None:
-        for target, x in ((self.shared.factors, factors), (self.shared.operand, operand)):
-            target.at[self.side][...] = x.astype(target.dtype)
-
-    def sum_from(self) -> None:
-        """Sums the derivatives by the log decay up to a token from each token on."""
-        decay, at_end = self.shared.decay, self.shared.at_end
-        if self.interpret:
-            dlog = decay.at[self.side][...]
-            sums = jnp.sum(dlog, axis=0) - jnp.cumsum(dlog, axis=0) + dlog
-            decay.at[self.side][...] = sums + at_end.at[self.side][...]
-        else:
-            levels.sum_from(decay, at_end)
-
-    def tile(self, tiles):
-        return plgpu.load(tiles.at[self.side], layout=MATRIX).astype(jnp.float32)
-
-    def from_state(self, values, states):
+    def from_states(self, values, states):
         """Of the values' columns and a state the keys' columns."""
-        return [(values.at[i], states.at[i * self.keys + self.side], False, False) for i in range(self.values)]
+        return self.matmul([(values.at[i], states.at[i], False, False) for i in range(values.shape[0])])
 
-    def matmul(self, factors, **options):
+    def of_states(self):
+        """What the state and its cotangent add to the derivative by the log decay up to the chunk's end, `[64]`."""
+        kept = None
+        for i in range(self.shared.states.shape[0]):
+            state, dstate = (self.tile(x.at[i]) for x in (self.shared.states, self.shared.dstates))
+            kept = state * dstate if kept is None else kept + state * dstate
+        keeps = self.inputs.keeps.at[self.batch, self.head, self.chunk, self.columns]
+        return kept.sum(axis=0) * plgpu.load(keeps, layout=_COLUMN, optimized=False)
+
+    def level(self, size, dq, dk):
+        """The gradients and what a level adds to them."""
+        if not self.interpret:
+            do_not_unroll()
+        shared, (row, column) = self.shared, _positions()
+        operand = shared.v.at[0]
+        later, halves = (row & size) != 0, (row & -size, column & -size)
+        within = jnp.where(later, row >= column, row < column)
+        decay = self.exponentials(within & (halves[0] == halves[1]))
+        x = decay * jnp.where(later, self.tile(shared.q), self.tile(shared.k))
+        plgpu.commit_smem()  # a warp may be ahead of another's matmul
+        operand[...] = x.astype(operand.dtype)
+        plgpu.commit_smem()
+        pairs = self.dscores_where(halves[0] ^ size == halves[1])
+        back = self.weighted(pairs, [operand])
+        of_log = self.tile(operand) * back
+        self.dlog[...] = plgpu.load(self.dlog, layout=MATRIX) + jnp.where(later, of_log, -of_log)
+        back = decay * back
+        return dq + jnp.where(later, back, 0.0), dk + jnp.where(later, 0.0, back)
+
+    # Sums by matmuls.
+
+    def put_parts(self, tiles, x) -> None:
+        """Puts float32 into tiles of 16 bits of which it is the sum, as far as they go."""
+        plgpu.commit_smem()  # a warp may be ahead of another's matmul
+        for tile in tiles:
+            part = x.astype(tile.dtype)
+            tile[...] = part
+            x = x - part.astype(jnp.float32)
+        plgpu.commit_smem()
+
+    def exponentials(self, within):
+        """exp of the sums of log decays, of each token over those `within` its row."""
+        return jnp.exp2(self.weighted(self.ones(within), self.logs))
+
+    def ones(self, where):
+        """16 bits, as the left operand of a matmul."""
+        return jnp.where(where, 1.0, 0.0).astype(self.shared.q.dtype)
+
+    def by_tokens(self, factors, x):
+        """x times the factor of each token."""
+        if factors is None:
+            return x
+        at = factors.at[self.batch, self.head, self.tokens]
+        return x * spread(plgpu.load(at, layout=ROW, optimized=False), 0)
+
+    def tile(self, tile):
+        return plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
+
+    def matmul(self, factors):
         """`tiles.matmul` by this warpgroup."""
-        return matmul(factors, interpret=self.interpret, **options)
+        return matmul(factors, interpret=self.interpret)
+
+    def weighted(self, weights, tiles, **options):
+        """`tiles.weighted` by this warpgroup."""
+        return weighted(weights, tiles, interpret=self.interpret, **options)
+
+
+def _positions() -> tuple[jax.Array, jax.Array]:
+    """The row and the column of each element."""
+    row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
+    return row, column
