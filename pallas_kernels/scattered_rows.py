@@ -12,21 +12,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.mosaic_gpu import WARPGROUP
-from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TILE_BYTES, TRANSFORMS, braces, int32s
+from pallas_kernels.wgmma import (
+    IN_FLIGHT,
+    MATRIX,
+    ROWS,
+    SCALAR,
+    TILE_BYTES,
+    TRANSFORMS,
+    Ptx,
+    array_type,
+    as_int32,
+    braces,
+    fragmented,
+    int32s,
+)
 
 # Columns behind each row of a stage, 32 bits each: with them no two of a warp's writes meet in a bank.
 _PADDING = 8
 
 _SWIZZLED = plgpu.RefType(TRANSFORMS)
 _PLAIN = plgpu.RefType()
+_HELD = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)
 
 
 class Listed(NamedTuple):
@@ -34,6 +49,12 @@ class Listed(NamedTuple):
 
     numbers: Any
     at: ArrayLike
+
+
+class Held(NamedTuple):
+    """64 rows whose numbers `read` has put into registers."""
+
+    numbers: Any
 
 
 class Spaced(NamedTuple):
@@ -49,13 +70,11 @@ class Numbers(NamedTuple):
 
     Attributes:
       source: In device memory, one for each row of the matrix.
-      target: In shared memory, `[slots, 64]`.
-      absent: The bits that rows that are none get.
+      target: In shared memory, `[slots, 64]`. Rows that are none become zeros.
     """
 
     source: Any
     target: Any
-    absent: int
 
 
 class _Asm:
@@ -77,11 +96,7 @@ class _Asm:
         return self.operand("l", llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)))
 
     def shared_address(self, ref: ir.Value) -> str:
-        """What instructions for shared memory take: 32 bits."""
-        pointer, shared = mgpu.utils.memref_ptr(ref), ir.Type.parse("!llvm.ptr<3>")
-        if pointer.type != shared:
-            pointer = llvm.addrspacecast(shared, pointer)
-        return self.operand("r", llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer))
+        return self.operand("r", _shared_address(ref))
 
     def scalar(self, array) -> str:
         return self.operand("r", array.registers.item())
@@ -93,49 +108,79 @@ class _Asm:
         llvm.inline_asm(void, self._operands, text, constraints, has_side_effects=True)
 
 
-def _row_operands(rows: Listed | Spaced) -> tuple[list, list]:
+def _row_operands(rows: Held | Spaced) -> tuple[list, list]:
     """What `_RowNumbers` reads of rows: arrays and their types."""
-    if isinstance(rows, Listed):
-        return [rows.numbers, *int32s((rows.at,))], [_PLAIN, SCALAR]
+    if isinstance(rows, Held):
+        return [rows.numbers], [_HELD]
     return list(int32s((rows.first, rows.count))), [SCALAR, SCALAR]
 
 
 class _RowNumbers:
     """Puts the numbers of rows into registers."""
 
-    def __init__(self, asm: _Asm, rows: Listed | Spaced, operands: Sequence):
-        self.asm, self.step = asm, None if isinstance(rows, Listed) else rows.step
+    def __init__(self, asm: _Asm, rows: Held | Spaced, operands: Sequence):
+        self.asm, self.step = asm, None if isinstance(rows, Held) else rows.step
         if self.step is None:
-            numbers, at = asm.address(operands[0]), asm.scalar(operands[1])
-            asm.lines += [".reg .b64 list, in_list;", f"mad.wide.s32 list, {at}, {ROWS * 4}, {numbers};"]
+            self.held = asm.operand("r", as_int32(operands[0].registers.item()))
+            asm.lines += [".reg .b32 holder;"]
         else:
             self.first, self.count = (asm.scalar(x) for x in operands)
             asm.lines += [".reg .b32 of_64;", ".reg .pred is_row;"]
 
-    def read(self, registers: Sequence[str], index: str, spacing: int = 1) -> None:
-        """The numbers of rows index, index + spacing, ... of the 64; -1 or less for none."""
+    def read(self, registers: Sequence[str], index: str) -> None:
+        """The numbers of rows index, index + 1, ... of the 64, among the 16 of this warp; negative for none."""
         lines = self.asm.lines
-        if self.step is not None:
+        if self.step is None:
+            lines.append(f"and.b32 holder, {index}, 15;")
             for i, register in enumerate(registers):
-                lines += [
-                    f"add.s32 of_64, {index}, {i * spacing};",
-                    f"setp.lt.s32 is_row, of_64, {self.count};",
-                    f"mad.lo.s32 {register}, of_64, {self.step}, {self.first};",
-                    f"selp.b32 {register}, {register}, -1, is_row;",
-                ]
+                lines.append(f"shfl.sync.idx.b32 {register}, {self.held}, holder, 31, 0xffffffff;")
+                if i + 1 < len(registers):
+                    lines.append("add.u32 holder, holder, 1;")
             return
-        lines.append(f"mad.wide.u32 in_list, {index}, 4, list;")
-        if spacing == 1 and len(registers) % 4 == 0:
+        for i, register in enumerate(registers):
             lines += [
-                f"ld.global.nc.v4.b32 {braces(registers[i : i + 4])}, [in_list + {4 * i}];"
-                for i in range(0, len(registers), 4)
+                f"add.s32 of_64, {index}, {i};",
+                f"setp.lt.s32 is_row, of_64, {self.count};",
+                f"mad.lo.s32 {register}, of_64, {self.step}, {self.first};",
+                f"selp.b32 {register}, {register}, -1, is_row;",
             ]
-        else:
-            lines += [f"ld.global.nc.b32 {x}, [in_list + {4 * spacing * i}];" for i, x in enumerate(registers)]
 
 
-def gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows: Listed | Spaced, slot: ArrayLike) -> None:
-    """Starts to copy 64 rows of each matrix, and copies their numbers; one group of copies, for `wait`.
+def read(rows: Listed) -> jax.Array:
+    """Starts to read the numbers of rows, which `gather` takes as `Held`: the sooner before, the less it waits.
+
+    By a whole warpgroup, of which each thread has one of the 16 rows that its warp copies.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(_PLAIN, SCALAR), return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.int32, layout=_HELD)
+    )
+    def emit(_, numbers, at):
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(numbers))
+        text = f"""{{
+        .reg .b32 thread, lane;
+        .reg .b64 from;
+        mov.u32 thread, %tid.x;
+        and.b32 lane, thread, 15;
+        and.b32 thread, thread, {WARPGROUP - 32};
+        shr.u32 thread, thread, 1;
+        add.u32 thread, thread, lane;
+        mad.wide.s32 from, $2, {ROWS * 4}, $1;
+        mad.wide.u32 from, thread, 4, from;
+        ld.global.nc.b32 $0, [from];
+        }}"""
+        found = llvm.inline_asm(i32, [address, at.registers.item()], text, "=r,l,r", has_side_effects=True)
+        register = vector.broadcast(ir.VectorType.get((1,), i32), found)
+        return mgpu.FragmentedArray(
+            _registers=np.array([register], dtype=object), _layout=_HELD.to_mgpu(), _is_signed=True
+        )
+
+    return emit(rows.numbers, *int32s((rows.at,)))
+
+
+def gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows: Held | Spaced, slot: ArrayLike) -> None:
+    """Starts to copy 64 rows of each matrix, and their numbers; one group of copies, for `wait`.
 
     By a whole warpgroup, of which each thread waits for its own copies.
 
@@ -162,8 +207,7 @@ def gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows: Listed |
         pairs = list(zip(sources, targets, strict=True))
         _copy_matrices(asm, pairs[: len(matrices)], row_numbers, slot, head_dim)
         if numbers:
-            absent = [x.absent for x in numbers]
-            _copy_numbers(asm, pairs[len(matrices) :], row_numbers, slot, absent)
+            _copy_numbers(asm, pairs[len(matrices) :], row_numbers, slot)
         asm.lines.append("cp.async.commit_group;")
         asm.emit()
 
@@ -209,26 +253,30 @@ def _copy_matrices(asm: _Asm, pairs: Sequence[tuple[str, str]], row_numbers: _Ro
             ]
 
 
-def _copy_numbers(asm: _Asm, pairs: Sequence[tuple[str, str]], row_numbers: _RowNumbers, slot: str, absent: list[int]):
+def _copy_numbers(asm: _Asm, pairs: Sequence[tuple[str, str]], row_numbers: _RowNumbers, slot: str):
     asm.lines += [
         ".reg .pred copies;",
-        f"setp.lt.u32 copies, thread, {ROWS};",
-        # The other threads read along.
-        f"and.b32 first, thread, {ROWS - 1};",
+        # 16 threads of each warp, for its 16 rows.
+        "and.b32 first, thread, 31;",
+        "setp.lt.u32 copies, first, 16;",
+        "and.b32 first, thread, 15;",
+        f"and.b32 offset, thread, {WARPGROUP - 32};",
+        "shr.u32 offset, offset, 1;",
+        "add.u32 first, first, offset;",
     ]
     row_numbers.read(["row"], "first")
     asm.lines += [
-        "setp.ge.and.s32 there, row, 0, copies;",
+        "setp.ge.s32 there, row, 0;",
+        "selp.b32 size, 4, 0, there;",
+        "max.s32 row, row, 0;",
         f"mul.lo.u32 offset, {slot}, {ROWS * 4};",
         "mad.lo.u32 offset, first, 4, offset;",
     ]
-    for (source, target), bits in zip(pairs, absent, strict=True):
+    for source, target in pairs:
         asm.lines += [
-            f"mov.b32 found, {bits};",
             f"mad.wide.s32 from, row, 4, {source};",
-            "@there ld.global.nc.b32 found, [from];",
             f"add.u32 to, {target}, offset;",
-            "@copies st.shared.b32 [to], found;",
+            "@copies cp.async.ca.shared.global [to], [from], 4, size;",
         ]
 
 
@@ -238,7 +286,7 @@ def wait(in_flight: int) -> None:
     _emit(f"cp.async.wait_group {in_flight};\nfence.proxy.async.shared::cta;")
 
 
-def add(x: jax.Array, stage, target, rows: Listed | Spaced, *, part: ArrayLike, part_bytes: int, column: int) -> None:
+def add(x: jax.Array, stage, target, rows: Spaced, *, part: ArrayLike, part_bytes: int, column: int) -> None:
     """target[rows, column:] += x, float32, by a whole warpgroup; each thread's additions may still be under way.
 
     Args:
@@ -255,11 +303,12 @@ def add(x: jax.Array, stage, target, rows: Listed | Spaced, *, part: ArrayLike, 
     def emit(_, x, stage, target, *operands):
         *row_operands, part = operands
         asm = _Asm()
-        x = [asm.operand("f", value) for value in x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat]
+        x = [asm.operand("f", value) for value in _registers(x)]
         part, stage, target = asm.scalar(part), asm.shared_address(stage), asm.address(target)
         pitch, rows_of_warp = (width + _PADDING) * 4, ROWS // 4
         asm.lines += [
-            ".reg .b32 thread, lane, row, to, offset, first, value; .reg .b64 at; .reg .pred there;",
+            ".reg .b32 thread, lane, row, to, offset, first; .reg .f32 value0, value1, value2, value3;",
+            ".reg .b64 at; .reg .pred there;",
             "mov.u32 thread, %tid.x;",
             f"and.b32 thread, thread, {WARPGROUP - 1};",
             "and.b32 lane, thread, 31;",
@@ -280,24 +329,109 @@ def add(x: jax.Array, stage, target, rows: Listed | Spaced, *, part: ArrayLike, 
         for i in range(0, len(x), 2):
             place = i // 4 * 32 + i // 2 % 2 * 8 * pitch
             asm.lines.append(f"st.shared.v2.f32 [offset + {place}], {{{x[i]}, {x[i + 1]}}};")
-        asm.lines += ["bar.warp.sync 0xffffffff;", "mad.lo.u32 to, lane, 4, to;"]
-        for i in range(rows_of_warp):
+        # 8 threads add 32 columns of a row, four rows at a time.
+        asm.lines += [
+            "bar.warp.sync 0xffffffff;",
+            "and.b32 offset, lane, 7;",
+            "shl.b32 offset, offset, 4;",
+            "shr.u32 row, lane, 3;",
+            f"mad.lo.u32 to, row, {pitch}, to;",
+            "add.u32 to, to, offset;",
+            "add.u32 first, first, row;",
+        ]
+        for i in range(0, rows_of_warp, 4):
             row_numbers.read(["row"], "first")
             asm.lines += [
-                "add.u32 first, first, 1;",
+                "add.u32 first, first, 4;",
                 "setp.ge.s32 there, row, 0;",
                 f"mad.wide.s32 at, row, {head_dim * 4}, {target};",
-                "mad.wide.u32 at, lane, 4, at;",
+                "mad.wide.u32 at, offset, 1, at;",
             ]
             for j in range(width // 32):
                 asm.lines += [
-                    f"ld.shared.b32 value, [to + {i * pitch + 128 * j}];",
-                    f"@there red.relaxed.gpu.global.add.f32 [at + {4 * column + 128 * j}], value;",
+                    f"ld.shared.v4.f32 {_VALUES}, [to + {i * pitch + 128 * j}];",
+                    f"@there red.relaxed.gpu.global.add.v4.f32 [at + {4 * column + 128 * j}], {_VALUES};",
                 ]
         asm.lines.append("bar.warp.sync 0xffffffff;")
         asm.emit()
 
     emit(x, stage, target, *row_operands, *int32s((part,)))
+
+
+def give(pair: tuple[jax.Array, jax.Array], stage, *, part: ArrayLike, part_bytes: int) -> None:
+    """Of two warpgroups with a pair each, leaves what the other one, of the two, adds up: `take_sum`.
+
+    Args:
+      pair: float32 `[64, W]` both. Warpgroup 0 adds up what both have of the first, 1 of the second.
+      stage: Shared memory, of whose contents nothing is left.
+      part: The warpgroup. Its part of the stage has `part_bytes`: 256 W at least.
+    """
+    half = pair[0].size // WARPGROUP
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, MATRIX, _SWIZZLED, SCALAR))
+    def emit(_, first, second, stage, part):
+        ptx = Ptx()
+        x = ptx.read("f", [value for y in (first, second) for value in _registers(y)])
+        part, stage = ptx.read("r", (part.registers.item(), _shared_address(stage)))
+        _own_place(ptx, part, stage, part_bytes)
+        for i in range(0, half, 4):
+            ptx.lines += [f"selp.f32 value{j}, {x[half + i + j]}, {x[i + j]}, is_first;" for j in range(4)]
+            ptx.lines.append(f"st.shared.v4.f32 [to + {4 * i * WARPGROUP}], {_VALUES};")
+        ptx.emit()
+
+    emit(*pair, stage, *int32s((part,)))
+
+
+def take_sum(pair: tuple[jax.Array, jax.Array], stage, *, part: ArrayLike, part_bytes: int) -> jax.Array:
+    """This warpgroup's of the pair, and what the other one has given; as `give`, behind a barrier of both."""
+    shape, half = pair[0].shape, pair[0].size // WARPGROUP
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, MATRIX, _SWIZZLED, SCALAR), return_type=array_type(shape, MATRIX))
+    def emit(_, first, second, stage, part):
+        ptx = Ptx()
+        total = ptx.update(_registers(first))
+        x = ptx.read("f", _registers(second))
+        part, stage = ptx.read("r", (part.registers.item(), _shared_address(stage)))
+        _own_place(ptx, part, stage, part_bytes, of_other=True)
+        for i in range(0, half, 4):
+            ptx.lines.append(f"ld.shared.v4.f32 {_VALUES}, [to + {4 * i * WARPGROUP}];")
+            for j in range(i, i + 4):
+                ptx.lines += [
+                    f"selp.f32 {total[j]}, {total[j]}, {x[j]}, is_first;",
+                    f"add.f32 {total[j]}, {total[j]}, value{j - i};",
+                ]
+        return fragmented(ptx.emit(), shape).to_layout(MATRIX.to_mgpu())
+
+    return emit(*pair, stage, *int32s((part,)))
+
+
+_VALUES = braces([f"value{i}" for i in range(4)])
+
+
+def _own_place(ptx: Ptx, part: str, stage: str, part_bytes: int, *, of_other: bool = False) -> None:
+    """`to`, this thread's place in a warpgroup's part of the stage, and `is_first`, whether that is of warpgroup 0."""
+    ptx.lines += [
+        ".reg .b32 thread, to, of; .reg .pred is_first; .reg .f32 value0, value1, value2, value3;",
+        "mov.u32 thread, %tid.x;",
+        f"and.b32 thread, thread, {WARPGROUP - 1};",
+        f"setp.eq.s32 is_first, {part}, 0;",
+        f"sub.u32 of, 1, {part};" if of_other else f"mov.b32 of, {part};",
+        f"mad.lo.u32 to, of, {part_bytes}, {stage};",
+        "mad.lo.u32 to, thread, 16, to;",
+    ]
+
+
+def _registers(x: mgpu.FragmentedArray) -> list[ir.Value]:
+    """A register an element."""
+    return list(x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
+
+
+def _shared_address(ref: ir.Value) -> ir.Value:
+    """What instructions for shared memory take: 32 bits."""
+    pointer, shared = mgpu.utils.memref_ptr(ref), ir.Type.parse("!llvm.ptr<3>")
+    if pointer.type != shared:
+        pointer = llvm.addrspacecast(shared, pointer)
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
 
 
 def _emit(text: str) -> None:
@@ -318,15 +452,14 @@ def interpret_gather(matrices: Sequence[tuple], numbers: Sequence[Numbers], rows
         for source, target in matrices:
             x = source[there]
             target.at[slot, i][...] = jnp.where(row >= 0, x, jnp.zeros_like(x))
-        for source, target, absent in numbers:
-            absent = jax.lax.bitcast_convert_type(jnp.int32(absent), source.dtype)
-            target[slot, i] = jnp.where(row >= 0, source[there], absent)
+        for source, target in numbers:
+            target[slot, i] = jnp.where(row >= 0, source[there], jnp.zeros((), source.dtype))
         return 0
 
     jax.lax.fori_loop(0, ROWS, one_row, 0)
 
 
-def interpret_add(x: jax.Array, target, rows: Listed | Spaced, column: int) -> None:
+def interpret_add(x: jax.Array, target, rows: Spaced, column: int) -> None:
     def one_row(i, _):
         row = _row_number(rows, i)
 

@@ -27,10 +27,11 @@ def tokens_of_blocks(
     stride = jnp.arange(sizes.compress_stride, dtype=jnp.int32)
 
     def of_piece(offset: int) -> jax.Array:
-        # No row is in two blocks here, so that in the backward pass nothing is added in whatever order.
-        rows = jnp.where(start[..., None] >= 0, start[..., None] + offset + stride, x.shape[1])
+        # No row is in two blocks here, so that in the backward pass nothing is added in whatever order, nor at all.
+        number = jnp.arange(start.shape[1], dtype=jnp.int32)[:, None] * sizes.compress_stride + stride
+        rows = jnp.where(start[..., None] >= 0, start[..., None] + offset + stride, x.shape[1] + number)
         rows = jnp.broadcast_to(rows, (x.shape[0], *rows.shape[1:]))
-        return jax.vmap(lambda x, rows: x.at[rows].get(mode="fill", fill_value=0))(x, rows)
+        return jax.vmap(lambda x, rows: x.at[rows].get(mode="fill", fill_value=0, unique_indices=True))(x, rows)
 
     pieces = range(0, sizes.compress_block, sizes.compress_stride)
     return jnp.concatenate([of_piece(offset) for offset in pieces], axis=2)

@@ -22,14 +22,20 @@ _LEAST_CHUNK = 256  # queries, where there are as many: fewer leave multiprocess
 def forward(q, k, v, choices, block_start, q_place, *, block_size, scale, interpret=None):
     """`selected_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     call = _Call(q, k, v, choices, block_start, q_place, block_size, scale, interpret)
+    rows = math.prod(q.shape[:3])
+    results = parts.Results(
+        out=jax.new_ref(jax.lax.empty((rows, v.shape[3]), q.dtype)),
+        lse=jax.new_ref(jax.lax.empty((rows,), jnp.float32)),
+    )
 
-    def of_chunk(lists: QueryLists):
+    def of_chunk(lists: QueryLists) -> None:
         out, lse = kernels.attend(call.inputs_of(lists), call.config)
-        out, lse = parts.merge(_rows(out), lse.reshape(-1), *call.how(lists))
-        return out, lse[:, None]
+        parts.merge(_rows(out), lse.reshape(-1), call.units(lists), results)
 
-    out, lse = (call.whole(x) for x in jax.lax.map(of_chunk, call.lists))
-    return call.or_nan(out), call.or_nan(lse[..., 0].swapaxes(1, 2) * (1 / _LOG2_E))
+    jax.lax.map(of_chunk, call.lists)
+    out, lse = (jax.freeze(x) for x in results)
+    lse = lse.reshape(q.shape[:3]).swapaxes(1, 2) * (1 / _LOG2_E)
+    return call.or_nan(out.reshape(q.shape)), call.or_nan(lse)
 
 
 def backward(
@@ -44,13 +50,15 @@ def backward(
         "delta": _delta_by_row(out, dout, dlse),
     }
     gradients = kernels.KeyGradients(*(jax.new_ref(jnp.zeros(call.inputs.k.shape, jnp.float32)) for _ in range(2)))
+    results = parts.Results(out=jax.new_ref(jax.lax.empty(call.inputs.q.shape, q.dtype)), lse=None)
 
-    def of_chunk(lists: QueryLists):
+    def of_chunk(lists: QueryLists) -> None:
         inputs = call.inputs_of(lists)._replace(**of_queries)
         dq = kernels.differentiate(inputs, gradients, call.num_blocks, call.config)
-        return parts.add(_rows(dq), *call.how(lists))
+        parts.merge(_rows(dq), None, call.units(lists), results)
 
-    dq = call.whole(jax.lax.map(of_chunk, call.lists))
+    jax.lax.map(of_chunk, call.lists)
+    dq = jax.freeze(results.out).reshape(q.shape)
     dk, dv = (jax.freeze(x).reshape(k.shape) for x in gradients)
     return tuple(map(call.or_nan, (dq, dk, dv)))
 
@@ -64,7 +72,7 @@ class _Call:
         _check(q, v, block_size, scale, N // K, n)
         if q_place is None:
             q_place = jnp.arange(T, dtype=jnp.int32)[None]
-        self.shape = B, T, K, N // K
+        self.group = N // K
         # A chunk's parts are n times the size of its out.
         num_chunks = max(1, min(-(-n // 2), T // _LEAST_CHUNK))
         self.lists = QueryLists.of(choices, block_start, N, kv_len=S, block_size=block_size, num_chunks=num_chunks)
@@ -75,7 +83,7 @@ class _Call:
             k=_rows(k),
             v=_rows(v),
             dout=None,
-            place=jnp.broadcast_to(q_place[..., None], (B, T, N)).reshape(-1),
+            seen=jnp.broadcast_to(q_place[..., None] + 1, (B, T, N)).reshape(-1),
             lse=None,
             delta=None,
             rows=None,
@@ -87,19 +95,13 @@ class _Call:
         """Of a chunk of queries."""
         return self.inputs._replace(rows=lists.rows, items=lists.items, num_items=lists.num_items[None])
 
-    def how(self, lists: QueryLists) -> tuple:
-        """How to put the parts of a chunk's queries together."""
-        return _rows(lists.place), self.shape[3], self.config.num_cores, self.config.interpret
+    def units(self, lists: QueryLists) -> parts.Units:
+        """Whose parts a chunk has."""
+        return parts.Units(lists.place, lists.first_row, self.group, self.config.num_cores, self.config.interpret)
 
     def or_nan(self, x: jax.Array) -> jax.Array:
         """NaN where the lists had no room for all choices."""
         return jnp.where(jnp.all(self.lists.has_room), x, jnp.asarray(jnp.nan, x.dtype))
-
-    def whole(self, x: jax.Array) -> jax.Array:
-        """`[B, T, N, H]` of the rows of chunks `[C, B t N, H]`, the last of which has more queries than there are."""
-        B, T, K, group = self.shape
-        x = x.reshape(len(x), B, -1, K * group, x.shape[-1])
-        return x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
 
 
 def _rows(x: jax.Array) -> jax.Array:

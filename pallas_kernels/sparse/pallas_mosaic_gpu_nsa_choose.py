@@ -3,7 +3,7 @@
 Two kernels. The first computes logits of compressed keys and queries on the tensor cores, keys by queries, so that the
 sum of probabilities over a group of heads is one over neighbouring columns, which a thread and its three neighbours
 have; what it writes is one float32 a query, kv head and compressed key. In the second a warp takes a query of a kv
-head, folds those onto blocks, which stay in registers, and picks the greatest one by one.
+head, folds those onto blocks, which stay in registers, and searches for the least score that is chosen, bit by bit.
 
 Reference: Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, equations 8 to 11.
 """
@@ -37,6 +37,7 @@ TILE = 128
 _SLOTS = 4
 _NUM_CONSUMERS = 2
 _LOG2_E = math.log2(math.e)
+_KEYS_OF_CHECK = 4  # that a thread counts before it looks whether there are more
 
 
 def check(q, group: int, num_blocks: int, num_chosen: int) -> None:
@@ -251,7 +252,7 @@ class Fold(NamedTuple):
 
 
 def choose(p: jax.Array, whole_compressed: jax.Array, after: jax.Array, end: jax.Array, count: int, fold: Fold):
-    """The `count` blocks of greatest score of each query, the greatest first; of equal ones the earlier.
+    """The `count` blocks of greatest score of each query, ascending; of equal ones the earlier.
 
     Args:
       p: `[F, Q', M']`, of which the first Q queries are read.
@@ -295,8 +296,9 @@ def _choose_lines(F: int, Q: int, W: int, num_queries: int, num_keys: int, count
     per_lane = -(-W // 32)
     keys = [f"key{i}" for i in range(per_lane)]
     lines = [
-        f".reg .b32 number, lane, f, query, after, end, column, c, best, mine, chosen, {', '.join(keys)};",
-        ".reg .b64 row, table, at; .reg .f32 score, x; .reg .pred done, free, other;",
+        f".reg .b32 number, lane, f, query, after, end, column, c, {', '.join(keys)};",
+        ".reg .b32 best, least, step, trial, many, wanted, before, written, equal, x;",
+        ".reg .b64 row, table, at; .reg .f32 score, p; .reg .pred done, free, other;",
         "mov.u32 lane, %tid.x;",
         "shr.u32 number, lane, 5;",
         "and.b32 lane, lane, 31;",
@@ -328,40 +330,99 @@ def _choose_lines(F: int, Q: int, W: int, num_queries: int, num_keys: int, count
         ]
         for j, times in enumerate(fold.times):
             lines += [
-                "mov.f32 x, 0f00000000;",
-                f"@free ld.global.nc.f32 x, [at + {4 * (fold.first + j)}];",
-                f"fma.rn.f32 score, x, 0f{_float_bits(float(times))}, score;",
+                "mov.f32 p, 0f00000000;",
+                f"@free ld.global.nc.f32 p, [at + {4 * (fold.first + j)}];",
+                f"fma.rn.f32 score, p, 0f{_float_bits(float(times))}, score;",
             ]
         lines += [f"mov.b32 {key}, score;", f"@free add.u32 {key}, {key}, 1;"]
-    lines += ["SCORED:", "mov.b32 chosen, -1;"]
-    for number in range(count):
-        lines.append("mov.b32 best, 0;")
-        lines += [f"max.u32 best, best, {key};" for key in keys]
-        lines += ["redux.sync.max.u32 best, best, 0xffffffff;", "mov.b32 mine, 0x7fffffff;"]
-        for i, key in reversed(list(enumerate(keys))):
-            lines += [f"setp.eq.u32 other, {key}, best;", f"@other add.u32 mine, lane, {32 * i};"]
-        lines += [
-            "redux.sync.min.u32 mine, mine, 0xffffffff;",
-            "sub.u32 column, mine, lane;",
-            *(
-                line
-                for i, key in enumerate(keys)
-                for line in (f"setp.eq.u32 other, column, {32 * i};", f"@other mov.b32 {key}, 0;")
-            ),
-            "setp.eq.u32 other, best, 0;",
-            "selp.b32 mine, -1, mine, other;",
-            f"setp.eq.u32 other, lane, {number};",
-            "selp.b32 chosen, mine, chosen, other;",
-        ]
-    lines += [
-        f"mul.lo.u32 column, number, {count};",
-        "add.u32 column, column, lane;",
-        "mad.wide.u32 at, column, 4, $5;",
-        f"setp.lt.u32 other, lane, {count};",
-        "@other st.global.b32 [at], chosen;",
-        "END:",
-    ]
+    lines += ["SCORED:", *_threshold_lines(keys, count), *_choice_lines(keys, count), "END:"]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _threshold_lines(keys: list[str], count: int) -> list[str]:
+    """The greatest `least` that `count` keys of the warp are at least as great as, 0 where there are fewer keys; and
+    how many keys that equal it are `wanted`, after all greater ones."""
+    lines = [
+        "mov.b32 best, 0;",
+        *(f"max.u32 best, best, {key};" for key in keys),
+        "redux.sync.max.u32 best, best, 0xffffffff;",
+        # Bit by bit, from the first that any key has.
+        "clz.b32 step, best;",
+        "sub.u32 step, 31, step;",
+        "mov.b32 least, 1;",
+        "shl.b32 step, least, step;",
+        "mov.b32 least, 0;",
+        "SEARCH:",
+        "or.b32 trial, least, step;",
+        "mov.b32 many, 0;",
+    ]
+    for i, key in enumerate(keys):
+        if i and i % _KEYS_OF_CHECK == 0:
+            lines += [f"setp.le.s32 done, end, {32 * i};", "@done bra COUNTED;"]
+        lines += [f"set.ge.u32.u32 x, {key}, trial;", "sub.u32 many, many, x;"]
+    lines += [
+        "COUNTED:",
+        "redux.sync.add.u32 many, many, 0xffffffff;",
+        f"setp.ge.u32 other, many, {count};",
+        "@other mov.b32 least, trial;",
+        "shr.u32 step, step, 1;",
+        f"setp.ne.u32 other, many, {count};",
+        "setp.ne.and.b32 other, step, 0, other;",
+        "@other bra SEARCH;",
+        "mov.b32 many, 0;",
+    ]
+    for key in keys:
+        lines += [f"set.gt.u32.u32 x, {key}, least;", "sub.u32 many, many, x;"]
+    return [
+        *lines,
+        "redux.sync.add.u32 many, many, 0xffffffff;",
+        f"sub.u32 wanted, {count}, many;",
+        "setp.eq.u32 other, least, 0;",
+        "selp.b32 wanted, 0, wanted, other;",
+    ]
+
+
+def _choice_lines(keys: list[str], count: int) -> list[str]:
+    """Writes the numbers of the chosen keys, ascending, and -1 behind them."""
+    lines = [
+        f"mul.lo.u32 column, number, {count};",
+        "mad.wide.u32 row, column, 4, $5;",
+        "mov.u32 before, %lanemask_lt;",
+        "mov.b32 written, 0;",
+    ]
+    for i, key in enumerate(keys):
+        lines += [
+            f"setp.le.s32 done, end, {32 * i};",
+            "@done bra WRITTEN;",
+            f"setp.eq.u32 other, {key}, least;",
+            "vote.sync.ballot.b32 equal, other, 0xffffffff;",
+            # Of equal ones the first.
+            "and.b32 x, equal, before;",
+            "popc.b32 x, x;",
+            "setp.lt.and.u32 other, x, wanted, other;",
+            f"setp.gt.or.u32 other, {key}, least, other;",
+            "popc.b32 equal, equal;",
+            "min.u32 equal, equal, wanted;",
+            "sub.u32 wanted, wanted, equal;",
+            "vote.sync.ballot.b32 equal, other, 0xffffffff;",
+            "and.b32 x, equal, before;",
+            "popc.b32 x, x;",
+            "add.u32 x, x, written;",
+            "mad.wide.u32 at, x, 4, row;",
+            f"add.u32 column, lane, {32 * i};",
+            "@other st.global.b32 [at], column;",
+            "popc.b32 equal, equal;",
+            "add.u32 written, written, equal;",
+        ]
+    return [
+        *lines,
+        "WRITTEN:",
+        "mad.wide.u32 at, lane, 4, row;",
+        "mov.b32 x, -1;",
+        "setp.ge.u32 other, lane, written;",
+        f"setp.lt.and.u32 other, lane, {count}, other;",
+        "@other st.global.b32 [at], x;",
+    ]
 
 
 def _float_bits(x: float) -> str:

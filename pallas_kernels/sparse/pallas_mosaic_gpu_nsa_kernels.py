@@ -33,7 +33,6 @@ BLOCK = 64
 _SLOTS = 4
 _LAG = 2  # gathers that a producer leaves in flight
 _LOG2_E = math.log2(math.e)
-_INFINITY = 0x7F800000
 _ADDED = 32  # columns of dk and dv that are added at a time
 _STAGE_BYTES = ROWS * 128 * 2
 
@@ -68,7 +67,7 @@ class Inputs(NamedTuple):
     Attributes:
       q, dout: `[R, H]`.
       k, v: `[B S K, H]`.
-      place: The row of k at which the query of each row stands, int32 `[R]`.
+      seen: Rows of k up to where the query of each row stands, it included, int32 `[R]`.
       lse: Base 2, infinite for queries that see nothing, float32 `[R]`.
       delta: rowsum(dout out) - dlse, float32 `[R]`.
       rows, items, num_items: Of the lists, of one chunk of queries.
@@ -78,7 +77,7 @@ class Inputs(NamedTuple):
     k: Any
     v: Any
     dout: Any
-    place: Any
+    seen: Any
     lse: Any
     delta: Any
     rows: Any
@@ -94,18 +93,19 @@ class KeyGradients(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barrier that says when keys and values are there."""
+    """Shared memory, and barriers: that keys and values are there, and of the two consumers."""
 
     k: Any
     v: Any
     q: Any
     dout: Any
-    place: Any
+    seen: Any
     lse: Any
     delta: Any
     ds: Any
     stage: Any
     kv_full: Any
+    consumers: Any
 
 
 class _Item(NamedTuple):
@@ -139,7 +139,7 @@ def differentiate(inputs: Inputs, gradients: KeyGradients, num_blocks: int, conf
       num_blocks: Of all rows and kv heads.
     """
     out_type = [jax.ShapeDtypeStruct((*inputs.rows.shape, inputs.q.shape[1]), inputs.q.dtype)]
-    counters = jax.new_ref(jnp.zeros((num_blocks,), jnp.int32))
+    counters = jax.new_ref(jnp.zeros((2 * num_blocks,), jnp.int32))  # for dk, and for dv
     return _call(_Backward, inputs, config, out_type, (gradients, counters))[0]
 
 
@@ -162,13 +162,14 @@ def _call(role: type, inputs: Inputs, config: Config, out_type: list, state: Any
             v=smem(1, BLOCK, H),
             q=smem(_SLOTS, ROWS, H),
             dout=smem(_SLOTS, ROWS, H) if differentiates else None,
-            place=numbers(jnp.int32),
+            seen=numbers(jnp.int32),
             lse=numbers(jnp.float32) if differentiates else None,
             delta=numbers(jnp.float32) if differentiates else None,
             ds=smem(config.num_consumers, BLOCK, ROWS) if differentiates else None,
             # At head dim 64 twice as many as are written, for what is added to dk and dv.
             stage=smem(config.num_consumers * (128 // H), ROWS, H),
             kv_full=plgpu.Barrier(num_arrivals=1),
+            consumers=plgpu.Barrier(num_arrivals=config.num_consumers) if differentiates else None,
         )
     )
 
@@ -246,18 +247,21 @@ class _Block:
 
     def produce(self) -> None:
         def one_item(item: _Item, count):
+            first = self.read_rows(item, 0)
             sync(self.kv_free, self.everyone)
             self.gather([(self.inputs.k, self.shared.k), (self.inputs.v, self.shared.v)], [], self.keys_of(item), 0)
 
-            def one_tile(i, _):
+            def one_tile(i, rows):
+                # Those of the next tile come while this one's are used.
+                following = self.read_rows(item, i + 1)
                 slot = lax.rem(count + i, _SLOTS)
+                pl.when(i >= _LAG)(lambda: self.announce(count + i - _LAG, _LAG - 1))
                 sync(self.free + slot, self.two)
-                self.gather_queries(item.first_tile + i, slot)
+                self.gather_queries(rows, slot)
                 pl.when(i == 0)(self.announce_keys)
-                pl.when(i >= _LAG)(lambda: self.announce(count + i - _LAG, _LAG))
-                return 0
+                return following
 
-            lax.fori_loop(0, item.num_tiles, one_tile, 0)
+            lax.fori_loop(0, item.num_tiles, one_tile, first)
             for behind in reversed(range(_LAG)):
                 last = item.num_tiles - 1 - behind
                 pl.when(last >= 0)(lambda last=last, behind=behind: self.announce(count + last, behind))
@@ -273,15 +277,22 @@ class _Block:
         first = (item.batch * S + item.start) * K + item.head
         return scattered_rows.Spaced(first, K, jnp.minimum(S - item.start, BLOCK))
 
-    def gather_queries(self, tile, slot) -> None:
+    def read_rows(self, item: _Item, i) -> jax.Array:
+        """Starts to read which rows the i-th tile of an item has, if it has one; for `gather_queries`."""
+        tile = item.first_tile + jnp.minimum(i, item.num_tiles - 1)
+        return tile if self.interpret else scattered_rows.read(scattered_rows.Listed(self.inputs.rows, tile))
+
+    def gather_queries(self, rows, slot) -> None:
         inputs, shared = self.inputs, self.shared
         matrices = [(inputs.q, shared.q)]
-        numbers = [scattered_rows.Numbers(inputs.place, shared.place, -1)]
+        # Rows that are none see nothing.
+        numbers = [scattered_rows.Numbers(inputs.seen, shared.seen)]
         if inputs.dout is not None:
             matrices.append((inputs.dout, shared.dout))
-            numbers.append(scattered_rows.Numbers(inputs.lse, shared.lse, _INFINITY))
-            numbers.append(scattered_rows.Numbers(inputs.delta, shared.delta, 0))
-        self.gather(matrices, numbers, scattered_rows.Listed(inputs.rows, tile), slot)
+            numbers.append(scattered_rows.Numbers(inputs.lse, shared.lse))
+            numbers.append(scattered_rows.Numbers(inputs.delta, shared.delta))
+        rows = scattered_rows.Listed(inputs.rows, rows) if self.interpret else scattered_rows.Held(rows)
+        self.gather(matrices, numbers, rows, slot)
 
     def announce_keys(self) -> None:
         """Tells the consumers that keys and values are there; the gather of a tile may be under way."""
@@ -356,10 +367,10 @@ class _Forward(_Block):
             s = wgmma_chosen.logits(shared.q, shared.k, slot=slot)
         else:
             s = wgmma_chosen.product(shared.q[slot], shared.k[0].T)
-        place = plgpu.load(shared.place.at[slot], layout=ROW, optimized=False)
+        seen = plgpu.load(shared.seen.at[slot], layout=ROW, optimized=False)
         self.give_back(slot)
         keys = indices(item.start, BLOCK, COLUMN)
-        is_seen = columns(keys, s.shape) <= rows(place, s.shape)
+        is_seen = columns(keys, s.shape) < rows(seen, s.shape)
         s = jnp.where(is_seen, s * (self.config.scale * _LOG2_E), -jnp.inf)
         greatest = jnp.max(s, axis=1)
         shift = jnp.where(greatest == -jnp.inf, 0.0, greatest)
@@ -386,12 +397,12 @@ class _Backward(_Block):
         dk, dv = state
         shared, shape = self.shared, (BLOCK, ROWS)
         s, dp = self.scores(slot)
-        place, lse, delta = (
-            plgpu.load(x.at[slot], layout=COLUMN, optimized=False) for x in (shared.place, shared.lse, shared.delta)
+        seen, lse, delta = (
+            plgpu.load(x.at[slot], layout=COLUMN, optimized=False) for x in (shared.seen, shared.lse, shared.delta)
         )
         p = jnp.exp2(s * (self.config.scale * _LOG2_E) - columns(lse, shape))
         dp, p = (dp, p) if self.interpret else wgmma_backward.settle(dp, p)
-        p = jnp.where(rows(indices(item.start, BLOCK, ROW), shape) <= columns(place, shape), p, 0.0)
+        p = jnp.where(rows(indices(item.start, BLOCK, ROW), shape) < columns(seen, shape), p, 0.0)
         ds = (p * (dp - columns(delta, shape))).astype(self.dtype)
         p = p.astype(self.dtype)
         shared.ds.at[self.warpgroup][...] = ds
@@ -429,21 +440,47 @@ class _Backward(_Block):
         return acc
 
     def end_item(self, item, state) -> None:
-        """Adds to dk and dv, one after the other of those that add to the same block's."""
+        """Adds to dk and dv, one after the other of those that add to the same block's.
+
+        What the two consumers have is added up before, of dk by the first and of dv by the second.
+        """
         gradients, counters = self.state
         dk, dv = state
         self.wait_for_stage()
-        if not self.interpret:
-            take_turn(counters, item.block, item.turn * self.num_consumers + self.warpgroup, -1)
-        keys = self.keys_of(item)
-        for x, target in ((dk * self.config.scale, gradients.dk), (dv, gradients.dv)):
-            for column in range(0, self.head_dim, _ADDED):
-                piece = x[:, column : column + _ADDED]
-                if self.interpret:
-                    scattered_rows.interpret_add(piece, target, keys, column)
-                    continue
-                where = {"part": self.warpgroup, "part_bytes": _STAGE_BYTES, "column": column}
-                scattered_rows.add(piece, self.shared.stage, target, keys, **where)
-        if not self.interpret:
-            self.meet()
-            end_turn(counters, item.block)
+        keys, targets = self.keys_of(item), ((dk * self.config.scale, gradients.dk), (dv, gradients.dv))
+        if self.interpret:
+            for x, target in targets:
+                scattered_rows.interpret_add(x, target, keys, 0)
+            return
+        is_first = self.warpgroup == 0
+        halves = self.add_up(*(x for x, _ in targets))
+        counter = item.block + self.warpgroup * (counters.shape[0] // 2)
+        take_turn(counters, counter, item.turn, -1)
+        for is_mine, (_, target) in zip((is_first, ~is_first), targets, strict=True):
+
+            @pl.when(is_mine)
+            def _(target=target):
+                for column in range(0, self.head_dim, _ADDED):
+                    piece = halves[column // ROWS][:, column % ROWS : column % ROWS + _ADDED]
+                    where = {"part": self.warpgroup, "part_bytes": _STAGE_BYTES, "column": column}
+                    scattered_rows.add(piece, self.shared.stage, target, keys, **where)
+
+        self.meet()
+        end_turn(counters, counter)
+
+    def add_up(self, dk, dv) -> list[jax.Array]:
+        """Of the first consumer dk, of the second dv: the sum of what both have, 64 columns at a time."""
+        halves, where = [], {"part": self.warpgroup, "part_bytes": _STAGE_BYTES}
+        for column in range(0, self.head_dim, ROWS):
+            pair = tuple(x[:, column : column + ROWS] for x in (dk, dv))
+            scattered_rows.give(pair, self.shared.stage, **where)
+            self.meet_other()
+            halves.append(scattered_rows.take_sum(pair, self.shared.stage, **where))
+            self.meet_other()
+        return halves
+
+    def meet_other(self) -> None:
+        """A barrier of the two consumers."""
+        self.meet()
+        plgpu.barrier_arrive(self.shared.consumers)
+        plgpu.barrier_wait(self.shared.consumers)

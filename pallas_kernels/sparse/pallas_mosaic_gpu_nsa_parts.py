@@ -3,7 +3,7 @@
 A warp takes a query of a kv head, whose G rows stand together in each part, and reads all its parts at once.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,35 +21,35 @@ _WARPS = 4
 _BLOCKS_OF_CORE = 8
 
 
-def merge(parts: jax.Array, lse_parts: jax.Array, place: jax.Array, group: int, num_cores: int, interpret: Any):
-    """out = sum_i 2^(lse_i - lse) out_i with lse = log2(sum_i 2^lse_i).
+class Results(NamedTuple):
+    """References to what is written.
+
+    Attributes:
+      out: `[R, H]` of 16 bits.
+      lse: Base 2, float32 `[R]`; None for sums without weights.
+    """
+
+    out: Any
+    lse: Any
+
+
+def merge(parts: jax.Array, lse_parts: jax.Array | None, units: "Units", results: Results) -> None:
+    """Writes out = sum_i 2^(lse_i - lse) out_i and lse = log2(sum_i 2^lse_i), or without lse out = sum_i out_i.
 
     Args:
       parts: out_i, `[L, H]` of 16 bits, for rows of lists.
-      lse_parts: lse_i, base 2, float32 `[L]`.
-      place: The first of `group` rows in the lists, of each query of a kv head and each of its choices, int32 `[U, n]`;
-        -1 for none.
-    Returns: `[U group, H]` and float32 `[U group]`; 0 and -inf where there is nothing.
+      lse_parts: lse_i, base 2, float32 `[L]`, or None.
+      units: Which results there are, and their parts. Without any, 0 and -inf.
+      results: Where to, the rows of these units alone. Sums are float32.
     """
-    return _combine(parts, lse_parts, place, group, num_cores, interpret)
-
-
-def add(parts: jax.Array, place: jax.Array, group: int, num_cores: int, interpret: Any) -> jax.Array:
-    """out = sum_i out_i; as `merge`. Sums are float32."""
-    return _combine(parts, None, place, group, num_cores, interpret)[0]
-
-
-def _combine(parts, lse_parts, place, group: int, num_cores: int, interpret):
-    if interpret:
-        return _formula(parts, lse_parts, place, group)
-    (U, n), H = place.shape, parts.shape[1]
-    out_type = [jax.ShapeDtypeStruct((U * group, H), parts.dtype)]
-    operands = [parts, place]
+    if units.interpret:
+        return _formula(parts, lse_parts, units, results)
+    (U, n), H = units.place.shape, parts.shape[1]
+    operands = [parts, units.place, units.first_row, results.out]
     if lse_parts is not None:
-        operands.append(lse_parts)
-        out_type.append(jax.ShapeDtypeStruct((U * group,), jnp.float32))
-    num_blocks = min(num_cores * _BLOCKS_OF_CORE, -(-U // _WARPS))
-    lines = _unit_lines(U, n, group, H, parts.dtype, with_lse=lse_parts is not None)
+        operands += [lse_parts, results.lse]
+    num_blocks = min(units.num_cores * _BLOCKS_OF_CORE, -(-U // _WARPS))
+    lines = _unit_lines(U, n, units.group, H, parts.dtype, with_lse=lse_parts is not None)
 
     def body(*refs):
         block = lax.axis_index("block")
@@ -62,9 +62,6 @@ def _combine(parts, lse_parts, place, group: int, num_cores: int, interpret):
                 *refs, unit = operands
                 i64 = ir.IntegerType.get_signless(64)
                 addresses = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
-                # The order of operands is parts, place, out, and then the two of lse.
-                if lse_parts is not None:
-                    addresses = [addresses[i] for i in (0, 1, 3, 2, 4)]
                 constraints = ",".join(["r", *["l"] * len(addresses), "~{memory}"])
                 void = ir.Type.parse("!llvm.void")
                 values = [unit.registers.item(), *addresses]
@@ -75,17 +72,38 @@ def _combine(parts, lse_parts, place, group: int, num_cores: int, interpret):
 
         lax.fori_loop(0, -(-U // (num_blocks * _WARPS)), one_round, 0)
 
-    return plgpu.kernel(
+    plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=(),
         grid=(num_blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*operands)
 
 
+class Units(NamedTuple):
+    """The queries of kv heads, each a unit of `group` rows.
+
+    Attributes:
+      place: The first of the rows in the lists, of each of its choices, int32 `[U, n]`; -1 for none.
+      first_row: The first of the rows of its results, int32 `[U]`; -1 where there is no such query.
+      group: Query heads of a kv head.
+      num_cores: Multiprocessors.
+      interpret: Whether to compute it in plain JAX.
+    """
+
+    place: jax.Array
+    first_row: jax.Array
+    group: int
+    num_cores: int
+    interpret: Any
+
+
 def _unit_lines(U: int, n: int, group: int, H: int, dtype, *, with_lse: bool) -> str:
-    """PTX of one query of a kv head by each warp of four. Operands: the first warp's query, then addresses."""
+    """PTX of one query of a kv head by each warp of four.
+
+    Operands: the first warp's query; then the addresses of parts, place, first_row, out, lse_parts and lse.
+    """
     words = H // 64  # registers of two numbers that a lane has of a row
     registers = [f"word{i}_{j}" for i in range(n) for j in range(words)]
     sums = [f"sum{i}" for i in range(2 * words)]
@@ -95,7 +113,7 @@ def _unit_lines(U: int, n: int, group: int, H: int, dtype, *, with_lse: bool) ->
         return f"{{{', '.join(names)}}}" if words > 1 else names[0]
 
     lines = [
-        f".reg .b32 unit, lane, place, row, number, head, other, {', '.join(registers)}, low, high;",
+        f".reg .b32 unit, lane, place, row, number, first, head, {', '.join(registers)}, low, high;",
         ".reg .b64 from, to, wide;",
         f".reg .f32 lse, greatest, shift, weight, total, found, x, y, {', '.join(sums)};",
         ".reg .pred done, there, is_first, again; .reg .b16 half0, half1;",
@@ -111,6 +129,10 @@ def _unit_lines(U: int, n: int, group: int, H: int, dtype, *, with_lse: bool) ->
         f"setp.lt.u32 there, lane, {n};",
         "@there ld.global.nc.b32 place, [from];",
         "setp.eq.u32 is_first, lane, 0;",
+        "mad.wide.u32 from, unit, 4, $3;",
+        "ld.global.nc.b32 first, [from];",
+        "setp.lt.s32 done, first, 0;",
+        "@done bra END;",
         "mov.b32 head, 0;",
         "ROW:",
     ]
@@ -130,7 +152,7 @@ def _unit_lines(U: int, n: int, group: int, H: int, dtype, *, with_lse: bool) ->
             "mov.b32 lse, 0fFF800000;",
             "setp.ge.s32 there, place, 0;",
             "add.s32 row, place, head;",
-            "mad.wide.s32 from, row, 4, $4;",
+            "mad.wide.s32 from, row, 4, $5;",
             "@there ld.global.nc.f32 lse, [from];",
             "mov.f32 greatest, lse;",
         ]
@@ -151,8 +173,8 @@ def _unit_lines(U: int, n: int, group: int, H: int, dtype, *, with_lse: bool) ->
             "selp.f32 total, 0f3F800000, total, there;",
             "rcp.approx.f32 x, total;",
             "mul.f32 weight, weight, x;",
-            f"mad.lo.u32 number, unit, {group}, head;",
-            "mad.wide.u32 to, number, 4, $5;",
+            "add.u32 number, first, head;",
+            "mad.wide.u32 to, number, 4, $6;",
             "@is_first st.global.f32 [to], lse;",
         ]
     lines += [f"mov.f32 {x}, 0f00000000;" for x in sums]
@@ -175,8 +197,8 @@ def _unit_lines(U: int, n: int, group: int, H: int, dtype, *, with_lse: bool) ->
     words_out = [f"word0_{j}" for j in range(words)]
     lines += [f"cvt.rn.{name}.f32 {x}, {sums[2 * j + 1]}, {sums[2 * j]};" for j, x in enumerate(words_out)]
     lines += [
-        f"mad.lo.u32 number, unit, {group}, head;",
-        f"mad.wide.u32 to, number, {2 * H}, $3;",
+        "add.u32 number, first, head;",
+        f"mad.wide.u32 to, number, {2 * H}, $4;",
         f"mad.wide.u32 to, lane, {4 * words}, to;",
         f"st.global{vector}.b32 [to], {braces(words_out)};",
         "add.u32 head, head, 1;",
@@ -187,17 +209,28 @@ def _unit_lines(U: int, n: int, group: int, H: int, dtype, *, with_lse: bool) ->
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-def _formula(parts, lse_parts, place, group: int):
+def _formula(parts, lse_parts, units: Units, results: Results) -> None:
     """The same in plain JAX."""
-    row = jnp.maximum(place, 0)[:, None, :] + jnp.arange(group, dtype=jnp.int32)[:, None]
-    row = row.reshape(-1, place.shape[1])  # [U group, n]
-    there = jnp.repeat(place >= 0, group, axis=0)
+
+    def rows_of(first: jax.Array) -> jax.Array:
+        return first[..., None] + jnp.arange(units.group, dtype=jnp.int32)
+
+    there = units.place >= 0
+    row = rows_of(jnp.maximum(units.place, 0)).swapaxes(1, 2)  # [U, group, n]
+    there = jnp.broadcast_to(there[:, None], row.shape)
     values = jnp.where(there[..., None], parts[row].astype(jnp.float32), 0.0)
+    target = jnp.where(units.first_row[:, None] >= 0, rows_of(units.first_row), len(results.out))
+
+    def write(ref, x):
+        ref[...] = ref[...].at[target].set(x.astype(ref.dtype), mode="drop")
+
     if lse_parts is None:
-        return jnp.sum(values, axis=1).astype(parts.dtype), None
+        write(results.out, jnp.sum(values, axis=2))
+        return
     lses = jnp.where(there, lse_parts[row], -jnp.inf)
-    shift = finite_max(jnp.max(lses, axis=1))
-    weights = jnp.exp2(lses - shift[:, None])
-    total = jnp.sum(weights, axis=1)
-    out = jnp.einsum("rn,rnh->rh", weights, values) / jnp.where(total == 0, 1.0, total)[:, None]
-    return out.astype(parts.dtype), shift + jnp.log2(total)
+    shift = finite_max(jnp.max(lses, axis=2))
+    weights = jnp.exp2(lses - shift[..., None])
+    total = jnp.sum(weights, axis=2)
+    out = jnp.einsum("ugn,ugnh->ugh", weights, values) / jnp.where(total == 0, 1.0, total)[..., None]
+    write(results.out, out)
+    write(results.lse, shift + jnp.log2(total))

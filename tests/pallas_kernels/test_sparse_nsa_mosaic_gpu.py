@@ -2,6 +2,7 @@
 computes."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def call_of(length, num_heads, num_kv_heads, head_dim, num_choices=3, dtype="bfl
 
 
 @pytest.mark.parametrize(
-    ("group", "num_chunks"), [(3, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, 1), (16, 1), (64, 3)))]
+    ("group", "num_chunks"),
+    [(3, 3), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((3, 2), (1, 1), (16, 1), (64, 3)))],
 )
 def test_every_choice_is_in_the_list_of_its_block_once(group, num_chunks):
     B, T, K, M = 2, 300, 2, 5
@@ -54,26 +56,36 @@ def test_every_choice_is_in_the_list_of_its_block_once(group, num_chunks):
     starts = np.sort(rng.integers(0, T, (B, M)), axis=1).astype(np.int32)
     of = jax.jit(functools.partial(QueryLists.of, num_heads=K * group, kv_len=T, block_size=64, num_chunks=num_chunks))
     lists = of(jnp.asarray(choices), jnp.asarray(starts))
-    rows, items, place = (np.asarray(x) for x in (lists.rows, lists.items, lists.place))
-    length = -(-T // num_chunks)
-    for chunk in range(num_chunks):
+    rows, items, place, first_row = (np.asarray(x) for x in (lists.rows, lists.items, lists.place, lists.first_row))
+    # Kv heads, then queries, are shared out over chunks.
+    of_heads = min(num_chunks, K)
+    of_queries = -(-num_chunks // of_heads)
+    heads, length = K // of_heads, -(-T // of_queries)
+    assert len(rows) == of_heads * of_queries >= num_chunks
+    for chunk in range(len(rows)):
+        mine = range(chunk // of_queries * heads, (chunk // of_queries + 1) * heads)
+        part = chunk % of_queries * length
         found, turns = {}, {}
         for item in (dict(zip(ITEM_FIELDS, x, strict=True)) for x in items[chunk].tolist() if x[4] > 0):
             block = item["block"] % M
-            assert item["block"] // M == item["batch"] * K + item["head"]
+            assert item["block"] // M == item["batch"] * K + item["head"] and item["head"] in mine
             assert item["start"] == starts[item["batch"], block] and item["num_tiles"] <= ITEM_TILES
             assert item["turn"] == turns.setdefault(item["block"], 0)
             turns[item["block"]] += 1
             tiles = rows[chunk, item["first_tile"] : item["first_tile"] + item["num_tiles"]]
             found.setdefault((item["batch"], item["head"], block), []).extend(tiles[tiles >= 0].tolist())
-        for b, head, block in np.ndindex(B, K, M):
-            queries = [t for t in range(chunk * length, min(T, (chunk + 1) * length)) if block in choices[b, t, head]]
+        for b, head, block in itertools.product(range(B), mine, range(M)):
+            queries = [t for t in range(part, min(T, part + length)) if block in choices[b, t, head]]
             want = [(b * T + t) * K * group + head * group + g for t in queries for g in range(group)]
             assert found.get((b, head, block), []) == want
-        for b, t, head, i in np.argwhere(choices[:, chunk * length : (chunk + 1) * length] >= 0):
-            first = ((b * T + chunk * length + t) * K + head) * group
-            there = place[chunk, b, t, head, i]
-            assert rows[chunk].reshape(-1)[there : there + group].tolist() == list(range(first, first + group))
+        units = itertools.product(range(B), range(part, part + length), mine)
+        for unit, (b, t, head) in enumerate(units):
+            first = ((b * T + t) * K + head) * group if t < T else -1
+            assert first_row[chunk, unit] == first
+            for i in np.flatnonzero(choices[b, t, head] >= 0) if t < T else ():
+                there = place[chunk, unit, i]
+                assert rows[chunk].reshape(-1)[there : there + group].tolist() == list(range(first, first + group))
+            assert t < T or (place[chunk, unit] < 0).all()
     assert rows.shape[2] == TILE_ROWS and lists.has_room.all()
 
 
@@ -230,10 +242,19 @@ def test_parts_are_put_together_on_a_card_as_by_the_formula(dtype, head_dim):
     place = rng.integers(-200, 1000 - group, (U, n)).astype(np.int32)
     place[7] = -1
     place = jnp.asarray(np.maximum(place, -1))
-    merge, add = pallas_mosaic_gpu_nsa_parts.merge, pallas_mosaic_gpu_nsa_parts.add
-    for got, want in zip(
-        (*merge(parts, lses, place, group, 132, None), add(parts, place, group, 132, None)),
-        (*merge(parts, lses, place, group, 132, "formula"), add(parts, place, group, 132, "formula")),
-        strict=True,
-    ):
-        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=8e-3, atol=1e-3)
+    first_row = jnp.asarray(np.where(np.arange(U) == 9, -1, rng.permutation(U) * group), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def put_together(weighted, interpret):
+        results = pallas_mosaic_gpu_nsa_parts.Results(
+            out=jax.new_ref(jnp.zeros((U * group, head_dim), dtype)),
+            lse=jax.new_ref(jnp.zeros(U * group)) if weighted else None,
+        )
+        units = pallas_mosaic_gpu_nsa_parts.Units(place, first_row, group, 132, interpret)
+        pallas_mosaic_gpu_nsa_parts.merge(parts, lses if weighted else None, units, results)
+        return [jax.freeze(x) for x in results if x is not None]
+
+    for weighted in (True, False):
+        got, want = (put_together(weighted, interpret) for interpret in (None, "formula"))
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=8e-3, atol=1e-3)
