@@ -11,6 +11,9 @@ import jax
 
 from train.roll_call import RollCallError, roll_call
 
+HOST_MEMORY_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""In the environment: how many GiB of the host's memory XLA may take for each GPU."""
+
 _label = ""
 
 
@@ -204,8 +207,8 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
     """
     if config.compilation_cache_dir is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
-    # XLA lends GPUs at most 64 GB of the host's memory, whatever there is, unless told otherwise.
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(host_memory_bytes() // 10**9))
+    # XLA lends a GPU at most 64 GiB of the host's memory, whatever there is, unless told otherwise.
+    os.environ.setdefault(HOST_MEMORY_LIMIT, str(host_memory_bytes() // _num_gpus_of_host() // 2**30))
     wanted = config.virtual_cpu_devices
     processes = detect(config, os.environ)
     num_processes = 1 if processes is None else processes.num_processes
@@ -241,6 +244,11 @@ def initialize(config: DistributedConfig) -> list[jax.Device]:
 def host_memory_bytes() -> int:
     """Memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _num_gpus_of_host() -> int:
+    """At least 1."""
+    return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
 def process_label() -> str:

@@ -1,6 +1,7 @@
 """Makes the plan of a run: from its compiled step, or by formulas where there is no compiler."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from longctx.model_flops import flops_by_part
 from train.devices import DeviceSpec
+from train.distributed import HOST_MEMORY_LIMIT
 from train.planning import hlo, memory
 from train.planning.attention_work import AttentionWork
 from train.planning.estimate import run_by_formula
@@ -15,7 +17,7 @@ from train.planning.formulas import host_memory_by_formula, memory_by_formula, p
 from train.planning.links import Links
 from train.planning.plan import PartTime, Plan
 from train.planning.program import Program, Run
-from train.planning.target import places
+from train.planning.target import Target, places
 from train.planning.timeline import Collective, Timeline
 from train.planning.timeline import run as run_on_paper
 from train.planning.verdict import judge
@@ -115,10 +117,20 @@ def _plan(
         imbalance=work.imbalance,
         problems=[],
         advice=[],
-        notes=list(timeline.notes) if has_speeds else [],
+        notes=[*(timeline.notes if has_speeds else ()), *_host_memory_notes(target, sum(host_memory.values()))],
         **fields,
     )
     return dataclasses.replace(plan, **judge(run, plan))
+
+
+def _host_memory_notes(target: Target, num_bytes: int) -> Sequence[str]:
+    if target.platform != "gpu" or not num_bytes:
+        return ()
+    enough = math.ceil(1.02 * num_bytes / 2**30) + 1  # and a little for what lies between tensors
+    return (
+        f"XLA takes a host's memory by powers of two; with {HOST_MEMORY_LIMIT}={enough} in the run's environment a GPU "
+        "takes no more than that, and the first step waits for less of it",
+    )
 
 
 def _spec(run: Run) -> tuple[DeviceSpec, bool]:
