@@ -44,8 +44,9 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
 
 
 def backward(
-    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options, interpret=None
-):
+    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, among, parts, options: Options,
+    interpret=None,
+):  # fmt: skip
     """`linear_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     num_cores = _checked_cores(k, v, decay, beta, interpret)
     call = {
@@ -54,7 +55,7 @@ def backward(
     arrays = q, k, v, dout.astype(v.dtype), dstate
     if _is_swept(decay, beta):
         return _primitives(k, v, decay, segment_ids, num_cores, interpret).backward(*arrays, parts=parts, **call)
-    return prepared.backward(*arrays, beta=beta, num_cores=num_cores, interpret=interpret, **call)
+    return prepared.backward(*arrays, beta=beta, among=among, num_cores=num_cores, interpret=interpret, **call)
 
 
 def states(k, v, *, decay, segment_ids, options: Options, interpret=None) -> LinearState:

@@ -434,6 +434,8 @@ class _Block:
         """What is left of the state after a chunk."""
         if self.shared.keeps is None:
             return state
+        if self.shared.solve is not None:
+            return state * self.shared.keeps[slot, 0]  # of a delta rule one number for all dims
         keeps = plgpu.load(self.shared.keeps.at[slot], layout=_COLUMN, optimized=False)
         return state * spread(keeps, 1, state.shape)
 

@@ -21,7 +21,7 @@ from pallas_kernels.linear.prepared import (
     untile,
     without_starts,
 )
-from pallas_kernels.linear.state import LinearState, before_each
+from pallas_kernels.linear.state import LinearState, Passed, before_each
 from pallas_kernels.wgmma import TILE_ROWS
 
 
@@ -38,7 +38,8 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Option
     )
     swept = chain.sweep(inputs, num_heads=v.shape[2], length=T, config=config)
     starts = inputs.before if swept.starts is None else swept.starts
-    return swept.out[:, :T], swept.end[:, -1].mT, starts.mT
+    among = None if beta is None else (prepared.scores, prepared.solve)
+    return Passed(swept.out[:, :T], swept.end[:, -1].mT, starts.mT, among)
 
 
 def backward(
@@ -53,6 +54,7 @@ def backward(
     initial_state,
     segment_ids,
     starts,
+    among,
     options: Options,
     num_cores: int,
     interpret,
@@ -60,7 +62,9 @@ def backward(
     """As `api.linear_attention_backward`, except for parts of runs."""
     T, N = v.shape[1:3]
     chunks = factors_of(v, decay, segment_ids)
-    prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
+    prepared = _prepare(
+        q, k, v, chunks, decay=decay, beta=beta, among=among, scale=options.scale, interpret=interpret
+    )  # fmt: skip
     of_part, in_parts = parts_of(v, beta, num_cores)
     num_chunks = -(-T // CHUNK)
     num_parts = -(-num_chunks // of_part)
@@ -105,7 +109,8 @@ def backward(
     return dq, dk, dv, ddecay, dbeta, after.end[:, 0].mT
 
 
-def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -> Prepared:
+def _prepare(q, k, v, chunks: Chunks, *, decay, beta, among=None, scale: float, interpret) -> Prepared:
+    """`among`: scores and solve of a delta rule, where they are there already."""
     if beta is None:
         with_documents = chunks.document is not None
         outputs = levels.to_states_and_scores(
@@ -124,19 +129,9 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -
         return Prepared(
             q=outputs.q, k=outputs.k, scores=outputs.scores, solve=None, reads=None, writes=None, keeps=keeps
         )  # fmt: skip
-    of_tokens = jnp.moveaxis(beta.astype(jnp.float32), 2, 1)
-    padding = chunks.reads.shape[2] - of_tokens.shape[2]
-    scores, solve = scores_and_solve(
-        Inputs(
-            q=_whole_tiles(q, interpret),
-            k=_whole_tiles(k, interpret),
-            beta=jnp.pad(of_tokens, ((0, 0), (0, 0), (0, padding))),
-            cumulative=None if decay is None else chunks.cumulative,
-            document=chunks.document,
-        ),
-        scale=scale,
-        interpret=interpret,
-    )
+    if among is None:
+        among = _solve(q, k, chunks, decay=decay, beta=beta, scale=scale, interpret=interpret)
+    scores, solve = among
     is_scaled = decay is not None or chunks.document is not None
     return Prepared(
         q=q,
@@ -146,6 +141,23 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, scale: float, interpret) -
         reads=chunks.reads if is_scaled else None,
         writes=chunks.writes if is_scaled else None,
         keeps=jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3])) if is_scaled else None,
+    )
+
+
+def _solve(q, k, chunks: Chunks, *, decay, beta, scale: float, interpret) -> tuple[jax.Array, jax.Array]:
+    """scores and solve of a delta rule."""
+    of_tokens = jnp.moveaxis(beta.astype(jnp.float32), 2, 1)
+    padding = chunks.reads.shape[2] - of_tokens.shape[2]
+    return scores_and_solve(
+        Inputs(
+            q=_whole_tiles(q, interpret),
+            k=_whole_tiles(k, interpret),
+            beta=jnp.pad(of_tokens, ((0, 0), (0, 0), (0, padding))),
+            cumulative=None if decay is None else chunks.cumulative,
+            document=chunks.document,
+        ),
+        scale=scale,
+        interpret=interpret,
     )
 
 

@@ -117,13 +117,16 @@ def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, s
         seen = (rows == columns) & (rows >= 0)
     # Transposed: the column of the system that a known row is told by is a row in memory.
     later = row < column if seen is None else seen & (row < column)
+    decay = None
     if of_row is not None:
-        products = products * jnp.exp2(spread(of_column, 1) - spread(of_row, 0))
+        # From the earlier of the two tokens to the later, whichever reads.
+        decay = jnp.exp2(-jnp.abs(spread(of_row, 0) - spread(of_column, 1)))
+        products = products * decay
     beta = plgpu.load(refs["beta_smem"], layout=_COLUMN, optimized=False)
     refs["system"][...] = jnp.where(later, products * spread(beta, 1), 0.0)
     scores = _product(q, k, interpret) * scale
-    if of_row is not None:
-        scores = scores * jnp.exp2(spread(of_row, 0) - spread(of_column, 1))
+    if decay is not None:
+        scores = scores * decay
     earlier = row >= column if seen is None else seen & (row >= column)
     refs["scores_smem"][...] = jnp.where(earlier, scores, 0.0).astype(q.dtype)
     plgpu.commit_smem()

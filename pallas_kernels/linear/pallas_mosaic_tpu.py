@@ -28,8 +28,9 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
     )
 
 
-def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options):
+def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, among, parts, options: Options):
     """`linear_attention_backward` on a TPU."""
+    del among
     _check_call(decay, beta, q=q, k=k, v=v)
     return _PRIMITIVES.backward(
         q, k, v, dout.astype(v.dtype), dstate, decay=decay, initial_state=initial_state, segment_ids=segment_ids,

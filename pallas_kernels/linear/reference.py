@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear.documents import boundaries
 from pallas_kernels.linear.options import Options
-from pallas_kernels.linear.state import LinearState
+from pallas_kernels.linear.state import LinearState, Passed
 
 
 def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options: Options):
@@ -39,24 +39,24 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
     tokens = tuple(x if x is None else jnp.asarray(x, jnp.float32) for x in (q, k, v, gone, beta))
     along = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*tokens, keeps, real))
     final, out = jax.lax.scan(step, state, along)
-    return jnp.moveaxis(out, 0, 1).astype(v.dtype), final, state[:, None]
+    return Passed(jnp.moveaxis(out, 0, 1).astype(v.dtype), final, state[:, None])
 
 
 def backward(
-    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options
+    q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, among, parts, options: Options
 ):  # fmt: skip
     """The derivative of `forward` by JAX."""
-    del starts, parts
+    del starts, among, parts
     decay, beta = (None if x is None else x.astype(jnp.float32) for x in (decay, beta))
     shape = q.shape[0], v.shape[2], q.shape[3], v.shape[3]
     initial_state, dstate = (jnp.zeros(shape) if x is None else x for x in (initial_state, dstate))
 
     def run(q, k, v, decay, beta, initial_state):
-        out, final, _ = forward(
+        passed = forward(
             q, k, v, decay=decay, beta=beta, initial_state=initial_state, segment_ids=segment_ids, parts=None,
             options=options,
         )  # fmt: skip
-        return out, final
+        return passed.out, passed.state
 
     _, vjp = jax.vjp(run, q, k, v, decay, beta, initial_state)
     dq, dk, dv, ddecay, dbeta, dinitial_state = vjp((dout, dstate))
@@ -66,7 +66,7 @@ def backward(
 def states(k, v, *, decay, segment_ids, options: Options) -> LinearState:
     """The map of all tokens: the state they leave where it was zero, and what is left of one."""
     call = {"decay": decay, "beta": None, "segment_ids": segment_ids, "parts": None, "options": options}
-    _, value, _ = forward(k, k, v, initial_state=None, **call)
+    value = forward(k, k, v, initial_state=None, **call).state
     return LinearState(value=value[:, None], decay=_left(k, v, decay, segment_ids)[:, None])
 
 

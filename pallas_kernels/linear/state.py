@@ -2,11 +2,29 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tokens import Leaf
+
+
+class Passed(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+      out: The result, `[B, T, N, V]`.
+      state: After the last token, float32 `[B, N, H, V]`.
+      starts: Before each of P equal parts of the run, float32 `[B, P, N, H, V]`.
+      among: What the tokens of a chunk are to each other, which its implementation would have to make again in the
+        backward pass; None where it makes nothing of the kind.
+    """
+
+    out: jax.Array
+    state: jax.Array
+    starts: jax.Array
+    among: Any = None
 
 
 @jax.tree_util.register_dataclass

@@ -31,7 +31,7 @@ def truth(case: Case) -> Callable[[dict], dict]:
         if case.bidirectional:
             out, state = _both_directions(q, k, v, decay, case.segment_ids(), scale), None
         else:
-            out, state, _ = reference.forward(
+            out, state, *_ = reference.forward(
                 q, k, v, decay=decay, beta=beta, initial_state=initial_state, segment_ids=case.segment_ids(),
                 parts=None, options=Options(scale=scale),
             )  # fmt: skip

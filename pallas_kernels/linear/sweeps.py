@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear.chunks import Chunks, chunks_of
 from pallas_kernels.linear.options import Options
-from pallas_kernels.linear.state import LinearState, before_each
+from pallas_kernels.linear.state import LinearState, Passed, before_each
 from pallas_kernels.tokens import Leaf
 
 _NOTHING = -24 * math.log(2)
@@ -88,7 +88,7 @@ class Primitives:
         swept = self.sweep(
             q, k, v, chunks, before, scale=options.scale, reverse=False, dot_with=None, snapshots=False
         )  # fmt: skip
-        return swept.out, swept.end, before
+        return Passed(swept.out, swept.end, before)
 
     def backward(
         self, q, k, v, dout, dstate, *, decay, initial_state, segment_ids, starts, parts: LinearState | None,

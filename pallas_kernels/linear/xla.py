@@ -16,8 +16,9 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, parts, options:
     return xla_scan.forward(q, k, v, beta=beta, **call)
 
 
-def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, parts, options: Options):
+def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, starts, among, parts, options: Options):
     """As `api.linear_attention_backward`."""
+    del among
     call = {"decay": decay, "initial_state": initial_state, "segment_ids": segment_ids, "options": options}
     # The gradient of a decay by sweeps is a difference, of which float32 inputs want more than is left.
     wants_exact_decay = decay is not None and options.decay_gradient and v.dtype == jnp.float32

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear.chunks import chunks_of
 from pallas_kernels.linear.options import Options
-from pallas_kernels.linear.state import LinearState
+from pallas_kernels.linear.state import LinearState, Passed
 from pallas_kernels.linear.xla_chunks import (
     CHUNK,
     in_order,
@@ -69,7 +69,7 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Option
     along = (*(split(x) for x in (q, k, v)), *_split_gates(v, decay, beta), *_documents(segment_ids, B, T))
     first = jnp.zeros((B, N, q.shape[3], V), jnp.float32) if initial_state is None else initial_state
     final, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), first, along)
-    return join(out, T), final, first[:, None]
+    return Passed(join(out, T), final, first[:, None])
 
 
 def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, options: Options):
@@ -82,8 +82,8 @@ def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, 
     constant = {} if options.decay_gradient else {"decay": given.pop("decay")}
 
     def run(given):
-        out, final, _ = forward(**given, **constant, segment_ids=segment_ids, options=options)
-        return out, final
+        passed = forward(**given, **constant, segment_ids=segment_ids, options=options)
+        return passed.out, passed.state
 
     _, vjp = jax.vjp(run, given)
     (gradients,) = vjp((dout, dstate))

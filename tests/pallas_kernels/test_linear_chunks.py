@@ -112,7 +112,7 @@ def test_the_gradient_of_a_decay_by_sweeps(name):
     def backward(q, k, v, dout, dstate, decay, initial_state):
         return PRIMITIVES.backward(
             q, k, v, dout, dstate, decay=decay, initial_state=initial_state, segment_ids=case.segment_ids(),
-            starts=None, parts=None, options=Options(scale=case.head_dim**-0.5),
+            starts=None, among=None, parts=None, options=Options(scale=case.head_dim**-0.5),
         )  # fmt: skip
 
     got, want = backward(**inputs)[3], jax.jit(truth(case))(inputs)["ddecay"]

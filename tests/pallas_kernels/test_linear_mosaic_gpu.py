@@ -129,8 +129,8 @@ INTERPRETED = [
 def test_equals_reference_in_the_interpreter(dims, kind, documents, parts, monkeypatch):
     force_parts(monkeypatch, parts)
     inputs, _, _, call = case(dims, kind, documents=documents, length=LENGTHS[parts])
-    out, state, starts = pallas_mosaic_gpu.forward(*inputs, **call, interpret=interpreter())
-    want, want_state, _ = reference.forward(*as_float32(inputs), **call)
+    out, state, starts, _ = pallas_mosaic_gpu.forward(*inputs, **call, interpret=interpreter())
+    want, want_state, *_ = reference.forward(*as_float32(inputs), **call)
     assert starts.shape[1] == parts
     assert_close("out", out, want, "bfloat16")
     assert_close("state", state, want_state, "bfloat16")
@@ -141,8 +141,9 @@ def test_equals_reference_in_the_interpreter(dims, kind, documents, parts, monke
 def test_gradients_equal_the_reference_in_the_interpreter(dims, kind, documents, parts, monkeypatch):
     force_parts(monkeypatch, parts)
     inputs, dout, dstate, call = case(dims, kind, documents=documents, length=LENGTHS[parts])
-    gradients = pallas_mosaic_gpu.backward(*inputs, dout, dstate, starts=None, **call, interpret=interpreter())
-    want = reference.backward(*as_float32((*inputs, dout)), dstate, starts=None, **call)
+    call |= {"starts": None, "among": None}
+    gradients = pallas_mosaic_gpu.backward(*inputs, dout, dstate, **call, interpret=interpreter())
+    want = reference.backward(*as_float32((*inputs, dout)), dstate, **call)
     for name, got, wanted in zip(("dq", "dk", "dv", "ddecay", "dbeta", "dinitial_state"), gradients, want, strict=True):
         assert (got is None) == (wanted is None), name
         if got is not None:
@@ -172,10 +173,10 @@ def test_no_race_between_copies_and_matmuls(dims, monkeypatch, capfd):
     """No buffer is filled before all that it held was read, and none is read before it is full; out is right."""
     force_parts(monkeypatch, 1)
     inputs, _, _, call = case(dims, "scalar", documents=True, num_heads=1)
-    out, state, _ = pallas_mosaic_gpu.forward(*inputs, **call, interpret=interpreter(detect_races=True))
+    out, state, _, _ = pallas_mosaic_gpu.forward(*inputs, **call, interpret=interpreter(detect_races=True))
     jax.block_until_ready(out)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
-    want, want_state, _ = reference.forward(*as_float32(inputs), **call)
+    want, want_state, *_ = reference.forward(*as_float32(inputs), **call)
     assert_close("out", out, want, "bfloat16")
     assert_close("state", state, want_state, "bfloat16")
 
@@ -185,7 +186,7 @@ def test_no_race_in_the_backward_pass(monkeypatch, capfd):
     force_parts(monkeypatch, 2)
     inputs, dout, dstate, call = case((128, 64), "scalar", documents=True, num_heads=1, length=LENGTHS[2])
     gradients = pallas_mosaic_gpu.backward(
-        *inputs, dout, dstate, starts=None, **call, interpret=interpreter(detect_races=True)
+        *inputs, dout, dstate, starts=None, among=None, **call, interpret=interpreter(detect_races=True)
     )
     jax.block_until_ready(gradients)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())

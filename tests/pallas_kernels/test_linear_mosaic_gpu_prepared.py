@@ -58,8 +58,8 @@ def shapes(dims: tuple[int, int], kind: str, beta: bool, *, length=333, num_head
     ],
 )
 def test_lowers_for_cuda(dims, kind, beta, documents):
-    """Forward: what tokens are to each other, the chain; backward: both again, the chain back, and the gradients. Where
-    decays are of each dim, both ways a pass for the states before parts too."""
+    """Forward: what tokens are to each other, the chain; backward: the chain again, the chain back, and the gradients.
+    Where decays are of each dim, what tokens are to each other too, and either way a pass for states before parts."""
     operands = shapes(dims, kind, beta)
     segment_ids = jax.ShapeDtypeStruct((2, 333), jnp.int32) if documents else None
 
@@ -71,7 +71,7 @@ def test_lowers_for_cuda(dims, kind, beta, documents):
         traced = jax.jit(differentiate).trace(operands, segment_ids, operands["v"])
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert taken == [("linear_attention_forward", "mosaic_gpu"), ("linear_attention_backward", "mosaic_gpu")]
-    assert text.count("mosaic_gpu_v2") == (6 if beta else 8)
+    assert text.count("mosaic_gpu_v2") == (5 if beta else 8)
     like = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
     assert like(traced.out_info) == like((operands["v"], operands))
 
@@ -126,13 +126,15 @@ def case(dims, kind, beta, *, length, documents=False, strength=0.1, with_state=
 )
 def test_equals_reference_in_the_interpreter(dims, kind, beta, options):
     (q, k, v, dout), dstate, call = case(dims, kind, beta, **options)
-    out, state, starts = pallas_mosaic_gpu.forward(q, k, v, **call, interpret=interpreter())
+    out, state, starts, among = pallas_mosaic_gpu.forward(q, k, v, **call, interpret=interpreter())
     precise = tuple(x.astype(jnp.float32) for x in (q, k, v, dout))
-    want, want_state, _ = reference.forward(*precise[:3], **call)
+    want, want_state, *_ = reference.forward(*precise[:3], **call)
     assert_close("out", out, want, "bfloat16")
     assert_close("state", state, want_state, "bfloat16")
-    gradients = pallas_mosaic_gpu.backward(q, k, v, dout, dstate, starts=starts, **call, interpret=interpreter())
-    wanted = reference.backward(*precise, dstate, starts=None, **call)
+    gradients = pallas_mosaic_gpu.backward(
+        q, k, v, dout, dstate, starts=starts, among=among, **call, interpret=interpreter()
+    )
+    wanted = reference.backward(*precise, dstate, starts=None, among=None, **call)
     for name, got, want in zip(NAMES, gradients, wanted, strict=True):
         assert (got is None) == (want is None), name
         if got is not None:
@@ -146,14 +148,16 @@ def test_parts_of_a_delta_rule_side_by_side_in_the_interpreter(dims, monkeypatch
     """Two chunks each but the last: their maps, both ways, and the states before them."""
     monkeypatch.setattr(pallas_mosaic_gpu_prepared, "parts_of", lambda *_: (2, True))
     (q, k, v, dout), dstate, call = case(dims, "scalar", True, length=300, documents=True)
-    out, state, starts = pallas_mosaic_gpu.forward(q, k, v, **call, interpret=interpreter())
+    out, state, starts, among = pallas_mosaic_gpu.forward(q, k, v, **call, interpret=interpreter())
     assert starts.shape[1] == 3
     precise = tuple(x.astype(jnp.float32) for x in (q, k, v, dout))
-    want, want_state, _ = reference.forward(*precise[:3], **call)
+    want, want_state, *_ = reference.forward(*precise[:3], **call)
     assert_close("out", out, want, "bfloat16")
     assert_close("state", state, want_state, "bfloat16")
-    gradients = pallas_mosaic_gpu.backward(q, k, v, dout, dstate, starts=starts, **call, interpret=interpreter())
-    wanted = reference.backward(*precise, dstate, starts=None, **call)
+    gradients = pallas_mosaic_gpu.backward(
+        q, k, v, dout, dstate, starts=starts, among=among, **call, interpret=interpreter()
+    )
+    wanted = reference.backward(*precise, dstate, starts=None, among=None, **call)
     for name, got, want in zip(NAMES, gradients, wanted, strict=True):
         assert_close(name, got, want, "bfloat16")
 
@@ -186,8 +190,8 @@ def test_states_in_the_interpreter(reverse):
 def test_no_race_between_copies_and_matmuls(kind, beta, capfd):
     (q, k, v, dout), dstate, call = case((64, 64), kind, beta, length=130, documents=True)
     call |= {"interpret": interpreter(detect_races=True)}
-    out, _, starts = pallas_mosaic_gpu.forward(q, k, v, **call)
-    gradients = pallas_mosaic_gpu.backward(q, k, v, dout, dstate, starts=starts, **call)
+    out, _, starts, among = pallas_mosaic_gpu.forward(q, k, v, **call)
+    gradients = pallas_mosaic_gpu.backward(q, k, v, dout, dstate, starts=starts, among=among, **call)
     jax.block_until_ready((out, gradients))
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
