@@ -19,15 +19,9 @@ from pallas_kernels.sparse.nsa_selected import (
     selected_attention_forward,
 )
 from pallas_kernels.sparse.selection import BlockSelection, attention_recall
-from pallas_kernels.sparse.selectors import (
-    AShape,
-    BlockMean,
-    PerHead,
-    Selector,
-    VerticalSlash,
-    XAttention,
-    best_by_head,
-)
+from pallas_kernels.sparse.selector import Selector
+from pallas_kernels.sparse.selectors import AShape, BlockMean, PerHead, VerticalSlash, best_by_head
+from pallas_kernels.sparse.xattention import XAttention
 
 __all__ = [
     "AShape",

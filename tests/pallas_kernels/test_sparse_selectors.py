@@ -22,7 +22,7 @@ from pallas_kernels.sparse import (
     attention_recall,
     best_by_head,
 )
-from pallas_kernels.sparse import selectors as selectors_module
+from pallas_kernels.sparse import selector as selector_module
 from pallas_kernels.sparse.choose import heaviest, lists_of, most_scored
 from pallas_kernels.testing import packed_tokens
 
@@ -228,7 +228,7 @@ def test_groups_of_rows_equal_all_at_once(selector, monkeypatch):
     q, k = normal(1, 61, 4, 8), normal(1, 61, 2, 8, seed=1)
     options = dict(mask=Causal(), block_sizes=FOURS, budget=4)
     want = select(selector, q, k, **options).blocks
-    monkeypatch.setattr(selectors_module, "_MOST_SCORES_AT_ONCE", 4 * 16 * 3 * 4)
+    monkeypatch.setattr(selector_module, "_MOST_SCORES_AT_ONCE", 4 * 16 * 3 * 4)
     assert (select(selector, q, k, **options).blocks == want).all()
 
 
