@@ -14,6 +14,7 @@ from train.roll_call import RollCallError, roll_call
 HOST_MEMORY_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 """In the environment: how many GiB of the host's memory XLA may take for each GPU."""
 
+_DEVICE_FILES = Path("/dev")
 _label = ""
 
 
@@ -196,7 +197,7 @@ def _cluster_known_to_jax(environment: Mapping[str, str]) -> bool:
 
 
 def _has_tpu_chips() -> bool:
-    return any(Path("/dev").glob("accel[0-9]*")) or Path("/dev/vfio/0").exists()
+    return any(_DEVICE_FILES.glob("accel[0-9]*")) or (_DEVICE_FILES / "vfio/0").exists()
 
 
 def initialize(config: DistributedConfig) -> list[jax.Device]:
@@ -248,7 +249,7 @@ def host_memory_bytes() -> int:
 
 def _num_gpus_of_host() -> int:
     """At least 1."""
-    return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    return max(1, len(list(_DEVICE_FILES.glob("nvidia[0-9]*"))))
 
 
 def process_label() -> str:

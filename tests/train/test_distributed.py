@@ -1,9 +1,18 @@
 import dataclasses
+import os
 
 import jax
 import pytest
 
-from train.distributed import DeviceError, DistributedConfig, Processes, detect, initialize, process_label
+from train.distributed import (
+    HOST_MEMORY_LIMIT,
+    DeviceError,
+    DistributedConfig,
+    Processes,
+    detect,
+    initialize,
+    process_label,
+)
 
 
 def test_a_started_process_with_enough_cpu_devices_will_do():
@@ -17,6 +26,20 @@ def test_a_started_process_with_too_few_devices_is_refused():
     jax.devices()
     with pytest.raises(DeviceError, match=r"virtual_cpu_devices: got 9, but JAX has already started on 8 cpu device"):
         initialize(DistributedConfig(virtual_cpu_devices=9))
+
+
+@pytest.mark.parametrize(("num_gpus", "share"), [(0, "512"), (1, "512"), (4, "128")])
+def test_gpus_of_a_host_share_its_memory(num_gpus, share, tmp_path, monkeypatch):
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{i}" for i in range(num_gpus))):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("train.distributed._DEVICE_FILES", tmp_path)
+    monkeypatch.setattr("train.distributed.host_memory_bytes", lambda: 512 * 2**30)
+    monkeypatch.setenv(HOST_MEMORY_LIMIT, "70")
+    initialize(DistributedConfig())
+    assert os.environ[HOST_MEMORY_LIMIT] == "70"
+    monkeypatch.delenv(HOST_MEMORY_LIMIT)
+    initialize(DistributedConfig())
+    assert os.environ[HOST_MEMORY_LIMIT] == share
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import math
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,9 @@ def test_what_is_offloaded_goes_to_the_host_and_comes_back_a_layer_ahead():
     hidden = [c for c in copies if not c.is_exposed]
     assert sum(c.count for c in hidden if c.links == "from the host") >= 3 * (LAYERS - 1)
     assert on_host.fits and any("copies to and from the host" in note for note in on_host.notes)
+    enough = math.ceil(1.02 * LAYERS * of_layer / 2**30) + 1
+    limit = f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={enough} "
+    assert [limit in " ".join(plan.notes) for plan in (on_host, on_device)] == [True, False]
 
 
 def bytes_by_phase(hops):
