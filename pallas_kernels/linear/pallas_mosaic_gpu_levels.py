@@ -147,7 +147,7 @@ def _prepare_chunk(
     for size in LEVELS:
         plgpu.commit_smem()  # a warp may be ahead of another's matmul
         if interpret:
-            _, operand = interpreted_level(shared.q[...], shared.k[...], shared.decay[...], size)
+            operand = interpreted_level(shared.q[...], shared.k[...], shared.decay[...], size)
             shared.operand[...] = operand.astype(shared.operand.dtype)
         else:
             level(shared.q, shared.k, shared.decay, shared.operand, size)
@@ -298,16 +298,15 @@ def exponentials(decay) -> None:
     emit(decay)
 
 
-def level(q, k, decays, operand, size: int, factors=None) -> None:
-    """Z of a level of the tiles q and k, given decays, not their logs, and E if there is a place for it."""
+def level(q, k, decays, operand, size: int) -> None:
+    """Z of a level of the tiles q and k, given decays, not their logs."""
     head_dim = decays.shape[-1]
-    tiles = (q, k, operand) if factors is None else (q, k, operand, factors)
 
-    @plgpu.inline_mgpu(arg_types=(_FLOATS, *(_TILE,) * len(tiles)))
+    @plgpu.inline_mgpu(arg_types=(_FLOATS, _TILE, _TILE, _TILE))
     def emit(_, decays, *tiles):
         ptx = _Columns(head_dim)
         ptx.floats("e", "$0")
-        for i, name in enumerate(("q", "k", "z", "f")[: len(tiles)]):
+        for i, name in enumerate(("q", "k", "z")):
             ptx.tile(name, f"${i + 1}")
 
         steps = []  # what to multiply, the token, and whether a half begins
@@ -326,81 +325,20 @@ def level(q, k, decays, operand, size: int, factors=None) -> None:
                     ptx.multiply("factor", "factor", f"y{i}")
                 ptx.scale(f"half{i}", "factor")
                 ptx.store("z", token, "x")
-                if factors is not None:
-                    ptx.store("f", token, "factor")
                 if source == "k":
                     ptx.multiply("factor", "factor", f"y{i}")
         ptx.emit(decays, *tiles)
 
-    emit(decays, *tiles)
+    emit(decays, q, k, operand)
 
 
-def whole_chunk(source, decays, of_documents, operand, factors, *, reverse: bool) -> None:
-    """The decays from the chunk's start to each token, in reverse from each to the chunk's end, as factors, and times
-    source as operand."""
-    head_dim = decays.shape[-1]
-    scalars = () if of_documents is None else (of_documents,)
-
-    @plgpu.inline_mgpu(arg_types=(_FLOATS, _TILE, _TILE, _TILE, *(_FLOATS,) * len(scalars)))
-    def emit(_, *refs):
-        ptx = _Columns(head_dim)
-        ptx.floats("e", "$0")
-        for i, name in enumerate(("s", "z", "f")):
-            ptx.tile(name, f"${i + 1}")
-        if scalars:
-            ptx.scalars("documents", "$4")
-            ptx.lines.append(".reg .f32 limited;")
-        ptx.one("factor")
-        for batch in itertools.batched(reversed(range(CHUNK)) if reverse else range(CHUNK), _BATCH):
-            for i, token in enumerate(batch):
-                ptx.load(f"half{i}", "s", token)
-                ptx.load_float(f"y{i}", "e", token)
-                if scalars:
-                    ptx.load_scalar(f"given{i}", "documents", token)
-            for i, token in enumerate(batch):
-                if not reverse:
-                    ptx.multiply("factor", "factor", f"y{i}")
-                if scalars:
-                    ptx.multiply("limited", "factor", f"given{i}")
-                factor = "limited" if scalars else "factor"
-                ptx.scale(f"half{i}", factor)
-                ptx.store("z", token, "x")
-                ptx.store("f", token, factor)
-                if reverse:
-                    ptx.multiply("factor", "factor", f"y{i}")
-        ptx.emit(*refs)
-
-    emit(decays, source, operand, factors, *scalars)
-
-
-def sum_from(tile, at_end) -> None:
-    """Of floats `[64, H]` the sums from each token to the last, and at_end, `[H]`, in their place."""
-    head_dim = tile.shape[-1]
-
-    @plgpu.inline_mgpu(arg_types=(_FLOATS, _FLOATS))
-    def emit(_, tile, at_end):
-        ptx = _Columns(head_dim)
-        ptx.floats("t", "$0")
-        ptx.floats("end", "$1", rows=1)
-        ptx.load_float("factor", "end", 0)
-        for batch in itertools.batched(reversed(range(CHUNK)), _BATCH):
-            for i, token in enumerate(batch):
-                ptx.load_float(f"y{i}", "t", token)
-            for i, token in enumerate(batch):
-                ptx.lines.append(f"add.f32 factor, factor, y{i};")
-                ptx.store_float("t", token, "factor")
-        ptx.emit(tile, at_end)
-
-    emit(tile, at_end)
-
-
-def interpreted_level(q, k, log, size: int) -> tuple[jax.Array, jax.Array]:
-    """E and Z of `[64, H]`, given the log of the decays, for the interpreter."""
+def interpreted_level(q, k, log, size: int) -> jax.Array:
+    """Z of `[64, H]`, given the log of the decays, for the interpreter."""
     halves = log.reshape(-1, 2, size, log.shape[1])
     earlier = jnp.sum(halves[:, 0], axis=1, keepdims=True) - jnp.cumsum(halves[:, 0], axis=1)
     factors = jnp.exp(jnp.stack([earlier, jnp.cumsum(halves[:, 1], axis=1)], axis=1)).reshape(log.shape)
     later = (jnp.arange(CHUNK) // size % 2 == 1)[:, None]
-    return factors, factors * jnp.where(later, q, k).astype(jnp.float32)
+    return factors * jnp.where(later, q, k).astype(jnp.float32)
 
 
 def _to_states(shared: _Shared, scale: float) -> None:
