@@ -47,10 +47,10 @@ def pytest_runtest_setup(item):
         pytest.skip(f"runs on {jax.default_backend()}, needs a GPU: `pytest -m gpu` on a machine with one")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-    """Compiles small programs with few optimisations, in half the time."""
+    """Compiles for CPUs with few optimisations, in half the time: most of what tests of small programs cost."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -19,7 +19,7 @@ from longctx.context_parallel import Layout
 from longctx.context_parallel.config import STRATEGIES
 from longctx.context_parallel.ring import Ring
 
-pytestmark = pytest.mark.usefixtures("compile_quickly", "little_time")
+pytestmark = pytest.mark.usefixtures("little_time")
 ROOT = Path(__file__).parents[2]
 ZIGZAG = Layout(name="zigzag")
 TINY = ScalingCase(
@@ -56,7 +56,7 @@ def rows_of(*cases, passes=("forward",)):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, little_time, compile_quickly):
+def folder(tmp_path_factory, little_time):
     """What the command writes of TINY."""
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,6 @@ from longctx.mixers.moba import MobaConfig
 from pallas_kernels import machine
 from train.config import ConfigError
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 TINY = (
     *("model.dim=16", "model.num_layers=1", "model.mlp_dim=16", "model.dtype=float32"),
     *("model.mixers.mixer.num_heads=2", "model.mixers.mixer.head_dim=8", "distributed.virtual_cpu_devices=1"),

@@ -19,7 +19,7 @@ from benchmarks.results import Row
 from pallas_kernels.linear.api import linear_attention
 from pallas_kernels.testing import assert_close
 
-pytestmark = pytest.mark.usefixtures("compile_quickly", "little_time")
+pytestmark = pytest.mark.usefixtures("little_time")
 NONE, SCALAR, *FIXED = SMOKE
 CEILING = Ceiling(size=8, flops=1e9)
 BANDWIDTH = Bandwidth(size=8, bytes=1e9)

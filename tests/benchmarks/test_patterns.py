@@ -23,8 +23,6 @@ from benchmarks.results import Row
 from longctx import masks
 from pallas_kernels import blockwise_attention
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 # One case against its dense one with gradients, and all of them both ways.
 @pytest.mark.parametrize(
@@ -74,6 +72,7 @@ def test_pairs_and_blocks_are_those_of_the_dense_mask(case):
     assert case.flops("forward") == 4 * dense.sum() * case.head_dim
 
 
+@pytest.mark.slow
 def test_the_check_knows_masks_that_differ_between_heads():
     case = dataclasses.replace(SMOKE[0], length=256, num_heads=4, num_kv_heads=2)
     q, k, v, dout = case.inputs("bfloat16")

@@ -13,7 +13,6 @@ from benchmarks import blockwise, measure, peers, report, run
 from benchmarks.results import Results, Row, with_peer_ratios
 from pallas_kernels import machine
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG"
 
@@ -31,6 +30,7 @@ def files(folder, family):
     return json.loads((folder / f"{stem}.json").read_text()), (folder / f"{stem}.md").read_text()
 
 
+@pytest.mark.slow
 def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     code = run.main(
         ["--cases", "smoke", "--peers", "cudnn", "--repetitions", "2", "--out", str(tmp_path), "--commit", "abc"]

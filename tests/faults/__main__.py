@@ -25,9 +25,9 @@ _HEAD = ("part", "kind", "cases", "outcomes")
 
 # By name: what runs it in an empty folder, and how many cases it has in full and in short.
 PARTS: dict[str, tuple[Callable[[Path, int], Report], int, int]] = {
-    "configs": (bad_configs.check_configs, 1000, 40),
-    "data": (bad_data.check_data, 300, 8),
-    "arrays": (bad_arrays.check_arrays, 1000, 12),
+    "configs": (bad_configs.check_configs, 1000, 15),
+    "data": (bad_data.check_data, 300, 3),
+    "arrays": (bad_arrays.check_arrays, 1000, 6),
     "lines": (long_lines.check_long_lines, 6, 1),
     "kills": (kills.check_kills, 50, 2),
     "stops": (stops.check_stops, 20, 1),

@@ -72,7 +72,13 @@ def textbook(layer, x, positions, segment_ids, *, num_heads, **_):
     return jnp.einsum("bnts,bsnh,nhd->btd", weights, v, layer.out.kernel[...])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("grouped", "qk-norm, soft cap, window", "t5")
+variants = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+)
+
+
+@variants
 def test_layer_and_its_gradient_follow_the_formula(name):
     layer, x = build(**VARIANTS[name]), inputs()
     positions = jnp.asarray([[*range(7), *range(4)], range(3, 3 + LENGTH)], jnp.int32)
@@ -88,7 +94,7 @@ def test_layer_and_its_gradient_follow_the_formula(name):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=2e-5, rtol=2e-5), got, wanted)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@variants
 def test_decoding_step_by_step_equals_one_call(name):
     layer, x = build(**VARIANTS[name]), inputs()
     wanted, cache, pieces = call(layer, x), layer.init_cache(2, LENGTH + 3), []

@@ -55,7 +55,7 @@ def visited(order, degree):
     return {name: (r.stop - r.start).reshape(degree, degree, -1).sum(axis=2).T for name, r in ranges.items()}
 
 
-@pytest.mark.parametrize("degree", [1, 2, 4, 8])
+@pytest.mark.parametrize("degree", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8))])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiles_are_those_of_the_schedules(layout, degree, monkeypatch):
     monkeypatch.setattr(balance, "MAX_TILES_AT_ONCE", 200)  # several groups of rows, the last smaller

@@ -148,7 +148,9 @@ def placed(inputs, mesh):
     return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, places, strict=True)]
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", ["fsdp x context x tensor", *(pytest.param(x, marks=pytest.mark.slow) for x in list(MESHES)[1:])]
+)
 def test_equals_one_device(name):
     inputs = inputs_of(**DIVISIBLE)
     options = dict(z_loss=0.1, soft_cap=5.0)
@@ -170,9 +172,14 @@ def test_equals_one_device(name):
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(rows=3, length=24, dim=16, vocab_size=38),  # rows on every device of fsdp
-        dict(rows=4, length=23, dim=16, vocab_size=38),  # tokens on every device of context
-        dict(rows=4, length=24, dim=10, vocab_size=37),  # the table on every device of tensor and in part of fsdp
+        *(
+            pytest.param(sizes, marks=pytest.mark.slow)
+            for sizes in (
+                dict(rows=3, length=24, dim=16, vocab_size=38),  # rows on every device of fsdp
+                dict(rows=4, length=23, dim=16, vocab_size=38),  # tokens on every device of context
+                dict(rows=4, length=24, dim=10, vocab_size=37),  # the table on every device of tensor, in part of fsdp
+            )
+        ),
         dict(rows=1, length=7, dim=15, vocab_size=37),
     ],
     ids=str,

@@ -188,7 +188,7 @@ def test_star_prefill_sends_nothing():
     assert not re.search(r"f32\[[\d,]*\b1024\b", program), "a float array that holds the whole context"
 
 
-@pytest.mark.parametrize("num_new", [1, 4])
+@pytest.mark.parametrize("num_new", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_a_step_of_the_model_sends(num_new):
     """One all-gather of partial results a layer; where the new tokens are split outside attention, q, k and v too."""
 

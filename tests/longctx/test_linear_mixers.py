@@ -240,7 +240,7 @@ def formula(name, layer, x, positions, segment_ids):
     return out(rms(o, (-2, -1)) / (1 + jnp.exp(-project(layer.gate))))
 
 
-@some_slow("linear", "retention", "lightning", "mamba2", "gated_delta")
+@some_slow("lightning", "mamba2", "gated_delta")
 def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     """In packed documents; then one document is changed, and the others must not notice."""
     layer, x, (positions, segment_ids) = build(CONFIGS[name]), tokens(), documents()

@@ -145,6 +145,7 @@ def test_layers_without_a_loop_compute_the_same():
 EDGES = dataclasses.replace(CONFIG, num_layers=3, pattern=("local",), edge_layers=1, edge_mixer="global")
 
 
+@pytest.mark.slow
 def test_layers_at_the_edges_equal_the_layers_one_by_one():
     """One before the pattern, and one behind it and what is left of it."""
     longer = dataclasses.replace(EDGES, num_layers=5, pattern=CONFIG.pattern)
@@ -389,7 +390,7 @@ def test_dropout_of_each_layer_is_drawn_by_its_number(monkeypatch):
     assert sorted(x.tolist() for x in seeds) == sorted(x.tolist() for x in wanted)
 
 
-@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.slow
 def test_dropout_in_training_is_the_same_when_recomputed():
     tokens, key = random_tokens(2, 6), jax.random.key(0)
     config = dataclasses.replace(

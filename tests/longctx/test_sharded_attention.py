@@ -39,7 +39,14 @@ def run(inputs, tokens, attend):
     )
 
 
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ({"data": 8}, {"fsdp": 4, "tensor": 2})),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole_rows"])
 def test_equals_one_device(inputs, shape, packed):
     tokens = jax.tree.map(jnp.asarray, packed_tokens(ROWS, 48)) if packed else Tokens()

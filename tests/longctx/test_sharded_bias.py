@@ -12,7 +12,6 @@ from longctx.testing import assert_context_parallel_equal
 from pallas_kernels import Alibi, BlockSizes, KerpleLog, T5Buckets, Tokens, blockwise_attention
 from pallas_kernels.testing import packed_tokens
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 LENGTH, NUM_HEADS = 64, 4
 MASK = masks.causal() & masks.documents()
 WINDOW = masks.sliding_window(left=6) & masks.documents()

@@ -13,7 +13,6 @@ from longctx.context_parallel.layout import permute, unpermute
 from pallas_kernels import BlockSizes, Dropout, blockwise_attention
 from pallas_kernels.testing import assert_close, packed_tokens
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 LENGTH, NUM_HEADS = 64, 4
 MASK = masks.causal() & masks.documents()
 WINDOW = masks.sliding_window(left=6) & masks.documents()
@@ -64,9 +63,9 @@ MESHES = [
     pytest.param({"data": 4, "tensor": 2}, "contiguous", "ring", marks=pytest.mark.slow),
     pytest.param({"context_inner": 8}, "zigzag", "ring", marks=pytest.mark.slow),
     ({"data": 2, "context_inner": 2, "tensor": 2}, "zigzag", "ring"),
-    ({"fsdp": 2, "context_outer": 2, "context_inner": 2}, "striped", "ring"),
-    ({"data": 2, "context_inner": 4}, "zigzag", "all_gather"),
-    ({"data": 2, "context_inner": 4}, "zigzag", "ulysses"),
+    pytest.param({"fsdp": 2, "context_outer": 2, "context_inner": 2}, "striped", "ring", marks=pytest.mark.slow),
+    pytest.param({"data": 2, "context_inner": 4}, "zigzag", "all_gather", marks=pytest.mark.slow),
+    pytest.param({"data": 2, "context_inner": 4}, "zigzag", "ulysses", marks=pytest.mark.slow),
     ({"data": 2, "context_inner": 2, "tensor": 2}, "contiguous", "ulysses"),
     ({"data": 2, "context_inner": 4}, "contiguous", "halo"),
 ]

@@ -72,7 +72,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(data=2, fsdp=2, tensor=2),
+        pytest.param(dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
         pytest.param(dict(data=8), marks=pytest.mark.slow),
         pytest.param(dict(fsdp=8), marks=pytest.mark.slow),
         pytest.param(dict(tensor=4), marks=pytest.mark.slow),

@@ -20,7 +20,6 @@ from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Causal, Full
 from pallas_kernels.testing import H100, V5P, tracing_for
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 CASES = {case.name: case for case in suite.FAMILY.cases}
 SIZES = {"rows": (1, 5), "warps": (16, 8), "all": (4096, 4096)}
 slow = pytest.mark.slow

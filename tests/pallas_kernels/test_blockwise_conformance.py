@@ -18,20 +18,29 @@ from pallas_kernels import (
     merge_partials,
 )
 from pallas_kernels.blockwise import suite
-from pallas_kernels.blockwise.cases import KERNEL_CASES
 from pallas_kernels.blockwise.suite import FAMILY, GRADIENTS, keys_of
 from pallas_kernels.testing import Trial, assert_close
 
 CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
 
 
-HALF_PRECISION = ("causal", "documents_window_gqa", "empty_rows", "sinks_window_D64")
+# What every change runs of each implementation that a CPU has, in float32; the first two in bfloat16 too.
+QUICK = (
+    "causal", "documents_window_gqa", "empty_rows", "cross", "cross_one_query", "one_token", "all_empty", "value_dim",
+    "not_window", "table", "neighborhood_3d_tiles", "per_head_gqa", "striped_documents_window", "soft_cap",
+    "learned_sinks_gqa_documents", "dropout_gqa_documents", "chosen_by_head_documents", "bias_alibi_gqa_documents",
+    "bias_kerple_power_empty_rows",
+)  # fmt: skip
 
 
 def is_slow(trial: Trial) -> bool:
-    if trial.dtype != "float32":
-        return trial.dtype == "float16" or trial.case.name not in HALF_PRECISION
-    return trial.case in KERNEL_CASES or trial.case.name == "dropout_learned_sinks_soft_cap"
+    if trial.implementation == "reference":
+        return trial.dtype != "float32" or trial.case.name not in QUICK[:3]
+    return trial.case.name not in {"float32": QUICK, "bfloat16": QUICK[:2]}.get(trial.dtype, ())
+
+
+def test_the_quick_cases_are_there():
+    assert set(QUICK) <= set(CASES_BY_NAME)
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,8 @@ def test_what_it_would_get_wrong_is_refused(reason, on_gpu):
         jax.eval_shape(attend(**options), *shapes)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_refuses_all_that_the_conformance_suite_does_not_promise(dtype, on_gpu):
     serves = suite.SERVES["cudnn"]
     for case in suite.FAMILY.cases:

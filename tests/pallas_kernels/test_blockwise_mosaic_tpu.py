@@ -52,7 +52,7 @@ def in_small_blocks(case: Case) -> Case:
     return case
 
 
-@pytest.mark.usefixtures("interpreter", "compile_quickly")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -73,7 +73,7 @@ def test_equals_reference(case, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (256, 64), (64, 256)])
-@pytest.mark.usefixtures("interpreter", "compile_quickly")
+@pytest.mark.usefixtures("interpreter")
 def test_other_head_dims(head_dim, value_dim):
     case = dataclasses.replace(
         CASES_BY_NAME["documents_D64"], head_dim=head_dim, value_dim=value_dim, batch_size=1,
@@ -88,7 +88,7 @@ def test_other_head_dims(head_dim, value_dim):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreter", "compile_quickly")
+@pytest.mark.usefixtures("interpreter")
 def test_a_block_computed_in_parts(monkeypatch):
     """As where memory has no room for the logits of a whole block."""
     monkeypatch.setattr(pallas_mosaic_tpu, "held_bytes", lambda row, visited, chunk, *_: 2**40 * (chunk > 128))

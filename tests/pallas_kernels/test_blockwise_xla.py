@@ -30,7 +30,6 @@ def tiles(monkeypatch):
     return lambda: [walk.block_sizes for walk in walks]
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "name",
     [

@@ -12,7 +12,6 @@ from pallas_kernels.blockwise.cases import CASES
 from pallas_kernels.blockwise.suite import FAMILY
 from pallas_kernels.testing import Trial
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 CASE = next(case for case in FAMILY.cases if case.name == "gqa")
 TRIAL = Trial(case=CASE, implementation="xla", dtype="float32")
 FAMILIES = pytest.mark.parametrize("family", conformance.FAMILIES.values(), ids=lambda family: family.name)
@@ -99,6 +98,7 @@ def test_a_refusal_that_is_promised_passes(monkeypatch):
     assert set(outcome.errors["forward"]) == {"out", "lse"}
 
 
+@pytest.mark.slow
 def test_a_gradient_in_any_order_is_taken_before_the_forward_pass_alone(monkeypatch):
     def unordered(*args, options, **kwargs):
         running = any(x is not None for x in kwargs["accumulate"])

@@ -14,7 +14,6 @@ from pallas_kernels.mask import Causal, Full, SameDocument
 from pallas_kernels.testing import assert_close, packed_tokens
 from pallas_kernels.tokens import TokenAxis
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 RATES = (0.02, 0.1, 0.5)
 LENGTH = 512
 

@@ -215,7 +215,6 @@ def compiled_backward(length: int, decay: bool):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arguments).compile()
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("decay", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sweep", "scan"])
 def test_memory_is_linear_in_length(decay):
     short, long = (compiled_backward(length, decay) for length in (4096, 8192))
@@ -225,7 +224,6 @@ def test_memory_is_linear_in_length(decay):
     assert "8192,8192" not in long.as_text()
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_row_is_read_after_padding_as_without_it():
     """Padding before a document neither writes nor decays, and what it holds does not matter."""
     random = np.random.default_rng(0)

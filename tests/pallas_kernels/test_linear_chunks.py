@@ -18,8 +18,6 @@ from pallas_kernels.linear.suite import FAMILY, truth
 from pallas_kernels.linear.xla_sweep import PRIMITIVES
 from pallas_kernels.testing import relative_errors
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def random_map(random, shape, decay_dims: int, *, cut: bool) -> LinearState:
     """A map of states `[*shape, 3, 2]`, whose decay is a number, a vector or a matrix; a document begins in it where
@@ -112,7 +110,7 @@ def test_the_gradient_of_a_decay_by_sweeps(name):
     def backward(q, k, v, dout, dstate, decay, initial_state):
         return PRIMITIVES.backward(
             q, k, v, dout, dstate, decay=decay, initial_state=initial_state, segment_ids=case.segment_ids(),
-            starts=None, among=None, parts=None, options=Options(scale=case.head_dim**-0.5),
+            starts=None, parts=None, options=Options(scale=case.head_dim**-0.5),
         )  # fmt: skip
 
     got, want = backward(**inputs)[3], jax.jit(truth(case))(inputs)["ddecay"]

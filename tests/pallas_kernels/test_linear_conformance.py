@@ -13,7 +13,6 @@ from pallas_kernels.linear import api, suite
 from pallas_kernels.linear.suite import FAMILY
 from pallas_kernels.testing import Trial, assert_close
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
 GRADIENTS = ("dq", "dk", "dv", "ddecay", "dbeta", "dinitial_state")
 

@@ -136,7 +136,6 @@ def test_equals_reference_in_the_interpreter(dims, kind, documents, parts, monke
     assert_close("state", state, want_state, "bfloat16")
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(("dims", "kind", "documents", "parts"), INTERPRETED)
 def test_gradients_equal_the_reference_in_the_interpreter(dims, kind, documents, parts, monkeypatch):
     force_parts(monkeypatch, parts)

@@ -110,7 +110,6 @@ def case(dims, kind, beta, *, length, documents=False, strength=0.1, with_state=
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     ("dims", "kind", "beta", "options"),
     [
@@ -142,7 +141,6 @@ def test_equals_reference_in_the_interpreter(dims, kind, beta, options):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64)])
 def test_parts_of_a_delta_rule_side_by_side_in_the_interpreter(dims, monkeypatch):
     """Two chunks each but the last: their maps, both ways, and the states before them."""
@@ -185,7 +183,6 @@ def test_states_in_the_interpreter(reverse):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(("kind", "beta"), [("vector", False), ("scalar", True)])
 def test_no_race_between_copies_and_matmuls(kind, beta, capfd):
     (q, k, v, dout), dstate, call = case((64, 64), kind, beta, length=130, documents=True)

@@ -138,7 +138,7 @@ def check(got: dict, want: dict, dtype: str) -> None:
             assert_close(name, got[name], x, dtype)
 
 
-@pytest.mark.usefixtures("interpreter", "compile_quickly")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if case.slow else ()) for case in CASES], ids=str
 )
@@ -153,7 +153,7 @@ def test_forward_and_every_gradient(case):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreter", "compile_quickly")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[-2]], ids=str)
 def test_maps_of_states_and_their_cotangents(case):
     inputs, segment_ids = case.inputs(), case.segment_ids()
@@ -174,7 +174,7 @@ def test_maps_of_states_and_their_cotangents(case):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("interpreter", "compile_quickly")
+@pytest.mark.usefixtures("interpreter")
 def test_the_backward_op_needs_neither_starts_nor_a_cotangent_of_the_state():
     case = CASES[1]
     inputs = case.inputs()

@@ -322,7 +322,7 @@ tile_tokens = st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 3)), min_si
 
 
 @hypothesis.given(masks, st.none() | masks, tile_tokens, tile_tokens)
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(deadline=None, max_examples=25)
 def test_verdict_on_a_tile_is_safe(mask, of_other_heads, q, kv):
     if of_other_heads is not None:
         mask = ~PerHead((mask, of_other_heads)) | Window(left=1)
@@ -335,7 +335,7 @@ def test_verdict_on_a_tile_is_safe(mask, of_other_heads, q, kv):
 
 
 @hypothesis.given(masks, st.none() | masks)
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 def test_no_allowed_pair_is_farther_apart_than_the_span(mask, of_other_heads):
     if of_other_heads is not None:
         mask = PerHead((mask, of_other_heads))
@@ -400,7 +400,7 @@ def test_verdict_on_segment_ids_in_any_order_is_safe(mask, q, kv):
 
 
 @hypothesis.given(st.lists(st.integers(1, 7), min_size=2, max_size=6), st.integers(1, 6), st.integers(0, 9))
-@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.settings(deadline=None, max_examples=25)
 def test_verdict_on_contexts_in_order_is_exact(lengths, block, padding):
     """Prompts of at most three contexts and a question, whose tokens are in order."""
     ids = np.repeat([i // 4 * 4 + (3 if i % 4 == 3 or i + 1 == len(lengths) else i % 4) for i in range(len(lengths))],

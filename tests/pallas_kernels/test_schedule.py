@@ -114,7 +114,7 @@ def assert_longest_first(ranges: schedule.BlockRanges):
 
 
 @hypothesis.given(calls())
-@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.settings(deadline=None, max_examples=8)
 def test_schedule_covers_the_dense_mask(call):
     mask, tokens, q_len, kv_len, sizes = call
     # Compiled as one program: op by op, each of them would be compiled for this example's shapes.
@@ -282,7 +282,7 @@ def walked(walk: schedule.Walk, num_columns: int) -> np.ndarray:
 
 
 @hypothesis.given(calls(), st.integers(1, 5), st.integers(1, 5))
-@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.settings(deadline=None, max_examples=8)
 def test_a_merged_walk_covers_the_schedule(call, merge_q, merge_kv):
     mask, tokens, q_len, kv_len, sizes = call
     make = jax.jit(make_schedule, static_argnames=("mask", "q_len", "kv_len", "block_sizes"))
@@ -300,10 +300,10 @@ def test_a_merged_walk_covers_the_schedule(call, merge_q, merge_kv):
 @pytest.mark.parametrize(
     ("mask", "documents"),
     [
-        (Causal(), None),
-        (Full(), None),
+        pytest.param(Causal(), None, marks=pytest.mark.slow),
+        pytest.param(Full(), None, marks=pytest.mark.slow),
         (Causal() & Window(left=20), None),
-        (Causal() & (Prefix(4) | Window(left=15)), None),
+        pytest.param(Causal() & (Prefix(4) | Window(left=15)), None, marks=pytest.mark.slow),
         (Causal() & SameDocument(), ((27, 1, 31, 9),)),
     ],
     ids=str,

@@ -17,7 +17,6 @@ from pallas_kernels import (
 from pallas_kernels.mask import Causal
 from pallas_kernels.testing import tracing_for
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 A100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="cuda")
 
 

@@ -14,7 +14,6 @@ from pallas_kernels.sparse import XAttention
 from pallas_kernels.sparse import pallas_mosaic_gpu_antidiagonals as antidiagonals
 from pallas_kernels.testing import H100, packed_tokens, tracing_for
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZES = BlockSizes(block_q=128, block_kv=128)
 
 # Squares of queries and keys, stride, heads, kv heads, head dim; rows of the batch with a pattern of their own.

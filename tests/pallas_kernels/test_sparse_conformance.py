@@ -10,8 +10,6 @@ from pallas_kernels import conformance
 from pallas_kernels.sparse import nsa_selected
 from pallas_kernels.sparse.suite import FAMILY
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def parameters(platform: str, *marks):
     return [pytest.param(trial, id=str(trial), marks=marks) for trial in FAMILY.trials(platform)]

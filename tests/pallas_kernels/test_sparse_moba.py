@@ -19,7 +19,6 @@ from pallas_kernels.sparse.moba_reference import chosen_pairs, moba_reference
 from pallas_kernels.sparse.moba_route import LIST_BLOCK, Route, choose_chunks, chunk_sums, number_chunks
 from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_for
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 NAMES = ("out", "lse", "dq", "dk", "dv")
 LENGTH = 150
 PACKED = ((90, 30, 1, 20), (149,))  # documents that cross chunks of 150 tokens; both rows end in padding

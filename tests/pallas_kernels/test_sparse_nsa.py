@@ -17,7 +17,6 @@ from pallas_kernels.sparse.nsa_choose import scores_of_queries
 from pallas_kernels.sparse.nsa_reference import nsa_reference
 from pallas_kernels.testing import H100, assert_close, packed_tokens, tracing_for
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZES = NsaSizes(compress_block=4, compress_stride=2, block_size=8, num_blocks=5, window=12)
 LENGTH = 150
 PACKED = ((90, 30, 1, 20), (149,))  # documents that end within blocks; both rows end in padding

@@ -18,7 +18,6 @@ from pallas_kernels.sparse.nsa_lists import ITEM_FIELDS, ITEM_TILES, TILE_ROWS, 
 from pallas_kernels.sparse.nsa_selected import selected_attention
 from pallas_kernels.testing import H100, assert_close, tracing_for
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 

@@ -18,7 +18,6 @@ from pallas_kernels.sparse.nsa_selected import (
 )
 from pallas_kernels.testing import assert_close
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 NAMES = ("out", "lse", "dq", "dk", "dv")
 LENGTH = 90
 

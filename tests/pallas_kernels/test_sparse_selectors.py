@@ -26,7 +26,6 @@ from pallas_kernels.sparse import selector as selector_module
 from pallas_kernels.sparse.choose import heaviest, lists_of, most_scored
 from pallas_kernels.testing import packed_tokens
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 FOURS = BlockSizes(block_q=4, block_kv=4)
 SELECTORS = (
     BlockMean(),
@@ -199,7 +198,7 @@ def test_the_first_and_the_nearest_blocks():
 
 
 @ALL
-@pytest.mark.parametrize("packed", [False, True], ids=["row", "documents"])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["row", "documents"])
 def test_only_blocks_that_the_mask_allows_and_no_more_than_the_budget(selector, packed):
     T, mask = 50, Causal() & SameDocument()
     q, k = normal(2, T, 4, 8), normal(2, T, 2, 8, seed=1)
@@ -221,7 +220,7 @@ def test_only_blocks_that_the_mask_allows_and_no_more_than_the_budget(selector, 
 
 @pytest.mark.parametrize(
     "selector",
-    [pytest.param(x, marks=pytest.mark.slow if isinstance(x, VerticalSlash) else ()) for x in SELECTORS],
+    [pytest.param(x, marks=() if x == XAttention(stride=2) else pytest.mark.slow) for x in SELECTORS],
     ids=str,
 )
 def test_groups_of_rows_equal_all_at_once(selector, monkeypatch):
@@ -248,7 +247,7 @@ SPLIT = (*(x for x in SELECTORS if x.split_refusal is None), PerHead(selectors=(
 
 
 @pytest.mark.parametrize(
-    "selector", [pytest.param(x, marks=pytest.mark.slow if isinstance(x, PerHead) else ()) for x in SPLIT], ids=str
+    "selector", [pytest.param(x, marks=() if x in SPLIT[1:3] else pytest.mark.slow) for x in SPLIT], ids=str
 )
 def test_shards_choose_from_summaries_as_one_device_does(selector):
     """Two runs of whole blocks of keys, the last one ragged, and three of queries."""

@@ -29,9 +29,6 @@ LEGS = [  # (data, fsdp, context_outer, context_inner, tensor), layout, strategy
 AXES = ("data", "fsdp", "context_outer", "context_inner", "tensor")
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("any_mesh")

@@ -12,8 +12,6 @@ from train.checkpoint import find_checkpoint
 from train.metrics import read_records
 from train.step import gpu_compiler_options
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 CONFIG = {
     "run_dir": "set by each test",
     "deterministic": True,

@@ -114,6 +114,7 @@ def test_resuming_gives_the_same_losses_bit_for_bit(run, finished, tmp_path, cap
     jax.tree.map(np.testing.assert_array_equal, final_arrays(tmp_path), final_arrays(finished))
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_anew(run, tmp_path, capsys, monkeypatch):
     found = []
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

@@ -15,7 +15,6 @@ def build(rngs):
     return TransformerLM(config, rngs=rngs)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_model_learns_in_packed_documents(losses_of_training):
     losses = losses_of_training(build)
     assert losses[-1] < 0.7 * losses[0]

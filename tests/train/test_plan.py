@@ -19,7 +19,7 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
 
 
-def test_the_devices_at_hand(capsys, tmp_path, compile_quickly):
+def test_the_devices_at_hand(capsys, tmp_path):
     assert plan.main([RING, *SMALL, "--json", str(tmp_path / "plan.json")]) == 0
     out = capsys.readouterr().out
     data = json.loads((tmp_path / "plan.json").read_text())
@@ -37,7 +37,7 @@ def test_the_devices_at_hand(capsys, tmp_path, compile_quickly):
 
 
 @pytest.mark.slow
-def test_a_window_may_have_a_strategy_of_its_own(tmp_path, compile_quickly):
+def test_a_window_may_have_a_strategy_of_its_own(tmp_path):
     """The global layer rings, the local one sends its halo one device on: in the program what is stated."""
     how = "context_parallel={window_strategy: halo, layout: contiguous}"
     assert plan.main([RING, *SMALL, how, "--json", str(tmp_path / "plan.json")]) == 0

@@ -52,7 +52,6 @@ def build(rngs):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_model_of_every_mixer_learns_in_packed_documents(make_batch):
     mesh, config = make_mesh(MeshConfig(), jax.devices()[:1]), TrainingConfig(steps=8, batch_size=4)
     schedule = make_schedule(OptimizerConfig(learning_rate=0.02, schedule="constant"), total_steps=config.steps)
@@ -87,7 +86,6 @@ SMALL = ("model.vocab_size=16", "model.dim=16", "model.num_layers=4", "model.mlp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SHRUNK))
-@pytest.mark.usefixtures("compile_quickly")
 def test_configs_shrunk_learn_in_packed_documents(name, losses_of_training):
     path = Path(__file__).parents[2] / f"configs/{name}.yaml"
     full, config = load_config(path), load_config(path, [*SMALL, *SHRUNK[name]])

@@ -14,7 +14,6 @@ from train.__main__ import main
 from train.metrics import read_records
 from train.spikes import LeftOut, LeftOutRows, RecentLosses, SpikeConfig, SpikeError
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 BAD_STEP = 14
 

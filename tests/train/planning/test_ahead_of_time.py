@@ -92,7 +92,8 @@ def check_hops(plan, *, ring_size):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "devices"), [("v5e:2x4", 8), pytest.param("v5p:4x4x4", 64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "devices"), [("v5e:2x4", 8), ("v5p:4x4x4", 64)])
 def test_a_ring_on_a_tpu_sends_what_it_states_and_hides_it(name, devices):
     run = config(devices)
     plan = plan_of(name, run)

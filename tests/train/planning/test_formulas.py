@@ -50,7 +50,7 @@ def memory(model, mesh, *, rows, seq_len, loss="plain", **options):
 
 
 @pytest.mark.slow
-def test_parameters_optimizer_and_batch_are_the_arguments_of_the_step(compile_quickly):
+def test_parameters_optimizer_and_batch_are_the_arguments_of_the_step():
     rows, length, accumulate_steps = 4, 64, 2
     axes = MeshConfig(fsdp=2, context_inner=2, tensor=2)
     sizes = memory(MODEL, axes, rows=rows, seq_len=length, accumulate_steps=accumulate_steps)

@@ -30,12 +30,13 @@ def config(tmp_path, *overrides):
     return load_config("configs/cpu_ring8.yaml", [*QUICK, f"run_dir={tmp_path}", *overrides])
 
 
-def test_a_run_that_has_room_starts_without_a_word(tmp_path, capsys, compile_quickly):
+@pytest.mark.slow
+def test_a_run_that_has_room_starts_without_a_word(tmp_path, capsys):
     loop.train(config(tmp_path))
     assert "warning" not in capsys.readouterr().out
 
 
-def test_a_run_that_may_run_out_of_memory_says_so_and_what_would_help(tmp_path, capsys, monkeypatch, compile_quickly):
+def test_a_run_that_may_run_out_of_memory_says_so_and_what_would_help(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(startup, "local_target", small_device)
     loop.train(config(tmp_path))
     out = capsys.readouterr().out
@@ -60,7 +61,7 @@ def small_device(devices, table):
 
 
 @pytest.mark.slow
-def test_running_out_of_memory_ends_with_what_would_have_helped(tmp_path, capsys, monkeypatch, compile_quickly):
+def test_running_out_of_memory_ends_with_what_would_have_helped(tmp_path, capsys, monkeypatch):
     run_dir = str(tmp_path)
     arguments = ["configs/cpu_ring8.yaml", *QUICK, f"run_dir={run_dir}", "checkpoint.every=1"]
     assert __main__.main(arguments) == 0
@@ -83,7 +84,7 @@ def replace_step(parts, step):
     return dataclasses.replace(parts, train_step=step)
 
 
-def test_other_errors_pass_through(tmp_path, monkeypatch, compile_quickly):
+def test_other_errors_pass_through(tmp_path, monkeypatch):
     def broken(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
