@@ -69,6 +69,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert "[1/76] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
 
 
+@pytest.mark.slow
 def test_one_pass_alone(tmp_path, little_time):
     arguments = ["--cases", "smoke", "--peers", "", "--implementations", "xla", "--passes", "forward"]
     assert run.main([*arguments, "--repetitions", "1", "--out", str(tmp_path)]) == 0

@@ -16,10 +16,10 @@ from train.state import frozen, together, trained
 CONFIG = ModelConfig(
     vocab_size=29,
     dim=16,
-    num_layers=3,
+    num_layers=2,
     mlp_dim=24,
     mixers={"softmax": AttentionConfig(num_heads=4, num_kv_heads=2)},
-    pattern=("softmax", "softmax"),
+    pattern=("softmax",),
     dtype="float32",
 )
 LORA = LoraConfig(rank=3, alpha=6.0)

@@ -57,6 +57,7 @@ def mean_loss(params, batch, **options):
     return sums(params, batch, **options).loss_sum / batch["weights"].sum()
 
 
+@pytest.mark.slow
 def test_a_function_over_a_mesh_of_its_own():
     def evaluate(params, batch):
         return {"weighted": (params["table"][batch["tokens"]].sum(-1) * batch["weights"]).sum()}

@@ -43,7 +43,8 @@ def started():
     jax.devices()
 
 
-@pytest.mark.parametrize("devices", ["1", pytest.param("8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["1", "8"])
 def test_two_runs_are_equal_bit_for_bit(tmp_path, devices):
     file = tmp_path / "config.yaml"
     config = CONFIG | {"mesh": MESHES[devices], "distributed": {"virtual_cpu_devices": int(devices)}}

@@ -15,6 +15,7 @@ def build(rngs):
     return TransformerLM(config, rngs=rngs)
 
 
+@pytest.mark.slow
 def test_a_model_learns_in_packed_documents(losses_of_training):
     losses = losses_of_training(build)
     assert losses[-1] < 0.7 * losses[0]

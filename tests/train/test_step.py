@@ -124,7 +124,9 @@ def noisy(stand_in):
     return Noisy
 
 
-@pytest.mark.parametrize("changes", [{"mesh": MESH}, {"mesh": MESH, "accumulate_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [pytest.param({"mesh": MESH}, marks=pytest.mark.slow), {"mesh": MESH, "accumulate_steps": 2}], ids=str
+)
 def test_what_is_random_depends_on_the_run_the_step_and_the_row_alone(noisy, make_batch, changes):
     """Neither the mesh nor how the batch is cut changes it."""
     one, state = setup(noisy, mesh=MeshConfig(), is_stochastic=True)
