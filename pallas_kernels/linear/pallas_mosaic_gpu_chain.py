@@ -74,9 +74,9 @@ class Inputs(NamedTuple):
       v: 16 bits `[B, T, N, V]`; in reverse dout.
       scores, solve: 16 bits `[B, N, T' / CHUNK, CHUNK, CHUNK]`.
       reads, writes: float32 `[B, N, T']`.
-      keeps: float32 `[B, N, T' / CHUNK, H]`.
+      keeps: float32 `[B, N, T' / CHUNK, H]`. None of a delta rule: the last of `reads` of each chunk.
       before: The state before each part in the direction of the sweep, transposed, float32 `[B, P, N, V, H]`; with
-        `Config.starts` that before the first, with `Config.maps` None.
+        `Config.starts` that before the first. None: zeros.
     """
 
     q: Any
@@ -299,7 +299,10 @@ class _Block:
     def carry(self) -> None:
         for stage in range(self.num_stages):
             arrive(self.free + stage, 3 * WARPGROUP)
-        state = plgpu.load(self.of_part(self.inputs.before), layout=MATRIX, optimized=False)
+        if self.inputs.before is None:
+            state = self.zeros()
+        else:
+            state = plgpu.load(self.of_part(self.inputs.before), layout=MATRIX, optimized=False)
         # Without q it adds up what is written, in either direction.
         step = self.step_back if self.config.reverse and self.inputs.q is not None else self.step
 
@@ -318,6 +321,9 @@ class _Block:
 
         state = lax.fori_loop(0, self.num_chunks, one, state)
         self.of_part(self.outputs.end)[...] = state
+
+    def zeros(self):
+        return plgpu.layout_cast(jnp.zeros((COLUMNS, self.inputs.k.shape[3]), jnp.float32), MATRIX)
 
     def of_part(self, ref, part=None):
         return ref.at[self.batch, self.part if part is None else part, self.head, self.columns(ref.shape[3])]
@@ -387,11 +393,11 @@ class _Block:
         for stage in range(self.num_stages):
             arrive(self.free + stage, 3 * WARPGROUP)
         step = self.map_back if self.config.reverse else self.map
-        width = self.inputs.k.shape[3]
         if of_values:
-            state = plgpu.layout_cast(jnp.zeros((COLUMNS, width), jnp.float32), MATRIX)
+            state = self.zeros()
         else:
-            row, column = (plgpu.broadcasted_iota(jnp.int32, (COLUMNS, width), i, layout=MATRIX) for i in (0, 1))
+            shape = COLUMNS, self.inputs.k.shape[3]
+            row, column = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=MATRIX) for i in (0, 1))
             state = jnp.where(row + self.side * COLUMNS == column, 1.0, 0.0)
 
         def one(i, state):
@@ -432,12 +438,14 @@ class _Block:
 
     def kept(self, slot, state):
         """What is left of the state after a chunk."""
-        if self.shared.keeps is None:
-            return state
-        if self.shared.solve is not None:
-            return state * self.shared.keeps[slot, 0]  # of a delta rule one number for all dims
-        keeps = plgpu.load(self.shared.keeps.at[slot], layout=_COLUMN, optimized=False)
-        return state * spread(keeps, 1, state.shape)
+        shared = self.shared
+        if shared.solve is None:
+            keeps = plgpu.load(shared.keeps.at[slot], layout=_COLUMN, optimized=False)
+            return state * spread(keeps, 1, state.shape)
+        # Of a delta rule one number for all dims.
+        if shared.keeps is not None:
+            return state * shared.keeps[slot, 0]
+        return state if shared.reads is None else state * shared.reads[slot, CHUNK - 1]
 
     def by_tokens(self, factors, slot, x):
         """`[columns, tokens]` times the factor of each token."""

@@ -30,7 +30,7 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Option
     chunks = factors_of(v, decay, segment_ids)
     prepared = _prepare(q, k, v, chunks, decay=decay, beta=beta, scale=options.scale, interpret=interpret)
     T, (of_part, in_parts) = v.shape[1], parts_of(v, beta, num_cores)
-    inputs = _inputs(prepared, v, _first(k, v, initial_state), interpret)
+    inputs = _inputs(prepared, v, _first(initial_state), interpret)
     if in_parts:
         inputs = _in_parts(inputs, T, of_part, scale=options.scale, reverse=False, interpret=interpret)
     config = chain.Config(
@@ -69,16 +69,18 @@ def backward(
     num_chunks = -(-T // CHUNK)
     num_parts = -(-num_chunks // of_part)
     if starts is None or starts.shape[1] != num_parts:
-        starts, of_part, in_parts = _first(k, v, initial_state).mT, num_chunks, False
+        starts, of_part, in_parts = _first(initial_state), num_chunks, False
+    else:
+        starts = starts.mT
     sizes = {"num_heads": N, "length": T}
     before = chain.sweep(
-        _inputs(prepared, v, starts.mT, interpret)._replace(q=None, scores=None),
+        _inputs(prepared, v, starts, interpret)._replace(q=None, scores=None),
         config=chain.Config(
             reverse=False, scale=options.scale, part_chunks=of_part, snapshots=True, interpret=interpret
         ),
         **sizes,
     )  # fmt: skip
-    inputs = _inputs(prepared, dout, _first(k, v, dstate), interpret)
+    inputs = _inputs(prepared, dout, _first(dstate), interpret)
     if in_parts:
         inputs = _in_parts(inputs, T, of_part, scale=options.scale, reverse=True, interpret=interpret)
     config = chain.Config(
@@ -132,7 +134,9 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, among=None, scale: float, 
     if among is None:
         among = _solve(q, k, chunks, decay=decay, beta=beta, scale=scale, interpret=interpret)
     scores, solve = among
-    is_scaled = decay is not None or chunks.document is not None
+    is_scaled, keeps = decay is not None or chunks.document is not None, None
+    if chunks.document is not None:  # else they are the last of reads
+        keeps = jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3]))
     return Prepared(
         q=q,
         k=k,
@@ -140,7 +144,7 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, among=None, scale: float, 
         solve=solve,
         reads=chunks.reads if is_scaled else None,
         writes=chunks.writes if is_scaled else None,
-        keeps=jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3])) if is_scaled else None,
+        keeps=keeps,
     )
 
 
@@ -226,7 +230,7 @@ def states(k, v, *, decay, segment_ids, reverse: bool, interpret) -> LinearState
     k = untile((reads if reverse else writes) * tiles(k, N).astype(jnp.float32)).astype(k.dtype)
     inputs = Prepared(q=None, k=k, scores=None, solve=None, reads=None, writes=None, keeps=keeps)
     swept = chain.sweep(
-        _inputs(inputs, v, _first(k, v, None), interpret),
+        _inputs(inputs, v, None, interpret),
         num_heads=N,
         length=T,
         config=chain.Config(reverse=reverse, scale=1.0, part_chunks=-(-T // CHUNK), interpret=interpret),
@@ -253,7 +257,7 @@ def parts_of(v, beta, num_cores: int) -> tuple[int, bool]:
     chunks, rows = -(-T // CHUNK), B * N * (V // chain.COLUMNS)
     many = -(-chunks // max(1, num_cores // rows))
     if beta is None:
-        return many, True
+        return many, many < chunks
 
     def cost(of_part: int) -> float:
         parts = -(-chunks // of_part)
@@ -270,9 +274,8 @@ def _in_parts(
     """The same with the state before each part in place of that before the row: by a pass over what is written."""
     (B, N, num_chunks), V = inputs.scores.shape[:3], inputs.v.shape[3]
     num_parts = -(-num_chunks // of_part)
-    if num_parts == 1:
-        return inputs
-    first = inputs.before[:, 0].mT
+    H = inputs.k.shape[3]
+    first = jnp.zeros((B, N, H, V), jnp.float32) if inputs.before is None else inputs.before[:, 0].mT
     if inputs.solve is not None:
         of_maps = inputs._replace(before=None) if reverse else inputs._replace(q=None, scores=None, before=None)
         config = chain.Config(reverse=reverse, scale=scale, part_chunks=of_part, maps=True, interpret=interpret)
@@ -281,9 +284,7 @@ def _in_parts(
         before, last = before_each(parts, first, reverse=reverse)
         before = jnp.concatenate([last[:, None], before] if reverse else [before, last[:, None]], axis=1)
         return inputs._replace(before=before.mT)
-    H = inputs.keeps.shape[3]
-    zeros = jnp.zeros((B, num_parts, N, V, H), jnp.float32)
-    written = inputs._replace(q=None, k=inputs.q if reverse else inputs.k, scores=None, before=zeros)
+    written = inputs._replace(q=None, k=inputs.q if reverse else inputs.k, scores=None, before=None)
     config = chain.Config(reverse=reverse, scale=1.0, part_chunks=of_part, interpret=interpret)
     swept = chain.sweep(written, num_heads=N, length=length, config=config)
     padding = (0, 0), (0, 0), (0, num_parts * of_part - num_chunks), (0, 0)
@@ -293,11 +294,9 @@ def _in_parts(
     return inputs._replace(before=before.mT)
 
 
-def _first(k, v, state) -> jax.Array:
+def _first(state) -> jax.Array | None:
     """The state before a row or, in reverse, its cotangent after it, as the chain takes it."""
-    if state is None:
-        return jnp.zeros((v.shape[0], 1, v.shape[2], v.shape[3], k.shape[3]), jnp.float32)
-    return state.mT[:, None]
+    return None if state is None else state.mT[:, None]
 
 
 def _inputs(prepared: Prepared, v, before, interpret) -> chain.Inputs:

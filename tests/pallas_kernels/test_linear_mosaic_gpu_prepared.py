@@ -121,6 +121,9 @@ def case(dims, kind, beta, *, length, documents=False, strength=0.1, with_state=
         ((64, 64), "scalar", True, {"length": 130, "documents": True}),
         ((128, 64), "scalar", True, {"length": 100, "strength": 20.0}),
         ((64, 64), "none", True, {"length": 130, "documents": True}),
+        # Whole chunks of one document: what a chunk keeps is what its last token reads.
+        ((64, 64), "scalar", True, {"length": 192}),
+        ((64, 64), "fixed", True, {"length": 128, "with_state": False}),
     ],
 )
 def test_equals_reference_in_the_interpreter(dims, kind, beta, options):
@@ -141,11 +144,20 @@ def test_equals_reference_in_the_interpreter(dims, kind, beta, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64)])
-def test_parts_of_a_delta_rule_side_by_side_in_the_interpreter(dims, monkeypatch):
+@pytest.mark.parametrize(
+    ("dims", "options"),
+    [
+        ((64, 64), {"length": 300, "documents": True}),
+        ((64, 128), {"length": 300, "documents": True}),
+        ((128, 64), {"length": 300, "documents": True}),
+        ((64, 64), {"length": 320}),
+        ((64, 64), {"length": 320, "with_state": False}),
+    ],
+)
+def test_parts_of_a_delta_rule_side_by_side_in_the_interpreter(dims, options, monkeypatch):
     """Two chunks each but the last: their maps, both ways, and the states before them."""
     monkeypatch.setattr(pallas_mosaic_gpu_prepared, "parts_of", lambda *_: (2, True))
-    (q, k, v, dout), dstate, call = case(dims, "scalar", True, length=300, documents=True)
+    (q, k, v, dout), dstate, call = case(dims, "scalar", True, **options)
     out, state, starts, among = pallas_mosaic_gpu.forward(q, k, v, **call, interpret=interpreter())
     assert starts.shape[1] == 3
     precise = tuple(x.astype(jnp.float32) for x in (q, k, v, dout))
