@@ -32,6 +32,7 @@ class Block(nnx.Module):
       mlp_tile: Tokens on each device for which the second half is computed at a time, norm and MLP, and once more in
         the backward pass; None means all at once, and nothing twice.
       out_init_scale: Multiplies the initial standard deviation of the two projections back into the residual.
+      prevent_cse: As SwiGLU.
       sharding: How the mixer is split over a mesh.
       rngs: Source of the initial values.
     """
@@ -47,6 +48,7 @@ class Block(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         out_init_scale: float = 1.0,
+        prevent_cse: bool = True,
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
@@ -54,7 +56,7 @@ class Block(nnx.Module):
         self.mixer_norm = RMSNorm(dim, eps=norm_eps, param_dtype=param_dtype)
         self.mixer = mixer.build(dim, norm_eps=norm_eps, sharding=sharding, **kwargs)
         self.mlp_norm = RMSNorm(dim, eps=norm_eps, param_dtype=param_dtype)
-        self.mlp = SwiGLU(dim, mlp_dim, **kwargs)
+        self.mlp = SwiGLU(dim, mlp_dim, prevent_cse=prevent_cse, **kwargs)
         self.mlp_tile = mlp_tile
 
     def __call__(

@@ -22,6 +22,9 @@ class SwiGLU(nnx.Module):
       dtype: Compute dtype and dtype of the result.
       param_dtype: Dtype of the kernels.
       out_init_scale: Multiplies the initial standard deviation of W_down.
+      prevent_cse: Whether to hold the gated product of the backward pass, which is computed again, apart from that of
+        the forward pass, as `jax.checkpoint` does. Needless inside a loop over layers or a layer that is computed again
+        as a whole; there it keeps the compiler from fetching ahead what the layer has on the host.
       rngs: Source of the initial values.
 
     Reference: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
@@ -35,10 +38,12 @@ class SwiGLU(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         out_init_scale: float = 1.0,
+        prevent_cse: bool = True,
         rngs: nnx.Rngs,
     ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.dim = dim
+        self.prevent_cse = prevent_cse
         self.gate = projection(dim, hidden_dim, logical_axes=("embed", "mlp"), **kwargs)
         self.up = projection(dim, hidden_dim, logical_axes=("embed", "mlp"), **kwargs)
         self.down = projection(hidden_dim, dim, logical_axes=("mlp", "embed"), init_scale=out_init_scale, **kwargs)
@@ -46,10 +51,9 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         check_sequence("SwiGLU", x_BTD, self.dim)
         gate, up = (named(project(x_BTD), MLP_HIDDEN) for project in (self.gate, self.up))
-        return _gated(self.down, gate, up)
+        return jax.checkpoint(_gated, prevent_cse=self.prevent_cse)(self.down, gate, up)
 
 
-@jax.checkpoint
 def _gated(down: Projection, gate: jax.Array, up: jax.Array) -> jax.Array:
     # Not kept for the backward pass, which reads gate and up in any case: one more result of the kernel that computes
     # their gradients.

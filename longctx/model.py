@@ -552,6 +552,7 @@ def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, r
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         out_init_scale=(2 * config.num_layers) ** -0.5,
+        prevent_cse=config.remat == "none" and not config.scan_layers,
         sharding=sharding_of_runs(sharding) if config.mixers[name].needs_runs else sharding,
         rngs=rngs,
     )

@@ -152,17 +152,21 @@ def test_matmuls_that_are_run_again():
     assert matmuls(dict.fromkeys(SAVED, "recompute")) == matmuls({}) == matmuls("full")
 
 
-def test_layers_without_a_loop_are_recomputed_too():
-    """XLA would else find the recomputation's results in the forward pass, and keep those."""
-    config = config_of(MIXERS["attention"], remat="full")
+def test_what_is_recomputed_is_held_apart_where_no_loop_does():
+    """XLA would else find the recomputation's results in the forward pass, and keep those. A layer is held as a whole,
+    its MLP's product in it: what is held twice is not fetched from the host ahead."""
 
-    def merged(config):
-        checkpoints = [e for e in gradient_equations(config) if "prevent_cse" in e.params]
-        assert checkpoints
-        return [e for e in checkpoints if not e.params["prevent_cse"]]
+    def held(*, remat, scan_layers):
+        config = config_of(MIXERS["attention"], remat=remat, scan_layers=scan_layers)
+        equations = [e for e in gradient_equations(config) if "prevent_cse" in e.params]
+        is_product = [len(e.params["jaxpr"].eqns) < 30 for e in equations]
+        assert any(is_product) and all(is_product) == (remat == "none")
+        return {(product, e.params["prevent_cse"]) for product, e in zip(is_product, equations, strict=True)}
 
-    assert merged(config)  # nothing merges a loop with another
-    assert not merged(dataclasses.replace(config, scan_layers=False))
+    assert held(remat="none", scan_layers=True) == {(True, False)}
+    assert held(remat="none", scan_layers=False) == {(True, True)}
+    assert held(remat="full", scan_layers=True) == {(True, False), (False, False)}
+    assert held(remat="full", scan_layers=False) == {(True, False), (False, True)}
 
 
 def test_bytes_that_are_kept():
