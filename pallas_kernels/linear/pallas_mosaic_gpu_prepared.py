@@ -134,8 +134,9 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, among=None, scale: float, 
     if among is None:
         among = _solve(q, k, chunks, decay=decay, beta=beta, scale=scale, interpret=interpret)
     scores, solve = among
-    is_scaled, keeps = decay is not None or chunks.document is not None, None
-    if chunks.document is not None:  # else they are the last of reads
+    with_documents, keeps = chunks.document is not None, None
+    is_scaled = decay is not None or with_documents
+    if with_documents:  # else they are the last of reads
         keeps = jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3]))
     return Prepared(
         q=q,

@@ -92,13 +92,6 @@ Q_BYTES, OUT_BYTES = ROWS * HEADS * KEY_DIM * 4, ROWS * HEADS * VALUE_DIM * 4
         ("ring", "zigzag", CAUSAL, lambda own: {("collective-permute", own * KV_BYTES): 3 * DEGREE - 2}),
         # The hops that a window of less than a chunk leaves: one, or one each way.
         ("ring", "contiguous", WINDOW, lambda own: {("collective-permute", own * KV_BYTES): 1 + 2 + 1}),
-        pytest.param(
-            "ring",
-            "zigzag",
-            WINDOW,
-            lambda own: {("collective-permute", own * KV_BYTES): 2 + 3 + 2},
-            marks=pytest.mark.slow,
-        ),
         (
             "all_gather",
             "zigzag",
@@ -133,12 +126,11 @@ Q_BYTES, OUT_BYTES = ROWS * HEADS * KEY_DIM * 4, ROWS * HEADS * VALUE_DIM * 4
         # As many as of a ring of four.
         ("double_ring", "zigzag", CAUSAL, lambda own: {("collective-permute", own * KV_BYTES): 3 * DEGREE - 2}),
         # Contiguous, one device back is one place back or, over the end of a group, one group and one place.
-        pytest.param(
-            "double_ring",
-            "contiguous",
-            WINDOW,
-            lambda own: {("collective-permute", own * KV_BYTES): 2 + 3 + 2},
-            marks=pytest.mark.slow,
+        *(
+            pytest.param(
+                *how, WINDOW, lambda own: {("collective-permute", own * KV_BYTES): 2 + 3 + 2}, marks=pytest.mark.slow
+            )
+            for how in (("ring", "zigzag"), ("double_ring", "contiguous"))
         ),
         ("halo", "contiguous", WINDOW, lambda own: {("collective-permute", 20 * KV_BYTES): 3}),
         ("halo", "zigzag", WINDOW, lambda own: {("collective-permute", 20 * KV_BYTES): 6}),
