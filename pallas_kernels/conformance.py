@@ -1,7 +1,8 @@
 """python -m pallas_kernels.conformance: runs every case of a family by every implementation against the reference.
 
-It prints an outcome a line and fails if any is not what `Family.serves` promises. With --json it writes them into the
-family's folder, and --readme makes the family README's table of those files. The tests run the same trials one by one.
+It prints an outcome a line and fails if any is not what `Family.serves` promises. With --json it puts them into the
+device's file in the family's folder, as they come, where what was not chosen this time stays; --readme makes the family
+README's table of those files. The tests run the same trials one by one.
 """
 
 import argparse
@@ -42,6 +43,7 @@ class Outcome:
       errors: By way to call the ops and by result: the error's root mean square and maximum over the reference's.
       refused: By way: the reason.
       problems: What is not as it must be; a trial without any has passed, even where everything was rightly refused.
+      commit: What it is of, where that is not the report's own.
     """
 
     case: str
@@ -50,6 +52,7 @@ class Outcome:
     errors: dict[str, dict[str, Sequence[float]]] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
+    commit: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -107,12 +110,20 @@ def run(
 
 
 def run_in_processes(
-    family: Family, trials: Sequence[Trial], num_processes: int, *, progress: Callable[[str], None] = lambda text: None
+    family: Family,
+    trials: Sequence[Trial],
+    num_processes: int,
+    *,
+    progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
     """`run` by several processes, since tracing and lowering, most of the work on a GPU, take one core of a process.
 
     They share the device: call `share_device` before JAX sees it. The trials of a case stay together, for its truth.
     One process takes its shares in turn: with all programs loaded at once it would have too many memory mappings.
+
+    Args:
+      keep: Is handed the outcomes so far whenever there are more, so that a run that is cut short loses little.
 
     Raises: as `run`.
     """
@@ -125,6 +136,7 @@ def run_in_processes(
     if num_processes == 1:
         for share in shares:
             outcomes |= dict(zip(share, run(family, share, progress=progress), strict=True))
+            keep(list(outcomes.values()))
         return [outcomes[trial] for trial in trials]
     # Not forked: a child of a process that runs JAX's threads would hang.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -132,6 +144,7 @@ def run_in_processes(
         for future in as_completed(running):
             done = dict(zip(running[future], future.result(), strict=True))
             outcomes |= done
+            keep(list(outcomes.values()))
             for outcome in done.values():
                 progress(f"[{len(outcomes)}/{len(trials)}] {outcome}")
     return [outcomes[trial] for trial in trials]
@@ -246,7 +259,7 @@ class Report:
     """A run, as its JSON file holds it.
 
     Attributes:
-      machine: As `machine.describe` says it.
+      machine: As `machine.describe` says it, of the last run.
       cases: The text and the digest of each case, by name.
     """
 
@@ -265,6 +278,19 @@ class Report:
         }
         return cls(family=family.name, machine=machine.describe(commit), cases=cases, outcomes=outcomes)
 
+    def over(self, earlier: "Report", family: Family) -> "Report":
+        """This report, with what an earlier one of the device holds of trials that this one has not, if their cases
+        are still as they were."""
+        mine = {(x.case, x.implementation, x.dtype) for x in self.outcomes}
+        current = {case.name for case in family.cases if digest(case) == earlier.cases.get(case.name, {}).get("digest")}
+        kept = tuple(
+            dataclasses.replace(x, commit=x.commit or earlier.machine["commit"])
+            for x in earlier.outcomes
+            if (x.case, x.implementation, x.dtype) not in mine and x.case in current
+        )
+        cases = {x.case: earlier.cases[x.case] for x in kept}
+        return dataclasses.replace(self, cases=cases | self.cases, outcomes=kept + self.outcomes)
+
     def write_json(self, path: Path) -> None:
         """Writes everything, a case and an outcome a line."""
 
@@ -275,6 +301,7 @@ class Report:
             }
 
         outcomes = [dataclasses.asdict(x) | {"errors": rounded(x.errors)} for x in self.outcomes]
+        outcomes = [{name: value for name, value in x.items() if name != "commit" or value} for x in outcomes]
         cases = ",\n".join(f"  {json.dumps(name)}: {json.dumps(case)}" for name, case in self.cases.items())
         lines = [
             f'{{"family": {json.dumps(self.family)},',
@@ -283,7 +310,9 @@ class Report:
             ' "outcomes": [\n' + ",\n".join(f"  {json.dumps(x)}" for x in outcomes) + "\n ]}",
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        new = path.with_suffix(".new")  # the file is whole whenever the run ends
+        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        new.replace(path)
 
     @classmethod
     def read_json(cls, path: Path) -> "Report":
@@ -330,9 +359,10 @@ def with_table(family: Family, text: str) -> str:
     for report in reports_of(family):
         at = report.machine
         versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+        commits = dict.fromkeys(_short(outcome.commit or at["commit"]) for outcome in reversed(report.outcomes))
         runs.append(
-            f"- {at['device']}: {len(report.cases)} cases, {at['date']}, commit {at['commit'][:12]}"
-            f"{' with changes' if at['commit'].endswith('with changes') else ''}, {versions}"
+            f"- {at['device']}: {len(report.cases)} cases, {at['date']}, commit{'s' * (len(commits) > 1)} "
+            f"{', '.join(commits)}, {versions}"
         )
         trials = family.trials(at["platform"])
         for implementation in dict.fromkeys(trial.implementation for trial in trials):
@@ -340,6 +370,10 @@ def with_table(family: Family, text: str) -> str:
     head = ["case", *(f"`{trials[0].implementation}`, {report.machine['device']}" for report, trials in columns)]
     rows = [[f"`{case.name}`", *(_cell(report, trials, case) for report, trials in columns)] for case in family.cases]
     return markdown.between_markers(text, "conformance", [*runs, "", markdown.table([head, *rows])])
+
+
+def _short(commit: str) -> str:
+    return commit[:12] + (" with changes" if commit.endswith("with changes") else "")
 
 
 def _cell(report: Report, trials: Iterable[Trial], case) -> str:
@@ -362,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--implementations", metavar="NAMES", help="comma-separated; default all of the platform")
     add("--cases", metavar="REGEX", help="cases whose name it matches anywhere; default all")
     add("--processes", type=int, metavar="N", help="that share the work; default 1 on a CPU, up to 6 on a GPU")
-    add("--json", action="store_true", help="write the outcomes into the family's folder, as this machine's")
+    add("--json", action="store_true", help="put the outcomes into the family's folder, as this machine's")
     add("--commit", help="what is run, where git cannot say")
     add("--readme", action="store_true", help="run nothing, make the READMEs' tables of what was written")
     options = parser.parse_args(arguments)
@@ -372,9 +406,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = readme_of(family)
             markdown.rewrite(path, functools.partial(with_table, family))
         return 0
-    if options.json and (options.implementations or options.cases):
-        print("--json: writes a whole run, leave out --implementations and --cases", file=sys.stderr)
-        return 2
     share_device()
     num_processes = options.processes or default_num_processes()
     has_problem = False
@@ -388,15 +419,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not trials:
             print(f"{family.name}: no case by an implementation is chosen", file=sys.stderr)
             return 2
-        outcomes = run_in_processes(family, trials, num_processes, progress=_say)
+        path = folder_of(family) / f"{machine.slug(jax.devices()[0].device_kind)}.json"
+        earlier = Report.read_json(path) if options.json and path.exists() else None
+
+        def write(outcomes, family=family, path=path, earlier=earlier):
+            report = Report.of(family, outcomes, commit=options.commit)
+            (report.over(earlier, family) if earlier else report).write_json(path)
+
+        keep = write if options.json else lambda outcomes: None
+        outcomes = run_in_processes(family, trials, num_processes, progress=_say, keep=keep)
         for outcome in outcomes:
             if num_processes == 1 or outcome.problems:
                 _say(str(outcome))
             has_problem |= bool(outcome.problems)
         if options.json:
-            report = Report.of(family, outcomes, commit=options.commit)
-            path = folder_of(family) / f"{machine.slug(report.machine['device'])}.json"
-            report.write_json(path)
             _say(str(path))
     return int(has_problem)
 

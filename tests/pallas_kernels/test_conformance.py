@@ -158,6 +158,38 @@ def test_a_report_survives_its_file_and_knows_a_changed_case(tmp_path, monkeypat
     assert read.outcome_of(dataclasses.replace(TRIAL, dtype="float16")) is None
 
 
+def test_a_report_keeps_what_an_earlier_one_holds_of_unchanged_cases(tmp_path):
+    def outcome(case, dtype="float32", **figures):
+        return conformance.Outcome(case=case, implementation="xla", dtype=dtype, **figures)
+
+    first = [outcome("gqa"), outcome("one_token"), outcome("soft_cap"), outcome("soft_cap", "float16", commit="a")]
+    earlier = conformance.Report.of(FAMILY, first, commit="b")
+    earlier.cases["one_token"]["digest"] = "another"
+    new = conformance.Report.of(FAMILY, [outcome("gqa", problems=["worse"])], commit="c")
+    path = tmp_path / "cpu.json"
+    new.over(earlier, FAMILY).write_json(path)
+    read = conformance.Report.read_json(path)
+    assert [(x.case, x.dtype, x.commit) for x in read.outcomes] == [
+        ("soft_cap", "float32", "b"),
+        ("soft_cap", "float16", "a"),
+        ("gqa", "float32", None),
+    ]
+    assert set(read.cases) == {"soft_cap", "gqa"} and read.machine["commit"] == "c"
+    assert read.outcome_of(TRIAL).problems == ["worse"]
+
+
+def test_what_a_command_ran_joins_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(conformance, "folder_of", lambda family: tmp_path)
+    for name in ("one_token", "gqa"):
+        chosen = ["--family", "blockwise", "--cases", f"^{name}$", "--implementations", "xla", "--json"]
+        assert conformance.main([*chosen, "--commit", name]) == 0
+    (path,) = tmp_path.iterdir()
+    assert str(path) in capsys.readouterr().out
+    read = conformance.Report.read_json(path)
+    assert {(x.case, x.commit) for x in read.outcomes} == {("one_token", "one_token"), ("gqa", None)}
+    assert not [x for x in read.outcomes if x.problems]
+
+
 def test_the_text_of_a_case_is_the_same_in_every_process():
     assert not [case.name for case in FAMILY.cases if " at 0x" in conformance.text_of(case)]
 
@@ -189,7 +221,6 @@ def test_the_command_says_what_it_ran(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json", "--cases", "gqa"], "--json: writes a whole run, leave out --implementations and --cases"),
         (["--cases", "triangle"], "blockwise: no case by an implementation is chosen"),
     ],
 )
