@@ -13,6 +13,7 @@ from pallas_kernels.linear.chunks import Chunks
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
 from pallas_kernels.linear.pallas_mosaic_gpu_solve import Inputs, scores_and_solve
+from pallas_kernels.linear.pallas_mosaic_gpu_solve import Outputs as Solved
 from pallas_kernels.linear.prepared import (
     Prepared,
     factors_of,
@@ -131,36 +132,36 @@ def _prepare(q, k, v, chunks: Chunks, *, decay, beta, among=None, scale: float, 
         return Prepared(
             q=outputs.q, k=outputs.k, scores=outputs.scores, solve=None, reads=None, writes=None, keeps=keeps
         )  # fmt: skip
-    if among is None:
-        among = _solve(q, k, chunks, decay=decay, beta=beta, scale=scale, interpret=interpret)
-    scores, solve = among
     with_documents, keeps = chunks.document is not None, None
-    is_scaled = decay is not None or with_documents
+    made = None
+    if among is None:
+        made = _solve(q, k, chunks, decay=decay, beta=beta, scale=scale, interpret=interpret)
+        among = made.scores, made.solve
+    reads = writes = None
+    if made is not None and made.reads is not None:
+        reads, writes = made.reads, made.writes
+    elif decay is not None or with_documents:
+        reads, writes = chunks.reads, chunks.writes
     if with_documents:  # else they are the last of reads
         keeps = jnp.broadcast_to(chunks.keeps[..., None], (*chunks.keeps.shape, q.shape[3]))
-    return Prepared(
-        q=q,
-        k=k,
-        scores=scores,
-        solve=solve,
-        reads=chunks.reads if is_scaled else None,
-        writes=chunks.writes if is_scaled else None,
-        keeps=keeps,
-    )
+    return Prepared(q=q, k=k, scores=among[0], solve=among[1], reads=reads, writes=writes, keeps=keeps)
 
 
-def _solve(q, k, chunks: Chunks, *, decay, beta, scale: float, interpret) -> tuple[jax.Array, jax.Array]:
+def _solve(q, k, chunks: Chunks, *, decay, beta, scale: float, interpret) -> Solved:
     """scores and solve of a delta rule."""
-    of_tokens = jnp.moveaxis(beta.astype(jnp.float32), 2, 1)
-    padding = chunks.reads.shape[2] - of_tokens.shape[2]
+    of_tokens = beta.astype(jnp.float32)
+    if decay is not None:
+        decay = jnp.broadcast_to(decay.astype(jnp.float32), beta.shape)
+        of_tokens = jnp.concatenate([of_tokens, decay], axis=2)
+    padding = chunks.reads.shape[2] - of_tokens.shape[1]
     return scores_and_solve(
         Inputs(
             q=_whole_tiles(q, interpret),
             k=_whole_tiles(k, interpret),
-            beta=jnp.pad(of_tokens, ((0, 0), (0, 0), (0, padding))),
-            cumulative=None if decay is None else chunks.cumulative,
+            of_tokens=jnp.moveaxis(jnp.pad(of_tokens, ((0, 0), (0, padding), (0, 0))), 2, 1),
             document=chunks.document,
         ),
+        num_heads=beta.shape[2],
         scale=scale,
         interpret=interpret,
     )

@@ -1,5 +1,5 @@
 """What the tokens of a chunk read of each other under a delta rule, on Hopper GPUs (Mosaic GPU): `scores` and `solve`
-of prepared.py.
+of prepared.py, and of what the tokens decay by how they read and write a state.
 
 Grid: a warpgroup for a chunk of a head. The triangular system is solved in float32 by substitution, a thread for a
 column of the inverse, in registers: as soon as a row is known all later ones are told, so that no sum waits for
@@ -34,28 +34,42 @@ class Inputs(NamedTuple):
 
     Attributes:
       q, k: 16 bits `[B, T, K, H]`.
-      beta: float32 `[B, N, T']`.
-      cumulative: float32 `[B, N, T']`; None where nothing decays.
+      of_tokens: beta and, behind it where there is one, the log decay of each token, float32 `[B, N or 2 N, T']`: one
+        array, which is transposed at once.
       document: int32 `[B, T']`; None for one document.
     """
 
     q: Any
     k: Any
-    beta: Any
-    cumulative: Any
+    of_tokens: Any
     document: Any
 
 
-def scores_and_solve(inputs: Inputs, *, scale: float, interpret) -> tuple[jax.Array, jax.Array]:
-    """16 bits `[B, N, n, CHUNK, CHUNK]` each."""
-    (B, N, length), (_, _, K, H), dtype = inputs.beta.shape, inputs.q.shape, inputs.q.dtype
-    num_chunks = length // CHUNK
+class Outputs(NamedTuple):
+    """What it writes.
+
+    Attributes:
+      scores, solve: 16 bits `[B, N, n, CHUNK, CHUNK]`.
+      reads, writes: As in chunks.py, of decays in one document, float32 `[B, N, T']`; else None.
+    """
+
+    scores: Any
+    solve: Any
+    reads: Any = None
+    writes: Any = None
+
+
+def scores_and_solve(inputs: Inputs, *, num_heads: int, scale: float, interpret) -> Outputs:
+    """Runs the kernel over whole chunks."""
+    (B, rows, length), (_, _, K, H), dtype = inputs.of_tokens.shape, inputs.q.shape, inputs.q.dtype
+    N, num_chunks = num_heads, length // CHUNK
     given = {name: x for name, x in inputs._asdict().items() if x is not None}
-    of_tokens = [name for name in ("cumulative", "document") if name in given]
-    square = jax.ShapeDtypeStruct((B, N, num_chunks, CHUNK, CHUNK), dtype)
+    out = dict.fromkeys(("scores", "solve"), jax.ShapeDtypeStruct((B, N, num_chunks, CHUNK, CHUNK), dtype))
+    if rows > N and inputs.document is None:
+        out |= dict.fromkeys(("reads", "writes"), jax.ShapeDtypeStruct((B, N, length), jnp.float32))
 
     def body(*refs):
-        refs = dict(zip((*given, "scores", "solve", *scratch), refs, strict=True))
+        refs = dict(zip((*given, *out, *scratch), refs, strict=True))
         _solve_chunk(refs, num_heads=N, num_key_heads=K, num_chunks=num_chunks, scale=scale, interpret=interpret)
 
     def smem(*shape):
@@ -68,19 +82,22 @@ def scores_and_solve(inputs: Inputs, *, scale: float, interpret) -> tuple[jax.Ar
         "system": plgpu.SMEM((CHUNK, CHUNK), jnp.float32),
         "beta_smem": plgpu.SMEM((CHUNK,), jnp.float32),
         "solve_smem": plgpu.SMEM((CHUNK, CHUNK), dtype),
-        "full": plgpu.Barrier(num_arrivals=3 + len(of_tokens)),
-        **{f"{name}_smem": plgpu.SMEM((CHUNK,), given[name].dtype) for name in of_tokens},
+        "full": plgpu.Barrier(num_arrivals=2 + rows // N + (inputs.document is not None)),
     }
+    if rows > N:
+        scratch |= dict.fromkeys(("log_smem", "cumulative_smem"), plgpu.SMEM((CHUNK,), jnp.float32))
+    if inputs.document is not None:
+        scratch["document_smem"] = plgpu.SMEM((CHUNK,), jnp.int32)
     results = plgpu.kernel(
         body,
-        out_type=[square, square],
+        out_type=[*out.values()],
         grid=(B * N * num_chunks,),
         grid_names=("block",),
         scratch_types=[*scratch.values()],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(*given.values())
-    return tuple(results)
+    return Outputs(**dict(zip(out, results, strict=True)))
 
 
 def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, scale: float, interpret) -> None:
@@ -91,26 +108,24 @@ def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, s
     tokens, key_head = pl.ds(chunk * CHUNK, CHUNK), lax.div(head, num_heads // num_key_heads)
     q, k, full = refs["q_smem"], refs["k_smem"], refs["full"]
     plgpu.copy_gmem_to_smem(refs["k"].at[batch, tokens, key_head], k, full)
-    plgpu.copy_gmem_to_smem(refs["beta"].at[batch, head, tokens], refs["beta_smem"], full)
+    plgpu.copy_gmem_to_smem(refs["of_tokens"].at[batch, head, tokens], refs["beta_smem"], full)
     plgpu.copy_gmem_to_smem(refs["q"].at[batch, tokens, key_head], q, full)
-    if "cumulative" in refs:
-        plgpu.copy_gmem_to_smem(refs["cumulative"].at[batch, head, tokens], refs["cumulative_smem"], full)
+    if "log_smem" in refs:
+        plgpu.copy_gmem_to_smem(refs["of_tokens"].at[batch, num_heads + head, tokens], refs["log_smem"], full)
     if "document" in refs:
         plgpu.copy_gmem_to_smem(refs["document"].at[batch, tokens], refs["document_smem"], full)
     plgpu.barrier_wait(full)
 
-    def of_tokens(layout):
-        """Log decay (base 2) and document of the chunk's tokens."""
-        names = ("cumulative_smem", "document_smem")
-        cumulative, document = (
-            plgpu.load(refs[name], layout=layout, optimized=False) if name in refs else None for name in names
-        )
-        return None if cumulative is None else cumulative * _LOG2_E, document
+    def of_tokens(name, layout):
+        return plgpu.load(refs[name], layout=layout, optimized=False) if name in refs else None
 
     row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
+    of_row = None
+    if "log_smem" in refs:
+        of_row = _add_up(refs, row, column, batch=batch, head=head, tokens=tokens)
     # Read on either side of a matmul: the compiler takes two reads in a row for one, of two layouts.
-    (of_row, document_of_row), products = of_tokens(ROW), _product(k, k, interpret)
-    of_column, document_of_column = of_tokens(_COLUMN)
+    document_of_row, products = of_tokens("document_smem", ROW), _product(k, k, interpret)
+    of_column, document_of_column = (of_tokens(name, _COLUMN) for name in ("cumulative_smem", "document_smem"))
     seen = None
     if document_of_row is not None:
         rows, columns = spread(document_of_row, 0), spread(document_of_column, 1)
@@ -138,6 +153,21 @@ def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, s
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(refs["solve_smem"], refs["solve"].at[batch, head, chunk])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _add_up(refs, row, column, *, batch, head, tokens) -> jax.Array:
+    """The log decay (base 2) up to each of the chunk's tokens, of rows; that of columns is then in shared memory.
+
+    Writes what follows for the state, where it is asked for.
+    """
+    log = spread(plgpu.load(refs["log_smem"], layout=_COLUMN, optimized=False) * _LOG2_E, 1)
+    upto = jnp.where(column <= row, log, 0.0).sum(axis=1)
+    refs["cumulative_smem"][...] = upto
+    plgpu.commit_smem()
+    if "reads" in refs:
+        refs["reads"].at[batch, head, tokens][...] = jnp.exp2(upto)
+        refs["writes"].at[batch, head, tokens][...] = jnp.exp2(jnp.where(column > row, log, 0.0).sum(axis=1))
+    return upto
 
 
 def _product(a, b, interpret):

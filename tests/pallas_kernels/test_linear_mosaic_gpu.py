@@ -146,7 +146,9 @@ def test_gradients_equal_the_reference_in_the_interpreter(dims, kind, documents,
     for name, got, wanted in zip(("dq", "dk", "dv", "ddecay", "dbeta", "dinitial_state"), gradients, want, strict=True):
         assert (got is None) == (wanted is None), name
         if got is not None:
-            assert_close(name, got, wanted, "bfloat16")
+            # One decay for all tokens of a head: the terms of its gradient cancel.
+            factor = 3.0 if name == "ddecay" and kind == "fixed" else 1.0
+            assert_close(name, got, wanted, "bfloat16", factor=factor)
 
 
 @pytest.mark.slow
