@@ -229,6 +229,7 @@ class _Block:
         self.ready = self.free + self.num_stages
         self.done = self.ready + _NUM_STATES
         self.scaled = self.done + _NUM_STATES
+        self.chain_alone = self.scaled + 1
 
     def run(self) -> None:
         warpgroup = lax.axis_index("warpgroup")
@@ -341,22 +342,29 @@ class _Block:
             plgpu.commit_smem()
             arrive(self.ready + copy, 2 * WARPGROUP)
             return self.matmul(v, k, acc=self.kept(slot, state), transpose_a=True)
-        written = self.written(slot, operand, v)
-        plgpu.commit_smem()  # a warp may be ahead of another's matmul
+        reads, writes, kept = *self.factors(slot), self.kept(slot, state)
+        written = self.written(slot, operand, v, reads)
+        self.end_matmuls()
         v[...] = written.astype(v.dtype)  # transposed: what readers multiply
         plgpu.commit_smem()
         arrive(self.ready + copy, 2 * WARPGROUP)
-        written = self.by_tokens(shared.writes, slot, written).astype(v.dtype)
-        return self.matmul(written, k, acc=self.kept(slot, state))
+        return self.matmul(_by_tokens(writes, written).astype(v.dtype), k, acc=kept)
 
-    def written(self, slot, operand, v):
+    def end_matmuls(self) -> None:
+        """A warp may be ahead of another's matmul, which reads what is written next."""
+        if self.config.interpret:
+            plgpu.commit_smem()  # ordinary reads, see `matmul`
+        else:
+            sync(self.chain_alone, WARPGROUP)
+
+    def written(self, slot, operand, v, reads):
         """What a delta rule writes of values, or of none, to a state: `[columns, tokens]`."""
         k, solve = self.shared.k.at[slot], self.shared.solve.at[slot]
         if v is None:
             said, of_values = self.matmul(operand, k, transpose_b=True), None
         else:
             said, of_values = self.products((operand, k, False, True), (v, solve, True, True))
-        said = self.by_tokens(self.shared.reads, slot, said)
+        said = _by_tokens(reads, said)
         return self.matmul((-said).astype(operand.dtype), solve, acc=of_values, transpose_b=True)
 
     def step_back(self, slot, copy, state, operand):
@@ -368,17 +376,18 @@ class _Block:
             plgpu.commit_smem()
             arrive(self.ready + copy, 2 * WARPGROUP)
             return self.matmul(dout, q, acc=self.kept(slot, state), transpose_a=True)
-        dwritten = self.dwritten(slot, operand, dout)
-        plgpu.commit_smem()  # a warp may be ahead of another's matmul
+        reads, writes, kept = *self.factors(slot), self.kept(slot, state)
+        dwritten = self.dwritten(slot, operand, dout, writes)
+        self.end_matmuls()
         scores[...] = dwritten  # nobody reads it again
         plgpu.commit_smem()
         arrive(self.ready + copy, 2 * WARPGROUP)
-        dsaid = self.by_tokens(shared.reads, slot, self.matmul(dwritten, solve))
-        state = self.matmul((-dsaid).astype(dout.dtype), k, acc=self.kept(slot, state))
+        dsaid = _by_tokens(reads, self.matmul(dwritten, solve))
+        state = self.matmul((-dsaid).astype(dout.dtype), k, acc=kept)
         sync(self.scaled, 2 * WARPGROUP)
         return self.matmul(dout, q, acc=state, transpose_a=True)
 
-    def dwritten(self, slot, operand, dout):
+    def dwritten(self, slot, operand, dout, writes):
         """The cotangent of what a delta rule writes, given that of the state after the chunk and of out, or of none:
         `[columns, tokens]`, 16 bits."""
         k, scores = self.shared.k.at[slot], self.shared.scores.at[slot]
@@ -386,7 +395,7 @@ class _Block:
             by_state, by_out = self.matmul(operand, k, transpose_b=True), 0.0
         else:
             by_state, by_out = self.products((operand, k, False, True), (dout, scores, True, False))
-        return (self.by_tokens(self.shared.writes, slot, by_state) + by_out).astype(operand.dtype)
+        return (_by_tokens(writes, by_state) + by_out).astype(operand.dtype)
 
     def map_part(self, target, *, of_values: bool) -> None:
         """What a part makes of a state of zero or, not `of_values`, of the identity."""
@@ -416,18 +425,20 @@ class _Block:
     def map(self, slot, state, v):
         """The state after a chunk, of its values or of none."""
         operand = state.astype(self.inputs.k.dtype)
-        written = self.by_tokens(self.shared.writes, slot, self.written(slot, operand, v)).astype(operand.dtype)
-        return self.matmul(written, self.shared.k.at[slot], acc=self.kept(slot, state))
+        reads, writes, kept = *self.factors(slot), self.kept(slot, state)
+        written = _by_tokens(writes, self.written(slot, operand, v, reads)).astype(operand.dtype)
+        return self.matmul(written, self.shared.k.at[slot], acc=kept)
 
     def map_back(self, slot, state, dout):
         """The cotangent of the state before a chunk, of that of its outputs or of none."""
         shared = self.shared
-        dwritten = self.dwritten(slot, state.astype(self.inputs.k.dtype), dout)
+        reads, writes, kept = *self.factors(slot), self.kept(slot, state)
+        dwritten = self.dwritten(slot, state.astype(self.inputs.k.dtype), dout, writes)
         if dout is not None:
             plgpu.commit_smem()  # a warp may be ahead of another's matmul
             self.scale_dout(slot)
-        dsaid = self.by_tokens(shared.reads, slot, self.matmul(dwritten, shared.solve.at[slot]))
-        state = self.matmul((-dsaid).astype(dwritten.dtype), shared.k.at[slot], acc=self.kept(slot, state))
+        dsaid = _by_tokens(reads, self.matmul(dwritten, shared.solve.at[slot]))
+        state = self.matmul((-dsaid).astype(dwritten.dtype), shared.k.at[slot], acc=kept)
         return state if dout is None else self.matmul(dout, shared.q.at[slot], acc=state, transpose_a=True)
 
     def scale_dout(self, slot) -> None:
@@ -447,11 +458,15 @@ class _Block:
             return state * shared.keeps[slot, 0]
         return state if shared.reads is None else state * shared.reads[slot, CHUNK - 1]
 
-    def by_tokens(self, factors, slot, x):
-        """`[columns, tokens]` times the factor of each token."""
-        if factors is None:
-            return x
-        return x * spread(plgpu.load(factors.at[slot], layout=_COLUMN, optimized=False), 1, x.shape)
+    def factors(self, slot):
+        """What tokens read and write the state with; None where there is nothing of it.
+
+        To be loaded before the first matmul of a chunk: behind one they would be waited for.
+        """
+        return [
+            None if x is None else plgpu.load(x.at[slot], layout=_COLUMN, optimized=False)
+            for x in (self.shared.reads, self.shared.writes)
+        ]
 
     # The third warpgroup.
 
@@ -542,3 +557,8 @@ class _Block:
             return acc[...]
 
         return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _by_tokens(factors, x):
+    """`[columns, tokens]` times the factor of each token."""
+    return x if factors is None else x * spread(factors, 1, x.shape)

@@ -10,6 +10,7 @@ arXiv:2406.06484, section 3.2.
 """
 
 import math
+import struct
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
+_OF_DECAYS = "log_smem", "cumulative_smem", "reads_smem", "writes_smem"
 
 
 class Inputs(NamedTuple):
@@ -85,7 +87,7 @@ def scores_and_solve(inputs: Inputs, *, num_heads: int, scale: float, interpret)
         "full": plgpu.Barrier(num_arrivals=2 + rows // N + (inputs.document is not None)),
     }
     if rows > N:
-        scratch |= dict.fromkeys(("log_smem", "cumulative_smem"), plgpu.SMEM((CHUNK,), jnp.float32))
+        scratch |= dict.fromkeys(_OF_DECAYS, plgpu.SMEM((CHUNK,), jnp.float32))
     if inputs.document is not None:
         scratch["document_smem"] = plgpu.SMEM((CHUNK,), jnp.int32)
     results = plgpu.kernel(
@@ -116,16 +118,22 @@ def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, s
         plgpu.copy_gmem_to_smem(refs["document"].at[batch, tokens], refs["document_smem"], full)
     plgpu.barrier_wait(full)
 
-    def of_tokens(name, layout):
-        return plgpu.load(refs[name], layout=layout, optimized=False) if name in refs else None
+    if "log_smem" in refs:
+        (_add_up_interpreted if interpret else _add_up)(*(refs[name] for name in _OF_DECAYS))
+        plgpu.commit_smem()
+        for name in ("reads", "writes"):
+            if name in refs:
+                plgpu.copy_smem_to_gmem(refs[f"{name}_smem"], refs[name].at[batch, head, tokens])
+
+    def of_tokens(layout):
+        """Log decay (base 2) up to the chunk's tokens, and their documents."""
+        names = "cumulative_smem", "document_smem"
+        return [plgpu.load(refs[name], layout=layout, optimized=False) if name in refs else None for name in names]
 
     row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=MATRIX) for i in (0, 1))
-    of_row = None
-    if "log_smem" in refs:
-        of_row = _add_up(refs, row, column, batch=batch, head=head, tokens=tokens)
     # Read on either side of a matmul: the compiler takes two reads in a row for one, of two layouts.
-    document_of_row, products = of_tokens("document_smem", ROW), _product(k, k, interpret)
-    of_column, document_of_column = (of_tokens(name, _COLUMN) for name in ("cumulative_smem", "document_smem"))
+    (of_row, document_of_row), products = of_tokens(ROW), _product(k, k, interpret)
+    of_column, document_of_column = of_tokens(_COLUMN)
     seen = None
     if document_of_row is not None:
         rows, columns = spread(document_of_row, 0), spread(document_of_column, 1)
@@ -155,19 +163,60 @@ def _solve_chunk(refs, *, num_heads: int, num_key_heads: int, num_chunks: int, s
     plgpu.wait_smem_to_gmem(0)
 
 
-def _add_up(refs, row, column, *, batch, head, tokens) -> jax.Array:
-    """The log decay (base 2) up to each of the chunk's tokens, of rows; that of columns is then in shared memory.
+def _add_up_interpreted(log, cumulative, reads, writes) -> None:
+    """What `_add_up` computes, for the interpreter."""
+    cumulative[...] = upto = jnp.cumsum(log[...] * _LOG2_E)
+    reads[...], writes[...] = jnp.exp2(upto), jnp.exp2(upto[-1] - upto)
 
-    Writes what follows for the state, where it is asked for.
-    """
-    log = spread(plgpu.load(refs["log_smem"], layout=_COLUMN, optimized=False) * _LOG2_E, 1)
-    upto = jnp.where(column <= row, log, 0.0).sum(axis=1)
-    refs["cumulative_smem"][...] = upto
-    plgpu.commit_smem()
-    if "reads" in refs:
-        refs["reads"].at[batch, head, tokens][...] = jnp.exp2(upto)
-        refs["writes"].at[batch, head, tokens][...] = jnp.exp2(jnp.where(column > row, log, 0.0).sum(axis=1))
-    return upto
+
+def _add_up(log, cumulative, reads, writes) -> None:
+    """The log decay (base 2) up to each of 64 tokens, and what follows for the state: by one warp, two tokens a lane,
+    whose sums go up the lanes by halves of the way. In shared memory."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4)
+    def emit(_, *refs):
+        i64 = ir.IntegerType.get_signless(64)
+        addresses = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(x)) for x in refs]
+        names = "log", "cumulative", "reads", "writes"
+        lines = [
+            ".reg .f32 a, b, sum, below, total;",
+            f".reg .b32 {', '.join(names)}, lane;",
+            ".reg .pred idle, there;",
+            "mov.u32 lane, %tid.x;",
+            f"setp.ge.u32 idle, lane, {_WARP};",
+            "@idle bra DONE;",
+            *(f"cvt.u32.u64 {name}, ${i};" for i, name in enumerate(names)),
+            *(f"mad.lo.u32 {name}, lane, 8, {name};" for name in names),
+            "ld.shared.v2.f32 {a, b}, [log];",
+            *(f"mul.f32 {x}, {x}, {_float(_LOG2_E)};" for x in "ab"),
+            "add.f32 sum, a, b;",
+        ]
+        for distance in (1, 2, 4, 8, 16):
+            lines += [
+                f"shfl.sync.up.b32 below|there, sum, {distance}, 0, -1;",
+                "@there add.f32 sum, sum, below;",
+            ]
+        lines += [
+            "shfl.sync.idx.b32 total, sum, 31, 31, -1;",
+            "sub.f32 a, sum, b;",
+            "st.shared.v2.f32 [cumulative], {a, sum};",
+            "sub.f32 below, total, a;",
+            "sub.f32 total, total, sum;",
+            *(f"ex2.approx.f32 {x}, {x};" for x in ("a", "sum", "below", "total")),
+            "st.shared.v2.f32 [reads], {a, sum};",
+            "st.shared.v2.f32 [writes], {below, total};",
+            "DONE:",
+        ]
+        text = "{\n" + "\n".join(lines) + "\n}"
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, addresses, text, "l,l,l,l,~{memory}", has_side_effects=True)
+
+    emit(log, cumulative, reads, writes)
+
+
+def _float(x: float) -> str:
+    """As PTX writes it."""
+    return "0f" + struct.pack(">f", x).hex().upper()
 
 
 def _product(a, b, interpret):
