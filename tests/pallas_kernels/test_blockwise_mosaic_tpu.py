@@ -47,7 +47,12 @@ def in_small_blocks(case: Case) -> Case:
     """The same in blocks of which there are several, of fewer heads and rows where none of them matter."""
     sizes = BlockSizes(block_q=256, block_kv=128) if case.head_dim == 64 else BlockSizes(block_q=128, block_kv=256)
     case = dataclasses.replace(case, block_sizes=sizes)
-    if case.documents is None and case.num_heads == case.num_kv_heads == 2 and case.batch_size == 2:
+    if (
+        case.documents is None
+        and case.cached is None
+        and case.num_heads == case.num_kv_heads == 2
+        and case.batch_size == 2
+    ):
         return dataclasses.replace(case, batch_size=1)
     return case
 

@@ -26,7 +26,7 @@ from pallas_kernels.linear.pallas_mosaic_tpu_sweep import VMEM_BYTES, grid_of
 from pallas_kernels.testing import V5P, assert_close, tracing_for
 
 BOTH = [("linear_attention_forward", "mosaic_tpu"), ("linear_attention_backward", "mosaic_tpu")]
-GRADIENTS = ("dq", "dk", "dv", "ddecay", "dinitial_state")
+GRADIENTS = ("dq", "dk", "dv", "ddecay", "dbeta", "dinitial_state")
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -42,6 +42,7 @@ class Case:
     V: int = 64
     B: int = 1
     decay: str = "scalar"
+    beta: bool = False
     strength: float = 0.05
     documents: bool = False
     states: bool = True
@@ -49,7 +50,12 @@ class Case:
     slow: bool = True
 
     def __str__(self) -> str:
-        words = self.decay, "documents" if self.documents else "row", "states" if self.states else "zero", self.dtype
+        words = (
+            "delta_" * self.beta + self.decay,
+            "documents" if self.documents else "row",
+            "states" if self.states else "zero",
+            self.dtype,
+        )
         return f"T{self.T}_K{self.K}_N{self.N}_H{self.H}_V{self.V}_{'_'.join(words)}"
 
     def inputs(self) -> dict:
@@ -60,16 +66,21 @@ class Case:
             return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
 
         B, T, N = self.B, self.T, self.N
-        decays = {"none": None, "fixed": (N,), "scalar": (B, T, N)}[self.decay]
+        decays = {"none": None, "fixed": (N,), "scalar": (B, T, N), "vector": (B, T, N, self.H)}[self.decay]
         sizes = None if decays is None else self.strength * jnp.abs(normal(*decays, dtype="float32"))
         if self.strength > 1:
             # Weak ones in between, without which nothing is left to tell.
             sizes = jnp.where(jax.random.uniform(next(keys), decays) < 0.25, 0.01 * sizes, sizes)
+        k = normal(B, T, self.K, self.H) * jnp.asarray(self.H**-0.5, self.dtype)
+        if self.beta:  # keys of length 1, with which a state stays bounded
+            k = k.astype(jnp.float32)
+            k = (k / jnp.linalg.norm(k, axis=3, keepdims=True)).astype(self.dtype)
         return {
             "q": normal(B, T, self.K, self.H),
-            "k": normal(B, T, self.K, self.H) * jnp.asarray(self.H**-0.5, self.dtype),
+            "k": k,
             "v": normal(B, T, N, self.V),
             "decay": None if sizes is None else -sizes,
+            "beta": jax.nn.sigmoid(normal(B, T, N, dtype="float32")) if self.beta else None,
             "initial_state": normal(B, N, self.H, self.V, dtype="float32") if self.states else None,
             "dout": normal(B, T, N, self.V),
             "dstate": normal(B, N, self.H, self.V, dtype="float32"),
@@ -99,6 +110,19 @@ CASES = (
     Case(T=1000, K=1, N=1, H=192, V=256, dtype="bfloat16"),
 )
 
+SCANNED = (
+    Case(T=300, decay="vector", documents=True),
+    Case(T=130, decay="scalar", beta=True, documents=True, slow=False),
+    Case(T=256, decay="vector", K=1, N=2, V=128, dtype="bfloat16"),
+    Case(T=257, decay="vector", strength=20.0, states=False),
+    Case(T=129, decay="none", beta=True, K=1, B=2),
+    Case(T=256, decay="fixed", beta=True, states=False, dtype="bfloat16"),
+    Case(T=400, decay="scalar", beta=True, strength=20.0, H=128),
+    Case(T=1, decay="vector", beta=True),
+    Case(T=200, decay="vector", beta=True, documents=True, H=192, dtype="bfloat16"),
+)
+"""Of pallas_mosaic_tpu_scan.py: decays of each dim, and delta rules."""
+
 
 @pytest.fixture
 def interpreter(monkeypatch):
@@ -114,14 +138,14 @@ PARAMS = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="
 def differentiated(case: Case, implementation):
     """out, the end state and every gradient by name."""
 
-    def run(q, k, v, decay, initial_state, dout, dstate):
-        def attend(q, k, v, decay, initial_state):
+    def run(q, k, v, decay, beta, initial_state, dout, dstate):
+        def attend(q, k, v, decay, beta, initial_state):
             return linear_attention(
-                q, k, v, decay=decay, initial_state=initial_state, return_state=True, segment_ids=case.segment_ids(),
-                implementation=implementation,
+                q, k, v, decay=decay, beta=beta, initial_state=initial_state, return_state=True,
+                segment_ids=case.segment_ids(), implementation=implementation,
             )  # fmt: skip
 
-        (out, state), vjp = jax.vjp(attend, q, k, v, decay, initial_state)
+        (out, state), vjp = jax.vjp(attend, q, k, v, decay, beta, initial_state)
         return {"out": out, "state": state} | dict(zip(GRADIENTS, vjp((dout, dstate)), strict=True))
 
     return run
@@ -140,7 +164,7 @@ def check(got: dict, want: dict, dtype: str) -> None:
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case.slow else ()) for case in CASES], ids=str
+    "case", [pytest.param(case, marks=pytest.mark.slow if case.slow else ()) for case in CASES + SCANNED], ids=str
 )
 def test_forward_and_every_gradient(case):
     """Chosen by itself, next to the reference; what is behind the last token is nan."""
@@ -154,7 +178,7 @@ def test_forward_and_every_gradient(case):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[-2]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[-2], SCANNED[0]], ids=str)
 def test_maps_of_states_and_their_cotangents(case):
     inputs, segment_ids = case.inputs(), case.segment_ids()
 
@@ -178,7 +202,7 @@ def test_maps_of_states_and_their_cotangents(case):
 def test_the_backward_op_needs_neither_starts_nor_a_cotangent_of_the_state():
     case = CASES[1]
     inputs = case.inputs()
-    del inputs["dstate"]
+    del inputs["dstate"], inputs["beta"]
 
     def run(implementation, q, k, v, decay, initial_state, dout):
         gradients = linear_attention_backward(
@@ -203,19 +227,15 @@ def test_no_race(monkeypatch, capfd):
 
 
 def test_refusals():
-    def call(*, decay=None, beta=None, dtype="bfloat16", H=64, V=64):
-        def attend(q, v, decay, beta):
-            return linear_attention(q, q, v, decay=decay, beta=beta, implementation="mosaic_tpu")
+    def call(*, dtype="bfloat16", H=64, V=64):
+        def attend(q, v):
+            return linear_attention(q, q, v, implementation="mosaic_tpu")
 
-        q, v = (jax.ShapeDtypeStruct((1, 9, 2, dim), dtype) for dim in (H, V))
-        decay, beta = (None if x is None else jax.ShapeDtypeStruct(x, jnp.float32) for x in (decay, beta))
-        jax.eval_shape(attend, q, v, decay, beta)
+        jax.eval_shape(attend, *(jax.ShapeDtypeStruct((1, 9, 2, dim), dtype) for dim in (H, V)))
 
     with pytest.raises(NotImplementedError, match=r"^mosaic_tpu: the platform is cpu, wanted tpu"):
         call()
     refused = {
-        r"^mosaic_tpu: a decay for each dim, \(1, 9, 2, 64\), wanted": {"decay": (1, 9, 2, 64)},
-        r"^mosaic_tpu: beta, the delta rule, wanted None": {"beta": (1, 9, 2)},
         r"^mosaic_tpu: q, k and v are float16, wanted bfloat16 or float32": {"dtype": "float16"},
         r"^mosaic_tpu: the head dim of q and k is 48, wanted one of \(64, ": {"H": 48},
         r"^mosaic_tpu: the head dim of v is 1, wanted one of \(64, ": {"V": 1},
@@ -271,6 +291,31 @@ def test_compiles_for_a_tpu_which_takes_it():
     assert kernels(program) == SWEEPS
 
 
+@needs_libtpu
+def test_delta_rules_compile_for_a_tpu_which_takes_them():
+    case = Case(T=1000, K=2, N=4, beta=True, documents=True, dtype="bfloat16")
+    program, taken = compiled_for("v5e:2x2", case, differentiated(case, None))
+    assert taken == BOTH
+    assert kernels(program) == SCANS
+
+
+SCANS = ["linear_attention_scan"] * 2 + ["linear_attention_scan_gradients"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (64, 256), (256, 256)], ids=str)
+@pytest.mark.parametrize(("decay", "beta"), [("vector", False), ("none", True), ("scalar", True), ("vector", True)])
+def test_every_scan_compiles(decay, beta, dims, dtype, topology):
+    H, V = dims
+    case = Case(T=1000, K=2, N=4, H=H, V=V, decay=decay, beta=beta, documents=True, dtype=dtype)
+    program, taken = compiled_for(topology, case, differentiated(case, None))
+    assert taken == BOTH
+    assert kernels(program) == SCANS
+
+
 SMALL = [Case(T=1000, K=2, N=4, H=H, V=V, documents=True) for H in HEAD_DIMS for V in (64, H)]
 
 
@@ -298,7 +343,8 @@ def test_memory_is_linear_in_tokens(documents, topology, longest):
             q, k, v, decay=decay, initial_state=initial_state, segment_ids=segment_ids
         )  # fmt: skip
 
-    def backward(q, k, v, dout, dstate, decay, initial_state, segment_ids):
+    def backward(q, k, v, dout, dstate, decay, beta, initial_state, segment_ids):
+        del beta
         return linear_attention_backward(
             q, k, v, dout, dstate, decay=decay, initial_state=initial_state, segment_ids=segment_ids,
             starts=initial_state[:, None],
