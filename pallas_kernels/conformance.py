@@ -408,6 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     share_device()
     num_processes = options.processes or default_num_processes()
+    at = machine.describe(options.commit)  # asked once: the first file that is written is a change of the commit
     has_problem = False
     for family in families:
         trials = [
@@ -419,11 +420,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not trials:
             print(f"{family.name}: no case by an implementation is chosen", file=sys.stderr)
             return 2
-        path = folder_of(family) / f"{machine.slug(jax.devices()[0].device_kind)}.json"
+        path = folder_of(family) / f"{machine.slug(at['device'])}.json"
         earlier = Report.read_json(path) if options.json and path.exists() else None
 
         def write(outcomes, family=family, path=path, earlier=earlier):
-            report = Report.of(family, outcomes, commit=options.commit)
+            report = Report.of(family, outcomes, commit=at["commit"])
             (report.over(earlier, family) if earlier else report).write_json(path)
 
         keep = write if options.json else lambda outcomes: None

@@ -11,6 +11,7 @@ Operands lie in shared memory as Pallas lays them out with TRANSFORMS: tiles of 
 Reference: PTX ISA 9.0, Asynchronous Warpgroup Level Matrix Instructions.
 """
 
+import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -203,6 +204,11 @@ def array_type(shape: tuple[int, ...], layout) -> plgpu.ShapeDtypeStruct:
 
 def braces(registers: Sequence[str]) -> str:
     return f"{{{', '.join(registers)}}}"
+
+
+def ptx_float(x: float) -> str:
+    """A float32 constant, to the last bit."""
+    return f"0f{struct.pack('>f', x).hex().upper()}"
 
 
 def int32s(values: Iterable[jax.typing.ArrayLike]) -> tuple[jax.Array, ...]:

@@ -95,3 +95,12 @@ def chunks_of(
         run=run,
         document=document,
     )
+
+
+def sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
+    """The gradient of queries or keys, `[B, T, N, H]`, summed over the value heads that share one of `num_heads`."""
+    B, T, N, H = gradient.shape
+    if N == num_heads:
+        return gradient
+    grouped = gradient.reshape(B, T, num_heads, N // num_heads, H)
+    return jnp.sum(grouped, axis=3, dtype=jnp.float32).astype(gradient.dtype)

@@ -9,7 +9,7 @@ from pallas_kernels.linear import pallas_mosaic_gpu_chain as chain
 from pallas_kernels.linear import pallas_mosaic_gpu_delta_gradients as of_delta
 from pallas_kernels.linear import pallas_mosaic_gpu_levels as levels
 from pallas_kernels.linear import pallas_mosaic_gpu_vector_gradients as of_vectors
-from pallas_kernels.linear.chunks import Chunks
+from pallas_kernels.linear.chunks import Chunks, sum_groups
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
 from pallas_kernels.linear.pallas_mosaic_gpu_solve import Inputs, scores_and_solve
@@ -108,7 +108,7 @@ def backward(
         )  # fmt: skip
         if decay is not None and decay.ndim == 1 and ddecay is not None:
             ddecay = jnp.sum(ddecay, axis=(0, 1))
-    dq, dk = (_sum_groups(x, q.shape[2]).astype(q.dtype) for x in (dq, dk))
+    dq, dk = (sum_groups(x, q.shape[2]).astype(q.dtype) for x in (dq, dk))
     return dq, dk, dv, ddecay, dbeta, after.end[:, 0].mT
 
 
@@ -322,8 +322,3 @@ def _whole_tiles(x, interpret):
     """
     padding = 0 if x is None else -x.shape[1] % (TILE_ROWS if interpret is None else CHUNK)
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
-
-
-def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
-    B, T, N, H = gradient.shape
-    return jnp.sum(gradient.reshape(B, T, num_heads, N // num_heads, H), axis=3, dtype=jnp.float32)

@@ -10,7 +10,6 @@ arXiv:2406.06484, section 3.2.
 """
 
 import math
-import struct
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.linear.pallas_mosaic_gpu_chain import CHUNK
 from pallas_kernels.linear.pallas_mosaic_gpu_tiles import spread
-from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS
+from pallas_kernels.wgmma import MATRIX, ROW, TRANSFORMS, ptx_float
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
@@ -188,7 +187,7 @@ def _add_up(log, cumulative, reads, writes) -> None:
             *(f"cvt.u32.u64 {name}, ${i};" for i, name in enumerate(names)),
             *(f"mad.lo.u32 {name}, lane, 8, {name};" for name in names),
             "ld.shared.v2.f32 {a, b}, [log];",
-            *(f"mul.f32 {x}, {x}, {_float(_LOG2_E)};" for x in "ab"),
+            *(f"mul.f32 {x}, {x}, {ptx_float(_LOG2_E)};" for x in "ab"),
             "add.f32 sum, a, b;",
         ]
         for distance in (1, 2, 4, 8, 16):
@@ -212,11 +211,6 @@ def _add_up(log, cumulative, reads, writes) -> None:
         llvm.inline_asm(void, addresses, text, "l,l,l,l,~{memory}", has_side_effects=True)
 
     emit(log, cumulative, reads, writes)
-
-
-def _float(x: float) -> str:
-    """As PTX writes it."""
-    return "0f" + struct.pack(">f", x).hex().upper()
 
 
 def _product(a, b, interpret):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear.chunks import Chunks, chunks_of
+from pallas_kernels.linear.chunks import Chunks, chunks_of, sum_groups
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.prepared import without_starts
 from pallas_kernels.linear.state import Passed
@@ -67,7 +67,7 @@ def forward(q, k, v, *, decay, beta, initial_state, segment_ids, options: Option
 
 def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, options: Options) -> tuple:
     """As `api.linear_attention_backward`."""
-    (B, T, N, V), K = v.shape, q.shape[2]
+    B, T, N, V = v.shape
     arrays, rule = _arrays(q, k, v, decay, beta, segment_ids, options)
     *_, states = _run(arrays, rule, initial_state, v, snapshots=True)
     shape = B, N, V, q.shape[3]
@@ -84,10 +84,7 @@ def backward(q, k, v, dout, dstate, *, decay, beta, initial_state, segment_ids, 
     def of_tokens(row):
         return by_tokens(results["drows"][..., row, :].reshape(B, N, -1))
 
-    dq, dk = (
-        jnp.sum(by_tokens(results[name]).reshape(B, T, K, N // K, -1), axis=3, dtype=jnp.float32).astype(q.dtype)
-        for name in ("dq", "dk")
-    )
+    dq, dk = (sum_groups(by_tokens(results[name]), q.shape[2]) for name in ("dq", "dk"))
     ddecay = None
     if decay is not None and options.decay_gradient:
         ddecay = by_tokens(results["dlog"]) if decay.ndim == 4 else of_tokens(_LOG)

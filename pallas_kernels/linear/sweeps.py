@@ -29,7 +29,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear.chunks import Chunks, chunks_of
+from pallas_kernels.linear.chunks import Chunks, chunks_of, sum_groups
 from pallas_kernels.linear.options import Options
 from pallas_kernels.linear.state import LinearState, Passed, before_each
 from pallas_kernels.tokens import Leaf
@@ -127,7 +127,7 @@ class Primitives:
             if initial_state is None:
                 ddecay = jnp.where(jnp.arange(ddecay.shape[2]) == 0, 0.0, ddecay)  # it is the decay of nothing
             ddecay = jnp.sum(ddecay, axis=(0, 2)) if decay.ndim == 1 else jnp.moveaxis(ddecay, 1, 2)
-        dq, dk = (_sum_groups(x.out, q.shape[2]) for x in (by_q, by_k))
+        dq, dk = (sum_groups(x.out, q.shape[2]) for x in (by_q, by_k))
         return dq, dk, by_v.out, ddecay, None, scale * by_v.end
 
     def states(self, k, v, *, decay, segment_ids) -> LinearState:
@@ -184,15 +184,6 @@ def part_chunks(num_chunks: int, num_parts: int, snapshot_chunks: int) -> int:
             f"{-(-num_chunks // of_part)} parts"
         )
     return of_part
-
-
-def _sum_groups(gradient: jax.Array, num_heads: int) -> jax.Array:
-    """Sums over the heads that share one."""
-    B, T, N, H = gradient.shape
-    if N == num_heads:
-        return gradient
-    grouped = gradient.reshape(B, T, num_heads, N // num_heads, H)
-    return jnp.sum(grouped, axis=3, dtype=jnp.float32).astype(gradient.dtype)
 
 
 def _decay_gradient(

@@ -11,7 +11,6 @@ Reference: Xu et al. 2025, XAttention, arXiv:2503.16428, Algorithm 1.
 """
 
 import math
-import struct
 from typing import NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, hopper_cores, refuse, sync
-from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TILE_ROWS, TRANSFORMS, int32s
+from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TILE_ROWS, TRANSFORMS, int32s, ptx_float
 
 HEAD_DIMS = (64, 128)
 GROUP = 8
@@ -277,7 +276,7 @@ def _store_lines(num_registers: int, words_shape: tuple[int, int], heads: int, r
         [f"{name}{i}" for i in range(count)]
         for name, count in (("x", 2 * num_groups), ("sum", num_groups), ("word", words_of_tile))
     )
-    minus_infinity = _float(-math.inf)
+    minus_infinity = ptx_float(-math.inf)
     lines = [
         f".reg .b32 lane, column, row, number, shift, {', '.join(bits)}; .reg .b64 from, at, to;",
         f".reg .f32 most, other, send, {', '.join(xs + sums)};",
@@ -318,7 +317,7 @@ def _store_lines(num_registers: int, words_shape: tuple[int, int], heads: int, r
         for step in (1, 2):
             lines += [f"shfl.sync.bfly.b32 other, most, {step}, 31, 0xffffffff;", "max.f32 most, most, other;"]
         # Of a row that sees nothing all are -inf, and stay so.
-        lines += [f"setp.eq.f32 seen, most, {minus_infinity};", f"selp.f32 most, {_float(0.0)}, most, seen;"]
+        lines += [f"setp.eq.f32 seen, most, {minus_infinity};", f"selp.f32 most, {ptx_float(0.0)}, most, seen;"]
         for x in xs:
             lines += [f"sub.f32 {x}, {x}, most;", f"ex2.approx.ftz.f32 {x}, {x};"]
         lines += [f"add.f32 {total}, {xs[2 * j]}, {xs[2 * j + 1]};" for j, total in enumerate(sums)]
@@ -342,13 +341,8 @@ def _store_lines(num_registers: int, words_shape: tuple[int, int], heads: int, r
             lines += [
                 f"lg2.approx.ftz.f32 {sums[j]}, {sums[j]};",
                 f"add.f32 {sums[j]}, {sums[j]}, most;",
-                f"mul.f32 {sums[j]}, {sums[j]}, {_float(math.log(2))};",
+                f"mul.f32 {sums[j]}, {sums[j]}, {ptx_float(math.log(2))};",
                 f"add.s32 lane, number, {j}; setp.lt.and.s32 there, lane, {groups}, row_there;",
                 f"@there st.global.f32 [at + {4 * j}], {sums[j]};",
             ]
     return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _float(x: float) -> str:
-    """A constant of PTX."""
-    return f"0f{struct.unpack('>I', struct.pack('>f', x))[0]:08X}"

@@ -9,7 +9,6 @@ Reference: Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, equation
 """
 
 import math
-import struct
 from typing import NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from jaxlib.mlir.dialects import llvm
 from pallas_kernels import wgmma_chosen
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, columns
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, hopper_cores, refuse, sync
-from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TRANSFORMS, int32s
+from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TRANSFORMS, int32s, ptx_float
 
 HEAD_DIMS = (64, 128)
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
@@ -332,7 +331,7 @@ def _choose_lines(F: int, Q: int, W: int, num_queries: int, num_keys: int, count
             lines += [
                 "mov.f32 p, 0f00000000;",
                 f"@free ld.global.nc.f32 p, [at + {4 * (fold.first + j)}];",
-                f"fma.rn.f32 score, p, 0f{_float_bits(float(times))}, score;",
+                f"fma.rn.f32 score, p, {ptx_float(float(times))}, score;",
             ]
         lines += [f"mov.b32 {key}, score;", f"@free add.u32 {key}, {key}, 1;"]
     lines += ["SCORED:", *_threshold_lines(keys, count), *_choice_lines(keys, count), "END:"]
@@ -423,7 +422,3 @@ def _choice_lines(keys: list[str], count: int) -> list[str]:
         f"setp.lt.and.u32 other, lane, {count}, other;",
         "@other st.global.b32 [at], x;",
     ]
-
-
-def _float_bits(x: float) -> str:
-    return struct.pack(">f", x).hex().upper()

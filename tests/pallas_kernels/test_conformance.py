@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import conformance
+from pallas_kernels import conformance, machine
 from pallas_kernels.blockwise import api, suite
 from pallas_kernels.blockwise.cases import CASES
 from pallas_kernels.blockwise.suite import FAMILY
@@ -188,6 +188,17 @@ def test_what_a_command_ran_joins_the_file(tmp_path, monkeypatch, capsys):
     read = conformance.Report.read_json(path)
     assert {(x.case, x.commit) for x in read.outcomes} == {("one_token", "one_token"), ("gqa", None)}
     assert not [x for x in read.outcomes if x.problems]
+
+
+def test_a_file_that_is_written_does_not_change_the_commit_it_names(tmp_path, monkeypatch):
+    commits = iter(["abc", *["abc with changes"] * 9])
+    monkeypatch.delenv("LONGCTX_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "_git_commit", lambda: next(commits))
+    monkeypatch.setattr(conformance, "folder_of", lambda family: tmp_path)
+    chosen = ["--family", "blockwise", "--cases", "^(one_token|block_of_one)$", "--implementations", "xla"]
+    assert conformance.main([*chosen, "--json"]) == 0
+    (path,) = tmp_path.iterdir()
+    assert conformance.Report.read_json(path).machine["commit"] == "abc"
 
 
 def test_the_text_of_a_case_is_the_same_in_every_process():
