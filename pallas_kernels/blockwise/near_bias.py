@@ -126,7 +126,8 @@ def _chosen(schedule: Schedule | None, *, num_heads: int):
     def chosen(queries, keys):
         # Of tokens that are not there, any.
         of_q, of_kv = (
-            jnp.minimum(x, last) for x, last in ((queries // sizes.block_q, last_q), (keys // sizes.block_kv, last_kv))
+            jnp.minimum(x, last)
+            for x, last in ((queries // sizes.block_q, num_rows - 1), (keys // sizes.block_kv, num_columns - 1))
         )
         return visited[:, :, of_q[:, None], of_kv]
 

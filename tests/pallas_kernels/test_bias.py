@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Alibi, Bias, KerpleLog, KerplePower, T5Buckets, Tokens, blockwise_attention
-from pallas_kernels.blockwise import api
-from pallas_kernels.mask import Causal
+from pallas_kernels import Alibi, Bias, BlockSizes, KerpleLog, KerplePower, T5Buckets, Tokens, blockwise_attention
+from pallas_kernels.blockwise import api, near_bias
+from pallas_kernels.blockwise.options import Options
+from pallas_kernels.mask import Causal, Full
+from pallas_kernels.online_softmax import delta_of
+from pallas_kernels.sparse import BlockSelection
+from pallas_kernels.testing import assert_close
 
 DISTANCES = np.arange(-300, 301)
 
@@ -103,3 +107,29 @@ def test_a_kind_of_ones_own():
     got, want = (jax.grad(loss, argnums=1)(name, jnp.ones(2)) for name in ("xla", "reference"))
     np.testing.assert_allclose(got, want, rtol=1e-4)
     assert np.all(np.asarray(want) != 0)
+
+
+def test_gradients_of_near_pairs_are_of_the_chosen_blocks():
+    """Here all pairs are near, so that they are the whole gradient; lengths leave both last blocks ragged."""
+    T, S, N, sizes = 300, 420, 2, BlockSizes(block_q=128, block_kv=128)
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, dout = (jax.random.normal(key, (1, T, N, 16)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (1, S, N, 16)) for key in keys[2:4])
+    bias = T5Buckets(table=jax.random.normal(keys[4], (N, 32)), max_distance=512, bidirectional=True)
+    blocks = jnp.asarray([[[0, 2, -1], [1, -1, -1], [0, 1, 3]], [[3, -1, -1], [0, 1, 2], [2, -1, -1]]], jnp.int32)
+    selection = BlockSelection(blocks=blocks[None], q_len=T, kv_len=S, block_sizes=sizes)
+    schedule = selection.schedule(mask=Full(), block_sizes=sizes)
+
+    def attend(bias):
+        return blockwise_attention(
+            q, k, v, mask=Full(), bias=bias, schedule=schedule, implementation="xla", return_lse=True
+        )  # fmt: skip
+
+    (out, lse), vjp = jax.vjp(attend, bias)
+    (want,) = vjp((dout, jnp.zeros_like(lse)))
+    got = near_bias.gradient(
+        bias, q, k, v, lse=lse, delta=delta_of(out, dout, None), dout=dout, tokens=Tokens(), schedule=schedule,
+        options=Options(mask=Full(), scale=16**-0.5, logits_soft_cap=None, block_sizes=None, deterministic=True),
+        dropout=None,
+    )  # fmt: skip
+    assert_close("dtable", got.table, want.table, "float32")
