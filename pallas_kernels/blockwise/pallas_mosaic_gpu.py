@@ -46,8 +46,13 @@ _MOST_KEYS = {256: 64}
 """Of a block of the forward pass, by head dim of q and k, where its shared memory cannot hold those of a schedule."""
 _WIDE = 128
 """The forward pass keeps two tiles of q up to this head dim, and one of wider ones."""
-_TILE_OF_DQ = 128
-"""Keys of a step of the kernel of dq alone, where the head dim leaves room."""
+_TILES = {64: (128, 128), 128: (128, 64)}
+"""By head dim: keys of a step of the kernel of dq alone, and queries of one of dk and dv; 64 where there are others."""
+_FEW_RANGES = 4
+"""Of blocks of queries that a block of keys may be visited by in turns."""
+_SHORT_LISTS = 32
+"""Blocks of keys for a block of queries, or ranges of them: up to so many, a kernel for each gradient is the fastest in
+any order too."""
 _LEAST_ITEMS_A_CORE = 1.5
 """Of the backward pass. Items of a causal mask differ in length: fewer leave some without work in the end."""
 
@@ -141,6 +146,7 @@ def backward(
     interpret=None,
 ) -> tuple[Any, ...]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
+    num_cores = hopper_cores(interpret)
     _check_call(q, v, options)
     tokens = tokens or Tokens()
     q_len, kv_len = q.shape[1], k.shape[1]
@@ -173,8 +179,10 @@ def backward(
         pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
         interpret=interpret,
     )
-    is_split = head_dim > _WIDE or _takes_no_turns(call, blocks)
-    *gradients, sums = (_differentiate_split if is_split else _differentiate)(call, blocks)
+    if head_dim > _WIDE or _takes_no_turns(call, blocks, num_cores):
+        *gradients, sums = _differentiate_split(call, blocks)
+    else:
+        *gradients, sums = _differentiate(call, blocks, num_cores)
     gradients = zip(gradients, (q, k, v), strict=True)
     gradients = tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
     if sums is None:
@@ -209,30 +217,29 @@ class _Backward:
     interpret: Any
 
 
-def _takes_no_turns(call: _Backward, blocks: Schedule) -> bool:
+def _takes_no_turns(call: _Backward, blocks: Schedule, num_cores: int) -> bool:
     """Whether narrow heads have the gradients of each block added up by one owner, in kernels of their own.
 
-    Items that visit scattered blocks, as lists do, would wait for their turns longer than two more matmuls take. What
-    has not run so on a card yet takes turns: other head dims, groups of query heads, options of logits and
-    probabilities, tokens that are given, gradients that are added to running ones.
+    Items that visit scattered blocks, as lists do, would wait for their turns longer than two more matmuls take; where
+    they visit few, zeroing and converting a dq of float32 takes longer, too. Not where a kv head's blocks of keys are
+    too few for all multiprocessors: its query heads are shared out there.
     """
-    q, k, v = (call.operands[name] for name in "qkv")
-    is_plain = call.options.logits_soft_cap is None and all(call.operands[name] is None for name in ("words", "bias"))
-    given = [call.operands[name] for name in ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids")]
-    return (
-        call.options.deterministic
-        and blocks.q_blocks.first is not None
-        and q.shape[2] == k.shape[2]
-        and q.shape[3] == v.shape[3] == _WIDE
-        and is_plain
-        and all(x is None for x in (*given, *call.accumulate))
-    )
+    batch_size, _, num_heads, _ = call.operands["q"].shape
+    num_kv_heads = call.operands["k"].shape[2]
+    num_items = batch_size * num_kv_heads * blocks.q_blocks.num_rows
+    if num_shares(num_heads // num_kv_heads, num_items=num_items, num_cores=num_cores) > 1:
+        return False
+    has_short_lists = blocks.kv_blocks.start.shape[3] <= _SHORT_LISTS
+    return _is_scattered(blocks) and (call.options.deterministic or has_short_lists)
 
 
-def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
+def _is_scattered(blocks: Schedule) -> bool:
+    """Whether blocks of keys are visited by blocks of queries that are not neighbours."""
+    return blocks.q_blocks.first is not None or blocks.q_blocks.start.shape[3] > _FEW_RANGES
+
+
+def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by the fused kernel."""
-    # By one block of threads where it is interpreted: more would have to take turns there too.
-    num_cores = hopper_cores(call.interpret)
     options, sizes, q, k = call.options, blocks.block_sizes, call.operands["q"], call.operands["k"]
     batch_size, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -299,7 +306,7 @@ def _differentiate(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None,
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
-    is_wide = call.operands["q"].shape[3] > _WIDE
+    head_dim = call.operands["q"].shape[3]
 
     def gradients(names: tuple[str, ...], ranges: BlockRanges, running: tuple, tile: int) -> tuple[jax.Array, ...]:
         if call.kv_len < split_kernel.BLOCK:
@@ -318,19 +325,20 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
             kv_len=call.kv_len,
             pair_test=call.pair_test(columns=tile),
             num_cores=num_cores,
+            in_line=_is_scattered(blocks),
             bias_gradient=call.options.bias_gradient and "dk" in names,
             interpret=call.interpret,
         )
         return split_kernel.differentiate(inputs, config)
 
     running_dq, *running = call.accumulate
-    tile = split_kernel.TILE if is_wide else _TILE_OF_DQ
-    (dq,) = gradients(("dq",), blocks.kv_blocks, (running_dq,), tile)
-    if not is_wide:
-        dk, dv, *sums = gradients(("dk", "dv"), blocks.q_blocks, tuple(running), split_kernel.TILE)
+    tile_of_keys, tile_of_queries = _TILES.get(head_dim, (split_kernel.TILE, split_kernel.TILE))
+    (dq,) = gradients(("dq",), blocks.kv_blocks, (running_dq,), tile_of_keys)
+    if head_dim <= _WIDE:
+        dk, dv, *sums = gradients(("dk", "dv"), blocks.q_blocks, tuple(running), tile_of_queries)
     else:
         (dk, *sums), (dv,) = (
-            gradients((name,), blocks.q_blocks, (x,), split_kernel.TILE)
+            gradients((name,), blocks.q_blocks, (x,), tile_of_queries)
             for name, x in zip(("dk", "dv"), running, strict=True)
         )
     return dq, dk, dv, sums[0] if sums else None

@@ -20,6 +20,7 @@ arXiv:2407.08608, Appendix B.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -54,11 +55,11 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     dropped,
     indices,
     rows,
-    store_parts_of_sectors,
+    store_tile,
     token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
 from pallas_kernels.dropout import is_kept
 from pallas_kernels.mosaic_gpu import (
     NAMED_BARRIERS,
@@ -319,11 +320,12 @@ class _Block:
             num_lists = self.inputs.ranges.num_lists
             which = 0 if num_lists == 1 else lax.div(first_head * num_lists, self.num_heads)
 
-            def one_block(block, is_full, number, state):
+            def one_block(block: Visit, state):
                 def one_tile(i, state):
                     member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
-                    tile = block * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
-                    return body(_Tile(first_head + member, which, number, block, tile, is_full), state)
+                    tile = block.index * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
+                    head = first_head + member
+                    return body(_Tile(head, which, block.number, block.index, tile, block.is_full), state)
 
                 return lax.fori_loop(0, self.heads_together * self.tiles_of_block, one_tile, state)
 
@@ -394,7 +396,7 @@ class _Block:
                     self.add_piece(item.batch, tile.head, tile.index, slot, piece)
                 return count + 1, counter
 
-            return self.for_each_tile(item, one_tile, state)
+            return self.for_each_tile(item, one_tile, state), lambda: None
 
         _, last = self.queue.take(one_item, (jnp.int32(0), none))
         if self.takes_turns:
@@ -445,8 +447,7 @@ class _Block:
         arrive(self.kv_free, self.consumers_and_one)
         if self.config.dropout_rate:
             dv = dv * (1 / (1 - self.config.dropout_rate))
-        self.write(item, dk * self.config.scale, dv)
-        return count
+        return count, functools.partial(self.write, item, dk * self.config.scale, dv)
 
     def step(self, item: Item, tile: _Tile, allowed: Callable, kept: Callable | None, count, dk, dv, sums):
         """One tile of queries."""
@@ -624,10 +625,7 @@ class _Block:
         for target, x, before in ((self.outputs.dk, dk, running[0]), (self.outputs.dv, dv, running[1])):
             if before is not None:
                 x = x + plgpu.load(before.at[at], layout=MATRIX, optimized=False)
-            if self.config.interpret:
-                target.at[at][...] = x.astype(target.dtype)
-            else:
-                store_parts_of_sectors(target.at[at], x.astype(target.dtype))
+            store_tile(target.at[at], x, interpret=bool(self.config.interpret))
 
 
 def _dot(x, y) -> jax.Array:

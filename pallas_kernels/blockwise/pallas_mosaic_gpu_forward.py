@@ -50,7 +50,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     columns,
     indices,
     rows,
-    store_parts_of_sectors,
+    store_tile,
     token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
@@ -609,11 +609,7 @@ class _Block:
         self.outputs.lse.at[of_rows][...] = jnp.where(empty, -jnp.inf, lse)
         out = acc * rows(1.0 / some, acc.shape)
         if self.shared.out is None:
-            target = self.outputs.out.at[tile]
-            if self.config.interpret:
-                target[...] = out.astype(self.dtype)
-            else:
-                store_parts_of_sectors(target, out.astype(self.dtype))
+            store_tile(self.outputs.out.at[tile], out, interpret=bool(self.config.interpret))
             return
         staged = self.shared.out.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's

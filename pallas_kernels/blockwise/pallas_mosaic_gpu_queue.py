@@ -73,14 +73,17 @@ class Queue:
         self._tell(loop[1], jax.tree.unflatten(jax.tree.structure(_AN_ITEM), [nothing] * _FIELDS))
 
     def take(self, body: Callable, state):
-        """The others': state = body(item, state) for each item."""
+        """The others': state, end = body(item, state) for each item, and end() once the next one is known: what it
+        waits for to be read comes while this writes."""
         for slot in range(SLOTS):
             arrive(self.free + slot, self.num_threads)
 
         def one_item(loop):
             count, item, state = loop
-            state = body(item, state)
-            return count + 1, self._read(count + 1), state
+            state, end = body(item, state)
+            ahead = self._read(count + 1)
+            end()
+            return count + 1, ahead, state
 
         first = jnp.int32(0), self._read(jnp.int32(0)), state
         return lax.while_loop(lambda loop: loop[1].exists, one_item, first)[2]

@@ -1,10 +1,11 @@
 """The backward kernels of blockwise attention on Hopper GPUs that add up each gradient where it stays (Mosaic GPU): one
 of dq, and one of dk and dv, or for wide heads one each.
 
-Grid: one block of threads a multiprocessor, each with a list of items; an item is 128 rows of one head, queries for dq,
-keys for dk and dv. A producer warpgroup copies the rows, those of the next item ahead of time where there is room, and
-tiles of what the schedule says that they visit (for dk and dv of all query heads of the kv head), into shared memory.
-Two consumers, 64 rows each, keep the gradients of their rows in registers over the whole item.
+Grid: one block of threads a multiprocessor, each with a list of items or, where nobody knows beforehand how long these
+are, all with one line of them; an item is 128 rows of one head, queries for dq, keys for dk and dv. A producer
+warpgroup copies the rows, those of the next item ahead of time where there is room, and tiles of what the schedule says
+that they visit (for dk and dv of all query heads of the kv head), into shared memory. Two consumers, 64 rows each, keep
+the gradients of their rows in registers over the whole item.
 
 On chip: the rows, as queries with dout or keys with values, and the tiles, in shared memory; logits, their gradients
 and dq, dk or dv in registers.
@@ -21,6 +22,7 @@ Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward, wgmma_split
+from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     KernelBias,
     Side,
@@ -54,10 +57,10 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     dropped,
     indices,
     rows,
-    store_parts_of_sectors,
+    store_tile,
     token_vectors,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
 from pallas_kernels.dropout import is_kept
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.schedule import BlockRanges
@@ -87,6 +90,7 @@ class Config:
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, tile]` each; None where all may, of those that are visited.
       num_cores: Multiprocessors.
+      in_line: Whether items go out in one line, to whoever asks next, and are not dealt beforehand.
       bias_gradient: Whether sums are made for the gradient of the bias: by the kernel of dk.
       interpret: Whether to run on a CPU, in JAX's interpreter.
     """
@@ -99,6 +103,7 @@ class Config:
     kv_len: int
     pair_test: PairTest | None
     num_cores: int
+    in_line: bool
     bias_gradient: bool = False
     interpret: Any = None
 
@@ -171,7 +176,10 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
         )
         for name, running in zip(config.gradients, inputs.running, strict=True)
     ]
-    leaves, tree = jax.tree.flatten(inputs)
+    # Where it is interpreted items are dealt: the interpreter's blocks take no turns.
+    taken = jax.new_ref(jnp.zeros((1,), jnp.int32)) if config.in_line and not config.interpret else None
+    notes = jax.new_ref(jnp.zeros((deal.num_blocks, queue.NOTES), jnp.int32))
+    leaves, tree = jax.tree.flatten((inputs, taken, notes))
 
     def smem(*shape):
         return plgpu.SMEM(shape, own.dtype, transforms=TRANSFORMS)
@@ -197,15 +205,17 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
         a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp, num_barriers=slots_a),
         b_full=plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=_SLOTS),
         b_2_full=plgpu.Barrier(num_barriers=slots_2),
+        item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
     )
     shared_leaves, shared_tree = jax.tree.flatten(shared)
 
     def body(*refs):
         refs = iter(refs)
-        inputs = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        inputs, taken, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         results = list(itertools.islice(refs, len(config.gradients)))
         sums = next(refs) if config.bias_gradient else None
-        _Block(config, deal, inputs, results, sums, jax.tree.unflatten(shared_tree, refs)).run()
+        shared = jax.tree.unflatten(shared_tree, refs)
+        _Block(config, deal, inputs, taken, notes, results, sums, shared).run()
 
     if config.bias_gradient:
         outputs.append(sums_type(inputs.bias, (B, inputs.q.shape[2], num_rows * BLOCK)))
@@ -242,6 +252,7 @@ class _Shared(NamedTuple):
     a_full: Any
     b_full: Any
     b_2_full: Any
+    item_full: Any
 
 
 class _Tile(NamedTuple):
@@ -251,17 +262,21 @@ class _Tile(NamedTuple):
       head: The query head.
       index: The tile, counted over the whole length.
       is_full: Whether it needs no pair test.
+      is_last: Whether the item visits no tile after it, of this head.
     """
 
     head: ArrayLike
     index: ArrayLike
     is_full: ArrayLike
+    is_last: ArrayLike
 
 
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, deal: Deal, inputs: Inputs, outputs: list, sums, shared: _Shared):
+    def __init__(
+        self, config: Config, deal: Deal, inputs: Inputs, taken, notes, outputs: list, sums, shared: _Shared
+    ):  # fmt: skip
         self.config, self.inputs, self.outputs, self.sums, self.shared = config, inputs, outputs, sums, shared
         self.num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
@@ -279,6 +294,15 @@ class _Block:
         self.b_free = self.a_free + self.slots_a
         self.b_2_free = self.b_free + _SLOTS
         self.everyone = WARPGROUP * (_NUM_CONSUMERS + 1)
+        self.queue = queue.Queue(
+            walk=self.walk,
+            counter=taken,
+            notes=notes,
+            full=shared.item_full,
+            free=self.b_2_free + self.slots_2,
+            num_threads=self.everyone,
+            interpret=config.interpret,
+        )
 
     def run(self) -> None:
         @pl.when(self.warpgroup < _NUM_CONSUMERS)
@@ -300,13 +324,12 @@ class _Block:
             num_lists = self.inputs.ranges.num_lists
             which = 0 if num_lists == 1 else lax.div(head * num_lists, self.num_heads)
 
-            def one_block(block, is_full, number, state):
-                del number
-
+            def one_block(block: Visit, state):
                 tiles_of_block = BLOCK // self.config.tile
 
                 def one_tile(i, state):
-                    return body(_Tile(head, block * tiles_of_block + i, is_full), state)
+                    is_last = block.is_last & (i == tiles_of_block - 1)
+                    return body(_Tile(head, block.index * tiles_of_block + i, block.is_full, is_last), state)
 
                 return lax.fori_loop(0, tiles_of_block, one_tile, state)
 
@@ -322,7 +345,8 @@ class _Block:
         queries, keys = (inputs.q, inputs.dout), (inputs.k, inputs.v)
         own, others = (queries, keys) if config.rows_are_queries else (keys, queries)
 
-        def one_item(number, item: Item, count):
+        def one_item(item: Item, state):
+            number, count = state
             slot_a = lax.rem(number, self.slots_a)
             sync(self.a_free + slot_a, self.everyone)
             at = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
@@ -345,9 +369,9 @@ class _Block:
                 plgpu.copy_gmem_to_smem(others[1].at[at], shared.b_2.at[slot_2], shared.b_2_full.at[slot_2])
                 return count + 1
 
-            return self.for_each_tile(item, load, count)
+            return number + 1, self.for_each_tile(item, load, count)
 
-        self.walk.for_each_item(one_item, jnp.int32(0))
+        self.queue.hand_out(one_item, (jnp.int32(0), jnp.int32(0)))
 
     # A consumer.
 
@@ -358,9 +382,10 @@ class _Block:
             arrive(self.b_free + slot, self.everyone)
         for slot in range(self.slots_2):
             arrive(self.b_2_free + slot, self.everyone)
-        self.walk.for_each_item(self.consume_item, jnp.int32(0))
+        self.queue.take(self.consume_item, (jnp.int32(0), jnp.int32(0)))
 
-    def consume_item(self, number, item: Item, count):
+    def consume_item(self, item: Item, state):
+        number, count = state
         slot_a = lax.rem(number, self.slots_a)
         start = item.row * BLOCK + self.warpgroup * ROWS
         lse_and_delta = None
@@ -385,11 +410,11 @@ class _Block:
                 store_sums(target, x, interpret=bool(self.config.interpret))
             return count, gradients, no_sums
 
-        state = count, nothing, no_sums
+        state, before = (count, nothing, no_sums), count
         count, gradients, _ = self.for_each_tile(item, one_tile, state, end_of_head=end_of_head if no_sums else None)
-        arrive(self.a_free + slot_a, self.everyone)
-        self.write(item, start, gradients)
-        return count
+        is_held = count == before if self.frees_a_early else True
+        pl.when(is_held)(lambda: arrive(self.a_free + slot_a, self.everyone))
+        return (number + 1, count), functools.partial(self.write, item, start, gradients)
 
     def step(
         self, item: Item, slot_a, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta,
@@ -420,6 +445,8 @@ class _Block:
             p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
         if config.needs_dp:
             dp, p = self.settle(dp, p)
+            if self.frees_a_early:
+                pl.when(tile.is_last)(lambda: arrive(self.a_free + slot_a, self.everyone))
             if not self.needs_b_2:
                 arrive(self.b_2_free + slot_2, self.everyone)
         else:
@@ -441,6 +468,12 @@ class _Block:
         if self.needs_b_2:
             arrive(self.b_2_free + slot_2, self.everyone)
         return count + 1, gradients, sums
+
+    @property
+    def frees_a_early(self) -> bool:
+        """Whether the rows' buffer is given back in the last step, before its products: the only one of an item that
+        visits tiles of one head."""
+        return self.config.rows_are_queries and self.slots_a == 1
 
     @property
     def needs_b_2(self) -> bool:
@@ -550,10 +583,7 @@ class _Block:
             if running is not None:
                 gradient = gradient + plgpu.load(running.at[at], layout=MATRIX, optimized=False)
             target = output.at[at]
-            if self.config.interpret:
-                target[...] = gradient.astype(target.dtype)
-            else:
-                store_parts_of_sectors(target, gradient.astype(target.dtype))
+            store_tile(target, gradient, interpret=bool(self.config.interpret))
 
 
 def _dot(x, y) -> jax.Array:

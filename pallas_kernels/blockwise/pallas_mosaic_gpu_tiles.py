@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.wgmma_store import store_rows
 
 MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -81,6 +82,17 @@ def zeros(start, length: int, layout) -> jax.Array:
 def dropped(p, dp, rate: float) -> tuple[jax.Array, jax.Array]:
     """Probabilities, of which those that dropout drops came with a minus, and the gradients of what is left of them."""
     return jnp.abs(p), jnp.where(p > 0, dp * (1 / (1 - rate)), 0.0)
+
+
+def store_tile(ref, value, *, interpret: bool) -> None:
+    """ref[...] = value of a matmul's rows, in device memory and its dtype."""
+    value = value.astype(ref.dtype)
+    if interpret:
+        ref[...] = value
+    elif ref.dtype.itemsize == 2:
+        store_rows(ref, value)
+    else:
+        store_parts_of_sectors(ref, value)
 
 
 def store_parts_of_sectors(ref, value) -> None:

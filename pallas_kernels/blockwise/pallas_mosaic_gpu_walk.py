@@ -38,6 +38,22 @@ class Item(NamedTuple):
         return self.first_range.start < self.first_range.stop
 
 
+class Visit(NamedTuple):
+    """A block that an item visits.
+
+    Attributes:
+      index: Its number.
+      is_full: Whether it needs no pair test.
+      number: Of its range.
+      is_last: Whether no block comes after it.
+    """
+
+    index: ArrayLike
+    is_full: ArrayLike
+    number: ArrayLike
+    is_last: ArrayLike
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Walk:
     """The walk of one block of threads.
@@ -139,19 +155,20 @@ class Walk:
         return lax.while_loop(visits_any, one_range, loop)[3]
 
     def visit_in_order(self, item: Item, which, body: Callable, state, *, ascending: bool):
-        """state = body(j, whether j needs no pair test, number of its range, state) for each block j of a list's row.
+        """state = body(a Visit, state) for each block of a list's row.
 
         Args:
           which: One of the lists of the item's head.
         """
         num_ranges = self.num_ranges(item.batch, which, item.row)
 
-        def one_range(number, current: Range, state):
+        def one_range(number, current: Range, is_last, state):
             start, stop, full_start, full_stop = current
 
             def one_block(i, state):
                 j = i if ascending else start + stop - 1 - i
-                return body(j, (full_start <= j) & (j < full_stop), number, state)
+                is_full = (full_start <= j) & (j < full_stop)
+                return body(Visit(j, is_full, number, is_last & (i == stop - 1)), state)
 
             return lax.fori_loop(start, stop, one_block, state)
 
@@ -165,14 +182,19 @@ class Walk:
         else:
             first = self.range_of(item.batch, which, item.row, number(0))
         if self.ranges.first is None and num_ranges == 1:
-            return one_range(0, first, state)
+            return one_range(0, first, True, state)
 
-        def one_more(i, loop):
-            current, state = loop
+        def goes_on(i, current: Range):
+            # Behind the last of ascending ranges may be empty ones.
+            return (i < num_ranges) & (current.start < current.stop) if ascending else i < num_ranges
+
+        def one_more(loop):
+            i, current, state = loop
             ahead = self.range_of(item.batch, which, item.row, number(i + 1))
-            return ahead, one_range(number(i), current, state)
+            is_last = jnp.logical_not(goes_on(i + 1, ahead))
+            return i + 1, ahead, one_range(number(i), current, is_last, state)
 
-        return lax.fori_loop(0, num_ranges, one_more, (first, state))[1]
+        return lax.while_loop(lambda loop: goes_on(*loop[:2]), one_more, (jnp.int32(0), first, state))[2]
 
 
 def row_of_batch(ref, batch) -> ArrayLike:

@@ -45,6 +45,11 @@ def lowered(function, *arguments):
     return traced.out_info, traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def _kernels_of(case) -> int:
+    """Of a call of few blocks of keys, forward and backward: wide heads have one for each gradient."""
+    return 2 if case.head_dim <= 128 else 4
+
+
 BOTH = [("blockwise_attention_forward", "mosaic_gpu"), ("blockwise_attention_backward", "mosaic_gpu")]
 
 
@@ -74,7 +79,7 @@ def test_lowers_for_cuda(case):
     with tracing_for(H100), dispatch.record() as taken:
         gradients, text = lowered(differentiate, inputs)
     assert taken == BOTH
-    # Few queries have two kernels for the forward pass, wide heads four in all.
+    # Few queries have two kernels for the forward pass.
     is_few = (
         case.q_len <= pallas_mosaic_gpu_decode.MOST_QUERIES
         and not case.dropout_rate
@@ -82,7 +87,7 @@ def test_lowers_for_cuda(case):
         and not case.bias
         and case.head_dim in pallas_mosaic_gpu_decode.BLOCK
     )
-    assert text.count("mosaic_gpu_v2") == (2 if case.head_dim <= 128 else 4) + is_few
+    assert text.count("mosaic_gpu_v2") == (_kernels_of(case) + is_few)
     want = *(inputs[name] for name in "qkv"), inputs.get("bias")
     assert jax.tree.map(like, gradients) == jax.tree.map(like, want)
 
@@ -271,8 +276,8 @@ def test_gradients_equal_the_reference_in_the_interpreter(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["chosen_by_head_D128", "chosen_by_kv_head_documents_D128", "chosen_large_blocks_D64"])
 def test_lists_without_turns_in_the_interpreter(name, monkeypatch):
-    """Also where they take turns until a card has run them so."""
-    monkeypatch.setattr(pallas_mosaic_gpu, "_takes_no_turns", lambda call, blocks: True)
+    """Also where there are too few blocks of keys for all multiprocessors."""
+    monkeypatch.setattr(pallas_mosaic_gpu, "_takes_no_turns", lambda *_: True)
     case, want = CASES_BY_NAME[name], truth(name)
     inputs = case.inputs("bfloat16")
     gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"])
@@ -280,29 +285,41 @@ def test_lists_without_turns_in_the_interpreter(name, monkeypatch):
         assert_close(name, gradient, want[name], "bfloat16")
 
 
+def num_kernels(mask, *, num_heads=16, num_kv_heads=16, head_dim=128, length=4096, one_in=None, **options) -> int:
+    """Of forward and backward pass, with blocks of keys chosen by each head if asked."""
+
+    def gradients(q, k, v):
+        given = {"mask": mask, "implementation": "mosaic_gpu"} | options
+        if one_in is not None:
+            blocks = jnp.zeros((1, num_heads, length // 128, length // 128 // one_in), jnp.int32)
+            sizes = BlockSizes(block_q=128, block_kv=128)
+            selection = BlockSelection(blocks=blocks, q_len=length, kv_len=length, block_sizes=sizes)
+            given["schedule"] = selection.schedule(mask=mask, block_sizes=sizes)
+        out, vjp = jax.vjp(functools.partial(blockwise_attention, **given), q, k, v)
+        return vjp(out)
+
+    heads = num_heads, num_kv_heads, num_kv_heads
+    shapes = (jax.ShapeDtypeStruct((1, length, n, head_dim), "bfloat16") for n in heads)
+    with tracing_for(H100):
+        return str(jax.make_jaxpr(gradients)(*shapes)).count("mpmd_map[")  # what a kernel is in a jaxpr
+
+
+def random_blocks(num: int, one_in: int) -> Table:
+    return Table(np.random.default_rng(0).random((num, num)) < 1 / one_in, block_q=128, block_kv=128)
+
+
 def test_what_takes_no_turns():
-    """Lists of a head each, plain and the same each time: a kernel of dq, one of dk and dv, and the forward one."""
-    selection = BlockSelection(
-        blocks=jnp.zeros((1, 4, 4, 1), jnp.int32), q_len=512, kv_len=512,
-        block_sizes=BlockSizes(block_q=128, block_kv=128),
-    )  # fmt: skip
-
-    def num_kernels(head_dim=128, num_kv_heads=4, **options):
-        def gradients(q, k, v):
-            schedule = selection.schedule(mask=Causal(), block_sizes=selection.block_sizes)
-            options_of_call = {"mask": Causal(), "schedule": schedule, "implementation": "mosaic_gpu"} | options
-            out, vjp = jax.vjp(functools.partial(blockwise_attention, **options_of_call), q, k, v)
-            return vjp(out)
-
-        shapes = (jax.ShapeDtypeStruct((1, 512, n, head_dim), "bfloat16") for n in (4, num_kv_heads, num_kv_heads))
-        with tracing_for(H100):
-            return str(jax.make_jaxpr(gradients)(*shapes)).count("mpmd_map[")  # what a kernel is in a jaxpr
-
-    assert num_kernels() == 3
+    """Scattered blocks: a kernel of dq, one of dk and dv, and the forward one; else one for all three gradients."""
     for options in (
-        {"deterministic": False}, {"head_dim": 64}, {"num_kv_heads": 2}, {"logits_soft_cap": 30.0}
+        {}, {"deterministic": False}, {"head_dim": 64}, {"num_kv_heads": 8}, {"logits_soft_cap": 30.0}
     ):  # fmt: skip
-        assert num_kernels(**options) == 2, options
+        assert num_kernels(Causal(), one_in=4, **options) == 3, options
+    assert num_kernels(random_blocks(32, 2)) == 3
+    assert num_kernels(Causal()) == num_kernels(Window(left=300, right=0)) == 2
+    # In any order long lists are faster together, and few blocks of keys have their query heads shared out.
+    assert num_kernels(Causal(), one_in=1, length=8192, deterministic=False) == 2
+    assert num_kernels(Causal(), one_in=1, length=8192) == 3
+    assert num_kernels(Causal(), one_in=4, num_kv_heads=2) == 2
 
 
 @pytest.mark.parametrize("name", some_slow(SHARED_OUT, []))
