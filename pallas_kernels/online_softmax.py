@@ -5,6 +5,7 @@ Convention of every softmax op: lse is the natural-log sum of exponentials of th
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,11 @@ class SoftmaxCarry:
         def rows(x_BNT):
             return x_BNT.transpose(0, 2, 1)[..., None]
 
+        accs = [rows(weight) * x.acc for weight, x in ((mine, self), (others, other)) if x.acc is not None]
         return SoftmaxCarry(
-            max=top, sum=mine * self.sum + others * other.sum, acc=rows(mine) * self.acc + rows(others) * other.acc
+            max=top,
+            sum=mine * self.sum + others * other.sum,
+            acc=functools.reduce(jnp.add, accs) if accs else None,
         )
 
     def finalize(self, dtype: DTypeLike) -> tuple[Float[Array, "B T N V"], Float32[Array, "B N T"]]:

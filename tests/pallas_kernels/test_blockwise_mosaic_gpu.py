@@ -376,7 +376,7 @@ def test_carry_in_the_interpreter(name):
     assert_close("lse", lse, want["lse"] + np.log(2), "float16")
 
 
-@pytest.mark.parametrize("name", some_slow([case.name for case in WITH_SINKS], []))
+@pytest.mark.parametrize("name", some_slow([case.name for case in WITH_SINKS], ["decode_learned_sinks_D128"]))
 def test_sinks_in_the_interpreter(name):
     """A carry to start from, no keys seen, and no values; rows that see no key end with it."""
     case, want = CASES_BY_NAME[name], truth(name)
@@ -386,7 +386,7 @@ def test_sinks_in_the_interpreter(name):
     out, lse = in_interpreter(case, inputs, carry=carry)
     assert_close("out", out, want["out"], "bfloat16")
     assert_close("lse", lse, want["lse"], "float16")
-    whole = in_interpreter(case, inputs, carry=carry.whole(case.head_dim))
+    whole = in_interpreter(case, inputs, carry=carry.whole(inputs["v"].shape[3]))
     np.testing.assert_array_equal(out, whole[0])
     np.testing.assert_array_equal(lse, whole[1])
 
