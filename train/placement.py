@@ -17,7 +17,7 @@ from longctx.context_parallel import BalancedRow, Balancer
 from longctx.sharding import batch_sharding
 
 Row = Mapping[str, np.ndarray]
-Slots = Int[np.ndarray, "held"] | Callable[[Row], Int[np.ndarray, "held"]]
+Slots = Int[np.ndarray, "held"] | Callable[[Row], Int[np.ndarray, " held"]]
 
 
 class BatchPlacement:

@@ -288,7 +288,7 @@ def most_rows(num_entries: int, num_lists: int, list_block: int) -> int:
     return (num_entries + min(num_entries, num_lists) * (list_block - 1)) // list_block * list_block
 
 
-def search(sorted_numbers: Int32[Array, "length"], x: Int32[Array, "n"], side: str = "left") -> Int32[Array, "n"]:
+def search(sorted_numbers: Int32[Array, " length"], x: Int32[Array, " n"], side: str = "left") -> Int32[Array, " n"]:
     """`jnp.searchsorted`: how many of the numbers are less than each x, or at most that where side is right."""
     # An iteration of a loop costs a GPU more than what a step of a search does.
     method = "scan_unrolled" if current_platform() == "gpu" else "scan"

@@ -19,9 +19,9 @@ class DocumentTable:
       num_bytes: Source bytes that the tokens with loss stand for; 0 where the source has no text.
     """
 
-    lengths: Int[np.ndarray, "documents"]
-    prompt_lengths: Int[np.ndarray, "documents"]
-    num_bytes: Int[np.ndarray, "documents"]
+    lengths: Int[np.ndarray, " documents"]
+    prompt_lengths: Int[np.ndarray, " documents"]
+    num_bytes: Int[np.ndarray, " documents"]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -39,7 +39,7 @@ class Corpus(Protocol):
     documents: DocumentTable
     notes: Sequence[str]
 
-    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, " tokens"]:
         """Tokens [start, stop) of a document; 0 <= start <= stop <= its length."""
         ...
 
@@ -54,8 +54,8 @@ class TaskDocument:
       group: Which of the corpus's `answer_groups` the answers count in.
     """
 
-    tokens: Integer[np.ndarray, "tokens"]
-    answers: Integer[np.ndarray, "tokens"]
+    tokens: Integer[np.ndarray, " tokens"]
+    answers: Integer[np.ndarray, " tokens"]
     group: int
 
 
@@ -79,7 +79,7 @@ class TaskCorpus(abc.ABC):
     def document(self, document: int) -> TaskDocument:
         """A whole document; a pure function of the corpus's settings and the number."""
 
-    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, " tokens"]:
         return self.document(document).tokens[start:stop]
 
 
@@ -90,8 +90,8 @@ class StoredCorpus:
         self,
         arrays: Sequence[np.ndarray],
         *,
-        files: Int[np.ndarray, "documents"],
-        starts: Int[np.ndarray, "documents"],
+        files: Int[np.ndarray, " documents"],
+        starts: Int[np.ndarray, " documents"],
         documents: DocumentTable,
         notes: Sequence[str] = (),
     ):
@@ -101,7 +101,7 @@ class StoredCorpus:
         self._files = files
         self._starts = starts
 
-    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, " tokens"]:
         first = self._starts[document]
         return self._arrays[self._files[document]][first + start : first + stop]
 
@@ -131,7 +131,7 @@ class RepeatCorpus:
         self._max_period = max_period
         self._seed = seed
 
-    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, "tokens"]:
+    def read(self, document: int, start: int, stop: int) -> Integer[np.ndarray, " tokens"]:
         rng = np.random.default_rng([self._seed, int(document)])
         period = rng.integers(self._min_period, self._max_period, endpoint=True)
         pattern = self._symbols[rng.integers(len(self._symbols), size=period)]

@@ -31,20 +31,20 @@ class Pieces:
       length: Number of slots.
     """
 
-    document: Int[np.ndarray, "pieces"]
-    start: Int[np.ndarray, "pieces"]
-    length: Int[np.ndarray, "pieces"]
+    document: Int[np.ndarray, " pieces"]
+    start: Int[np.ndarray, " pieces"]
+    length: Int[np.ndarray, " pieces"]
 
     def __len__(self) -> int:
         return len(self.document)
 
 
 def cut_documents(
-    slots: Int[np.ndarray, "documents"],
+    slots: Int[np.ndarray, " documents"],
     longest: int,
     long_documents: LongDocuments,
     *,
-    documents: Int[np.ndarray, "documents"],
+    documents: Int[np.ndarray, " documents"],
     name: str,
 ) -> tuple[Pieces, int]:
     """Cuts documents into pieces of at most `longest` slots, in document order.
@@ -124,7 +124,7 @@ def _lowest_bit(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def best_fit(lengths: Int[np.ndarray, "pieces"], seq_len: int) -> Int[np.ndarray, "pieces"]:
+def best_fit(lengths: Int[np.ndarray, " pieces"], seq_len: int) -> Int[np.ndarray, " pieces"]:
     """Puts pieces, in the order given, each into the fullest row that has room for it, else into a new row.
 
     Args:
@@ -157,17 +157,17 @@ def best_fit(lengths: Int[np.ndarray, "pieces"], seq_len: int) -> Int[np.ndarray
 class Packing:
     """Which pieces lie in which row: row r holds pieces[row_starts[r] : row_starts[r + 1]], in that order."""
 
-    pieces: Int[np.ndarray, "pieces"]
-    row_starts: Int[np.ndarray, "row_bounds"]
+    pieces: Int[np.ndarray, " pieces"]
+    row_starts: Int[np.ndarray, " row_bounds"]
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
 
-    def row(self, index: int) -> Int[np.ndarray, "pieces_in_row"]:
+    def row(self, index: int) -> Int[np.ndarray, " pieces_in_row"]:
         return self.pieces[self.row_starts[index] : self.row_starts[index + 1]]
 
 
-def pack(lengths: Int[np.ndarray, "pieces"], seq_len: int, *, seed: int, epoch: int) -> Packing:
+def pack(lengths: Int[np.ndarray, " pieces"], seq_len: int, *, seed: int, epoch: int) -> Packing:
     """Packs one epoch: pieces in an order shuffled by (seed, epoch), best fit, rows shuffled.
 
     Args:
@@ -197,7 +197,7 @@ class PackedStream:
     number of rows differs a little from epoch to epoch; the numbers are kept, the last few packings as well.
     """
 
-    def __init__(self, lengths: Int[np.ndarray, "pieces"], seq_len: int, *, seed: int):
+    def __init__(self, lengths: Int[np.ndarray, " pieces"], seq_len: int, *, seed: int):
         self._lengths = lengths
         self._seq_len = seq_len
         self._seed = seed
@@ -205,7 +205,7 @@ class PackedStream:
         self._packings: dict[int, Packing] = {}
         self._lock = threading.Lock()
 
-    def row(self, index: int) -> Int[np.ndarray, "pieces_in_row"]:
+    def row(self, index: int) -> Int[np.ndarray, " pieces_in_row"]:
         """Indices of the pieces in row `index` of the stream, in their order."""
         with self._lock:
             while self._epoch_starts[-1] <= index:

@@ -146,7 +146,7 @@ class Data:
 
         return iter(self._prefetched(range(start_step, sys.maxsize // batch_size), fetch))
 
-    def document_lengths(self, *, step: int, batch_size: int) -> Int[np.ndarray, "documents"]:
+    def document_lengths(self, *, step: int, batch_size: int) -> Int[np.ndarray, " documents"]:
         """Slots of every piece in the whole batch of a step, padding left out, without reading a token."""
         _check_batch_size(batch_size)
         return np.concatenate([self._train_lengths[step * batch_size + row] for row in range(batch_size)])

@@ -14,7 +14,7 @@ from train.data.corpus import Corpus, DocumentTable, TaskCorpus, TaskDocument
 from train.data.packing import Pieces
 
 Row = dict[str, np.ndarray]
-Slots = Int[np.ndarray, "slots"] | Callable[[Row], Int[np.ndarray, "slots"]] | None
+Slots = Int[np.ndarray, "slots"] | Callable[[Row], Int[np.ndarray, " slots"]] | None
 
 
 def empty_row(seq_len: int, *, with_answers: bool = False) -> Row:
@@ -32,12 +32,12 @@ def empty_row(seq_len: int, *, with_answers: bool = False) -> Row:
 def build_row(
     corpus: Corpus,
     pieces: Pieces,
-    indices: Int[np.ndarray, "pieces_in_row"],
+    indices: Int[np.ndarray, " pieces_in_row"],
     *,
     seq_len: int,
     end_id: int,
     bytes_per_token: int = 0,
-    groups: Int[np.ndarray, "groups"] | None = None,
+    groups: Int[np.ndarray, " groups"] | None = None,
 ) -> Row:
     """Assembles one row.
 

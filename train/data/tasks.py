@@ -100,7 +100,7 @@ def _parts_of_ids(tokenizer: IdTokenizer) -> PasskeyParts:
     )
 
 
-def _table(lengths: Int[np.ndarray, "documents"]) -> DocumentTable:
+def _table(lengths: Int[np.ndarray, " documents"]) -> DocumentTable:
     zeros = np.zeros_like(lengths)
     return DocumentTable(lengths=lengths, prompt_lengths=zeros, num_bytes=zeros)
 
@@ -127,7 +127,7 @@ class PasskeyCorpus(TaskCorpus):
     def __init__(
         self,
         *,
-        lengths: Int[np.ndarray, "documents"],
+        lengths: Int[np.ndarray, " documents"],
         parts: PasskeyParts,
         key_length: int,
         filler: Filler,
@@ -160,7 +160,7 @@ class PasskeyCorpus(TaskCorpus):
         group = int(place / max(len(filler), 1) * NUM_DEPTHS)
         return TaskDocument(tokens=tokens, answers=answers, group=min(group, NUM_DEPTHS - 1))
 
-    def _fill(self, length: int, rng: np.random.Generator) -> tuple[Ids, Int[np.ndarray, "borders"]]:
+    def _fill(self, length: int, rng: np.random.Generator) -> tuple[Ids, Int[np.ndarray, " borders"]]:
         """So many ids of filler, and where a key may stand among them: 0, borders of sentences, the end."""
         if self._filler == "noise":
             return self._words[rng.integers(len(self._words), size=length)], np.arange(length + 1)
@@ -204,8 +204,8 @@ class MqarCorpus(TaskCorpus):
     def __init__(
         self,
         *,
-        lengths: Int[np.ndarray, "documents"],
-        num_pairs: Int[np.ndarray, "documents"],
+        lengths: Int[np.ndarray, " documents"],
+        num_pairs: Int[np.ndarray, " documents"],
         symbols: Ids,
         power: float,
         loss: Loss,
@@ -231,7 +231,7 @@ class MqarCorpus(TaskCorpus):
         answers[queried + 1] = np.arange(num_pairs)
         return TaskDocument(tokens=tokens, answers=answers, group=num_pairs.bit_length() - self._least_bits)
 
-    def _gaps(self, num_slots: int, num_pairs: int, rng: np.random.Generator) -> Int[np.ndarray, "pairs"]:
+    def _gaps(self, num_slots: int, num_pairs: int, rng: np.random.Generator) -> Int[np.ndarray, " pairs"]:
         """Different slots, drawn one after the other in proportion to p: the largest of log p + Gumbel noise."""
         scores = (self._power - 1) * np.log(np.arange(1, num_slots + 1)) + rng.gumbel(size=num_slots)
         return np.argsort(-scores, kind="stable")[:num_pairs]

@@ -41,11 +41,11 @@ class Tokenizer(Protocol):
     fingerprint: str
     bytes_per_token: int | None
 
-    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """Ids of the text, without any special token."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
         """Ids of each text; the same as `encode` on each, in parallel where the tokenizer can."""
         ...
 
@@ -62,10 +62,10 @@ class ByteTokenizer:
     fingerprint = "bytes"
     bytes_per_token: int | None = 1
 
-    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         return np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -87,10 +87,10 @@ class IdTokenizer:
         self.end_id = vocab_size - 1
         self.fingerprint = f"ids-{vocab_size}"
 
-    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         return np.concatenate([np.array([], np.int32), *(self._ids(part.split()) for part in _parts(text))])
 
-    def _ids(self, words: list[str]) -> Int32[np.ndarray, "tokens"]:
+    def _ids(self, words: list[str]) -> Int32[np.ndarray, " tokens"]:
         for word in words:
             if not (word.isascii() and word.isdigit() and len(word) < 20 and int(word) < self.end_id):
                 raise DataError(
@@ -99,7 +99,7 @@ class IdTokenizer:
                 )
         return np.array([int(word) for word in words], np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -163,10 +163,10 @@ class HuggingFaceTokenizer:
         self.end_id = vocabulary[found[0]]
         self.fingerprint = f"hf-{hashlib.sha256(content).hexdigest()[:16]}-{self.end_id}"
 
-    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " tokens"]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         # A text that spells out the end token would otherwise end the document in the middle.
