@@ -145,7 +145,7 @@ EVERY = ("linear", "softmax", "retention", "lightning", "softmax", "mamba2")
     ("layout", "pattern", "strategy"),
     [
         slowly("zigzag", ("linear", "softmax"), "all_gather"),
-        ("balanced", ("linear", "softmax"), "all_gather"),
+        slowly("balanced", ("linear", "softmax"), "all_gather"),
         *(slowly(layout, EVERY, "ring") for layout in LAYOUTS),
         *(slowly(layout, ("softmax", "mamba2"), "ring") for layout in ("striped", "striped_by_2")),
     ],

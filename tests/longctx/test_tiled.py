@@ -79,6 +79,7 @@ def test_equals_the_layer(tile):
         np.testing.assert_allclose(got[name], want[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_low_precision_gradients_are_no_worse():
     """Parts rounded to bfloat16 and added up in float32, against one rounding of the whole."""
     modules = modules_of(32, 64, jnp.bfloat16)

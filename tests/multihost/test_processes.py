@@ -106,6 +106,7 @@ def losses(run_dir, *, until):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_a_run_of_one(config_file, tmp_path):
     """On another mesh; they are ended by a signal that only one of them gets."""
     jax.devices()

@@ -26,10 +26,9 @@ CASES_BY_NAME = {case.name: case for case in FAMILY.cases}
 
 # What every change runs of each implementation that a CPU has, in float32; the first two in bfloat16 too.
 QUICK = (
-    "causal", "documents_window_gqa", "empty_rows", "cross", "cross_one_query", "one_token", "all_empty", "value_dim",
-    "not_window", "table", "neighborhood_3d_tiles", "per_head_gqa", "striped_documents_window", "soft_cap",
-    "learned_sinks_gqa_documents", "dropout_gqa_documents", "chosen_by_head_documents", "bias_alibi_gqa_documents",
-    "bias_kerple_power_empty_rows",
+    "causal", "documents_window_gqa", "empty_rows", "cross", "one_token", "value_dim", "table", "per_head_gqa",
+    "striped_documents_window", "soft_cap", "learned_sinks_gqa_documents", "dropout_gqa_documents",
+    "chosen_by_head_documents", "bias_kerple_power_empty_rows",
 )  # fmt: skip
 
 

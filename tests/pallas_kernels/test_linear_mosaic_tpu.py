@@ -97,10 +97,10 @@ class Case:
 
 CASES = (
     Case(T=63, K=2, V=128, decay="fixed", dtype="bfloat16"),
-    Case(T=700, documents=True, slow=False),
+    Case(T=700, documents=True),
     Case(T=1, decay="none", states=False),
     Case(T=128, H=128, V=64, B=2),
-    Case(T=63, decay="none", documents=True, B=2),
+    Case(T=63, decay="none", documents=True, B=2, slow=False),
     Case(T=257, strength=20.0),
     Case(T=400, strength=20.0, dtype="bfloat16"),
     Case(T=512, K=2, N=8, decay="none", dtype="bfloat16"),

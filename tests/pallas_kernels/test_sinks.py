@@ -26,6 +26,16 @@ def inputs(dtype="float32", head_dim=8):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
+def test_a_carry_of_sinks_alone_merges_as_one_with_zeros_for_values():
+    q, k, v, _ = inputs()
+    keys = blockwise_attention_forward(q, k, v, mask=Causal(offset=-4), return_carry=True)
+    bare = SoftmaxCarry.of_sinks(jnp.array([1.0, 0.0, -2.0, -jnp.inf]), batch_size=2, q_len=16)
+    whole = bare.whole(v.shape[3])
+    for merged, want in ((bare.merge(keys), whole.merge(keys)), (keys.merge(bare), keys.merge(whole))):
+        jax.tree.map(np.testing.assert_array_equal, merged, want)
+    assert bare.merge(bare).acc is None
+
+
 @pytest.mark.parametrize("offset", [0, -4], ids=["causal", "empty_rows"])
 def test_sinks_of_minus_infinity_are_none(offset):
     q, k, v, dout = inputs()
