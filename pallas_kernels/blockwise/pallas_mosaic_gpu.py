@@ -146,6 +146,7 @@ def backward(
     interpret=None,
 ) -> tuple[Any, ...]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
+    # Interpreted, by one block of threads: more would have to take turns there too.
     num_cores = hopper_cores(interpret)
     _check_call(q, v, options)
     tokens = tokens or Tokens()
