@@ -13,7 +13,7 @@ Reference: see pallas_mosaic_gpu_forward.py.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -154,7 +154,6 @@ def backward(
     sizes = _block_sizes("schedule", tokens, schedule, options)
     blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
-    delta = delta_of(out, dout, dlse)
     rows, given_lse = ((0, 0), (0, 0), (0, padding_q)), lse
     # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
     lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
@@ -167,11 +166,13 @@ def backward(
             "v": _whole_tiles(_filled(v, value_dim)),
             "dout": _whole_tiles(_filled(dout.astype(q.dtype), value_dim)),
             "lse": lse,
-            "delta": jnp.pad(delta, rows),
             **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
             "words": _words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
             "bias": kernel_bias.of_call(bias),
         },
+        out=out,
+        dout=dout,
+        dlse=dlse,
         accumulate=tuple(None if x is None else _filled(x, dim) for x, dim in zip(accumulate, dims, strict=True)),
         q_len=q_len,
         kv_len=kv_len,
@@ -191,7 +192,7 @@ def backward(
     dbias = kernel_bias.gradient_of_sums(bias, sums[:, :, :, :kv_len])
     if bias.reach is not None:
         within = near_bias.gradient(
-            bias, q, k, v, lse=given_lse, delta=delta, dout=dout, tokens=tokens, schedule=schedule,
+            bias, q, k, v, lse=given_lse, delta=delta_of(out, dout, dlse), dout=dout, tokens=tokens, schedule=schedule,
             options=options, dropout=dropout,
         )  # fmt: skip
         dbias = jax.tree.map(jnp.add, dbias, within)
@@ -203,12 +204,16 @@ class _Backward:
     """A call of the backward pass, its head dims filled up.
 
     Attributes:
-      operands: Of the kernels' inputs those that are not made of the schedule.
+      operands: Of the kernels' inputs those that are not made of the schedule, but for delta.
+      out, dout, dlse: As they were given, of which delta is made.
       accumulate: Running dq, dk and dv, not padded; None for none.
       pair_test: `_pair_test` of a number of columns.
     """
 
     operands: dict[str, Any]
+    out: jax.Array | None
+    dout: jax.Array
+    dlse: jax.Array | None
     accumulate: tuple[Any, Any, Any]
     q_len: int
     kv_len: int
@@ -216,6 +221,13 @@ class _Backward:
     dropout_rate: float
     pair_test: Callable[..., PairTest | None]
     interpret: Any
+
+    def delta(self) -> jax.Array:
+        """rowsum(dout out) - dlse, of whole blocks of queries."""
+        return self.in_whole_blocks(delta_of(self.out, self.dout, self.dlse))
+
+    def in_whole_blocks(self, x_BNT: jax.Array) -> jax.Array:
+        return jnp.pad(x_BNT, ((0, 0), (0, 0), (0, -self.q_len % backward_kernel.BLOCK)))
 
 
 def _takes_no_turns(call: _Backward, blocks: Schedule, num_cores: int) -> bool:
@@ -264,15 +276,16 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         if options.bias_gradient
         else _most_heads_together(options.mask, head_dim, max(call.q_len, call.kv_len)),
     )
-    running_dq, *running = call.accumulate
+    delta, (running_dq, *running) = call.delta(), call.accumulate
     running = None if running[0] is None else tuple(_whole_blocks(x) for x in running)
     dq = running_dq
     if dq is None:
         # Zeros of each call's own: XLA would make those of all layers once and copy them, which takes twice the time.
-        zero, _ = jax.lax.optimization_barrier((jnp.float32(0), call.operands["delta"]))
+        zero, _ = jax.lax.optimization_barrier((jnp.float32(0), delta))
         dq = jnp.full((batch_size, call.q_len, num_heads, head_dim), zero)
     inputs = backward_kernel.Inputs(
         **call.operands,
+        delta=delta,
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
         turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running if shares == 1 else None,
@@ -307,13 +320,19 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
-    head_dim = call.operands["q"].shape[3]
+    q, dout, head_dim = call.operands["q"], call.operands["dout"], call.operands["q"].shape[3]
+    tile_of_keys, tile_of_queries = _TILES.get(head_dim, (split_kernel.TILE, split_kernel.TILE))
 
-    def gradients(names: tuple[str, ...], ranges: BlockRanges, running: tuple, tile: int) -> tuple[jax.Array, ...]:
+    def gradients(
+        *names: str, ranges: BlockRanges, running: Sequence[Any], delta: jax.Array | None, out: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         if call.kv_len < split_kernel.BLOCK:
             ranges = _without_full_blocks(ranges)
+        tile = tile_of_keys if names == ("dq",) else tile_of_queries
         inputs = split_kernel.Inputs(
             **call.operands,
+            out=out,
+            delta=delta,
             ranges=jax.tree.map(jnp.asarray, ranges),
             running=tuple(None if x is None else _whole_blocks(x) for x in running),
         )
@@ -332,16 +351,21 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
         )
         return split_kernel.differentiate(inputs, config)
 
-    running_dq, *running = call.accumulate
-    tile_of_keys, tile_of_queries = _TILES.get(head_dim, (split_kernel.TILE, split_kernel.TILE))
-    (dq,) = gradients(("dq",), blocks.kv_blocks, (running_dq,), tile_of_keys)
-    if head_dim <= _WIDE:
-        dk, dv, *sums = gradients(("dk", "dv"), blocks.q_blocks, tuple(running), tile_of_queries)
+    of_queries = {"ranges": blocks.kv_blocks, "running": call.accumulate[:1]}
+    if head_dim <= _WIDE and call.out is not None and call.out.dtype == call.dout.dtype == q.dtype:
+        # The kernel has the rows of dout, and room for those of out.
+        out = _whole_tiles(_filled(call.out, dout.shape[3]))
+        rest = None if call.dlse is None else call.in_whole_blocks(-call.dlse)
+        dq, delta = gradients("dq", **of_queries, delta=rest, out=out)
     else:
-        (dk, *sums), (dv,) = (
-            gradients((name,), blocks.q_blocks, (x,), tile_of_queries)
-            for name, x in zip(("dk", "dv"), running, strict=True)
-        )
+        delta = call.delta()
+        (dq,) = gradients("dq", **of_queries, delta=delta)
+    of_keys = {"ranges": blocks.q_blocks, "delta": delta}
+    if head_dim <= _WIDE:
+        dk, dv, *sums = gradients("dk", "dv", **of_keys, running=call.accumulate[1:])
+    else:
+        dk, *sums = gradients("dk", **of_keys, running=call.accumulate[1:2])
+        (dv,) = gradients("dv", **of_keys, running=call.accumulate[2:])
     return dq, dk, dv, sums[0] if sums else None
 
 

@@ -169,19 +169,16 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
     kv_shape = B, -(-S // BLOCK) * BLOCK, K * config.shares, H
     kv_type = jax.ShapeDtypeStruct(kv_shape, jnp.float32 if is_added_to else inputs.k.dtype)
     dq_ref = jax.new_ref(dq)
-    counters = taken = None
+    counters = None
     if inputs.turns is not None:
         counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
-    if plan.in_line:
-        taken = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    notes = jax.new_ref(jnp.zeros((plan.deal.num_blocks, queue.NOTES), jnp.int32))
-    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, taken, notes))
+    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, queue.new_notes(plan.deal.num_blocks)))
 
     def body(*refs):
         refs = iter(refs)
-        inputs, dq_ref, counters, taken, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        inputs, dq_ref, counters, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         outputs = _Outputs(dq_ref, counters, *itertools.islice(refs, 2), next(refs) if config.bias_gradient else None)
-        _Block(config, plan, inputs, taken, notes, outputs, _Shared(*refs)).run()
+        _Block(config, plan, inputs, notes, outputs, _Shared(*refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
@@ -264,7 +261,7 @@ class _Tile(NamedTuple):
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, plan: Plan, inputs: Inputs, taken, notes, outputs: _Outputs, shared: _Shared):
+    def __init__(self, config: Config, plan: Plan, inputs: Inputs, notes, outputs: _Outputs, shared: _Shared):
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
         self.ascends, self.heads_together = plan.ascends, plan.heads_together
         self.num_heads, self.head_dim = inputs.q.shape[2:]
@@ -288,7 +285,7 @@ class _Block:
         self.consumers_and_one = self.consumers + WARPGROUP
         self.queue = queue.Queue(
             walk=self.walk,
-            counter=taken,
+            in_line=plan.in_line,
             notes=notes,
             full=shared.item_full,
             free=item_free,

@@ -21,8 +21,12 @@ from pallas_kernels.mosaic_gpu import arrive, sync, take_number
 
 SLOTS = 2
 _FIELDS = 8  # numbers that say what an item is
-NOTES = SLOTS * _FIELDS + 1
-"""Numbers that a producer leaves: an item in each slot, and what it has taken from the counter."""
+_NOTES = SLOTS * _FIELDS + 1  # that a producer leaves: an item in each slot, and what it has taken from the counter
+
+
+def new_notes(num_blocks: int) -> Any:
+    """What a kernel of so many blocks of threads is given as `notes`, a reference to write to."""
+    return jax.new_ref(jnp.zeros((num_blocks + 1, _NOTES), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,9 @@ class Queue:
 
     Attributes:
       walk: What an item is.
-      counter: How many items have been taken, int32 `[1]` in device memory; None where they are dealt beforehand.
-      notes: What the producer tells, int32 `[blocks, NOTES]` in device memory: the kernels' operands leave no shared
-        memory for it.
+      in_line: Whether items go out in one line, rather than dealt beforehand.
+      notes: What each producer tells, and behind those how many items have been taken from the line; in device memory:
+        the kernels' operands leave no shared memory for it.
       full: Barriers, one a slot.
       free: The first of SLOTS named barriers.
       num_threads: Of all warpgroups that take part, the producer's included.
@@ -41,7 +45,7 @@ class Queue:
     """
 
     walk: Walk
-    counter: Any
+    in_line: bool
     notes: Any
     full: Any
     free: int
@@ -52,12 +56,11 @@ class Queue:
         """The producer's: state = body(item, state) for each, which the others are told of before."""
         deal = self.walk.deal
         block = lax.axis_index("block")
-        in_line = self.counter is not None
-        num_numbers = deal.num_items if in_line else deal.num_rounds
+        num_numbers = deal.num_items if self.in_line else deal.num_rounds
 
         def one_item(loop):
             number, count, state = loop
-            item = self.walk.item_of(*(deal.item_in_line(number) if in_line else deal.item(block, number)))
+            item = self.walk.item_of(*(deal.item_in_line(number) if self.in_line else deal.item(block, number)))
 
             def begin(state):
                 count, state = state
@@ -89,12 +92,12 @@ class Queue:
         return lax.while_loop(lambda loop: loop[1].exists, one_item, first)[2]
 
     def _next(self, number):
-        if self.counter is None or self.interpret:
+        if not self.in_line or self.interpret:
             return number + 1
-        block = lax.axis_index("block")
-        take_number(self.counter, self.notes.at[block, pl.ds(NOTES - 1, 1)])
+        block, num_blocks = lax.axis_index("block"), self.walk.deal.num_blocks
+        take_number(self.notes.at[num_blocks, pl.ds(0, 1)], self.notes.at[block, pl.ds(_NOTES - 1, 1)])
         plgpu.commit_smem()  # for its barrier
-        return self.notes[block, NOTES - 1]
+        return self.notes[block, _NOTES - 1]
 
     def _tell(self, count, item: Item) -> None:
         slot = lax.rem(count, SLOTS)

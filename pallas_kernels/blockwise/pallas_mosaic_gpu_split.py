@@ -57,6 +57,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     dropped,
     indices,
     rows,
+    store_parts_of_sectors,
     store_tile,
     token_vectors,
 )
@@ -72,7 +73,7 @@ TILE = 64
 """Tokens of what the rows visit in a step, or a multiple."""
 _SLOTS = 2
 _NUM_CONSUMERS = 2
-_SHARED_BYTES = 220 * 1024  # of the 227 KB that a block of threads may have, what buffers of operands may take
+_SHARED_BYTES = 224 * 1024  # of the 227 KB that a block of threads may have, what buffers of operands may take
 _LOG2_E = math.log2(math.e)
 
 
@@ -128,11 +129,12 @@ class Config:
 class Inputs(NamedTuple):
     """What a kernel reads; None where there is nothing to read.
 
-    q, k, v and dout are of lengths that are multiples of 8, the others of whole blocks of the schedule.
+    q, k, v, dout and out are of lengths that are multiples of 8, the others of whole blocks of the schedule.
 
     Attributes:
+      out: Of which the kernel of dq makes delta, of head dims up to 128; None where that is given.
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
-      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
+      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`; where it is made here, -dlse, None for zero.
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's, of queries and heads (two) and of keys.
       bias: Base 2.
@@ -143,6 +145,7 @@ class Inputs(NamedTuple):
     k: Any
     v: Any
     dout: Any
+    out: Any
     lse: Any
     delta: Any
     ranges: BlockRanges
@@ -158,11 +161,11 @@ class Inputs(NamedTuple):
 def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
     """Runs the kernel: the gradients in whole blocks, float32 where something is running.
 
-    With `bias_gradient` also the sums of which that of the bias is made (`sums_type`).
+    Made of out also delta, with `bias_gradient` also the sums of which that of the bias is made (`sums_type`).
     """
     own, other = (inputs.q, inputs.k) if config.rows_are_queries else (inputs.k, inputs.q)
     (B, length, num_heads, H), V = own.shape, inputs.v.shape[3]
-    num_rows = -(-length // BLOCK)
+    num_rows, makes_delta = -(-length // BLOCK), inputs.out is not None
     deal = Deal.of(
         num_pairs=B * num_heads,
         num_ranks=num_rows,
@@ -176,10 +179,7 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
         )
         for name, running in zip(config.gradients, inputs.running, strict=True)
     ]
-    # Where it is interpreted items are dealt: the interpreter's blocks take no turns.
-    taken = jax.new_ref(jnp.zeros((1,), jnp.int32)) if config.in_line and not config.interpret else None
-    notes = jax.new_ref(jnp.zeros((deal.num_blocks, queue.NOTES), jnp.int32))
-    leaves, tree = jax.tree.flatten((inputs, taken, notes))
+    leaves, tree = jax.tree.flatten((inputs, queue.new_notes(deal.num_blocks)))
 
     def smem(*shape):
         return plgpu.SMEM(shape, own.dtype, transforms=TRANSFORMS)
@@ -189,7 +189,7 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
 
     def fit(slots_a: int, slots_2: int) -> bool:
         rows, tiles = slots_a * BLOCK, config.tile
-        held = (rows + _SLOTS * tiles) * H + (config.needs_dp * rows + slots_2 * tiles) * V
+        held = (rows + _SLOTS * tiles) * H + ((config.needs_dp + makes_delta) * rows + slots_2 * tiles) * V
         return held * own.dtype.itemsize <= _SHARED_BYTES
 
     # b' takes one slot where two do not fit: it is given back while b is still needed.
@@ -198,11 +198,12 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
     shared = _Shared(
         a=smem(slots_a, BLOCK, H),
         a_2=smem(slots_a, BLOCK, V) if config.needs_dp else None,
+        out=smem(slots_a, BLOCK, V) if makes_delta else None,
         b=smem(_SLOTS, config.tile, H),
         b_2=smem(slots_2, config.tile, V),
         lse=vector() if vectors else None,
         delta=vector() if vectors == 2 else None,
-        a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp, num_barriers=slots_a),
+        a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp + makes_delta, num_barriers=slots_a),
         b_full=plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=_SLOTS),
         b_2_full=plgpu.Barrier(num_barriers=slots_2),
         item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
@@ -211,12 +212,15 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
 
     def body(*refs):
         refs = iter(refs)
-        inputs, taken, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        inputs, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         results = list(itertools.islice(refs, len(config.gradients)))
+        delta = next(refs) if makes_delta else None
         sums = next(refs) if config.bias_gradient else None
         shared = jax.tree.unflatten(shared_tree, refs)
-        _Block(config, deal, inputs, taken, notes, results, sums, shared).run()
+        _Block(config, deal, inputs, notes, results, delta, sums, shared).run()
 
+    if makes_delta:
+        outputs.append(jax.ShapeDtypeStruct((B, num_heads, num_rows * BLOCK), jnp.float32))
     if config.bias_gradient:
         outputs.append(sums_type(inputs.bias, (B, inputs.q.shape[2], num_rows * BLOCK)))
     gradients = plgpu.kernel(
@@ -239,12 +243,14 @@ class _Shared(NamedTuple):
     Attributes:
       a, a_2: The rows of one item or two: queries and dout for dq, else keys and values; values only where they are
         needed.
+      out: Those of out; None where delta is given.
       b, b_2: Tiles of what they visit: keys and values for dq, else queries and dout.
       lse, delta: Of a tile of queries; None where the rows are queries, and delta for dv.
     """
 
     a: Any
     a_2: Any
+    out: Any
     b: Any
     b_2: Any
     lse: Any
@@ -275,9 +281,10 @@ class _Block:
     """What one block of threads does."""
 
     def __init__(
-        self, config: Config, deal: Deal, inputs: Inputs, taken, notes, outputs: list, sums, shared: _Shared
+        self, config: Config, deal: Deal, inputs: Inputs, notes, outputs: list, delta, sums, shared: _Shared
     ):  # fmt: skip
-        self.config, self.inputs, self.outputs, self.sums, self.shared = config, inputs, outputs, sums, shared
+        self.config, self.inputs, self.shared = config, inputs, shared
+        self.outputs, self.delta, self.sums = outputs, delta, sums
         self.num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
         self.walk = Walk(
@@ -296,7 +303,8 @@ class _Block:
         self.everyone = WARPGROUP * (_NUM_CONSUMERS + 1)
         self.queue = queue.Queue(
             walk=self.walk,
-            counter=taken,
+            # The interpreter's blocks take no turns.
+            in_line=config.in_line and not config.interpret,
             notes=notes,
             full=shared.item_full,
             free=self.b_2_free + self.slots_2,
@@ -342,7 +350,7 @@ class _Block:
 
     def produce(self) -> None:
         config, inputs, shared = self.config, self.inputs, self.shared
-        queries, keys = (inputs.q, inputs.dout), (inputs.k, inputs.v)
+        queries, keys = (inputs.q, inputs.dout, inputs.out), (inputs.k, inputs.v, None)
         own, others = (queries, keys) if config.rows_are_queries else (keys, queries)
 
         def one_item(item: Item, state):
@@ -350,7 +358,7 @@ class _Block:
             slot_a = lax.rem(number, self.slots_a)
             sync(self.a_free + slot_a, self.everyone)
             at = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
-            for source, target in zip(own, (shared.a, shared.a_2), strict=True):
+            for source, target in zip(own, (shared.a, shared.a_2, shared.out), strict=True):
                 if target is not None:
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot_a], shared.a_full.at[slot_a])
 
@@ -392,9 +400,13 @@ class _Block:
         if self.config.rows_are_queries:
             at = item.batch, item.head, pl.ds(start, ROWS)
             lse_and_delta = [
-                plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (self.inputs.lse, self.inputs.delta)
+                None if x is None else plgpu.load(x.at[at], layout=ROW, optimized=False)
+                for x in (self.inputs.lse, self.inputs.delta)
             ]
         plgpu.barrier_wait(self.shared.a_full.at[slot_a])
+        if self.inputs.out is not None:
+            lse, given = lse_and_delta
+            lse_and_delta = lse, self.make_delta(slot_a, self.delta.at[at], given)
         allowed, kept = self.pair_test(item, start), self.kept(item, start)
         nothing = [plgpu.layout_cast(jnp.zeros((ROWS, x.shape[3]), jnp.float32), MATRIX) for x in self.outputs]
 
@@ -415,6 +427,21 @@ class _Block:
         is_held = count == before if self.frees_a_early else True
         pl.when(is_held)(lambda: arrive(self.a_free + slot_a, self.everyone))
         return (number + 1, count), functools.partial(self.write, item, start, gradients)
+
+    def make_delta(self, slot_a, target, given) -> jax.Array:
+        """rowsum(dout out) of this warpgroup's rows, added to what is given, and written to the target."""
+        mine = slot_a, pl.ds(self.warpgroup * ROWS, ROWS)
+        delta = given
+        for start in range(0, self.shared.out.shape[2], TILE):  # in parts: registers
+            at = *mine, pl.ds(start, TILE)
+            dout, out = (
+                x.at[at][...] if self.config.interpret else plgpu.load(x.at[at], layout=MATRIX)
+                for x in (self.shared.a_2, self.shared.out)
+            )
+            part = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=1)
+            delta = part if delta is None else delta + part
+        store_parts_of_sectors(target, delta)
+        return delta
 
     def step(
         self, item: Item, slot_a, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta,
