@@ -28,6 +28,7 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, make_band
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest, Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
@@ -102,6 +103,7 @@ def forward(
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
         bias=of_bias,
+        band=make_band(options.mask, tokens, q_len, kv_len, of_queries=True, padding=padding_q),
         carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
     outputs = forward_kernel.attend(
@@ -173,6 +175,7 @@ def backward(
         out=out,
         dout=dout,
         dlse=dlse,
+        band=functools.partial(make_band, options.mask, tokens, q_len, kv_len, padding=padding_q),
         accumulate=tuple(None if x is None else _filled(x, dim) for x, dim in zip(accumulate, dims, strict=True)),
         q_len=q_len,
         kv_len=kv_len,
@@ -206,6 +209,7 @@ class _Backward:
     Attributes:
       operands: Of the kernels' inputs those that are not made of the schedule, but for delta.
       out, dout, dlse: As they were given, of which delta is made.
+      band: `make_band` of_queries or not, of whole blocks.
       accumulate: Running dq, dk and dv, not padded; None for none.
       pair_test: `_pair_test` of a number of columns.
     """
@@ -214,6 +218,7 @@ class _Backward:
     out: jax.Array | None
     dout: jax.Array
     dlse: jax.Array | None
+    band: Callable[..., Band | None]
     accumulate: tuple[Any, Any, Any]
     q_len: int
     kv_len: int
@@ -286,6 +291,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
     inputs = backward_kernel.Inputs(
         **call.operands,
         delta=delta,
+        band=call.band(of_queries=False),
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
         turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running if shares == 1 else None,
@@ -333,6 +339,7 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
             **call.operands,
             out=out,
             delta=delta,
+            band=call.band(of_queries=names == ("dq",)),
             ranges=jax.tree.map(jnp.asarray, ranges),
             running=tuple(None if x is None else _whole_blocks(x) for x in running),
         )

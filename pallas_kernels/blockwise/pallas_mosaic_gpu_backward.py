@@ -35,6 +35,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
+from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, band_test, keep_allowed
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     KernelBias,
     Side,
@@ -135,6 +136,7 @@ class Inputs(NamedTuple):
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       words: Dropout's, of queries and heads (two) and of keys.
       bias: Base 2.
+      band: Of keys.
       turns: The plan's.
       running: dk and dv to add to, float32.
     """
@@ -152,6 +154,7 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     bias: KernelBias | None
+    band: Band | None
     turns: Turns | None
     running: tuple[Any, Any] | None
 
@@ -479,7 +482,7 @@ class _Block:
             return ds if slope is None else ds * slope[:, part * ROWS : (part + 1) * ROWS].astype(jnp.float32)
 
         if config.tests_blocks:
-            p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
+            p = lax.cond(tile.is_full, lambda p: p, lambda p: allowed(tile, p), p)
         ds = [gradient_of_logits(p[:, :ROWS] if self.two_parts else p, dp, 0).astype(self.dtype)]
         others = p[:, ROWS:] if self.two_parts else None
         p = (p if kept is None else jnp.maximum(p, 0.0)).astype(self.dtype)
@@ -570,14 +573,15 @@ class _Block:
         return dk
 
     def pair_test(self, item: Item) -> Callable:
-        """allowed(tile): which pairs of this warpgroup's keys and of a tile's queries may attend."""
+        """allowed(tile, p): p of the pairs of this warpgroup's keys and a tile's queries that may attend, else 0."""
         inputs, test = self.inputs, self.config.pair_test
         kv_start = item.row * BLOCK + self.warpgroup * ROWS
         if test is not None:
             of_kv = kv_start, ROWS, ROW
             _, kv_positions, _, kv_segments = token_vectors(inputs, test, batch=item.batch, q=None, kv=of_kv)
+        in_band = band_test(inputs.band, batch=item.batch, start=kv_start, num_columns=self.tile_len)
 
-        def allowed(tile: _Tile) -> jax.Array:
+        def bits_of(tile: _Tile) -> jax.Array:
             start, bits = tile.index * self.tile_len, None
             if test is not None:
                 of_q = start, self.tile_len, COLUMN
@@ -593,6 +597,9 @@ class _Block:
                 are_keys = rows(indices(kv_start, ROWS, ROW), self.tile) < self.config.kv_len
                 bits = are_keys if bits is None else bits & are_keys
             return bits
+
+        def allowed(tile: _Tile, p) -> jax.Array:
+            return keep_allowed(p, in_band, tile.index * self.tile_len, functools.partial(bits_of, tile))
 
         return allowed
 

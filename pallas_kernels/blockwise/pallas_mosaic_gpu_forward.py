@@ -40,6 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
+from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, band_test
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, Side, TileBias
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
@@ -129,7 +130,8 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys. The bias is base 2.
+    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys. The bias is base 2,
+    the band that of queries.
     """
 
     q: Any
@@ -142,6 +144,7 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     bias: KernelBias | None
+    band: Band | None
     carry: SoftmaxCarry | None
 
 
@@ -331,13 +334,22 @@ class _Block:
     def consume_item(self, number, item: Item, running: _Running) -> _Running:
         slot = lax.rem(number, self.config.q_slots)
         plgpu.barrier_wait(self.shared.q_full.at[slot])
-        allowed = self.pair_test(item)
         words, bias = self.query_words(item), self.bias(item)
+        general = self.pair_test(item)
+        in_band = band_test(
+            self.inputs.band, batch=item.batch, start=self.q_start(item.row), num_columns=self.config.block_kv
+        )
 
-        def attend(running: _Running) -> _Running:
+        def attend(allowed: Callable, running: _Running) -> _Running:
             running = self.first_step(item, slot, running, allowed, words, bias)
             step = functools.partial(self.next_step, q_slot=slot, words=words, bias=bias)
             return self.walk.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
+
+        def attend_by_either(running: _Running) -> _Running:
+            if in_band is None:
+                return attend(general, running)
+            attend_in_order = functools.partial(attend, lambda j: in_band.allowed(j * self.config.block_kv))
+            return lax.cond(in_band.in_order, attend_in_order, functools.partial(attend, general), running)
 
         def skip(running: _Running) -> _Running:
             nothing = self.nothing_running()
@@ -345,7 +357,7 @@ class _Block:
             self.write(item.batch, item.head, item.row, nothing.acc, nothing.row_max, row_sum)
             return running
 
-        running = lax.cond(item.visits_any, attend, skip, running)
+        running = lax.cond(item.visits_any, attend_by_either, skip, running)
         arrive(self.q_free + slot, self.everyone)
         return running
 

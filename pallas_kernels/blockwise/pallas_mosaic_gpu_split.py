@@ -37,6 +37,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward, wgmma_split
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
+from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, band_test, keep_allowed
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     KernelBias,
     Side,
@@ -138,6 +139,7 @@ class Inputs(NamedTuple):
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's, of queries and heads (two) and of keys.
       bias: Base 2.
+      band: Of the rows.
       running: For each gradient what to add it to, float32, or None.
     """
 
@@ -155,6 +157,7 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     bias: KernelBias | None
+    band: Band | None
     running: tuple[Any, ...]
 
 
@@ -479,7 +482,7 @@ class _Block:
         else:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
         if config.tests_blocks:
-            p = lax.cond(tile.is_full, lambda p: p, lambda p: jnp.where(allowed(tile), p, 0.0), p)
+            p = lax.cond(tile.is_full, lambda p: p, lambda p: allowed(tile, p), p)
         factors = {}
         if self.needs_b_2:
             factors["dv"] = p if kept is None else jnp.maximum(p, 0.0), shared.b_2, slot_2
@@ -548,7 +551,7 @@ class _Block:
         return gradients
 
     def pair_test(self, item: Item, start) -> Callable:
-        """allowed(tile): which pairs of this warpgroup's rows and of a tile may attend."""
+        """allowed(tile, p): p of the pairs of this warpgroup's rows and of a tile that may attend, 0 of others."""
         inputs, test, of_queries = self.inputs, self.config.pair_test, self.config.rows_are_queries
         shape = ROWS, self.config.tile
 
@@ -559,8 +562,9 @@ class _Block:
 
         if test is not None:
             own = [rows(x, shape) for x in vectors((start, ROWS, ROW), of_queries)]
+        in_band = band_test(inputs.band, batch=item.batch, start=start, num_columns=shape[1])
 
-        def allowed(tile: _Tile) -> jax.Array:
+        def bits_of(tile: _Tile) -> jax.Array:
             tile_start, bits = tile.index * self.config.tile, None
             if test is not None:
                 other = [columns(x, shape) for x in vectors((tile_start, shape[1], COLUMN), not of_queries)]
@@ -574,6 +578,9 @@ class _Block:
                 are_keys = keys < self.config.kv_len
                 bits = are_keys if bits is None else bits & are_keys
             return bits
+
+        def allowed(tile: _Tile, p) -> jax.Array:
+            return keep_allowed(p, in_band, tile.index * shape[1], functools.partial(bits_of, tile))
 
         return allowed
 
