@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bands import make_bands
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.dispatch import current_platform
 from pallas_kernels.mask import Mask
@@ -94,6 +95,7 @@ def schedule_of_lists(
         q_len=q_len,
         kv_len=kv_len,
         block_sizes=sizes,
+        bands=make_bands(mask, tokens or Tokens(), q_len=q_len, kv_len=kv_len),
         is_selection=True,
     )
 

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import block_sizes as block_sizes_lib
 from pallas_kernels import dispatch
+from pallas_kernels.bands import Bands, make_bands
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Bounds, Mask, TileVerdict
 from pallas_kernels.tokens import Leaf, TokenAxis, Tokens
@@ -85,6 +86,7 @@ class Schedule:
       mask: The mask it was built from.
       q_len, kv_len: Lengths of the sequences; the last block of a side may be ragged.
       block_sizes: Tokens a block holds.
+      bands: What the mask allows each token, where that is a run of its neighbours; None where nobody knows.
       is_selection: Whether it says which pairs may attend, beside the mask: those of blocks that it leaves out may not.
         Otherwise all that it leaves out the mask does not allow, and it only says where to look.
     """
@@ -95,6 +97,7 @@ class Schedule:
     q_len: int = dataclasses.field(metadata={"static": True})
     kv_len: int = dataclasses.field(metadata={"static": True})
     block_sizes: BlockSizes = dataclasses.field(metadata={"static": True})
+    bands: Bands | None = None
     is_selection: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -144,8 +147,14 @@ def make_schedule(
     distinct = {one: _lists_of(one, tokens, q_len, kv_len, sizes) for one in dict.fromkeys(masks)}
     kv_blocks, q_blocks = (_side_by_side([distinct[one][side] for one in masks]) for side in range(2))
     return Schedule(
-        kv_blocks=kv_blocks, q_blocks=q_blocks, mask=mask, q_len=q_len, kv_len=kv_len, block_sizes=sizes
-    )  # fmt: skip
+        kv_blocks=kv_blocks,
+        q_blocks=q_blocks,
+        mask=mask,
+        q_len=q_len,
+        kv_len=kv_len,
+        block_sizes=sizes,
+        bands=make_bands(mask, tokens, q_len=q_len, kv_len=kv_len),
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -28,7 +28,7 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, make_band
+from pallas_kernels.blockwise.pallas_mosaic_gpu_band import band_of
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest, Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
@@ -88,7 +88,8 @@ def forward(
     q, k, v = _filled(q, head_dim), _filled(k, head_dim), _filled(v, value_dim)
     q_len, kv_len = q.shape[1], k.shape[1]
     sizes = _block_sizes(head_dim, tokens, schedule, options)
-    ranges = _schedule(q_len, kv_len, tokens, schedule, sizes, options).kv_blocks
+    blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
+    ranges = blocks.kv_blocks
     if kv_len < sizes.block_kv:
         # The schedule's one block of keys is shorter than the kernel's, which reads on behind the last key.
         ranges = _without_full_blocks(ranges)
@@ -103,7 +104,7 @@ def forward(
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
         bias=of_bias,
-        band=make_band(options.mask, tokens, q_len, kv_len, of_queries=True, padding=padding_q),
+        band=band_of(blocks.bands, of_queries=True, padding=padding_q),
         carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
     outputs = forward_kernel.attend(
@@ -175,7 +176,6 @@ def backward(
         out=out,
         dout=dout,
         dlse=dlse,
-        band=functools.partial(make_band, options.mask, tokens, q_len, kv_len, padding=padding_q),
         accumulate=tuple(None if x is None else _filled(x, dim) for x, dim in zip(accumulate, dims, strict=True)),
         q_len=q_len,
         kv_len=kv_len,
@@ -209,7 +209,6 @@ class _Backward:
     Attributes:
       operands: Of the kernels' inputs those that are not made of the schedule, but for delta.
       out, dout, dlse: As they were given, of which delta is made.
-      band: `make_band` of_queries or not, of whole blocks.
       accumulate: Running dq, dk and dv, not padded; None for none.
       pair_test: `_pair_test` of a number of columns.
     """
@@ -218,7 +217,6 @@ class _Backward:
     out: jax.Array | None
     dout: jax.Array
     dlse: jax.Array | None
-    band: Callable[..., Band | None]
     accumulate: tuple[Any, Any, Any]
     q_len: int
     kv_len: int
@@ -291,7 +289,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
     inputs = backward_kernel.Inputs(
         **call.operands,
         delta=delta,
-        band=call.band(of_queries=False),
+        band=band_of(blocks.bands, of_queries=False, padding=-call.kv_len % backward_kernel.BLOCK),
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
         turns=jax.tree.map(jnp.asarray, plan.turns),
         running=running if shares == 1 else None,
@@ -339,7 +337,7 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
             **call.operands,
             out=out,
             delta=delta,
-            band=call.band(of_queries=names == ("dq",)),
+            band=band_of(blocks.bands, of_queries=names == ("dq",), padding=-call.q_len % split_kernel.BLOCK),
             ranges=jax.tree.map(jnp.asarray, ranges),
             running=tuple(None if x is None else _whole_blocks(x) for x in running),
         )
