@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed-train ## train a small model on this machine, fro
 install: $(VENV)/.installed-train ## make .venv with the library and the trainer
 
 test: $(VENV)/.installed-test ## run the tests; ARGS="-k name" passes arguments to pytest, ARGS="-m slow" runs the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, imports and spelling
 	$(BIN)/ruff check

@@ -55,6 +55,18 @@ def pytest_configure(config):
         conformance.share_device()  # with the processes that run conformance trials
 
 
+def pytest_collection_modifyitems(items):
+    """Folders of long files first, so that no process is left with one while the others are done."""
+    items.sort(key=lambda item: item.path.relative_to(ROOT).parts[1:-1], reverse=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs of one file are of no use to the next; kept, they would take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"runs on {jax.default_backend()}, needs a GPU: `pytest -m gpu` on a machine with one")

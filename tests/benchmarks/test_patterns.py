@@ -25,6 +25,7 @@ from pallas_kernels import blockwise_attention
 
 
 # One case against its dense one with gradients, and all of them both ways.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("smoke", "passes"),
     [(SMOKE[:1], ("forward+backward",)), pytest.param(SMOKE, WHOLE_PASSES, marks=pytest.mark.slow)],

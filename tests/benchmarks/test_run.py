@@ -106,6 +106,7 @@ context_parallel: {{strategy: ring}}
 """
 
 
+@pytest.mark.slow
 def test_a_training_step_end_to_end(tmp_path, little_time):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 400)
     config = tmp_path / "config.yaml"

@@ -189,6 +189,7 @@ def test_attention_config_refuses(kwargs, message):
         AttentionConfig(**kwargs)
 
 
+@pytest.mark.slow
 def test_chunked_attention_is_attention_to_each_block_by_itself():
     """The blocks of a document are counted from its start, in a row that two documents share."""
     layer = AttentionConfig(num_heads=2, chunk=4).build(8, rngs=nnx.Rngs(0))

@@ -202,6 +202,7 @@ def test_every_strategy_equals_one_device(strategy, layout, mesh_shape):
         np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh_shape",
     [

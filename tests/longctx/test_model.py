@@ -127,6 +127,7 @@ def test_scanned_layers_equal_the_layers_one_by_one():
     np.testing.assert_allclose(call(model, tokens), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_without_a_loop_compute_the_same():
     model, tokens = build(), random_tokens(2, 9)
     wanted, config = call(model, tokens), model.config
@@ -194,6 +195,7 @@ def gradient_primitives(**changes):
     return collections.Counter(equation.primitive.name for equation in gradient_equations(**changes))
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     shallow, deep = gradient_primitives(num_layers=4), gradient_primitives(num_layers=12)
     assert shallow == deep
@@ -269,6 +271,7 @@ def test_logits_projection_and_its_gradients_are_those_of_the_matmul():
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_soft_cap_bounds_the_logits():
     capped = build(dataclasses.replace(CONFIG, logits_soft_cap=0.5))
     tokens = random_tokens(1, 8)
@@ -368,6 +371,7 @@ DROPPING = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_dropout_of_each_layer_is_drawn_by_its_number(monkeypatch):
     """Of the layers that drop, in the scan and behind it, and of no other; from a key for each row."""
     seeds = []

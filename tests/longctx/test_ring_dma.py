@@ -102,6 +102,7 @@ def check(problem: Problem, capfd) -> None:
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 def test_equals_a_ring(capfd):
     """Documents and padding, grouped heads, learned sinks: every hop has work for some device."""

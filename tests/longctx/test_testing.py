@@ -76,6 +76,7 @@ MIXERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "degrees"),
     [(("global",), (2,)), pytest.param(("local", "global"), (1, 2, 4, 8), marks=pytest.mark.slow)],

@@ -128,6 +128,7 @@ def assert_same(got, want):
         assert error <= 1e-5 * np.linalg.norm(want[name]) + 1e-6 * total, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dots"))])
 def test_a_model(remat):
     assert_same(of_model(dataclasses.replace(CONFIG, mlp_tile=7, remat=remat), batch_of(4, 24)), whole())

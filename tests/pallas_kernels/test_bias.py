@@ -109,6 +109,7 @@ def test_a_kind_of_ones_own():
     assert np.all(np.asarray(want) != 0)
 
 
+@pytest.mark.slow
 def test_gradients_of_near_pairs_are_of_the_chosen_blocks():
     """Here all pairs are near, so that they are the whole gradient; lengths leave both last blocks ragged."""
     T, S, N, sizes = 300, 420, 2, BlockSizes(block_q=128, block_kv=128)

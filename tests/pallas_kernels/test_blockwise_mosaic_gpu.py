@@ -390,6 +390,7 @@ def test_sinks_in_the_interpreter(name):
     np.testing.assert_array_equal(lse, whole[1])
 
 
+@pytest.mark.slow
 def test_large_logits_that_grow_from_block_to_block():
     """Rescaling, which is left out where a maximum grows by little, is not left out where it must not be."""
     case = dataclasses.replace(CASES_BY_NAME["causal_D64"], q_len=640, batch_size=1, num_heads=1, num_kv_heads=1)

@@ -281,6 +281,7 @@ def walked(walk: schedule.Walk, num_columns: int) -> np.ndarray:
     return within.any(axis=1)
 
 
+@pytest.mark.slow
 @hypothesis.given(calls(), st.integers(1, 5), st.integers(1, 5))
 @hypothesis.settings(deadline=None, max_examples=8)
 def test_a_merged_walk_covers_the_schedule(call, merge_q, merge_kv):

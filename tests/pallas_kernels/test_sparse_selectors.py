@@ -353,6 +353,7 @@ def test_no_array_of_all_pairs():
         assert program.memory_analysis().temp_size_in_bytes < 400 * 2**20
 
 
+@pytest.mark.slow
 def test_a_choice_is_a_constant_to_gradients():
     q, k = normal(1, 16, 2, 8), normal(1, 16, 2, 8, seed=1)
     options = dict(mask=Causal(), block_sizes=FOURS, budget=2)

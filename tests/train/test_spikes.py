@@ -120,6 +120,7 @@ def test_a_spike_is_warned_of_and_applied(config_file, with_bad_batch, tmp_path,
     assert read_records(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     ["training.spikes.action=rewind", pytest.param("training.on_nonfinite=rewind", marks=pytest.mark.slow)],

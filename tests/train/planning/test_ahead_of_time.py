@@ -265,6 +265,7 @@ def test_a_bad_program_is_reported_as_bad(monkeypatch):
     assert "parameters are replicated" in problems
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit_is_said_with_what_would_help():
     plan = plan_of("v5e:2x4", config(8, tokens_a_device=1024 * 1024))

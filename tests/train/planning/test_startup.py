@@ -36,6 +36,7 @@ def test_a_run_that_has_room_starts_without_a_word(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_may_run_out_of_memory_says_so_and_what_would_help(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(startup, "local_target", small_device)
     loop.train(config(tmp_path))
