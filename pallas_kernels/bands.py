@@ -16,6 +16,7 @@ from pallas_kernels.dispatch import current_platform
 from pallas_kernels.mask import And, Causal, Mask, SameDocument, Window
 from pallas_kernels.tokens import Leaf, Tokens
 
+OUT_OF_ORDER = jnp.iinfo(jnp.int32).min
 _LAST_ID = jnp.iinfo(jnp.int32).max
 
 
@@ -23,20 +24,23 @@ _LAST_ID = jnp.iinfo(jnp.int32).max
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bands:
     """The runs of self-attention, T tokens, ends included, counted over the sequence. Of padding they are empty, the
-    first behind the last.
+    first behind the last. Of a row of the batch whose tokens are not in order (documents by ascending ids, padding
+    behind them) nothing is known: all first ones are OUT_OF_ORDER.
 
     Attributes:
       first_key, last_key: Of each query, int32 `[B or 1, T]`.
       first_query, last_query: Of each key.
-      in_order: Whether that is what the mask allows: the tokens of the row of the batch are in order, documents by
-        ascending ids, padding behind them; bool `[B or 1]`.
     """
 
     first_key: Leaf
     last_key: Leaf
     first_query: Leaf
     last_query: Leaf
-    in_order: Leaf
+
+    @property
+    def in_order(self) -> jax.Array:
+        """Whether the runs are what the mask allows, `[B or 1]`."""
+        return self.first_key[:, 0] != OUT_OF_ORDER
 
 
 def make_bands(mask: Mask, tokens: Tokens, *, q_len: int, kv_len: int) -> Bands | None:
@@ -63,12 +67,11 @@ def make_bands(mask: Mask, tokens: Tokens, *, q_len: int, kv_len: int) -> Bands 
     def run(left: int | None, right: int | None) -> tuple[jax.Array, jax.Array]:
         first = start if left is None else jnp.maximum(start, token - left)
         last = stop - 1 if right is None else jnp.minimum(stop - 1, token + right)
-        return jnp.where(is_padding, 1, first), jnp.where(is_padding, 0, last)
+        first, last = jnp.where(is_padding, 1, first), jnp.where(is_padding, 0, last)
+        return tuple(jnp.broadcast_arrays(jnp.where(in_order[:, None], first, OUT_OF_ORDER), last))
 
     (first_key, last_key), (first_query, last_query) = run(left, right), run(right, left)
-    return Bands(
-        first_key=first_key, last_key=last_key, first_query=first_query, last_query=last_query, in_order=in_order
-    )  # fmt: skip
+    return Bands(first_key=first_key, last_key=last_key, first_query=first_query, last_query=last_query)
 
 
 def _is_band(mask: Mask) -> bool:

@@ -28,8 +28,8 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.blockwise.pallas_mosaic_gpu_band import band_of
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest, Words
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import PairTest, band_of
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
 from pallas_kernels.dropout import Dropout, key_words

@@ -35,7 +35,6 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
-from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, band_test, keep_allowed
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     KernelBias,
     Side,
@@ -46,18 +45,16 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
     ROW,
-    PairTest,
     Words,
     columns,
     dropped,
-    indices,
     rows,
     store_tile,
-    token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
@@ -427,13 +424,13 @@ class _Block:
 
     def consume_item(self, item: Item, count):
         plgpu.barrier_wait(self.shared.kv_full)
-        allowed = self.pair_test(item)
+        pairs = self.pairs(item)
         kept = self.kept(item)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)
         no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
         def one_tile(tile: _Tile, state):
-            return self.step(item, tile, allowed, kept, *state)
+            return self.step(item, tile, pairs, kept, *state)
 
         def end_of_head(head, state):
             count, dk, dv, sums = state
@@ -449,7 +446,7 @@ class _Block:
             dv = dv * (1 / (1 - self.config.dropout_rate))
         return count, functools.partial(self.write, item, dk * self.config.scale, dv)
 
-    def step(self, item: Item, tile: _Tile, allowed: Callable, kept: Callable | None, count, dk, dv, sums):
+    def step(self, item: Item, tile: _Tile, pairs: Pairs, kept: Callable | None, count, dk, dv, sums):
         """One tile of queries."""
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
         plgpu.barrier_wait(shared.tile_full.at[slot])
@@ -482,7 +479,8 @@ class _Block:
             return ds if slope is None else ds * slope[:, part * ROWS : (part + 1) * ROWS].astype(jnp.float32)
 
         if config.tests_blocks:
-            p = lax.cond(tile.is_full, lambda p: p, lambda p: allowed(tile, p), p)
+            start = tile.index * self.tile_len
+            p = lax.cond(tile.is_full, lambda p: p, lambda p: pairs.keep(p, tile.head, start), p)
         ds = [gradient_of_logits(p[:, :ROWS] if self.two_parts else p, dp, 0).astype(self.dtype)]
         others = p[:, ROWS:] if self.two_parts else None
         p = (p if kept is None else jnp.maximum(p, 0.0)).astype(self.dtype)
@@ -572,36 +570,18 @@ class _Block:
         arrive(free.barrier, free.num_threads)
         return dk
 
-    def pair_test(self, item: Item) -> Callable:
-        """allowed(tile, p): p of the pairs of this warpgroup's keys and a tile's queries that may attend, else 0."""
-        inputs, test = self.inputs, self.config.pair_test
-        kv_start = item.row * BLOCK + self.warpgroup * ROWS
-        if test is not None:
-            of_kv = kv_start, ROWS, ROW
-            _, kv_positions, _, kv_segments = token_vectors(inputs, test, batch=item.batch, q=None, kv=of_kv)
-        in_band = band_test(inputs.band, batch=item.batch, start=kv_start, num_columns=self.tile_len)
-
-        def bits_of(tile: _Tile) -> jax.Array:
-            start, bits = tile.index * self.tile_len, None
-            if test is not None:
-                of_q = start, self.tile_len, COLUMN
-                q_positions, _, q_segments, _ = token_vectors(inputs, test, batch=item.batch, q=of_q, kv=None)
-                bits = test.allowed(
-                    tile.head,
-                    columns(q_positions, self.tile),
-                    rows(kv_positions, self.tile),
-                    columns(q_segments, self.tile),
-                    rows(kv_segments, self.tile),
-                )
-            if self.config.has_ragged_keys:
-                are_keys = rows(indices(kv_start, ROWS, ROW), self.tile) < self.config.kv_len
-                bits = are_keys if bits is None else bits & are_keys
-            return bits
-
-        def allowed(tile: _Tile, p) -> jax.Array:
-            return keep_allowed(p, in_band, tile.index * self.tile_len, functools.partial(bits_of, tile))
-
-        return allowed
+    def pairs(self, item: Item) -> Pairs:
+        """Of this warpgroup's keys and tiles of queries."""
+        config = self.config
+        return Pairs(
+            self.inputs,
+            config.pair_test,
+            batch=item.batch,
+            start=item.row * BLOCK + self.warpgroup * ROWS,
+            num_columns=self.tile_len,
+            rows_are_queries=False,
+            num_keys=config.kv_len if config.has_ragged_keys else None,
+        )
 
     def kept(self, item: Item) -> Callable | None:
         """kept(tile): which pairs of this warpgroup's keys and of a tile's queries dropout keeps; None for all."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blockwise import pallas_mosaic_gpu_decode_kernels as kernels
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import PairTest
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import PairTest
 from pallas_kernels.mask import Full
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.pair_tests import tests_of

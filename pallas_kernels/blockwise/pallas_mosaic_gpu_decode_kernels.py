@@ -36,15 +36,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import PairTest, token_vectors
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
     ROW,
-    PairTest,
     columns,
     indices,
     rows,
-    token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, sync

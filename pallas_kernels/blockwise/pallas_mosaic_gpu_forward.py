@@ -40,19 +40,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
-from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, band_test
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, Side, TileBias
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
     ROW,
-    PairTest,
     Words,
     columns,
-    indices,
     rows,
     store_tile,
-    token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
 from pallas_kernels.dropout import is_kept
@@ -335,10 +332,7 @@ class _Block:
         slot = lax.rem(number, self.config.q_slots)
         plgpu.barrier_wait(self.shared.q_full.at[slot])
         words, bias = self.query_words(item), self.bias(item)
-        general = self.pair_test(item)
-        in_band = band_test(
-            self.inputs.band, batch=item.batch, start=self.q_start(item.row), num_columns=self.config.block_kv
-        )
+        pairs, block_kv = self.pairs(item), self.config.block_kv
 
         def attend(allowed: Callable, running: _Running) -> _Running:
             running = self.first_step(item, slot, running, allowed, words, bias)
@@ -346,10 +340,11 @@ class _Block:
             return self.walk.visit(item, functools.partial(step, allowed=allowed), step, running, skip=1)
 
         def attend_by_either(running: _Running) -> _Running:
-            if in_band is None:
-                return attend(general, running)
-            attend_in_order = functools.partial(attend, lambda j: in_band.allowed(j * self.config.block_kv))
-            return lax.cond(in_band.in_order, attend_in_order, functools.partial(attend, general), running)
+            in_general = functools.partial(attend, lambda j: pairs.allowed(item.head, j * block_kv))
+            if pairs.in_order is None:
+                return in_general(running)
+            in_band = functools.partial(attend, lambda j: pairs.in_band(j * block_kv))
+            return lax.cond(pairs.in_order, in_band, in_general, running)
 
         def skip(running: _Running) -> _Running:
             nothing = self.nothing_running()
@@ -560,32 +555,18 @@ class _Block:
         multiple of what a copy moves."""
         return row * self.config.block_q + self.warpgroup * ROWS
 
-    def pair_test(self, item: Item) -> Callable:
-        """allowed(j): which pairs of the item's queries and the keys of block j may attend; None for all of them."""
-        inputs, block_kv, test = self.inputs, self.config.block_kv, self.config.pair_test
-
-        if test is not None:
-            of_q = self.q_start(item.row), ROWS, ROW
-            q_positions, _, q_segments, _ = token_vectors(inputs, test, batch=item.batch, q=of_q, kv=None)
-
-        def allowed(j) -> jax.Array | None:
-            start, bits = j * block_kv, None
-            if test is not None:
-                of_kv = start, block_kv, COLUMN
-                _, kv_positions, _, kv_segments = token_vectors(inputs, test, batch=item.batch, q=None, kv=of_kv)
-                bits = test.allowed(
-                    item.head,
-                    rows(q_positions, self.tile),
-                    columns(kv_positions, self.tile),
-                    rows(q_segments, self.tile),
-                    columns(kv_segments, self.tile),
-                )
-            if self.config.has_ragged_keys:
-                are_keys = columns(indices(start, block_kv, COLUMN), self.tile) < self.config.kv_len
-                bits = are_keys if bits is None else bits & are_keys
-            return bits
-
-        return allowed
+    def pairs(self, item: Item) -> Pairs:
+        """Of the item's queries and blocks of keys."""
+        config = self.config
+        return Pairs(
+            self.inputs,
+            config.pair_test,
+            batch=item.batch,
+            start=self.q_start(item.row),
+            num_columns=config.block_kv,
+            rows_are_queries=True,
+            num_keys=config.kv_len if config.has_ragged_keys else None,
+        )
 
     # The end of an item.
 

@@ -37,7 +37,6 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_backward, wgmma_split
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
-from pallas_kernels.blockwise.pallas_mosaic_gpu_band import Band, band_test, keep_allowed
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     KernelBias,
     Side,
@@ -48,19 +47,17 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
     ROW,
-    PairTest,
     Words,
     columns,
     dropped,
-    indices,
     rows,
     store_parts_of_sectors,
     store_tile,
-    token_vectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
 from pallas_kernels.dropout import is_kept
@@ -410,13 +407,13 @@ class _Block:
         if self.inputs.out is not None:
             lse, given = lse_and_delta
             lse_and_delta = lse, self.make_delta(slot_a, self.delta.at[at], given)
-        allowed, kept = self.pair_test(item, start), self.kept(item, start)
+        pairs, kept = self.pairs(item, start), self.kept(item, start)
         nothing = [plgpu.layout_cast(jnp.zeros((ROWS, x.shape[3]), jnp.float32), MATRIX) for x in self.outputs]
 
         no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
         def one_tile(tile: _Tile, state):
-            return self.step(item, slot_a, tile, allowed, kept, lse_and_delta, *state)
+            return self.step(item, slot_a, tile, pairs, kept, lse_and_delta, *state)
 
         def end_of_head(head, state):
             count, gradients, sums = state
@@ -447,7 +444,7 @@ class _Block:
         return delta
 
     def step(
-        self, item: Item, slot_a, tile: _Tile, allowed: Callable, kept: Callable | None, lse_and_delta,
+        self, item: Item, slot_a, tile: _Tile, pairs: Pairs, kept: Callable | None, lse_and_delta,
         count, gradients, sums,
     ):  # fmt: skip
         """One tile."""
@@ -482,7 +479,8 @@ class _Block:
         else:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
         if config.tests_blocks:
-            p = lax.cond(tile.is_full, lambda p: p, lambda p: allowed(tile, p), p)
+            start = tile.index * config.tile
+            p = lax.cond(tile.is_full, lambda p: p, lambda p: pairs.keep(p, tile.head, start), p)
         factors = {}
         if self.needs_b_2:
             factors["dv"] = p if kept is None else jnp.maximum(p, 0.0), shared.b_2, slot_2
@@ -550,39 +548,18 @@ class _Block:
         plgpu.commit_smem()  # an ordinary read, which a copy may overwrite only behind a fence
         return gradients
 
-    def pair_test(self, item: Item, start) -> Callable:
-        """allowed(tile, p): p of the pairs of this warpgroup's rows and of a tile that may attend, 0 of others."""
-        inputs, test, of_queries = self.inputs, self.config.pair_test, self.config.rows_are_queries
-        shape = ROWS, self.config.tile
-
-        def vectors(at, is_of_queries: bool):
-            sides = {"q": at, "kv": None} if is_of_queries else {"q": None, "kv": at}
-            positions_and_ids = token_vectors(inputs, test, batch=item.batch, **sides)
-            return positions_and_ids[0 if is_of_queries else 1 :: 2]
-
-        if test is not None:
-            own = [rows(x, shape) for x in vectors((start, ROWS, ROW), of_queries)]
-        in_band = band_test(inputs.band, batch=item.batch, start=start, num_columns=shape[1])
-
-        def bits_of(tile: _Tile) -> jax.Array:
-            tile_start, bits = tile.index * self.config.tile, None
-            if test is not None:
-                other = [columns(x, shape) for x in vectors((tile_start, shape[1], COLUMN), not of_queries)]
-                (q_positions, q_ids), (kv_positions, kv_ids) = (own, other) if of_queries else (other, own)
-                bits = test.allowed(tile.head, q_positions, kv_positions, q_ids, kv_ids)
-            if self.config.has_ragged_keys:
-                if of_queries:
-                    keys = columns(indices(tile_start, shape[1], COLUMN), shape)
-                else:
-                    keys = rows(indices(start, ROWS, ROW), shape)
-                are_keys = keys < self.config.kv_len
-                bits = are_keys if bits is None else bits & are_keys
-            return bits
-
-        def allowed(tile: _Tile, p) -> jax.Array:
-            return keep_allowed(p, in_band, tile.index * shape[1], functools.partial(bits_of, tile))
-
-        return allowed
+    def pairs(self, item: Item, start) -> Pairs:
+        """Of this warpgroup's rows and tiles of what they visit."""
+        config = self.config
+        return Pairs(
+            self.inputs,
+            config.pair_test,
+            batch=item.batch,
+            start=start,
+            num_columns=config.tile,
+            rows_are_queries=config.rows_are_queries,
+            num_keys=config.kv_len if config.has_ragged_keys else None,
+        )
 
     def kept(self, item: Item, start) -> Callable | None:
         """kept(tile): which pairs of this warpgroup's rows and of a tile dropout keeps; None for all."""

@@ -106,3 +106,12 @@ def test_a_schedule_has_them():
     schedule = jax.jit(lambda tokens: make_schedule(MASKS[0], tokens, q_len=LENGTH, kv_len=LENGTH))(tokens)
     for pairs in pairs_of(schedule.bands):
         np.testing.assert_array_equal(pairs, allowed_pairs(MASKS[0], tokens))
+
+
+def test_positions_of_each_row_with_ids_of_all():
+    ids = jnp.asarray([[0] * 10 + [1] * 14], jnp.int32)
+    positions = jnp.arange(LENGTH, dtype=jnp.int32)[None] + jnp.asarray([[0], [7], [0]], jnp.int32)
+    tokens = Tokens.self_attention(positions.at[2, 5].add(1), ids)
+    bands = bands_of(MASKS[0], tokens)
+    assert bands.in_order.tolist() == [True, True, False]
+    assert {x.shape for x in jax.tree.leaves(bands)} == {(3, LENGTH)}
