@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dispatch import current_platform, search_method
 from pallas_kernels.mask import And, Causal, Mask, SameDocument, Window
 from pallas_kernels.tokens import Leaf, Tokens
 
@@ -82,6 +82,4 @@ def _is_band(mask: Mask) -> bool:
 
 
 def _search(side: str) -> Callable:
-    # An iteration of a loop costs a GPU more than what a step of the search does.
-    method = "scan_unrolled" if current_platform() == "gpu" else "scan"
-    return functools.partial(jnp.searchsorted, side=side, method=method)
+    return functools.partial(jnp.searchsorted, side=side, method=search_method())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bands import make_bands
 from pallas_kernels.block_sizes import BlockSizes
-from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dispatch import search_method
 from pallas_kernels.mask import Mask
 from pallas_kernels.schedule import BlockRanges, Blocks, Schedule, judge, longest_first, sides_of
 from pallas_kernels.tokens import Tokens
@@ -122,9 +122,7 @@ def _transposed(column, there, full, *, parts_q: int, num_q_blocks: int, num_kv_
     key, note = (x.reshape(*x.shape[:2], -1) for x in (key, note))
     key, note = jax.lax.sort((key, note), num_keys=1, is_stable=False)
     bounds = jnp.arange(num_kv_blocks + 1, dtype=jnp.int32) * num_rows
-    # An iteration of a loop costs a GPU more than what a step of the search does.
-    method = "scan_unrolled" if current_platform() == "gpu" else "scan"
-    search = functools.partial(jnp.searchsorted, v=bounds, method=method)
+    search = functools.partial(jnp.searchsorted, v=bounds, method=search_method())
     first = jax.vmap(jax.vmap(search))(key).astype(jnp.int32)
     start = jnp.where(key == _NOTHING, 0, key % num_rows) * parts_q
     stop = jnp.where(key == _NOTHING, 0, jnp.minimum(start + parts_q, num_q_blocks))

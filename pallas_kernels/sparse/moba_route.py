@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.dispatch import current_platform
+from pallas_kernels.dispatch import current_platform, search_method
 from pallas_kernels.online_softmax import finite_max
 from pallas_kernels.tokens import Leaf, TokenAxis
 
@@ -290,9 +290,7 @@ def most_rows(num_entries: int, num_lists: int, list_block: int) -> int:
 
 def search(sorted_numbers: Int32[Array, " length"], x: Int32[Array, " n"], side: str = "left") -> Int32[Array, " n"]:
     """`jnp.searchsorted`: how many of the numbers are less than each x, or at most that where side is right."""
-    # An iteration of a loop costs a GPU more than what a step of a search does.
-    method = "scan_unrolled" if current_platform() == "gpu" else "scan"
-    return jnp.searchsorted(sorted_numbers, x, side=side, method=method).astype(jnp.int32)
+    return jnp.searchsorted(sorted_numbers, x, side=side, method=search_method()).astype(jnp.int32)
 
 
 def _sorted(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
