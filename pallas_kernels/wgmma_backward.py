@@ -7,14 +7,18 @@ step a warpgroup
     scores      starts S^T = k q^T and dP^T = v dout^T of the first 64 queries, and waits for S^T alone
     settle      waits for dP^T
     more        where the tile has 128 queries: starts dP^T of the others and dv += P^T dout, and waits for dP^T alone
-    gradients   starts dv += P^T dout, if still to be done, dq = dS k and dk += dS^T q, and waits for all but the last
-    finish      waits for dk
+    gradients   starts dq = dS k of the tile before, dv += P^T dout, if still to be done, and dk += dS^T q; waits for dq
+    finish      waits for the others
+
+dq is a step behind, since it needs dS of both warpgroups, which would otherwise wait for each other in each step and so
+leave the tensor cores idle at the same time.
 
 P and dS are converted to 16 bits only where nothing is in flight, since ptxas would serialize the matmuls otherwise.
 
 Reference: Shah et al. 2024, FlashAttention-3, arXiv:2407.08608, Appendix B.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -151,17 +155,14 @@ def gradients(
     dk: jax.Array,
     ds: Sequence[jax.Array],
     dv_and_p: tuple[jax.Array, jax.Array] | None,
-    k_smem,
     q_smem,
     dout_smem,
-    ds_smem,
+    of_dq: tuple | None,
     *,
     warpgroup: jax.typing.ArrayLike,
     slot: jax.typing.ArrayLike,
-    ds_ready: jax.typing.ArrayLike,
-    num_threads: int,
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """Starts dv += p dout, dq = ds^T k and dk += ds q, and returns when dv and dq are done.
+) -> tuple[jax.Array | None, list[jax.Array]]:
+    """Starts dq = ds^T k of another tile, dv += p dout and dk += ds q, and returns when dq is done.
 
     Each warpgroup computes a piece of dq: at head dim 128 half of the columns for all 64 queries of the tile, at head
     dim 64 half of its 128 queries.
@@ -170,83 +171,116 @@ def gradients(
       dk: float32 `[64, H]`.
       ds: 16-bit `[64, 64]`, for each 64 queries of the tile.
       dv_and_p: float32 `[64, H]` and 16-bit `[64, tile]`; None where `more` has seen to dv.
-      ds_smem: `[slots, 2, 64, tile]`, of whose `slot` both warpgroups read what both have written.
-      ds_ready: The named barrier at which all `num_threads` wait until that is so.
-    Returns: dv, or None; this warpgroup's piece of dq, float32 `[64, 64]`; dk in flight, for `finish`.
+      of_dq: ds `[slots, 2, 64, tile]` of both warpgroups, a slot, and k `[128, H]`; None for no dq.
+    Returns: This warpgroup's piece of dq, float32 `[64, 64]`, or None; and in flight, for `finish`, dv, if it is still
+      to be done, and dk.
     """
     tile, head_dim = q_smem.shape[1:]
     dtype = PTX_DTYPES[q_smem.dtype.name]
-    scalars = slot, warpgroup, ds_ready
     arrays = (*(dv_and_p or ()), dk, *ds)
-    with_dv = dv_and_p is not None
+    refs = (q_smem, dout_smem, *((of_dq[0], of_dq[2]) if of_dq else ()))
+    scalars = int32s((warpgroup, slot, *(of_dq[1:2] if of_dq else ())))
+    accs = [array_type((ROWS, head_dim), IN_FLIGHT)] * (2 if dv_and_p else 1)
 
     @plgpu.inline_mgpu(
-        arg_types=(MATRIX,) * len(arrays) + (_SMEM,) * 4 + (SCALAR,) * len(scalars),
-        return_type=(
-            *((array_type((ROWS, head_dim), MATRIX),) if with_dv else ()),
-            array_type((ROWS, ROWS), MATRIX),
-            array_type((ROWS, head_dim), IN_FLIGHT),
-        ),
+        arg_types=(MATRIX,) * len(arrays) + (_SMEM,) * len(refs) + (SCALAR,) * len(scalars),
+        return_type=(*([array_type((ROWS, ROWS), MATRIX)] if of_dq else []), *accs),
     )
     def emit(_, *operands):
-        arrays_in, rest = operands[: len(arrays)], operands[len(arrays) :]
-        k_smem, q_smem, dout_smem, ds_smem, slot, warpgroup, ds_ready = rest
-        *of_dv, dk, ds = *arrays_in[: len(arrays) - len(ds_arrays)], arrays_in[len(arrays) - len(ds_arrays) :]
-        row_of_tiles, row_of_ds_tiles = head_dim // 64 * TILE_BYTES, tile // 64 * TILE_BYTES
-        ptx = Ptx()
-        dq_registers = ptx.write(ROWS // 2)
-        updated = [*of_dv[:1], dk]
-        updated = [ptx.update(x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat) for x in updated]
-        ds_registers = ptx.read("r", (as_int32(x) for part in ds for x in part.registers.flat))
+        arrays_in = list(operands[: len(arrays)])
+        q_smem, dout_smem, *refs_of_dq = operands[len(arrays) : len(arrays) + len(refs)]
+        warpgroup, slot, *other_slot = operands[len(arrays) + len(refs) :]
+        row_of_tiles = head_dim // 64 * TILE_BYTES
         queries, rows = (slot, tile * head_dim * 2), {"leading": TILE_BYTES, "stride": row_of_tiles}
-        # This warpgroup's columns of k, or its queries of ds.
-        mine = warpgroup, TILE_BYTES
-        of_k, of_ds = ((mine,), ()) if head_dim == 128 else ((), (mine,))
-        q, k, ds = ptx.read(
-            "l",
-            (
-                descriptor(q_smem, queries, **rows),
-                descriptor(k_smem, *of_k, **rows),
-                descriptor(ds_smem, (slot, 2 * ROWS * tile * 2), *of_ds, leading=TILE_BYTES, stride=row_of_ds_tiles),
-            ),
-        )
-        (ready,) = ptx.read("r", (ds_ready.registers.item(),))
-        ptx.begin()
-        if of_dv:
-            p_registers = ptx.read("r", map(as_int32, of_dv[1].registers.flat))
-            (dout,) = ptx.read("l", (descriptor(dout_smem, queries, **rows),))
-            ptx.matmul(updated[0], p_registers, dout, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
-            ptx.commit()
-        ptx.lines.append(f"bar.sync {ready}, {num_threads};")
-        of_both = {"contracted": 2 * ROWS, "a_rows": row_of_ds_tiles, "b_rows": row_of_tiles}
-        ptx.matmul(dq_registers, ds, k, dtype=dtype, fresh=True, **of_both)
-        ptx.commit()
-        ptx.matmul(updated[-1], ds_registers, q, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
-        ptx.commit()
-        ptx.wait(1)
-        values = ptx.emit()
-        first, last = len(dq_registers), len(values) - len(updated[-1])
-        dq = fragmented(values[:first], (ROWS, ROWS)).to_layout(MATRIX.to_mgpu())
-        dk = fragmented(values[last:], (ROWS, head_dim))
-        if not of_dv:
-            return dq, dk
-        return fragmented(values[first:last], (ROWS, head_dim)).to_layout(MATRIX.to_mgpu()), dq, dk
-
-    ds_arrays = ds
-    results = emit(*arrays, k_smem, q_smem, dout_smem, ds_smem, *int32s(scalars))
-    return results if with_dv else (None, *results)
-
-
-def finish(dk, free: Arrival) -> jax.Array:
-    """Waits for the dk of `gradients`, and arrives at `free` the moment it is done."""
-
-    @plgpu.inline_mgpu(arg_types=(IN_FLIGHT, SCALAR), return_type=array_type(dk.shape, MATRIX))
-    def emit(_, dk, free_at):
+        dv, p = (arrays_in.pop(0), arrays_in.pop(0)) if dv_and_p else (None, None)
+        dk, *ds = arrays_in
         ptx = Ptx()
-        ptx.update(dk.registers.flat)
+        dq_registers = ptx.write(ROWS // 2) if of_dq else []
+        acc_registers = [
+            ptx.update(x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat) for x in (dv, dk) if x is not None
+        ]  # fmt: skip
+        factors = [(ds, q_smem)]
+        if dv_and_p:
+            factors.insert(0, ([p], dout_smem))
+        ptx.begin()
+        if of_dq:
+            _start_dq(
+                ptx, dq_registers, *refs_of_dq, warpgroup, *other_slot, tile=tile, head_dim=head_dim, dtype=dtype
+            )  # fmt: skip
+        for acc, (x, y_smem) in zip(acc_registers, factors, strict=True):
+            registers = ptx.read("r", (as_int32(x) for part in x for x in part.registers.flat))
+            (y,) = ptx.read("l", (descriptor(y_smem, queries, **rows),))
+            ptx.matmul(acc, registers, y, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
+            ptx.commit()
+        if of_dq:
+            ptx.wait(len(accs))
+        values = iter(ptx.emit())
+        results = []
+        if of_dq:
+            registers = list(itertools.islice(values, len(dq_registers)))
+            results.append(fragmented(registers, (ROWS, ROWS)).to_layout(MATRIX.to_mgpu()))
+        for acc in acc_registers:
+            results.append(fragmented(list(itertools.islice(values, len(acc))), (ROWS, head_dim)))
+        return tuple(results)
+
+    results = list(emit(*arrays, *refs, *scalars))
+    return results.pop(0) if of_dq else None, results
+
+
+def dq_alone(ds_smem, k_smem, *, warpgroup: jax.typing.ArrayLike, slot: jax.typing.ArrayLike) -> jax.Array:
+    """The dq of `gradients` with nothing beside it."""
+    tile, head_dim = ds_smem.shape[3], k_smem.shape[1]
+    dtype = PTX_DTYPES[k_smem.dtype.name]
+
+    @plgpu.inline_mgpu(arg_types=(_SMEM,) * 2 + (SCALAR,) * 2, return_type=array_type((ROWS, ROWS), MATRIX))
+    def emit(_, ds_smem, k_smem, warpgroup, slot):
+        ptx = Ptx()
+        dq = ptx.write(ROWS // 2)
+        ptx.begin()
+        _start_dq(ptx, dq, ds_smem, k_smem, warpgroup, slot, tile=tile, head_dim=head_dim, dtype=dtype)
+        ptx.wait(0)
+        return fragmented(ptx.emit(), (ROWS, ROWS)).to_layout(MATRIX.to_mgpu())
+
+    return emit(ds_smem, k_smem, *int32s((warpgroup, slot)))
+
+
+def _start_dq(ptx: Ptx, dq: list[str], ds_smem, k_smem, warpgroup, slot, *, tile: int, head_dim: int, dtype: str):
+    row_of_tiles, row_of_ds_tiles = head_dim // 64 * TILE_BYTES, tile // 64 * TILE_BYTES
+    # This warpgroup's columns of k, or its queries of ds.
+    mine = warpgroup, TILE_BYTES
+    of_k, of_ds = ((mine,), ()) if head_dim == 128 else ((), (mine,))
+    at = slot, 2 * ROWS * tile * 2
+    ds, k = ptx.read(
+        "l",
+        (
+            descriptor(ds_smem, at, *of_ds, leading=TILE_BYTES, stride=row_of_ds_tiles),
+            descriptor(k_smem, *of_k, leading=TILE_BYTES, stride=row_of_tiles),
+        ),
+    )
+    ptx.matmul(
+        dq, ds, k, contracted=2 * ROWS, dtype=dtype, fresh=True, a_rows=row_of_ds_tiles, b_rows=row_of_tiles
+    )  # fmt: skip
+    ptx.commit()
+
+
+def finish(in_flight: Sequence[jax.Array], free: Arrival) -> list[jax.Array]:
+    """Waits for what `gradients` left in flight, and arrives at `free` the moment it is done."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(*(IN_FLIGHT,) * len(in_flight), SCALAR),
+        return_type=tuple(array_type(x.shape, MATRIX) for x in in_flight),
+    )
+    def emit(_, *operands):
+        *accs, free_at = operands
+        ptx = Ptx()
+        registers = [ptx.update(acc.registers.flat) for acc in accs]
         (free_name,) = ptx.read("r", (free_at.registers.item(),))
         ptx.wait(0)
         ptx.arrive(free_name, free.num_threads)
-        return fragmented(ptx.emit(), dk.shape).to_layout(MATRIX.to_mgpu())
+        values = iter(ptx.emit())
+        return tuple(
+            fragmented(list(itertools.islice(values, len(names))), acc.shape).to_layout(MATRIX.to_mgpu())
+            for names, acc in zip(registers, accs, strict=True)
+        )
 
-    return emit(dk, *int32s((free.barrier,)))
+    return list(emit(*in_flight, *int32s((free.barrier,))))

@@ -204,6 +204,9 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
             dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, _PIECE, _PIECE), jnp.float32, transforms=_DQ_TRANSFORMS),
             kv_full=plgpu.Barrier(num_arrivals=2),
             tile_full=plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
+            ds_full=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
+            ds_free=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
+            dq_free=plgpu.Barrier(num_barriers=_SLOTS),
             item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -223,7 +226,11 @@ class _Outputs(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barriers that say when a buffer is full."""
+    """Shared memory, and the barriers that say when a buffer is full.
+
+    Those that say when one of ds or dq may be filled again are here too: at a named barrier consumers would wait for
+    each other as well.
+    """
 
     k: Any
     v: Any
@@ -235,6 +242,9 @@ class _Shared(NamedTuple):
     dq: Any
     kv_full: Any
     tile_full: Any
+    ds_full: Any
+    ds_free: Any
+    dq_free: Any
     item_full: Any
 
 
@@ -278,9 +288,7 @@ class _Block:
         self.tile = ROWS, self.tile_len
         self.warpgroup = lax.axis_index("warpgroup")
         # Named barriers.
-        self.ds_ready, self.kv_free, self.tile_free, _, self.dq_full, _, self.dq_free, _, item_free, _ = NAMED_BARRIERS[
-            :10
-        ]
+        self.kv_free, self.tile_free, _, self.dq_full, _, item_free, _ = NAMED_BARRIERS[:7]
         self.consumers = WARPGROUP * _NUM_CONSUMERS
         self.consumers_and_one = self.consumers + WARPGROUP
         self.queue = queue.Queue(
@@ -372,7 +380,7 @@ class _Block:
 
     def add(self) -> None:
         for slot in range(_SLOTS):
-            arrive(self.dq_free + slot, self.consumers_and_one)
+            plgpu.barrier_arrive(self.shared.dq_free.at[slot])
         counters, none = self.outputs.counters, jnp.int32(-1)
 
         def one_item(item: Item, state):
@@ -387,7 +395,7 @@ class _Block:
                 else:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 # What was added last need no longer be kept.
-                pl.when(count > 0)(lambda: arrive(self.dq_free + _SLOTS - 1 - slot, self.consumers_and_one))
+                pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[_SLOTS - 1 - slot]))
                 sync(self.dq_full + slot, self.consumers_and_one)
                 for piece in range(_NUM_CONSUMERS):
                     self.add_piece(item.batch, tile.head, tile.index, slot, piece)
@@ -395,10 +403,11 @@ class _Block:
 
             return self.for_each_tile(item, one_tile, state), lambda: None
 
-        _, last = self.queue.take(one_item, (jnp.int32(0), none))
+        count, last = self.queue.take(one_item, (jnp.int32(0), none))
         if self.takes_turns:
             end_turn(counters, last)
         plgpu.wait_smem_to_gmem(0)
+        pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[lax.rem(count - 1, _SLOTS)]))
 
     @property
     def takes_turns(self) -> bool:
@@ -420,7 +429,11 @@ class _Block:
         arrive(self.kv_free, self.consumers_and_one)
         for slot in range(_SLOTS):
             arrive(self.tile_free + slot, self.consumers_and_one)
+            plgpu.barrier_arrive(self.shared.ds_free.at[slot])
         self.queue.take(self.consume_item, jnp.int32(0))
+        for slot in range(_SLOTS):  # so that no barrier is left that nobody waits at
+            plgpu.barrier_wait(self.shared.ds_free.at[slot])
+            plgpu.barrier_wait(self.shared.dq_free.at[slot])
 
     def consume_item(self, item: Item, count):
         plgpu.barrier_wait(self.shared.kv_full)
@@ -430,7 +443,7 @@ class _Block:
         no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
         def one_tile(tile: _Tile, state):
-            return self.step(item, tile, pairs, kept, *state)
+            return self.step(item, tile, pairs, kept, state[0] == begin, *state)
 
         def end_of_head(head, state):
             count, dk, dv, sums = state
@@ -439,15 +452,16 @@ class _Block:
                 store_sums(self.outputs.sums.at[at], x, interpret=bool(self.config.interpret))
             return count, dk, dv, no_sums
 
-        state = count, nothing, nothing, no_sums
+        begin, state = count, (count, nothing, nothing, no_sums)
         count, dk, dv, _ = self.for_each_tile(item, one_tile, state, end_of_heads=end_of_head if no_sums else None)
+        pl.when(count > begin)(lambda: self.hand_over_last(lax.rem(count - 1, _SLOTS)))
         arrive(self.kv_free, self.consumers_and_one)
         if self.config.dropout_rate:
             dv = dv * (1 / (1 - self.config.dropout_rate))
         return count, functools.partial(self.write, item, dk * self.config.scale, dv)
 
-    def step(self, item: Item, tile: _Tile, pairs: Pairs, kept: Callable | None, count, dk, dv, sums):
-        """One tile of queries."""
+    def step(self, item: Item, tile: _Tile, pairs: Pairs, kept: Callable | None, is_first, count, dk, dv, sums):
+        """One tile of queries; dq of the tile before, if it is not the item's first."""
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
         plgpu.barrier_wait(shared.tile_full.at[slot])
         s, dp = self.scores(slot)
@@ -488,15 +502,42 @@ class _Block:
             dp, dv = self.more(slot, dv, p)
             dv, second = self.settle(dv, gradient_of_logits(others, dp, 1))
             ds.append(second.astype(self.dtype))
+        plgpu.barrier_wait(shared.ds_free.at[slot])
         for part, x in enumerate(ds):
             shared.ds.at[slot, self.warpgroup, :, pl.ds(part * ROWS, ROWS)][...] = x
         self.fence()
-        dv, dq, dk = self.gradients(slot, dv, dk, p, ds)
-        sync(self.dq_free + slot, self.consumers_and_one)
-        shared.dq.at[slot, self.warpgroup][...] = dq * config.scale if config.scales_dq else dq
+        plgpu.barrier_arrive(shared.ds_full.at[slot])
+        products = functools.partial(self.products, slot, p, ds)
+        dv, dk = lax.cond(is_first, products, functools.partial(products, with_dq=True), dv, dk)
+        return count + 1, dk, dv, tuple(summed)
+
+    def products(self, slot, p, ds, dv, dk, *, with_dq: bool = False):
+        """dv and dk with those of a tile added; hands over dq of the tile before."""
+        before = _SLOTS - 1 - slot
+        if with_dq:
+            plgpu.barrier_wait(self.shared.ds_full.at[before])
+        dq, in_flight = self.gradients(slot, dv, dk, p, ds, before if with_dq else None)
+        if with_dq:
+            self.hand_over(before, dq)
+        return self.finish(dv, in_flight, slot)
+
+    def hand_over_last(self, slot) -> None:
+        """dq of the item's last tile, to the adder."""
+        plgpu.barrier_wait(self.shared.ds_full.at[slot])
+        if self.config.interpret:
+            dq = self.dq(slot)
+        else:
+            dq = wgmma_backward.dq_alone(self.shared.ds, self.shared.k, warpgroup=self.warpgroup, slot=slot)
+        self.hand_over(slot, dq)
+
+    def hand_over(self, slot, dq) -> None:
+        """This warpgroup's piece of dq, to the adder; what it was made of may be overwritten."""
+        shared = self.shared
+        plgpu.barrier_arrive(shared.ds_free.at[slot])
+        plgpu.barrier_wait(shared.dq_free.at[slot])
+        shared.dq.at[slot, self.warpgroup][...] = dq * self.config.scale if self.config.scales_dq else dq
         self.fence()
         arrive(self.dq_full + slot, self.consumers_and_one)
-        return count + 1, self.finish(dk, slot), dv, tuple(summed)
 
     def bias(self, num_queries: int) -> TileBias:
         """Of tiles of this warpgroup's keys and so many queries."""
@@ -535,40 +576,42 @@ class _Block:
         dout = shared.dout[slot]
         return _dot(shared.v.at[pl.ds(self.warpgroup * ROWS, ROWS)][...], dout[ROWS:].T), dv + _dot(p, dout)
 
-    def gradients(self, slot, dv, dk, p, ds):
+    def gradients(self, slot, dv, dk, p, ds, before):
+        """This warpgroup's piece of dq of slot `before`, or None, and in flight dv, if still to be done, and dk."""
         shared = self.shared
         if not self.config.interpret:
-            new_dv, dq, dk = wgmma_backward.gradients(
+            return wgmma_backward.gradients(
                 dk,
                 ds,
                 None if self.two_parts else (dv, p),
-                shared.k,
                 shared.q,
                 shared.dout,
-                shared.ds,
+                None if before is None else (shared.ds, before, shared.k),
                 warpgroup=self.warpgroup,
                 slot=slot,
-                ds_ready=self.ds_ready,
-                num_threads=self.consumers,
             )
-            return dv if self.two_parts else new_dv, dq, dk
-        if not self.two_parts:
-            dv = dv + _dot(p, shared.dout[slot])
-        sync(self.ds_ready, self.consumers)
-        ds_of_both = shared.ds[slot].reshape(BLOCK, self.tile_len)
-        dq = _dot(ds_of_both.T, shared.k[...]).reshape(-1, _PIECE, self.head_dim)
-        if self.two_parts:
-            dq = lax.dynamic_index_in_dim(dq, self.warpgroup, keepdims=False)
-        else:
-            dq = lax.dynamic_slice_in_dim(dq[0], self.warpgroup * _PIECE, _PIECE, axis=1)
-        return dv, dq, dk + _dot(jnp.concatenate(ds, axis=1), shared.q[slot])
+        dq = None if before is None else self.dq(before)
+        in_flight = [] if self.two_parts else [dv + _dot(p, shared.dout[slot])]
+        in_flight.append(dk + _dot(jnp.concatenate(ds, axis=1), shared.q[slot]))
+        plgpu.commit_smem()  # ordinary reads, which a copy may overwrite only behind a fence
+        return dq, in_flight
 
-    def finish(self, dk, slot):
+    def dq(self, slot):
+        """This warpgroup's piece, as the interpreter can do it."""
+        ds_of_both = self.shared.ds[slot].reshape(BLOCK, self.tile_len)
+        dq = _dot(ds_of_both.T, self.shared.k[...]).reshape(-1, _PIECE, self.head_dim)
+        if self.two_parts:
+            return lax.dynamic_index_in_dim(dq, self.warpgroup, keepdims=False)
+        return lax.dynamic_slice_in_dim(dq[0], self.warpgroup * _PIECE, _PIECE, axis=1)
+
+    def finish(self, dv, in_flight: list, slot):
         free = Arrival(self.tile_free + slot, self.consumers_and_one)
-        if not self.config.interpret:
-            return wgmma_backward.finish(dk, free)
-        arrive(free.barrier, free.num_threads)
-        return dk
+        if self.config.interpret:
+            arrive(free.barrier, free.num_threads)
+        else:
+            in_flight = wgmma_backward.finish(in_flight, free)
+        *of_dv, dk = in_flight
+        return of_dv[0] if of_dv else dv, dk
 
     def pairs(self, item: Item) -> Pairs:
         """Of this warpgroup's keys and tiles of queries."""
