@@ -28,12 +28,12 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import PairTest, band_of
-from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
 from pallas_kernels.dropout import Dropout, key_words
-from pallas_kernels.mask import Full, Mask
+from pallas_kernels.mask import Full, Mask, Span
 from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
 from pallas_kernels.pair_tests import all_full, tests_of
@@ -51,9 +51,6 @@ _TILES = {64: (128, 128), 128: (128, 64)}
 """By head dim: keys of a step of the kernel of dq alone, and queries of one of dk and dv; 64 where there are others."""
 _FEW_RANGES = 4
 """Of blocks of queries that a block of keys may be visited by in turns."""
-_SHORT_LISTS = 32
-"""Blocks of keys for a block of queries, or ranges of them: up to so many, a kernel for each gradient is the fastest in
-any order too."""
 _LEAST_ITEMS_A_CORE = 1.5
 """Of the backward pass. Items of a causal mask differ in length: fewer leave some without work in the end."""
 
@@ -229,6 +226,13 @@ class _Backward:
         """rowsum(dout out) - dlse, of whole blocks of queries."""
         return self.in_whole_blocks(delta_of(self.out, self.dout, self.dlse))
 
+    @property
+    def span(self) -> Span | None:
+        """The mask's, where tokens are in order and it has bounds."""
+        span = self.options.mask.span
+        in_order = self.operands["q_positions"] is None and self.operands["kv_positions"] is None
+        return span if in_order and span != (None, None) else None
+
     def in_whole_blocks(self, x_BNT: jax.Array) -> jax.Array:
         return jnp.pad(x_BNT, ((0, 0), (0, 0), (0, -self.q_len % backward_kernel.BLOCK)))
 
@@ -236,17 +240,15 @@ class _Backward:
 def _takes_no_turns(call: _Backward, blocks: Schedule, num_cores: int) -> bool:
     """Whether narrow heads have the gradients of each block added up by one owner, in kernels of their own.
 
-    Items that visit scattered blocks, as lists do, would wait for their turns longer than two more matmuls take; where
-    they visit few, zeroing and converting a dq of float32 takes longer, too. Not where a kv head's blocks of keys are
-    too few for all multiprocessors: its query heads are shared out there.
+    Items that visit scattered blocks, as lists do, would wait for their turns longer than two more matmuls take. Not
+    where a kv head's blocks of keys are too few for all multiprocessors: its query heads are shared out there.
     """
     batch_size, _, num_heads, _ = call.operands["q"].shape
     num_kv_heads = call.operands["k"].shape[2]
     num_items = batch_size * num_kv_heads * blocks.q_blocks.num_rows
     if num_shares(num_heads // num_kv_heads, num_items=num_items, num_cores=num_cores) > 1:
         return False
-    has_short_lists = blocks.kv_blocks.start.shape[3] <= _SHORT_LISTS
-    return _is_scattered(blocks) and (call.options.deterministic or has_short_lists)
+    return _is_scattered(blocks) and call.options.deterministic
 
 
 def _is_scattered(blocks: Schedule) -> bool:
@@ -349,6 +351,7 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
             dropout_rate=call.dropout_rate,
             kv_len=call.kv_len,
             pair_test=call.pair_test(columns=tile),
+            span=call.span if tile < split_kernel.BLOCK else None,
             num_cores=num_cores,
             in_line=_is_scattered(blocks),
             bias_gradient=call.options.bias_gradient and "dk" in names,

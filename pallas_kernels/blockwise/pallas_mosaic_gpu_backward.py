@@ -33,8 +33,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
-from pallas_kernels import wgmma_backward
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
+from pallas_kernels.blockwise.pallas_mosaic_gpu_backward_matmuls import PIECE, Matmuls
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     KernelBias,
     Side,
@@ -45,20 +45,16 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
+from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
-    ROW,
-    Words,
     columns,
-    dropped,
-    rows,
     store_tile,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
-from pallas_kernels.dropout import is_kept
 from pallas_kernels.mosaic_gpu import (
     NAMED_BARRIERS,
     WARPGROUP,
@@ -78,7 +74,6 @@ TILES = {64: 128, 128: 64}
 """Queries of a step, by head dim: what registers and shared memory have room for."""
 _SLOTS = 2
 _NUM_CONSUMERS = 2
-_PIECE = 64  # of dq: what a consumer computes of a tile, [64, 64]
 _DQ_TRANSFORMS = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
 _LOG2_E = math.log2(math.e)
 
@@ -201,7 +196,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
             lse=plgpu.SMEM((_SLOTS, tile), jnp.float32),
             delta=plgpu.SMEM((_SLOTS, tile), jnp.float32),
             ds=smem(_SLOTS, _NUM_CONSUMERS, ROWS, tile),
-            dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, _PIECE, _PIECE), jnp.float32, transforms=_DQ_TRANSFORMS),
+            dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, PIECE, PIECE), jnp.float32, transforms=_DQ_TRANSFORMS),
             kv_full=plgpu.Barrier(num_arrivals=2),
             tile_full=plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
             ds_full=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
@@ -289,15 +284,15 @@ class _Block:
         self.warpgroup = lax.axis_index("warpgroup")
         # Named barriers.
         self.kv_free, self.tile_free, _, self.dq_full, _, item_free, _ = NAMED_BARRIERS[:7]
-        self.consumers = WARPGROUP * _NUM_CONSUMERS
-        self.consumers_and_one = self.consumers + WARPGROUP
+        self.consumers_and_one = WARPGROUP * (_NUM_CONSUMERS + 1)
+        self.matmuls = Matmuls(shared, warpgroup=self.warpgroup, interpret=bool(config.interpret))
         self.queue = queue.Queue(
             walk=self.walk,
             in_line=plan.in_line,
             notes=notes,
             full=shared.item_full,
             free=item_free,
-            num_threads=self.consumers + 2 * WARPGROUP,
+            num_threads=WARPGROUP * (_NUM_CONSUMERS + 2),
             interpret=config.interpret,
         )
 
@@ -344,7 +339,7 @@ class _Block:
     def produce(self) -> None:
         inputs, shared = self.inputs, self.shared
 
-        def one_item(item: Item, count):
+        def one_item(item: Item, count, ahead: queue.Ahead):
             sync(self.kv_free, self.consumers_and_one)
             kv_head = lax.div(item.head, self.config.shares) if self.config.shares > 1 else item.head
             keys = item.batch, pl.ds(item.row * BLOCK, BLOCK), kv_head
@@ -364,7 +359,7 @@ class _Block:
                 self.bring_tokens_near(item.batch, tile.block, tile.is_full)
                 return count + 1
 
-            return self.for_each_tile(item, load, count)
+            return self.for_each_tile(item, load, count), ahead
 
         self.queue.hand_out(one_item, jnp.int32(0))
 
@@ -414,9 +409,9 @@ class _Block:
         return self.inputs.turns is not None and not self.config.interpret
 
     def add_piece(self, batch, head, tile, slot, piece) -> None:
-        q_start = tile * self.tile_len + (piece * _PIECE if self.two_parts else 0)
-        column = 0 if self.two_parts else piece * _PIECE
-        target = self.outputs.dq.at[batch, pl.ds(q_start, _PIECE), head, pl.ds(column, _PIECE)]
+        q_start = tile * self.tile_len + (piece * PIECE if self.two_parts else 0)
+        column = 0 if self.two_parts else piece * PIECE
+        target = self.outputs.dq.at[batch, pl.ds(q_start, PIECE), head, pl.ds(column, PIECE)]
         source = self.shared.dq.at[slot, piece]
         if not self.config.interpret:
             plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
@@ -460,11 +455,11 @@ class _Block:
             dv = dv * (1 / (1 - self.config.dropout_rate))
         return count, functools.partial(self.write, item, dk * self.config.scale, dv)
 
-    def step(self, item: Item, tile: _Tile, pairs: Pairs, kept: Callable | None, is_first, count, dk, dv, sums):
+    def step(self, item: Item, tile: _Tile, pairs: Pairs, kept: KeptPairs | None, is_first, count, dk, dv, sums):
         """One tile of queries; dq of the tile before, if it is not the item's first."""
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
         plgpu.barrier_wait(shared.tile_full.at[slot])
-        s, dp = self.scores(slot)
+        s, dp = self.matmuls.scores(slot)
         lse = plgpu.load(shared.lse.at[slot], layout=COLUMN, optimized=False)
         to_base_2, slope = config.scale * _LOG2_E, None
         if config.soft_cap is not None:
@@ -476,8 +471,9 @@ class _Block:
             s = s + self.bias(self.tile_len).tile(tile.head, item.batch, *self.sides(item, tile))
         p = jnp.exp2(s - columns(lse, self.tile))
         if kept is not None:
-            p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
-        dp, p = self.settle(dp, p)
+            # Those that are dropped are negative from here on.
+            p = jnp.where(kept.of_tile(tile.head, tile.index * self.tile_len), p, -p)
+        dp, p = self.matmuls.settle(dp, p)
 
         summed = list(sums)
 
@@ -499,8 +495,8 @@ class _Block:
         others = p[:, ROWS:] if self.two_parts else None
         p = (p if kept is None else jnp.maximum(p, 0.0)).astype(self.dtype)
         if self.two_parts:
-            dp, dv = self.more(slot, dv, p)
-            dv, second = self.settle(dv, gradient_of_logits(others, dp, 1))
+            dp, dv = self.matmuls.more(slot, dv, p)
+            dv, second = self.matmuls.settle(dv, gradient_of_logits(others, dp, 1))
             ds.append(second.astype(self.dtype))
         plgpu.barrier_wait(shared.ds_free.at[slot])
         for part, x in enumerate(ds):
@@ -516,19 +512,15 @@ class _Block:
         before = _SLOTS - 1 - slot
         if with_dq:
             plgpu.barrier_wait(self.shared.ds_full.at[before])
-        dq, in_flight = self.gradients(slot, dv, dk, p, ds, before if with_dq else None)
+        dq, in_flight = self.matmuls.gradients(slot, dv, dk, p, ds, before if with_dq else None)
         if with_dq:
             self.hand_over(before, dq)
-        return self.finish(dv, in_flight, slot)
+        return self.matmuls.finish(dv, in_flight, Arrival(self.tile_free + slot, self.consumers_and_one))
 
     def hand_over_last(self, slot) -> None:
         """dq of the item's last tile, to the adder."""
         plgpu.barrier_wait(self.shared.ds_full.at[slot])
-        if self.config.interpret:
-            dq = self.dq(slot)
-        else:
-            dq = wgmma_backward.dq_alone(self.shared.ds, self.shared.k, warpgroup=self.warpgroup, slot=slot)
-        self.hand_over(slot, dq)
+        self.hand_over(slot, self.matmuls.dq(slot))
 
     def hand_over(self, slot, dq) -> None:
         """This warpgroup's piece of dq, to the adder; what it was made of may be overwritten."""
@@ -556,63 +548,6 @@ class _Block:
         else:
             fence_smem()
 
-    # Parts of a step: matmuls.
-
-    def scores(self, slot):
-        shared = self.shared
-        if not self.config.interpret:
-            return wgmma_backward.scores(shared.k, shared.v, shared.q, shared.dout, warpgroup=self.warpgroup, slot=slot)
-        mine = pl.ds(self.warpgroup * ROWS, ROWS)
-        s, dp = (_dot(x.at[mine][...], y[slot].T) for x, y in ((shared.k, shared.q), (shared.v, shared.dout)))
-        return s, dp[:, :ROWS]
-
-    def settle(self, in_flight, x):
-        return (in_flight, x) if self.config.interpret else wgmma_backward.settle(in_flight, x)
-
-    def more(self, slot, dv, p):
-        shared = self.shared
-        if not self.config.interpret:
-            return wgmma_backward.more(dv, p, shared.v, shared.dout, warpgroup=self.warpgroup, slot=slot)
-        dout = shared.dout[slot]
-        return _dot(shared.v.at[pl.ds(self.warpgroup * ROWS, ROWS)][...], dout[ROWS:].T), dv + _dot(p, dout)
-
-    def gradients(self, slot, dv, dk, p, ds, before):
-        """This warpgroup's piece of dq of slot `before`, or None, and in flight dv, if still to be done, and dk."""
-        shared = self.shared
-        if not self.config.interpret:
-            return wgmma_backward.gradients(
-                dk,
-                ds,
-                None if self.two_parts else (dv, p),
-                shared.q,
-                shared.dout,
-                None if before is None else (shared.ds, before, shared.k),
-                warpgroup=self.warpgroup,
-                slot=slot,
-            )
-        dq = None if before is None else self.dq(before)
-        in_flight = [] if self.two_parts else [dv + _dot(p, shared.dout[slot])]
-        in_flight.append(dk + _dot(jnp.concatenate(ds, axis=1), shared.q[slot]))
-        plgpu.commit_smem()  # ordinary reads, which a copy may overwrite only behind a fence
-        return dq, in_flight
-
-    def dq(self, slot):
-        """This warpgroup's piece, as the interpreter can do it."""
-        ds_of_both = self.shared.ds[slot].reshape(BLOCK, self.tile_len)
-        dq = _dot(ds_of_both.T, self.shared.k[...]).reshape(-1, _PIECE, self.head_dim)
-        if self.two_parts:
-            return lax.dynamic_index_in_dim(dq, self.warpgroup, keepdims=False)
-        return lax.dynamic_slice_in_dim(dq[0], self.warpgroup * _PIECE, _PIECE, axis=1)
-
-    def finish(self, dv, in_flight: list, slot):
-        free = Arrival(self.tile_free + slot, self.consumers_and_one)
-        if self.config.interpret:
-            arrive(free.barrier, free.num_threads)
-        else:
-            in_flight = wgmma_backward.finish(in_flight, free)
-        *of_dv, dk = in_flight
-        return of_dv[0] if of_dv else dv, dk
-
     def pairs(self, item: Item) -> Pairs:
         """Of this warpgroup's keys and tiles of queries."""
         config = self.config
@@ -626,24 +561,19 @@ class _Block:
             num_keys=config.kv_len if config.has_ragged_keys else None,
         )
 
-    def kept(self, item: Item) -> Callable | None:
-        """kept(tile): which pairs of this warpgroup's keys and of a tile's queries dropout keeps; None for all."""
-        words = self.inputs.words
-        if words is None:
+    def kept(self, item: Item) -> KeptPairs | None:
+        """Of this warpgroup's keys and tiles of queries; None where nothing is dropped."""
+        if self.inputs.words is None:
             return None
-        keys = pl.ds(item.row * BLOCK + self.warpgroup * ROWS, ROWS)
-        keys = words.keys.at[row_of_batch(words.keys, item.batch), keys]
-        kv_words = rows(plgpu.load(keys, layout=ROW, optimized=False), self.tile)
-
-        def kept(tile: _Tile) -> jax.Array:
-            at = row_of_batch(words.first, item.batch), tile.head, pl.ds(tile.index * self.tile_len, self.tile_len)
-            query_words = tuple(
-                columns(plgpu.load(x.at[at], layout=COLUMN, optimized=False), self.tile)
-                for x in (words.first, words.second)
-            )
-            return is_kept(self.config.dropout_rate, query_words, kv_words)
-
-        return kept
+        return KeptPairs(
+            self.inputs.words,
+            self.config.dropout_rate,
+            batch=item.batch,
+            head=item.head,
+            start=item.row * BLOCK + self.warpgroup * ROWS,
+            num_columns=self.tile_len,
+            rows_are_queries=False,
+        )
 
     def write(self, item: Item, dk, dv) -> None:
         """Writes what has come of 64 keys, added to what is running."""
@@ -653,7 +583,3 @@ class _Block:
             if before is not None:
                 x = x + plgpu.load(before.at[at], layout=MATRIX, optimized=False)
             store_tile(target.at[at], x, interpret=bool(self.config.interpret))
-
-
-def _dot(x, y) -> jax.Array:
-    return jnp.dot(x, y, preferred_element_type=jnp.float32)

@@ -41,12 +41,12 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, Side, TileBias
+from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
     ROW,
-    Words,
     columns,
     rows,
     store_tile,

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.bands import Bands
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, ROW, columns, indices, rows
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.mask import Span
 from pallas_kernels.wgmma import ROWS
 
 
@@ -73,6 +74,7 @@ class Pairs:
         num_columns: int,
         rows_are_queries: bool,
         num_keys: int | None,
+        span: Span | None = None,
     ):
         """Reads what is of the rows.
 
@@ -81,9 +83,11 @@ class Pairs:
           test: None where all pairs may, of blocks that are visited.
           start: The first of the rows.
           num_keys: How many keys there are, where the last block has room for more; else None.
+          span: The mask's, where tokens are in order: for `holds_none`.
         """
         self.inputs, self.test, self.batch, self.start = inputs, test, batch, start
         self.shape, self.rows_are_queries, self.num_keys = (ROWS, num_columns), rows_are_queries, num_keys
+        self.span = span
         if test is not None:
             self.own = self.vectors((start, ROWS, ROW), of_queries=rows_are_queries)
         self.in_order = None
@@ -116,6 +120,17 @@ class Pairs:
             are_keys = keys < self.num_keys
             bits = are_keys if bits is None else bits & are_keys
         return bits
+
+    def holds_none(self, column) -> jax.Array:
+        """Whether no pair of the tile whose first column has this number may attend, by the mask's span."""
+        own, others = ((x, x + length - 1) for x, length in zip((self.start, column), self.shape, strict=True))
+        (first_q, last_q), (first_kv, last_kv) = (own, others) if self.rows_are_queries else (others, own)
+        is_empty = jnp.bool(False)
+        if self.span.right is not None:
+            is_empty |= first_kv - last_q > self.span.right
+        if self.span.left is not None:
+            is_empty |= first_q - last_kv > self.span.left
+        return is_empty
 
     def in_band(self, column) -> jax.Array:
         """Of the tile whose first column has this number."""

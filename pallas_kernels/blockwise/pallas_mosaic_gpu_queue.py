@@ -8,7 +8,7 @@ items are dealt out beforehand, and each producer hands on its own.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,27 +53,43 @@ class Queue:
     interpret: Any
 
     def hand_out(self, body: Callable, state) -> None:
-        """The producer's: state = body(item, state) for each, which the others are told of before."""
-        deal = self.walk.deal
-        block = lax.axis_index("block")
-        num_numbers = deal.num_items if self.in_line else deal.num_rounds
+        """The producer's: state, ahead = body(item, state, ahead) for each, which the others are told of before.
+
+        Args:
+          body: Is given an `Ahead` that holds nothing, and may take the next item into it (`look_ahead`) whenever the
+            time that takes is not missed; if it does not, that is done after.
+        """
 
         def one_item(loop):
-            number, count, state = loop
-            item = self.walk.item_of(*(deal.item_in_line(number) if self.in_line else deal.item(block, number)))
+            ahead, count, state = loop
+            nothing = ahead._replace(is_taken=jnp.bool(False))
 
             def begin(state):
                 count, state = state
-                self._tell(count, item)
-                return count + 1, body(item, state)
+                self._tell(count, ahead.item)
+                state, following = body(ahead.item, state, nothing)
+                return count + 1, state, following
 
-            count, state = lax.cond(item.exists, begin, lambda state: state, (count, state))
-            return self._next(number), count, state
+            count, state, following = lax.cond(
+                ahead.item.exists, begin, lambda state: (*state, nothing), (count, state)
+            )
+            return self.look_ahead(following), count, state
 
-        first = self._next(jnp.int32(-1)), jnp.int32(0), state
-        loop = lax.while_loop(lambda loop: loop[0] < num_numbers, one_item, first)
-        nothing = jnp.int32(0)
-        self._tell(loop[1], jax.tree.unflatten(jax.tree.structure(_AN_ITEM), [nothing] * _FIELDS))
+        num_numbers = self.walk.deal.num_items if self.in_line else self.walk.deal.num_rounds
+        first = self.look_ahead(Ahead(jnp.bool(False), jnp.int32(-1), _nothing()))
+        loop = lax.while_loop(lambda loop: loop[0].number < num_numbers, one_item, (first, jnp.int32(0), state))
+        self._tell(loop[1], _nothing())
+
+    def look_ahead(self, ahead: "Ahead") -> "Ahead":
+        """Takes the next item, unless that is done."""
+
+        def take(ahead: Ahead) -> Ahead:
+            deal, number = self.walk.deal, self._next(ahead.number)
+            at = deal.item_in_line(number) if self.in_line else deal.item(lax.axis_index("block"), number)
+            item = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.int32), self.walk.item_of(*at))
+            return Ahead(jnp.bool(True), number, item._replace(exists=item.exists != 0))
+
+        return lax.cond(ahead.is_taken, lambda ahead: ahead, take, ahead)
 
     def take(self, body: Callable, state):
         """The others': state, end = body(item, state) for each item, and end() once the next one is known: what it
@@ -116,4 +132,17 @@ class Queue:
         return item._replace(exists=item.exists != 0)
 
 
+class Ahead(NamedTuple):
+    """The next item of a block of threads, if it is taken; its number, or that of the item before."""
+
+    is_taken: Any
+    number: Any
+    item: Item
+
+
 _AN_ITEM = Item(0, 0, 0, 0, Range(0, 0, 0, 0))
+
+
+def _nothing() -> Item:
+    item = jax.tree.map(jnp.int32, _AN_ITEM)
+    return item._replace(exists=jnp.bool(False))

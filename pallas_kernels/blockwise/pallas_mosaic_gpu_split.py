@@ -47,20 +47,19 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
+from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
     ROW,
-    Words,
     columns,
-    dropped,
     rows,
     store_parts_of_sectors,
     store_tile,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
-from pallas_kernels.dropout import is_kept
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk
+from pallas_kernels.mask import Span
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS
@@ -88,6 +87,8 @@ class Config:
       kv_len: Number of keys, of which the last block may hold fewer than it has room for.
       pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
         `[64, tile]` each; None where all may, of those that are visited.
+      span: Bounds on the distance of pairs that may attend (`Mask.span`), where tokens are in order, and a tile can be
+        outside them that is visited; else None.
       num_cores: Multiprocessors.
       in_line: Whether items go out in one line, to whoever asks next, and are not dealt beforehand.
       bias_gradient: Whether sums are made for the gradient of the bias: by the kernel of dk.
@@ -101,6 +102,7 @@ class Config:
     dropout_rate: float
     kv_len: int
     pair_test: PairTest | None
+    span: Span | None
     num_cores: int
     in_line: bool
     bias_gradient: bool = False
@@ -269,12 +271,14 @@ class _Tile(NamedTuple):
       index: The tile, counted over the whole length.
       is_full: Whether it needs no pair test.
       is_last: Whether the item visits no tile after it, of this head.
+      is_near_end: Whether it is the first of the last block that the item visits.
     """
 
     head: ArrayLike
     index: ArrayLike
     is_full: ArrayLike
     is_last: ArrayLike
+    is_near_end: ArrayLike
 
 
 class _Block:
@@ -327,6 +331,8 @@ class _Block:
         """state = body(a _Tile, state), tile by tile, for dk and dv of all query heads; end_of_head(head, state) after
         each."""
 
+        num_heads = 1 if self.config.rows_are_queries else self.group
+
         def one_head(number, state):
             head = item.head if self.config.rows_are_queries else item.head * self.group + number
             num_lists = self.inputs.ranges.num_lists
@@ -337,14 +343,16 @@ class _Block:
 
                 def one_tile(i, state):
                     is_last = block.is_last & (i == tiles_of_block - 1)
-                    return body(_Tile(head, block.index * tiles_of_block + i, block.is_full, is_last), state)
+                    is_near_end = block.is_last & (i == 0) & (number == num_heads - 1)
+                    index = block.index * tiles_of_block + i
+                    return body(_Tile(head, index, block.is_full, is_last, is_near_end), state)
 
                 return lax.fori_loop(0, tiles_of_block, one_tile, state)
 
             state = self.walk.visit_in_order(item, which, one_block, state, ascending=True)
             return state if end_of_head is None else end_of_head(head, state)
 
-        return lax.fori_loop(0, 1 if self.config.rows_are_queries else self.group, one_head, state)
+        return lax.fori_loop(0, num_heads, one_head, state)
 
     # The producer.
 
@@ -353,7 +361,7 @@ class _Block:
         queries, keys = (inputs.q, inputs.dout, inputs.out), (inputs.k, inputs.v, None)
         own, others = (queries, keys) if config.rows_are_queries else (keys, queries)
 
-        def one_item(item: Item, state):
+        def one_item(item: Item, state, ahead: queue.Ahead):
             number, count = state
             slot_a = lax.rem(number, self.slots_a)
             sync(self.a_free + slot_a, self.everyone)
@@ -362,7 +370,10 @@ class _Block:
                 if target is not None:
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot_a], shared.a_full.at[slot_a])
 
-            def load(tile: _Tile, count):
+            def load(tile: _Tile, state):
+                count, ahead = state
+                # While the buffers of what is visited last are not free yet.
+                ahead = lax.cond(tile.is_near_end, self.queue.look_ahead, lambda ahead: ahead, ahead)
                 slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
                 tokens = pl.ds(tile.index * config.tile, config.tile)
                 head = lax.div(tile.head, self.group) if config.rows_are_queries else tile.head
@@ -375,9 +386,10 @@ class _Block:
                         plgpu.copy_gmem_to_smem(source.at[rows_at], target.at[slot], shared.b_full.at[slot])
                 sync(self.b_2_free + slot_2, self.everyone)
                 plgpu.copy_gmem_to_smem(others[1].at[at], shared.b_2.at[slot_2], shared.b_2_full.at[slot_2])
-                return count + 1
+                return count + 1, ahead
 
-            return number + 1, self.for_each_tile(item, load, count)
+            count, ahead = self.for_each_tile(item, load, (count, ahead))
+            return (number + 1, count), ahead
 
         self.queue.hand_out(one_item, (jnp.int32(0), jnp.int32(0)))
 
@@ -413,7 +425,13 @@ class _Block:
         no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
         def one_tile(tile: _Tile, state):
-            return self.step(item, slot_a, tile, pairs, kept, lse_and_delta, *state)
+            def step(state):
+                return self.step(item, slot_a, tile, pairs, kept, lse_and_delta, *state)
+
+            if self.config.span is None:
+                return step(state)
+            is_empty = pairs.holds_none(tile.index * self.config.tile)
+            return lax.cond(is_empty, functools.partial(self.pass_by, slot_a, tile), step, state)
 
         def end_of_head(head, state):
             count, gradients, sums = state
@@ -444,7 +462,7 @@ class _Block:
         return delta
 
     def step(
-        self, item: Item, slot_a, tile: _Tile, pairs: Pairs, kept: Callable | None, lse_and_delta,
+        self, item: Item, slot_a, tile: _Tile, pairs: Pairs, kept: KeptPairs | None, lse_and_delta,
         count, gradients, sums,
     ):  # fmt: skip
         """One tile."""
@@ -469,7 +487,8 @@ class _Block:
             s = s + self.bias.tile(tile.head, item.batch, *self.sides(item, tile))
         p = jnp.exp2(s - of_queries(0, shared.lse))
         if kept is not None:
-            p = jnp.where(kept(tile), p, -p)  # dropped ones are negative from here on
+            # Those that are dropped are negative from here on.
+            p = jnp.where(kept.of_tile(tile.head, tile.index * config.tile), p, -p)
         if config.needs_dp:
             dp, p = self.settle(dp, p)
             if self.frees_a_early:
@@ -495,6 +514,18 @@ class _Block:
         arrive(self.b_free + slot, self.everyone)
         if self.needs_b_2:
             arrive(self.b_2_free + slot_2, self.everyone)
+        return count + 1, gradients, sums
+
+    def pass_by(self, slot_a, tile: _Tile, state):
+        """A tile that holds no pair: its buffers are given back."""
+        count, gradients, sums = state
+        slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
+        plgpu.barrier_wait(self.shared.b_full.at[slot])
+        plgpu.barrier_wait(self.shared.b_2_full.at[slot_2])
+        if self.frees_a_early:
+            pl.when(tile.is_last)(lambda: arrive(self.a_free + slot_a, self.everyone))
+        arrive(self.b_2_free + slot_2, self.everyone)
+        arrive(self.b_free + slot, self.everyone)
         return count + 1, gradients, sums
 
     @property
@@ -559,30 +590,22 @@ class _Block:
             num_columns=config.tile,
             rows_are_queries=config.rows_are_queries,
             num_keys=config.kv_len if config.has_ragged_keys else None,
+            span=config.span,
         )
 
-    def kept(self, item: Item, start) -> Callable | None:
-        """kept(tile): which pairs of this warpgroup's rows and of a tile dropout keeps; None for all."""
-        words, of_queries, shape = self.inputs.words, self.config.rows_are_queries, (ROWS, self.config.tile)
-        if words is None:
+    def kept(self, item: Item, start) -> KeptPairs | None:
+        """Of this warpgroup's rows and tiles of what they visit; None where nothing is dropped."""
+        if self.inputs.words is None:
             return None
-
-        def words_of(tokens, head, layout, *, queries: bool) -> list:
-            arrays = (words.first, words.second) if queries else (words.keys,)
-            at = (head, tokens) if queries else (tokens,)
-            refs = [x.at[row_of_batch(x, item.batch), *at] for x in arrays]
-            spread = rows if layout is ROW else columns
-            return [spread(plgpu.load(ref, layout=layout, optimized=False), shape) for ref in refs]
-
-        own = words_of(pl.ds(start, ROWS), item.head, ROW, queries=of_queries)
-
-        def kept(tile: _Tile) -> jax.Array:
-            tokens = pl.ds(tile.index * shape[1], shape[1])
-            other = words_of(tokens, tile.head, COLUMN, queries=not of_queries)
-            query_words, (kv_words,) = (own, other) if of_queries else (other, own)
-            return is_kept(self.config.dropout_rate, tuple(query_words), kv_words)
-
-        return kept
+        return KeptPairs(
+            self.inputs.words,
+            self.config.dropout_rate,
+            batch=item.batch,
+            head=item.head,
+            start=start,
+            num_columns=self.config.tile,
+            rows_are_queries=self.config.rows_are_queries,
+        )
 
     def write(self, item: Item, start, gradients: list) -> None:
         """Writes the gradients of 64 rows, added to what is running."""

@@ -1,7 +1,5 @@
 """What the Hopper kernels do with a tile in registers: vectors along its rows and columns."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,19 +8,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.wgmma_store import store_rows
 
 MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
-
-class Words(NamedTuple):
-    """Dropout's words of tokens, uint32, in whole blocks of the schedule.
-
-    Attributes:
-      first, second: Of each query and head, `[B or 1, N, T]`.
-      keys: `[B or 1, S]`.
-    """
-
-    first: Any
-    second: Any
-    keys: Any
 
 
 def rows(x, shape: tuple[int, ...]) -> jax.Array | None:
@@ -37,11 +22,6 @@ def columns(x, shape: tuple[int, ...]) -> jax.Array | None:
 
 def indices(start, length: int, layout) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout) + start
-
-
-def dropped(p, dp, rate: float) -> tuple[jax.Array, jax.Array]:
-    """Probabilities, of which those that dropout drops came with a minus, and the gradients of what is left of them."""
-    return jnp.abs(p), jnp.where(p > 0, dp * (1 / (1 - rate)), 0.0)
 
 
 def store_tile(ref, value, *, interpret: bool) -> None:

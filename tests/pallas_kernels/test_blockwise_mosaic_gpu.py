@@ -310,14 +310,13 @@ def random_blocks(num: int, one_in: int) -> Table:
 def test_what_takes_no_turns():
     """Scattered blocks: a kernel of dq, one of dk and dv, and the forward one; else one for all three gradients."""
     for options in (
-        {}, {"deterministic": False}, {"head_dim": 64}, {"num_kv_heads": 8}, {"logits_soft_cap": 30.0}
+        {}, {"head_dim": 64}, {"num_kv_heads": 8}, {"logits_soft_cap": 30.0}
     ):  # fmt: skip
         assert num_kernels(Causal(), one_in=4, **options) == 3, options
     assert num_kernels(random_blocks(32, 2)) == 3
     assert num_kernels(Causal()) == num_kernels(Window(left=300, right=0)) == 2
-    # In any order long lists are faster together, and few blocks of keys have their query heads shared out.
-    assert num_kernels(Causal(), one_in=1, length=8192, deterministic=False) == 2
-    assert num_kernels(Causal(), one_in=1, length=8192) == 3
+    # In any order there are no turns to wait for, and few blocks of keys have their query heads shared out.
+    assert num_kernels(Causal(), one_in=4, deterministic=False) == 2
     assert num_kernels(Causal(), one_in=4, num_kv_heads=2) == 2
 
 

@@ -1,0 +1,71 @@
+"""Dropout in the Hopper kernels: which pairs of a tile are kept, from words of their tokens (../dropout.py)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+
+from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, ROW, columns, rows
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.dropout import is_kept
+from pallas_kernels.wgmma import ROWS
+
+
+class Words(NamedTuple):
+    """Dropout's words of tokens, uint32, in whole blocks of the schedule.
+
+    Attributes:
+      first, second: Of each query and head, `[B or 1, N, T]`.
+      keys: `[B or 1, S]`.
+    """
+
+    first: Any
+    second: Any
+    keys: Any
+
+
+class KeptPairs:
+    """Which pairs of 64 rows, a warpgroup's, and of a tile's columns are kept, in a backward kernel."""
+
+    def __init__(
+        self,
+        words: Words,
+        rate: float,
+        *,
+        batch: ArrayLike,
+        head: ArrayLike,
+        start: ArrayLike,
+        num_columns: int,
+        rows_are_queries: bool,
+    ):
+        """Reads what is of the rows.
+
+        Args:
+          head: The query head of the rows, if they are queries.
+          start: The first of the rows.
+        """
+        self.words, self.rate, self.batch = words, rate, batch
+        self.shape, self.rows_are_queries = (ROWS, num_columns), rows_are_queries
+        self.own = self._words_of(head, start, of_rows=True)
+
+    def of_tile(self, head: ArrayLike, column: ArrayLike) -> jax.Array:
+        """Of the tile whose first column has this number, with queries of this head; bool `[64, columns]`."""
+        others = self._words_of(head, column, of_rows=False)
+        query_words, (kv_words,) = (self.own, others) if self.rows_are_queries else (others, self.own)
+        return is_kept(self.rate, tuple(query_words), kv_words)
+
+    def _words_of(self, head, start, *, of_rows: bool) -> list[jax.Array]:
+        of_queries = of_rows == self.rows_are_queries
+        length, layout, spread = (self.shape[0], ROW, rows) if of_rows else (self.shape[1], COLUMN, columns)
+        arrays = (self.words.first, self.words.second) if of_queries else (self.words.keys,)
+        at = (head, pl.ds(start, length)) if of_queries else (pl.ds(start, length),)
+        refs = [x.at[row_of_batch(x, self.batch), *at] for x in arrays]
+        return [spread(plgpu.load(ref, layout=layout, optimized=False), self.shape) for ref in refs]
+
+
+def dropped(p: jax.Array, dp: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
+    """Probabilities, of which those that dropout drops came with a minus, and the gradients of what is left of them."""
+    return jnp.abs(p), jnp.where(p > 0, dp * (1 / (1 - rate)), 0.0)
