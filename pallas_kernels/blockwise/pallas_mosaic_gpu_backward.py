@@ -4,8 +4,8 @@ Grid: one block of threads a multiprocessor, which does one item after the other
 is a block of 128 keys of one kv head, or, where those are few, of it and a share of its query heads. A producer
 warpgroup copies its keys and values, and of each block of queries that its row of the schedule names the tiles of all
 its query heads, with their dout, lse and delta, into shared memory (TMA, two buffers). Two consumers, 64 keys each,
-keep dk and dv in registers over the whole item and hand a tile's dq to a fourth warpgroup, the adder, through shared
-memory (two buffers); it adds them into dq in device memory by TMA reductions.
+keep dk and dv in registers over the whole item and hand a tile's dq, a step later, to a fourth warpgroup, the adder,
+through shared memory (two buffers); it adds them into dq in device memory by TMA reductions.
 
 On chip: k, v, q and dout (two tiles each), dS (two, for dq) and dq (two, float32) in shared memory; logits, their
 gradients, dk and dv in registers.
