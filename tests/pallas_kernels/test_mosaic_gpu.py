@@ -1,5 +1,7 @@
 """What Mosaic GPU kernels share: the deal of work, the machine, and functions that a kernel can compute."""
 
+import types
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -7,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Pairs
+from pallas_kernels.mask import Causal, Window
 from pallas_kernels.mosaic_gpu import Deal, num_hopper_cores
 from pallas_kernels.pair_tests import elementwise
 from pallas_kernels.testing import tracing_for
@@ -113,3 +117,23 @@ def test_arguments_that_an_elementwise_function_does_not_read_may_be_none():
 def test_other_functions_are_refused(function, message):
     with pytest.raises(NotImplementedError, match=message):
         elementwise(function, VECTOR)
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal(offset=-40), Window(left=100, right=0), Window(left=30, right=70)])
+@pytest.mark.parametrize("rows_are_queries", [True, False])
+def test_tiles_that_hold_no_pair(mask, rows_are_queries):
+    """By the span of these masks exactly those: 64 rows, a warpgroup's, and 64 columns."""
+    tokens = np.arange(320)
+    allowed = np.asarray(mask.allowed(tokens[:, None], tokens[None], None, None))
+    allowed = allowed if rows_are_queries else allowed.T
+    found = {True: 0, False: 0}
+    for start in range(0, 320, 64):
+        pairs = Pairs(
+            types.SimpleNamespace(band=None), None, batch=0, start=start, num_columns=64,
+            rows_are_queries=rows_are_queries, num_keys=None, span=mask.span,
+        )  # fmt: skip
+        for column in range(0, 320, 64):
+            holds_none = not allowed[start : start + 64, column : column + 64].any()
+            assert bool(pairs.holds_none(column)) == holds_none, (start, column)
+            found[holds_none] += 1
+    assert min(found.values()) > 0
