@@ -227,6 +227,17 @@ class _Backward:
         return self.in_whole_blocks(delta_of(self.out, self.dout, self.dlse))
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What the configs of all kernels have of it."""
+        return {
+            "scale": self.options.scale,
+            "soft_cap": self.options.logits_soft_cap,
+            "dropout_rate": self.dropout_rate,
+            "kv_len": self.kv_len,
+            "interpret": self.interpret,
+        }
+
+    @property
     def span(self) -> Span | None:
         """The mask's, where tokens are in order and it has bounds."""
         span = self.options.mask.span
@@ -303,14 +314,10 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         plan,
         backward_kernel.Config(
             pair_test=call.pair_test(columns=backward_kernel.TILES[head_dim]),
-            scale=options.scale,
-            soft_cap=options.logits_soft_cap,
-            dropout_rate=call.dropout_rate,
-            kv_len=call.kv_len,
+            **call.config,
             scales_dq=running_dq is not None,
             bias_gradient=options.bias_gradient,
             shares=shares,
-            interpret=call.interpret,
         ),
     )
     if shares > 1:
@@ -346,16 +353,12 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
         config = split_kernel.Config(
             gradients=names,
             tile=tile,
-            scale=call.options.scale,
-            soft_cap=call.options.logits_soft_cap,
-            dropout_rate=call.dropout_rate,
-            kv_len=call.kv_len,
+            **call.config,
             pair_test=call.pair_test(columns=tile),
             span=call.span if tile < split_kernel.BLOCK else None,
             num_cores=num_cores,
             in_line=_is_scattered(blocks),
             bias_gradient=call.options.bias_gradient and "dk" in names,
-            interpret=call.interpret,
         )
         return split_kernel.differentiate(inputs, config)
 

@@ -46,7 +46,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     sums_type,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped
-from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -79,42 +79,20 @@ _LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is static of a call.
+class Config(CallConfig):
+    """What is static of a call; it is interpreted by one block of threads, which need not take turns.
 
     Attributes:
-      scale: Multiplies q.k.
-      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
-      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
-      kv_len: Number of keys, of which the last block may hold fewer than it has room for.
-      pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
-        `[64, tile]` each; None where all may, of those that are visited.
       scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does.
       bias_gradient: Whether sums are made for the gradient of the bias. Then the plan visits the heads of a group one
         after the other.
       shares: Among how many items the query heads of a kv head are shared out. If several, dk and dv are of each of
         them, in float32, and nothing is running.
-      interpret: Whether to run on a CPU, in JAX's interpreter: by one block of threads, which need not take turns.
     """
 
-    scale: float
-    soft_cap: float | None
-    dropout_rate: float
-    kv_len: int
-    pair_test: PairTest | None
     scales_dq: bool
     bias_gradient: bool = False
     shares: int = 1
-    interpret: Any = None
-
-    @property
-    def has_ragged_keys(self) -> bool:
-        return self.kv_len % BLOCK != 0
-
-    @property
-    def tests_blocks(self) -> bool:
-        """Whether blocks may need the pair test, or to have keys left out."""
-        return self.pair_test is not None or self.has_ragged_keys
 
 
 class Inputs(NamedTuple):
@@ -550,15 +528,13 @@ class _Block:
 
     def pairs(self, item: Item) -> Pairs:
         """Of this warpgroup's keys and tiles of queries."""
-        config = self.config
         return Pairs(
             self.inputs,
-            config.pair_test,
+            self.config,
             batch=item.batch,
             start=item.row * BLOCK + self.warpgroup * ROWS,
             num_columns=self.tile_len,
             rows_are_queries=False,
-            num_keys=config.kv_len if config.has_ragged_keys else None,
         )
 
     def kept(self, item: Item) -> KeptPairs | None:

@@ -42,7 +42,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import wgmma_forward
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, Side, TileBias
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
-from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -69,44 +69,20 @@ _LOWEST = -1e30  # of what logits are measured against: finite, so that rows tha
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CallConfig):
     """What is static of a call.
 
     Attributes:
-      scale: Multiplies q.k; positive.
-      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
-      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
-      block_q, block_kv: Tokens of a tile of queries and of a block of keys; those of the schedule.
-      kv_len: Number of keys, of which a block may hold fewer than it has room for.
-      pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
-        `[64, block_kv]` each; None where all may, of those that are visited.
+      block_q: Tokens of a tile of queries, those of the schedule.
       num_cores: Multiprocessors.
       q_slots: Buffers of queries.
       return_carry: Whether to return the running softmax rather than the result.
-      interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
-    scale: float
-    soft_cap: float | None
-    dropout_rate: float
     block_q: int
-    block_kv: int
-    kv_len: int
-    pair_test: PairTest | None
     num_cores: int
     q_slots: int = 2
     return_carry: bool = False
-    interpret: Any = None
-
-    @property
-    def has_ragged_keys(self) -> bool:
-        """Whether the last block of keys is not a whole one."""
-        return self.kv_len % self.block_kv != 0
-
-    @property
-    def tests_blocks(self) -> bool:
-        """Whether blocks may need the pair test, or to have keys left out."""
-        return self.pair_test is not None or self.has_ragged_keys
 
     @property
     def stages_out(self) -> bool:
@@ -557,15 +533,13 @@ class _Block:
 
     def pairs(self, item: Item) -> Pairs:
         """Of the item's queries and blocks of keys."""
-        config = self.config
         return Pairs(
             self.inputs,
-            config.pair_test,
+            self.config,
             batch=item.batch,
             start=self.q_start(item.row),
-            num_columns=config.block_kv,
+            num_columns=self.config.block_kv,
             rows_are_queries=True,
-            num_keys=config.kv_len if config.has_ragged_keys else None,
         )
 
     # The end of an item.

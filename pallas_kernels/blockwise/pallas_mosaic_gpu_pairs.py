@@ -5,6 +5,7 @@ The pair test reads positions and segment ids of a tile's columns anew for every
 has both tests, and each row of the batch takes the one that is right for it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,42 @@ class PairTest(NamedTuple):
 
     allowed: Callable[..., jax.Array]
     reads: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallConfig:
+    """What is static of a call, whichever of the kernels it is for.
+
+    Attributes:
+      scale: Multiplies q.k; positive.
+      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
+      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
+      block_kv: Tokens of a block of keys.
+      kv_len: Number of keys, of which the last block may hold fewer than it has room for.
+      pair_test: Of `[64, columns]` pairs of a tile; None where all may attend, of those that are visited.
+      span: Bounds on the distance of pairs that may attend (`Mask.span`), where tokens are in order, and a tile can be
+        outside them that is visited; else None.
+      interpret: Whether to run on a CPU, in JAX's interpreter.
+    """
+
+    scale: float
+    soft_cap: float | None
+    dropout_rate: float
+    block_kv: int = 128
+    kv_len: int
+    pair_test: PairTest | None
+    span: Span | None = None
+    interpret: Any = None
+
+    @property
+    def has_ragged_keys(self) -> bool:
+        """Whether the last block of keys is not a whole one."""
+        return self.kv_len % self.block_kv != 0
+
+    @property
+    def tests_blocks(self) -> bool:
+        """Whether blocks may need the pair test, or to have keys left out."""
+        return self.pair_test is not None or self.has_ragged_keys
 
 
 class Band(NamedTuple):
@@ -64,31 +101,17 @@ class Pairs:
       in_order: Whether `in_band` says so of the rows' batch row; None where there is no band.
     """
 
-    def __init__(
-        self,
-        inputs,
-        test: PairTest | None,
-        *,
-        batch,
-        start,
-        num_columns: int,
-        rows_are_queries: bool,
-        num_keys: int | None,
-        span: Span | None = None,
-    ):
+    def __init__(self, inputs, config: CallConfig, *, batch, start, num_columns: int, rows_are_queries: bool):
         """Reads what is of the rows.
 
         Args:
-          inputs: The kernel's.
-          test: None where all pairs may, of blocks that are visited.
+          inputs, config: The kernel's.
           start: The first of the rows.
-          num_keys: How many keys there are, where the last block has room for more; else None.
-          span: The mask's, where tokens are in order: for `holds_none`.
         """
-        self.inputs, self.test, self.batch, self.start = inputs, test, batch, start
-        self.shape, self.rows_are_queries, self.num_keys = (ROWS, num_columns), rows_are_queries, num_keys
-        self.span = span
-        if test is not None:
+        self.inputs, self.batch, self.start = inputs, batch, start
+        self.test, self.span, self.shape = config.pair_test, config.span, (ROWS, num_columns)
+        self.rows_are_queries, self.num_keys = rows_are_queries, config.kv_len if config.has_ragged_keys else None
+        if self.test is not None:
             self.own = self.vectors((start, ROWS, ROW), of_queries=rows_are_queries)
         self.in_order = None
         if (band := inputs.band) is not None:

@@ -48,7 +48,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     sums_type,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped
-from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, Pairs, PairTest
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
     MATRIX,
@@ -59,7 +59,6 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     store_tile,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk
-from pallas_kernels.mask import Span
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS
@@ -75,47 +74,22 @@ _LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CallConfig):
     """What is static of a call.
 
     Attributes:
       gradients: Which: ("dq",), ("dk",), ("dv",) or, of head dims up to 128, ("dk", "dv").
       tile: Tokens of what the rows visit in a step, TILE or 128.
-      scale: Multiplies q.k.
-      soft_cap: If given, logits become soft_cap tanh(logits / soft_cap) before the pair test.
-      dropout_rate: The share of probabilities that is dropped; 0 where there are no words of tokens.
-      kv_len: Number of keys, of which the last block may hold fewer than it has room for.
-      pair_test: Whether pairs may attend, of their query head, and their positions and segment ids (q, kv, q, kv),
-        `[64, tile]` each; None where all may, of those that are visited.
-      span: Bounds on the distance of pairs that may attend (`Mask.span`), where tokens are in order, and a tile can be
-        outside them that is visited; else None.
       num_cores: Multiprocessors.
       in_line: Whether items go out in one line, to whoever asks next, and are not dealt beforehand.
       bias_gradient: Whether sums are made for the gradient of the bias: by the kernel of dk.
-      interpret: Whether to run on a CPU, in JAX's interpreter.
     """
 
     gradients: tuple[Literal["dq", "dk", "dv"], ...]
     tile: int = TILE
-    scale: float
-    soft_cap: float | None
-    dropout_rate: float
-    kv_len: int
-    pair_test: PairTest | None
-    span: Span | None
     num_cores: int
     in_line: bool
     bias_gradient: bool = False
-    interpret: Any = None
-
-    @property
-    def has_ragged_keys(self) -> bool:
-        return self.kv_len % BLOCK != 0
-
-    @property
-    def tests_blocks(self) -> bool:
-        """Whether blocks may need the pair test, or to have keys left out."""
-        return self.pair_test is not None or self.has_ragged_keys
 
     @property
     def rows_are_queries(self) -> bool:
@@ -581,16 +555,13 @@ class _Block:
 
     def pairs(self, item: Item, start) -> Pairs:
         """Of this warpgroup's rows and tiles of what they visit."""
-        config = self.config
         return Pairs(
             self.inputs,
-            config.pair_test,
+            self.config,
             batch=item.batch,
             start=start,
-            num_columns=config.tile,
-            rows_are_queries=config.rows_are_queries,
-            num_keys=config.kv_len if config.has_ragged_keys else None,
-            span=config.span,
+            num_columns=self.config.tile,
+            rows_are_queries=self.config.rows_are_queries,
         )
 
     def kept(self, item: Item, start) -> KeptPairs | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Pairs
+from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import CallConfig, Pairs
 from pallas_kernels.mask import Causal, Window
 from pallas_kernels.mosaic_gpu import Deal, num_hopper_cores
 from pallas_kernels.pair_tests import elementwise
@@ -126,12 +126,11 @@ def test_tiles_that_hold_no_pair(mask, rows_are_queries):
     tokens = np.arange(320)
     allowed = np.asarray(mask.allowed(tokens[:, None], tokens[None], None, None))
     allowed = allowed if rows_are_queries else allowed.T
+    inputs = types.SimpleNamespace(band=None)
+    config = CallConfig(scale=1.0, soft_cap=None, dropout_rate=0.0, kv_len=384, pair_test=None, span=mask.span)
     found = {True: 0, False: 0}
     for start in range(0, 320, 64):
-        pairs = Pairs(
-            types.SimpleNamespace(band=None), None, batch=0, start=start, num_columns=64,
-            rows_are_queries=rows_are_queries, num_keys=None, span=mask.span,
-        )  # fmt: skip
+        pairs = Pairs(inputs, config, batch=0, start=start, num_columns=64, rows_are_queries=rows_are_queries)
         for column in range(0, 320, 64):
             holds_none = not allowed[start : start + 64, column : column + 64].any()
             assert bool(pairs.holds_none(column)) == holds_none, (start, column)
