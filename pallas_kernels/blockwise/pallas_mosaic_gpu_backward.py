@@ -45,7 +45,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped
+from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped, kept_pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
@@ -252,7 +252,6 @@ class _Block:
         self.group = self.num_heads // num_heads_of_items
         self.tile_len = TILES[self.head_dim]
         self.tiles_of_block = BLOCK // self.tile_len
-        self.two_parts = self.tile_len == 2 * ROWS
         self.num_tiles = -(-inputs.q.shape[1] // BLOCK) * self.tiles_of_block
         self.walk = Walk(
             deal=plan.deal, ranges=inputs.ranges, num_heads=num_heads_of_items, tests_blocks=config.tests_blocks
@@ -387,8 +386,8 @@ class _Block:
         return self.inputs.turns is not None and not self.config.interpret
 
     def add_piece(self, batch, head, tile, slot, piece) -> None:
-        q_start = tile * self.tile_len + (piece * PIECE if self.two_parts else 0)
-        column = 0 if self.two_parts else piece * PIECE
+        q_start = tile * self.tile_len + (piece * PIECE if self.matmuls.two_parts else 0)
+        column = 0 if self.matmuls.two_parts else piece * PIECE
         target = self.outputs.dq.at[batch, pl.ds(q_start, PIECE), head, pl.ds(column, PIECE)]
         source = self.shared.dq.at[slot, piece]
         if not self.config.interpret:
@@ -410,8 +409,7 @@ class _Block:
 
     def consume_item(self, item: Item, count):
         plgpu.barrier_wait(self.shared.kv_full)
-        pairs = self.pairs(item)
-        kept = self.kept(item)
+        pairs, kept = self.pairs(item)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)
         no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
@@ -469,10 +467,10 @@ class _Block:
         if config.tests_blocks:
             start = tile.index * self.tile_len
             p = lax.cond(tile.is_full, lambda p: p, lambda p: pairs.keep(p, tile.head, start), p)
-        ds = [gradient_of_logits(p[:, :ROWS] if self.two_parts else p, dp, 0).astype(self.dtype)]
-        others = p[:, ROWS:] if self.two_parts else None
+        ds = [gradient_of_logits(p[:, :ROWS] if self.matmuls.two_parts else p, dp, 0).astype(self.dtype)]
+        others = p[:, ROWS:] if self.matmuls.two_parts else None
         p = (p if kept is None else jnp.maximum(p, 0.0)).astype(self.dtype)
-        if self.two_parts:
+        if self.matmuls.two_parts:
             dp, dv = self.matmuls.more(slot, dv, p)
             dv, second = self.matmuls.settle(dv, gradient_of_logits(others, dp, 1))
             ds.append(second.astype(self.dtype))
@@ -526,30 +524,16 @@ class _Block:
         else:
             fence_smem()
 
-    def pairs(self, item: Item) -> Pairs:
-        """Of this warpgroup's keys and tiles of queries."""
-        return Pairs(
-            self.inputs,
-            self.config,
-            batch=item.batch,
-            start=item.row * BLOCK + self.warpgroup * ROWS,
-            num_columns=self.tile_len,
-            rows_are_queries=False,
-        )
-
-    def kept(self, item: Item) -> KeptPairs | None:
-        """Of this warpgroup's keys and tiles of queries; None where nothing is dropped."""
-        if self.inputs.words is None:
-            return None
-        return KeptPairs(
-            self.inputs.words,
-            self.config.dropout_rate,
-            batch=item.batch,
-            head=item.head,
-            start=item.row * BLOCK + self.warpgroup * ROWS,
-            num_columns=self.tile_len,
-            rows_are_queries=False,
-        )
+    def pairs(self, item: Item) -> tuple[Pairs, KeptPairs | None]:
+        """Of this warpgroup's keys and tiles of queries: which may attend, and which are kept, None for all."""
+        of_rows = {
+            "batch": item.batch,
+            "start": item.row * BLOCK + self.warpgroup * ROWS,
+            "num_columns": self.tile_len,
+            "rows_are_queries": False,
+        }
+        pairs = Pairs(self.inputs, self.config, **of_rows)
+        return pairs, kept_pairs(self.inputs.words, self.config.dropout_rate, head=item.head, **of_rows)
 
     def write(self, item: Item, dk, dv) -> None:
         """Writes what has come of 64 keys, added to what is running."""

@@ -66,6 +66,11 @@ class KeptPairs:
         return [spread(plgpu.load(ref, layout=layout, optimized=False), self.shape) for ref in refs]
 
 
+def kept_pairs(words: Words | None, rate: float, **of_rows) -> KeptPairs | None:
+    """None where nothing is dropped."""
+    return None if words is None else KeptPairs(words, rate, **of_rows)
+
+
 def dropped(p: jax.Array, dp: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
     """Probabilities, of which those that dropout drops came with a minus, and the gradients of what is left of them."""
     return jnp.abs(p), jnp.where(p > 0, dp * (1 / (1 - rate)), 0.0)

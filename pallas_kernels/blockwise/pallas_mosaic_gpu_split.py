@@ -47,7 +47,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped
+from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped, kept_pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
@@ -393,7 +393,7 @@ class _Block:
         if self.inputs.out is not None:
             lse, given = lse_and_delta
             lse_and_delta = lse, self.make_delta(slot_a, self.delta.at[at], given)
-        pairs, kept = self.pairs(item, start), self.kept(item, start)
+        pairs, kept = self.pairs(item, start)
         nothing = [plgpu.layout_cast(jnp.zeros((ROWS, x.shape[3]), jnp.float32), MATRIX) for x in self.outputs]
 
         no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
@@ -553,30 +553,16 @@ class _Block:
         plgpu.commit_smem()  # an ordinary read, which a copy may overwrite only behind a fence
         return gradients
 
-    def pairs(self, item: Item, start) -> Pairs:
-        """Of this warpgroup's rows and tiles of what they visit."""
-        return Pairs(
-            self.inputs,
-            self.config,
-            batch=item.batch,
-            start=start,
-            num_columns=self.config.tile,
-            rows_are_queries=self.config.rows_are_queries,
-        )
-
-    def kept(self, item: Item, start) -> KeptPairs | None:
-        """Of this warpgroup's rows and tiles of what they visit; None where nothing is dropped."""
-        if self.inputs.words is None:
-            return None
-        return KeptPairs(
-            self.inputs.words,
-            self.config.dropout_rate,
-            batch=item.batch,
-            head=item.head,
-            start=start,
-            num_columns=self.config.tile,
-            rows_are_queries=self.config.rows_are_queries,
-        )
+    def pairs(self, item: Item, start) -> tuple[Pairs, KeptPairs | None]:
+        """Of this warpgroup's rows and tiles of what they visit: which may attend, and which are kept, None for all."""
+        of_rows = {
+            "batch": item.batch,
+            "start": start,
+            "num_columns": self.config.tile,
+            "rows_are_queries": self.config.rows_are_queries,
+        }
+        pairs = Pairs(self.inputs, self.config, **of_rows)
+        return pairs, kept_pairs(self.inputs.words, self.config.dropout_rate, head=item.head, **of_rows)
 
     def write(self, item: Item, start, gradients: list) -> None:
         """Writes the gradients of 64 rows, added to what is running."""
