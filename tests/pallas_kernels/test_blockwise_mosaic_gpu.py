@@ -60,12 +60,8 @@ LOWERED_QUICK = [
 
 
 @pytest.mark.parametrize("case", some_slow(SERVED, LOWERED_QUICK), ids=lambda case: case.name)
-def test_lowers_for_cuda(case, monkeypatch):
+def test_lowers_for_cuda(case):
     """Out and lse, and their gradients."""
-    takes_no_turns, asked = pallas_mosaic_gpu._takes_no_turns, []
-    monkeypatch.setattr(
-        pallas_mosaic_gpu, "_takes_no_turns", lambda *call: asked.append(takes_no_turns(*call)) or asked[-1]
-    )
     inputs, arguments = case.inputs("bfloat16"), case.arguments()
 
     def differentiate(inputs):
@@ -78,7 +74,7 @@ def test_lowers_for_cuda(case, monkeypatch):
     with tracing_for(H100), dispatch.record() as taken:
         gradients, text = lowered(differentiate, inputs)
     assert taken == BOTH
-    # Few queries have two kernels for the forward pass, wide heads four in all, and scattered blocks one more.
+    # Few queries have two kernels for the forward pass, wide heads four in all.
     is_few = (
         case.q_len <= pallas_mosaic_gpu_decode.MOST_QUERIES
         and not case.dropout_rate
@@ -86,7 +82,7 @@ def test_lowers_for_cuda(case, monkeypatch):
         and not case.bias
         and case.head_dim in pallas_mosaic_gpu_decode.BLOCK
     )
-    assert text.count("mosaic_gpu_v2") == (2 if case.head_dim <= 128 else 4) + is_few + any(asked)
+    assert text.count("mosaic_gpu_v2") == (2 if case.head_dim <= 128 else 4) + is_few
     want = *(inputs[name] for name in "qkv"), inputs.get("bias")
     assert jax.tree.map(like, gradients) == jax.tree.map(like, want)
 
@@ -217,7 +213,7 @@ def in_interpreter(case, inputs, *, detect_races=False, **options):
 
 
 def backward_in_interpreter(case, inputs, out, lse, *, detect_races=False, accumulate=(None,) * 3):
-    """Its gradients in the same way; by one block of threads, which adds to dq in one order without turns."""
+    """Its gradients in the same way; by one block of threads."""
     bias = inputs.get("bias")
     call = fixed(case, detect_races)
     call["options"] = dataclasses.replace(call["options"], bias_gradient=bias is not None)
@@ -270,54 +266,6 @@ def test_gradients_equal_the_reference_in_the_interpreter(name):
         assert_close(name, gradient - 0.125 if accumulates else gradient, want[name], "bfloat16")
     for path, gradient in jax.tree.leaves_with_path(dbias):
         assert_close(f"d{path[0].name}", gradient, want[f"d{path[0].name}"], "bfloat16")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["chosen_by_head_D128", "chosen_by_kv_head_documents_D128", "chosen_large_blocks_D64"])
-def test_lists_without_turns_in_the_interpreter(name, monkeypatch):
-    """Also where there are too few blocks of keys for all multiprocessors."""
-    monkeypatch.setattr(pallas_mosaic_gpu, "_takes_no_turns", lambda *_: True)
-    case, want = CASES_BY_NAME[name], truth(name)
-    inputs = case.inputs("bfloat16")
-    gradients = backward_in_interpreter(case, inputs, want["out"], want["lse"])
-    for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
-        assert_close(name, gradient, want[name], "bfloat16")
-
-
-def num_kernels(mask, *, num_heads=16, num_kv_heads=16, head_dim=128, length=4096, one_in=None, **options) -> int:
-    """Of forward and backward pass, with blocks of keys chosen by each head if asked."""
-
-    def gradients(q, k, v):
-        given = {"mask": mask, "implementation": "mosaic_gpu"} | options
-        if one_in is not None:
-            blocks = jnp.zeros((1, num_heads, length // 128, length // 128 // one_in), jnp.int32)
-            sizes = BlockSizes(block_q=128, block_kv=128)
-            selection = BlockSelection(blocks=blocks, q_len=length, kv_len=length, block_sizes=sizes)
-            given["schedule"] = selection.schedule(mask=mask, block_sizes=sizes)
-        out, vjp = jax.vjp(functools.partial(blockwise_attention, **given), q, k, v)
-        return vjp(out)
-
-    heads = num_heads, num_kv_heads, num_kv_heads
-    shapes = (jax.ShapeDtypeStruct((1, length, n, head_dim), "bfloat16") for n in heads)
-    with tracing_for(H100):
-        return str(jax.make_jaxpr(gradients)(*shapes)).count("mpmd_map[")  # what a kernel is in a jaxpr
-
-
-def random_blocks(num: int, one_in: int) -> Table:
-    return Table(np.random.default_rng(0).random((num, num)) < 1 / one_in, block_q=128, block_kv=128)
-
-
-def test_what_takes_no_turns():
-    """Scattered blocks: a kernel of dq, one of dk and dv, and the forward one; else one for all three gradients."""
-    for options in (
-        {}, {"head_dim": 64}, {"num_kv_heads": 8}, {"logits_soft_cap": 30.0}
-    ):  # fmt: skip
-        assert num_kernels(Causal(), one_in=4, **options) == 3, options
-    assert num_kernels(random_blocks(32, 2)) == 3
-    assert num_kernels(Causal()) == num_kernels(Window(left=300, right=0)) == 2
-    # In any order there are no turns to wait for, and few blocks of keys have their query heads shared out.
-    assert num_kernels(Causal(), one_in=4, deterministic=False) == 2
-    assert num_kernels(Causal(), one_in=4, num_kv_heads=2) == 2
 
 
 @pytest.mark.parametrize("name", some_slow(SHARED_OUT, []))
@@ -517,8 +465,7 @@ def test_a_schedule_from_outside_serves_every_head_dim():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["causal", "documents", "table", "few keys", "chosen"])
 def test_gradients_are_the_same_each_time(kind):
-    """Bit by bit, with all multiprocessors at work: turns by a rehearsal, by a table, over several ranges a row, heads
-    that are shared out, and lists of chosen blocks, whose gradients have owners."""
+    """Bit by bit, with all multiprocessors at work, which come to the tiles of dq in another order each time."""
     length = 4096
     documents = ((1000, 1, 700, 2000, 395),)
     tokens = jax.tree.map(jnp.asarray, packed_tokens(documents, length)) if kind == "documents" else None
