@@ -115,12 +115,9 @@ def _transposed(column, there, full, *, parts_q: int, num_q_blocks: int, num_kv_
     num_rows = column.shape[2]
     row = jnp.arange(num_rows)[:, None, None]
     key = jnp.where(there, column * num_rows + row, _NOTHING)
-    # Blocks of keys go from the first to the last, so a pair's place in the list of its block of queries is how many
-    # come to that before it.
-    turn = jnp.arange(column.shape[3])[:, None] * column.shape[4] + jnp.arange(column.shape[4])
-    note = turn * 2 + full.astype(jnp.int32)
-    key, note = (x.reshape(*x.shape[:2], -1) for x in (key, note))
-    key, note = jax.lax.sort((key, note), num_keys=1, is_stable=False)
+    full = jnp.broadcast_to(full, key.shape)
+    key, full = (x.reshape(*x.shape[:2], -1) for x in (key, full))
+    key, full = jax.lax.sort((key, full), num_keys=1, is_stable=False)
     bounds = jnp.arange(num_kv_blocks + 1, dtype=jnp.int32) * num_rows
     search = functools.partial(jnp.searchsorted, v=bounds, method=search_method())
     first = jax.vmap(jax.vmap(search))(key).astype(jnp.int32)
@@ -131,10 +128,9 @@ def _transposed(column, there, full, *, parts_q: int, num_q_blocks: int, num_kv_
         start=start,
         stop=stop,
         full_start=start,
-        full_stop=jnp.where(note % 2 == 1, stop, start),
+        full_stop=jnp.where(full, stop, start),
         order=longest_first(num_visits),
         first=first,
-        turn=note // 2,
     )
 
 

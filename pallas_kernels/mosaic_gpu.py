@@ -129,69 +129,6 @@ def _on_counters(lines: str, counters, index, turn, last) -> None:
     emit(counters, *(jnp.asarray(x, jnp.int32) for x in (index, turn, last)))
 
 
-def clear_once(states, index, tile, *, barrier: int) -> None:
-    """tile[...] = 0 if nobody has seen to that yet; else waits until it is done.
-
-    For tiles that many add to by copies, in the second-level cache: who comes first clears there what nobody has
-    written to yet. Who finds it done has nothing to look at in the first-level cache, which an acquiring read would
-    empty. Copies that add are to be started behind this and a barrier.
-
-    Args:
-      states: int32 in device memory, all 0 at first: 2 where a tile is cleared, 1 where somebody is about to.
-      index: Of the tile's state.
-      tile: `[rows, columns]` of 32 bits in device memory, rows in one piece of a power of two times 16 bytes.
-      barrier: One of NAMED_BARRIERS, of this warpgroup's own.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.RefType()))
-    def emit(_, states, index, tile):
-        i64 = ir.IntegerType.get_signless(64)
-        base, target = (llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (states, tile))
-        num_rows, num_columns = ir.MemRefType(tile.type).shape
-        (row_stride, _), _ = ir.MemRefType(tile.type).get_strides_and_offset()
-        threads_of_row = num_columns // 4
-        stores = "\n".join(
-            f"st.global.v4.b32 [to + {row * row_stride * 4}], {{zero, zero, zero, zero}};"
-            for row in range(0, num_rows, WARPGROUP // threads_of_row)
-        )
-        text = f"""{{
-        .reg .b64 at, to;
-        .reg .b32 seen, thread, row, zero;
-        .reg .pred leads, is_first, ready;
-        mad.wide.s32 at, $1, 4, $0;
-        mov.u32 thread, %tid.x;
-        and.b32 thread, thread, {WARPGROUP - 1};
-        setp.eq.b32 leads, thread, 0;
-        mov.b32 seen, 2;
-        @leads atom.relaxed.gpu.global.cas.b32 seen, [at], 0, 1;
-        shfl.sync.idx.b32 seen, seen, 0, 31, 0xffffffff;
-        setp.eq.b32 is_first, seen, 0;
-        bar.red.or.pred is_first, {barrier}, {WARPGROUP}, is_first;
-        @is_first bra CLEAR;
-        AGAIN:
-        setp.eq.b32 ready, seen, 2;
-        @ready bra READY;
-        ld.acquire.gpu.global.b32 seen, [at];
-        bra AGAIN;
-        CLEAR:
-        mov.b32 zero, 0;
-        div.u32 row, thread, {threads_of_row};
-        mad.wide.u32 to, row, {row_stride * 4}, $2;
-        rem.u32 row, thread, {threads_of_row};
-        mad.wide.u32 to, row, 16, to;
-        {stores}
-        fence.proxy.async;
-        bar.sync {barrier}, {WARPGROUP};
-        @leads red.release.gpu.global.add.s32 [at], 1;
-        READY:
-        fence.proxy.async;
-        }}"""
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, [base, index.registers.item(), target], text, "l,r,l,~{memory}", has_side_effects=True)
-
-    emit(states, jnp.asarray(index, jnp.int32), tile)
-
-
 def take_number(counter, cell) -> None:
     """cell[0] = counter[0] and counter[0] += 1, in one go; both int32 `[1]` in device memory.
 

@@ -54,8 +54,8 @@ class BlockRanges:
       first: None where all rows have the same number of ranges. Otherwise those of all rows lie one after the other,
         `[B or 1, lists, ranges]`, and this is where each row's begin, and where the last one's end,
         `[B or 1, lists, rows + 1]`.
-      turn: None, or of the blocks of each range how many rows visit them before this row, in ascending order; of the
-        ranges' shape.
+      turn: None, or of the blocks of each row's one range how many rows visit them before this row, in ascending order;
+        of the ranges' shape.
     """
 
     start: Leaf

@@ -29,12 +29,13 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
-from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import units_of
+from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import of_units, units_of
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import PairTest, band_of
+from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import plan as make_plan
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Range
 from pallas_kernels.dropout import Dropout, key_words
 from pallas_kernels.mask import Full, Mask, Span
-from pallas_kernels.mosaic_gpu import Deal, hopper_cores, refuse
+from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
 from pallas_kernels.pair_tests import all_full, tests_of
 from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
@@ -49,8 +50,6 @@ _WIDE = 128
 """The forward pass keeps two tiles of q up to this head dim, and one of wider ones."""
 _TILES = {64: (128, 128), 128: (128, 64)}
 """By head dim: keys of a step of the kernel of dq alone, and queries of one of dk and dv; 64 where there are others."""
-_FEW_RANGES = 4
-"""Of blocks of queries that a block of keys may be visited by in turns."""
 _LEAST_ITEMS_A_CORE = 1.5
 """Of the backward pass. Items of a causal mask differ in length: fewer leave some without work in the end."""
 
@@ -146,7 +145,7 @@ def backward(
     interpret=None,
 ) -> tuple[Any, ...]:
     """`blockwise_attention_backward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
-    # Interpreted, by one block of threads: there more would add to dq at the same time.
+    # Interpreted, by one block of threads: more would have to take turns there too.
     num_cores = hopper_cores(interpret)
     _check_call(q, v, options)
     tokens = tokens or Tokens()
@@ -249,79 +248,81 @@ class _Backward:
 
 
 def _is_scattered(blocks: Schedule) -> bool:
-    """Whether blocks of keys are visited by blocks of queries that are not neighbours."""
-    return blocks.q_blocks.first is not None or blocks.q_blocks.start.shape[3] > _FEW_RANGES
+    """Whether blocks of keys may be visited by blocks of queries that are not neighbours."""
+    return blocks.q_blocks.first is not None or blocks.q_blocks.start.shape[3] > 1
 
 
 def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by the fused kernel."""
-    options, q, k = call.options, call.operands["q"], call.operands["k"]
+    options, sizes, q, k = call.options, blocks.block_sizes, call.operands["q"], call.operands["k"]
     batch_size, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     ranges = blocks.q_blocks if call.kv_len >= backward_kernel.BLOCK else _without_full_blocks(blocks.q_blocks)
     num_items = batch_size * num_kv_heads * ranges.num_rows
     shares = num_shares(num_heads // num_kv_heads, num_items=num_items, num_cores=num_cores)
-    delta, (running_dq, *running) = call.delta(), call.accumulate
-    running = None if running[0] is None else tuple(_whole_blocks(x) for x in running)
-    units = None
-    if options.deterministic:
+    num_pairs_of_row = num_kv_heads * shares
+    # Of a query head: q and dout, and dq in float32.
+    pair_bytes = num_heads // num_pairs_of_row * call.q_len * head_dim * (2 * q.dtype.itemsize + 4)
+    # Items that visit scattered blocks would wait for their turns longer than it takes to find units, to read k and v.
+    delta, units = call.delta(), None
+    if options.deterministic and _is_scattered(blocks):
         of_call = (call.operands[name] for name in ("k", "v", "dout"))
         units = units_of(*of_call, delta, dropout_rate=call.dropout_rate)
+    plan = make_plan(
+        ranges,
+        num_q_blocks=-(-call.q_len // sizes.block_q),
+        batch_size=batch_size,
+        num_heads=num_heads,
+        num_kv_heads=num_pairs_of_row,
+        pair_bytes=pair_bytes,
+        num_cores=num_cores,
+        in_turns=options.deterministic and units is None,
+        # Sums for a bias are of one head, and written when the next begins.
+        most_heads_together=1
+        if options.bias_gradient
+        else _most_heads_together(options.mask, head_dim, max(call.q_len, call.kv_len)),
+    )
+    running_dq, *running = call.accumulate
+    running = None if running[0] is None else tuple(_whole_blocks(x) for x in running)
+    adds_to_running = running_dq is not None and units is None
+    dq = running_dq
+    if not adds_to_running:
+        # Zeros of each call's own: XLA would make those of all layers once and copy them, which takes twice the time.
+        zero, _ = jax.lax.optimization_barrier((jnp.float32(0) if units is None else jnp.int32(0), delta))
+        dq = jnp.full((batch_size, call.q_len, num_heads, head_dim), zero)
     inputs = backward_kernel.Inputs(
         **call.operands,
         delta=delta,
-        units=units,
         band=band_of(blocks.bands, of_queries=False, padding=-call.kv_len % backward_kernel.BLOCK),
-        ranges=jax.tree.map(jnp.asarray, ranges),
+        ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
+        turns=jax.tree.map(jnp.asarray, plan.turns),
+        per_unit=None if units is None else (1 / units).reshape(-1),
         running=running if shares == 1 else None,
     )
-    config = backward_kernel.Config(
-        pair_test=call.pair_test(columns=backward_kernel.TILES[head_dim]),
-        **call.config,
-        deal=_deal(call, ranges, num_pairs=batch_size * num_kv_heads * shares, num_cores=num_cores),
-        heads_together=_heads_together(call, ranges, group=num_heads // (num_kv_heads * shares)),
-        bias_gradient=options.bias_gradient,
-        shares=shares,
+    dq, dk, dv, *sums = backward_kernel.differentiate(
+        inputs,
+        # The interpreter, unlike a copy, does not leave out what lies behind the end.
+        _whole_tiles(dq) if call.interpret is None else _whole_blocks(dq),
+        plan,
+        backward_kernel.Config(
+            pair_test=call.pair_test(columns=backward_kernel.TILES[head_dim]),
+            **call.config,
+            scales_dq=adds_to_running,
+            bias_gradient=options.bias_gradient,
+            shares=shares,
+        ),
     )
-    dq, dk, dv, *sums = backward_kernel.differentiate(inputs, config)
-    dq = dq[:, : call.q_len] * options.scale
-    dq = dq.astype(q.dtype) if running_dq is None else running_dq + dq
     if shares > 1:
         dk, dv = (
             _sum_of_shares(x, shares, before, k.dtype)
             for x, before in zip((dk, dv), running or (None, None), strict=True)
         )
+    if units is not None:
+        dq = of_units(dq, units)
+    if not adds_to_running:
+        dq = dq * options.scale
+        dq = dq.astype(q.dtype) if running_dq is None else dq[:, : call.q_len] + running_dq
     return dq, dk, dv, sums[0] if sums else None
-
-
-def _deal(call: _Backward, ranges: BlockRanges, *, num_pairs: int, num_cores: int) -> Deal:
-    """The sections in which the fused kernel's items go out."""
-    _, q_len, num_heads, head_dim = call.operands["q"].shape
-    num_pairs_of_row = num_pairs // call.operands["q"].shape[0]
-    deal = Deal.of(
-        num_pairs=num_pairs,
-        num_ranks=ranges.num_rows,
-        # Of a query head: q and dout, and dq in 32 bits.
-        pair_bytes=num_heads // num_pairs_of_row * q_len * head_dim * (2 * call.operands["q"].dtype.itemsize + 4),
-        group=1,
-        num_cores=num_cores,
-    )
-    # Of one size: the items of a smaller last one would not keep all multiprocessors at work. Items that visit
-    # scattered blocks find less of them in the cache beside another pair's.
-    wanted = max(1 if ranges.first is not None else 2, deal.section)
-    section = next(n for n in range(1, num_pairs + 1) if num_pairs % n == 0 and n >= min(num_pairs, wanted))
-    return dataclasses.replace(deal, section=section)
-
-
-def _heads_together(call: _Backward, ranges: BlockRanges, *, group: int) -> int:
-    """`Config.heads_together` of the fused kernel."""
-    # Sums for a bias are of one head, and written when the next begins; heads that visit different blocks, too, go one
-    # after the other.
-    if call.options.bias_gradient or ranges.num_lists > call.operands["k"].shape[2]:
-        return 1
-    head_dim = call.operands["q"].shape[3]
-    most = _most_heads_together(call.options.mask, head_dim, max(call.q_len, call.kv_len))
-    return max(n for n in range(1, most + 1) if group % n == 0)
 
 
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:

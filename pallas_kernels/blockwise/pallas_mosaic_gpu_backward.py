@@ -12,9 +12,9 @@ gradients, dk and dv in registers.
 
 dS = P (dP - delta) with P = exp(S - lse), dP = dout v^T; delta comes with dlse subtracted.
 
-Many items add into one tile of dq, in no order. Whichever comes to a tile first clears it, so nobody writes zeros
-beforehand. Unless told otherwise what is added is in fixed point (pallas_mosaic_gpu_fixed_point.py), so that the sum is
-the same each time.
+Many items add into one tile of dq, and float32 sums depend on their order. So unless told otherwise the adder waits for
+its turn (pallas_mosaic_gpu_turns.py): a counter for each tile says how many have added. Items that visit scattered
+blocks would wait long; what they add is in fixed point (pallas_mosaic_gpu_fixed_point.py), in any order.
 
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2; Shah et al. 2024, FlashAttention-3,
 arXiv:2407.08608, Appendix B.
@@ -47,7 +47,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     sums_type,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped, kept_pairs
-from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import in_units, load_early, of_units
+from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import in_units, load_early
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     COLUMN,
@@ -56,16 +56,17 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     columns,
     store_tile,
 )
+from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
 from pallas_kernels.mosaic_gpu import (
     NAMED_BARRIERS,
     WARPGROUP,
-    Deal,
     arrive,
     bring_near,
-    clear_once,
+    end_turn,
     fence_smem,
     sync,
+    take_turn,
 )
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
@@ -82,18 +83,17 @@ _LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(CallConfig):
-    """What is static of a call; it is interpreted by one block of threads.
+    """What is static of a call; it is interpreted by one block of threads, which need not take turns.
 
     Attributes:
-      deal: In which sections items go out; a pair is a batch row and a kv head, or a share of its query heads.
-      heads_together: Of how many heads of the group an item visits a block before it goes on to the next block.
-      bias_gradient: Whether sums are made for the gradient of the bias; then heads are not visited together.
+      scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does, as in fixed point.
+      bias_gradient: Whether sums are made for the gradient of the bias. Then the plan visits the heads of a group one
+        after the other.
       shares: Among how many items the query heads of a kv head are shared out. If several, dk and dv are of each of
         them, in float32, and nothing is running.
     """
 
-    deal: Deal
-    heads_together: int = 1
+    scales_dq: bool
     bias_gradient: bool = False
     shares: int = 1
 
@@ -106,11 +106,12 @@ class Inputs(NamedTuple):
     Attributes:
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
       delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
-      units: Of each query's dq, where it is added up in fixed point, float32 `[B, N, T]`.
-      ranges: The schedule's `q_blocks`.
+      ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       words: Dropout's, of queries and heads (two) and of keys.
       bias: Base 2.
       band: Of keys.
+      turns: The plan's.
+      per_unit: Reciprocals of the units of each query's dq, float32 `[B N T]`, where it is added up in fixed point.
       running: dk and dv to add to, float32.
     """
 
@@ -120,7 +121,6 @@ class Inputs(NamedTuple):
     dout: Any
     lse: Any
     delta: Any
-    units: Any
     ranges: BlockRanges
     q_positions: Any
     kv_positions: Any
@@ -129,44 +129,46 @@ class Inputs(NamedTuple):
     words: Words | None
     bias: KernelBias | None
     band: Band | None
+    turns: Turns | None
+    per_unit: Any
     running: tuple[Any, Any] | None
 
 
-def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
-    """Runs the kernel: dq, float32 and not scaled, dk and dv, in whole blocks of the schedule.
+def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> tuple[jax.Array, ...]:
+    """Runs the kernel: `dq` (of q's shape; float32, or int32 in units) with the rest of dq added, dk and dv, in whole
+    blocks of keys.
 
     Where heads are shared out, dk and dv are `[B, S, K shares, H]`. With `bias_gradient` also the sums of which that is
     made (`sums_type`).
     """
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
-    tile, num_blocks = TILES[H], -(-T // BLOCK)
+    tile = TILES[H]
     is_added_to = config.shares > 1 or inputs.running is not None
     kv_shape = B, -(-S // BLOCK) * BLOCK, K * config.shares, H
     kv_type = jax.ShapeDtypeStruct(kv_shape, jnp.float32 if is_added_to else inputs.k.dtype)
-    dq_type = jax.ShapeDtypeStruct((B, num_blocks * BLOCK, N, H), jnp.float32 if inputs.units is None else jnp.int32)
-    cleared = jax.new_ref(jnp.zeros((B * N * num_blocks * (BLOCK // tile),), jnp.int32))
-    # What the kernel multiplies with; in one row, where one number says where a tile's begin.
-    per_unit = None if inputs.units is None else (1 / inputs.units).reshape(-1)
-    given = inputs._replace(units=per_unit)
-    leaves, tree = jax.tree.flatten((given, cleared, queue.new_notes(config.deal.num_blocks)))
+    dq_ref = jax.new_ref(dq)
+    counters = None
+    if inputs.turns is not None:
+        counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
+    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, queue.new_notes(plan.deal.num_blocks)))
 
     def body(*refs):
         refs = iter(refs)
-        inputs, cleared, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        outputs = _Outputs(cleared, *itertools.islice(refs, 3), next(refs) if config.bias_gradient else None)
-        _Block(config, inputs, notes, outputs, _Shared(*refs)).run()
+        inputs, dq_ref, counters, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        outputs = _Outputs(dq_ref, counters, *itertools.islice(refs, 2), next(refs) if config.bias_gradient else None)
+        _Block(config, plan, inputs, notes, outputs, _Shared(*refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
 
-    out_types = [dq_type, kv_type, kv_type]
+    out_types = [kv_type, kv_type]
     if config.bias_gradient:
         out_types.append(sums_type(inputs.bias, (B, N, kv_shape[1])))
-    dq, *gradients = plgpu.kernel(
+    gradients = plgpu.kernel(
         body,
         out_type=out_types,
-        grid=(config.deal.num_blocks,),
+        grid=(plan.deal.num_blocks,),
         grid_names=("block",),
         num_threads=_NUM_CONSUMERS + 2,
         thread_name="warpgroup",
@@ -178,7 +180,7 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
             lse=plgpu.SMEM((_SLOTS, tile), jnp.float32),
             delta=plgpu.SMEM((_SLOTS, tile), jnp.float32),
             ds=smem(_SLOTS, _NUM_CONSUMERS, ROWS, tile),
-            dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, PIECE, PIECE), dq_type.dtype, transforms=_DQ_TRANSFORMS),
+            dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, PIECE, PIECE), dq.dtype, transforms=_DQ_TRANSFORMS),
             kv_full=plgpu.Barrier(num_arrivals=2),
             tile_full=plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
             ds_full=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
@@ -189,19 +191,14 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
-    if inputs.units is not None:
-        dq = of_units(dq, inputs.units)
-    # What nobody came to was not written to either.
-    is_cleared = jax.freeze(cleared).reshape(B, N, -1, 1, 1).transpose(0, 2, 3, 1, 4) != 0
-    dq = jnp.where(is_cleared, dq.reshape(B, -1, tile, N, H), 0.0).reshape(dq.shape)
-    return dq, *gradients
+    return jax.freeze(dq_ref), *gradients
 
 
 class _Outputs(NamedTuple):
-    """What it writes, and beside that which tiles of dq are cleared."""
+    """What it writes; dq and the counters of its tiles' turns are read too."""
 
-    cleared: Any
     dq: Any
+    counters: Any
     dk: Any
     dv: Any
     sums: Any
@@ -236,7 +233,6 @@ class _Tile(NamedTuple):
     Attributes:
       head: Of the queries.
       which: Of the lists of ranges.
-      number: Of the range in it.
       block: The block of queries.
       index: The tile, counted over the whole length.
       is_full: Whether it needs no pair test.
@@ -244,7 +240,6 @@ class _Tile(NamedTuple):
 
     head: ArrayLike
     which: ArrayLike
-    number: ArrayLike
     block: ArrayLike
     index: ArrayLike
     is_full: ArrayLike
@@ -253,9 +248,9 @@ class _Tile(NamedTuple):
 class _Block:
     """What one block of threads does."""
 
-    def __init__(self, config: Config, inputs: Inputs, notes, outputs: _Outputs, shared: _Shared):
+    def __init__(self, config: Config, plan: Plan, inputs: Inputs, notes, outputs: _Outputs, shared: _Shared):
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
-        self.heads_together = config.heads_together
+        self.ascends, self.heads_together = plan.ascends, plan.heads_together
         self.num_heads, self.head_dim = inputs.q.shape[2:]
         num_heads_of_items = inputs.k.shape[2] * config.shares
         self.group = self.num_heads // num_heads_of_items
@@ -263,13 +258,13 @@ class _Block:
         self.tiles_of_block = BLOCK // self.tile_len
         self.num_tiles = -(-inputs.q.shape[1] // BLOCK) * self.tiles_of_block
         self.walk = Walk(
-            deal=config.deal, ranges=inputs.ranges, num_heads=num_heads_of_items, tests_blocks=config.tests_blocks
+            deal=plan.deal, ranges=inputs.ranges, num_heads=num_heads_of_items, tests_blocks=config.tests_blocks
         )
         self.dtype = inputs.q.dtype
         self.tile = ROWS, self.tile_len
         self.warpgroup = lax.axis_index("warpgroup")
         # Named barriers.
-        self.kv_free, self.tile_free, _, self.dq_full, _, item_free, _, self.clearing = NAMED_BARRIERS[:8]
+        self.kv_free, self.tile_free, _, self.dq_full, _, item_free, _ = NAMED_BARRIERS[:7]
         self.consumers_and_one = WARPGROUP * (_NUM_CONSUMERS + 1)
         self.matmuls = Matmuls(shared, warpgroup=self.warpgroup, interpret=bool(config.interpret))
         self.queue = queue.Queue(
@@ -309,19 +304,16 @@ class _Block:
             def one_block(block: Visit, state):
                 def one_tile(i, state):
                     member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
-                    tile = block.index * self.tiles_of_block + self.tiles_of_block - 1 - i
+                    tile = block.index * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
                     head = first_head + member
-                    return body(_Tile(head, which, block.number, block.index, tile, block.is_full), state)
+                    return body(_Tile(head, which, block.index, tile, block.is_full), state)
 
                 return lax.fori_loop(0, self.heads_together * self.tiles_of_block, one_tile, state)
 
-            state = self.walk.visit_in_order(item, which, one_block, state, ascending=False)
+            state = self.walk.visit_in_order(item, which, one_block, state, ascending=self.ascends)
             return state if end_of_heads is None else end_of_heads(first_head, state)
 
         return lax.fori_loop(0, self.group // self.heads_together, some_heads, state)
-
-    def kv_head(self, item: Item):
-        return lax.div(item.head, self.config.shares) if self.config.shares > 1 else item.head
 
     # The producer.
 
@@ -330,7 +322,8 @@ class _Block:
 
         def one_item(item: Item, count, ahead: queue.Ahead):
             sync(self.kv_free, self.consumers_and_one)
-            keys = item.batch, pl.ds(item.row * BLOCK, BLOCK), self.kv_head(item)
+            kv_head = lax.div(item.head, self.config.shares) if self.config.shares > 1 else item.head
+            keys = item.batch, pl.ds(item.row * BLOCK, BLOCK), kv_head
             plgpu.copy_gmem_to_smem(inputs.k.at[keys], shared.k, shared.kv_full)
             plgpu.copy_gmem_to_smem(inputs.v.at[keys], shared.v, shared.kv_full)
 
@@ -364,37 +357,37 @@ class _Block:
     def add(self) -> None:
         for slot in range(_SLOTS):
             plgpu.barrier_arrive(self.shared.dq_free.at[slot])
+        counters, none = self.outputs.counters, jnp.int32(-1)
 
-        def one_item(item: Item, count):
-            def one_tile(tile: _Tile, count):
+        def one_item(item: Item, state):
+            def one_tile(tile: _Tile, state):
+                count, last = state
                 slot = lax.rem(count, _SLOTS)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                pair = item.batch * self.num_heads + tile.head
+                counter = pair * self.num_tiles + tile.index
+                if self.takes_turns:
+                    turn = self.inputs.turns.at(item.batch, tile.which, item.row, tile.block)
+                    take_turn(counters, counter, turn, last)
+                else:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 # What was added last need no longer be kept.
                 pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[_SLOTS - 1 - slot]))
-                self.clear(item.batch, tile.head, tile.index)
                 sync(self.dq_full + slot, self.consumers_and_one)
                 for piece in range(_NUM_CONSUMERS):
                     self.add_piece(item.batch, tile.head, tile.index, slot, piece)
-                return count + 1
+                return count + 1, counter
 
-            return self.for_each_tile(item, one_tile, count), lambda: None
+            return self.for_each_tile(item, one_tile, state), lambda: None
 
-        count = self.queue.take(one_item, jnp.int32(0))
+        count, last = self.queue.take(one_item, (jnp.int32(0), none))
+        if self.takes_turns:
+            end_turn(counters, last)
         plgpu.wait_smem_to_gmem(0)
         pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[lax.rem(count - 1, _SLOTS)]))
 
-    def clear(self, batch, head, tile) -> None:
-        """A tile of dq, if this is the first to come to it."""
-        cleared, index = self.outputs.cleared, (batch * self.num_heads + head) * self.num_tiles + tile
-        target = self.outputs.dq.at[batch, pl.ds(tile * self.tile_len, self.tile_len), head]
-        if not self.config.interpret:
-            clear_once(cleared, index, target, barrier=self.clearing)
-            return
-
-        @pl.when(cleared[index] == 0)
-        def _():
-            target[...] = plgpu.layout_cast(jnp.zeros(target.shape, target.dtype), MATRIX)
-            cleared[index] = 2
+    @property
+    def takes_turns(self) -> bool:
+        return self.inputs.turns is not None and not self.config.interpret
 
     def add_piece(self, batch, head, tile, slot, piece) -> None:
         q_start = tile * self.tile_len + (piece * PIECE if self.matmuls.two_parts else 0)
@@ -435,7 +428,7 @@ class _Block:
             return count, dk, dv, no_sums, per_unit
 
         begin, per_unit = count, None
-        if self.inputs.units is not None:
+        if self.inputs.per_unit is not None:
             per_unit = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
         state = count, nothing, nothing, no_sums, per_unit
         end_of_heads = end_of_head if no_sums else None
@@ -454,7 +447,7 @@ class _Block:
         """
         count, dk, dv, sums, per_unit_before = state
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
-        per_unit = None if self.inputs.units is None else self.per_unit(item, tile)
+        per_unit = None if self.inputs.per_unit is None else self.per_unit(item, tile)
         plgpu.barrier_wait(shared.tile_full.at[slot])
         s, dp = self.matmuls.scores(slot)
         lse = plgpu.load(shared.lse.at[slot], layout=COLUMN, optimized=False)
@@ -526,17 +519,17 @@ class _Block:
         if per_unit is not None:
             dq = in_units(dq, per_unit, interpret=bool(self.config.interpret))
         plgpu.barrier_wait(shared.dq_free.at[slot])
-        shared.dq.at[slot, self.warpgroup][...] = dq
+        shared.dq.at[slot, self.warpgroup][...] = dq * self.config.scale if self.config.scales_dq else dq
         self.fence()
         arrive(self.dq_full + slot, self.consumers_and_one)
 
     def per_unit(self, item: Item, tile: _Tile):
-        """Reciprocals of the units of this warpgroup's piece of a tile's dq."""
+        """Of this warpgroup's piece of a tile's dq."""
         start = tile.index * self.tile_len + (self.warpgroup * PIECE if self.matmuls.two_parts else 0)
         start += (item.batch * self.num_heads + tile.head) * (self.num_tiles * self.tile_len)
         if self.config.interpret:
-            return plgpu.load(self.inputs.units.at[pl.ds(start, PIECE)], layout=ROW, optimized=False)
-        return load_early(self.inputs.units, start)
+            return plgpu.load(self.inputs.per_unit.at[pl.ds(start, PIECE)], layout=ROW, optimized=False)
+        return load_early(self.inputs.per_unit, start)
 
     def bias(self, num_queries: int) -> TileBias:
         """Of tiles of this warpgroup's keys and so many queries."""

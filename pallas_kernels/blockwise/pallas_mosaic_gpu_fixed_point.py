@@ -124,5 +124,5 @@ def in_units(x, per_unit, *, interpret: bool):
 
 
 def of_units(x_BTNH, units_BNT):
-    """Sums in units as float32."""
-    return x_BTNH.astype(jnp.float32) * units_BNT.swapaxes(1, 2)[..., None]
+    """Sums in units as float32; units may be of more queries."""
+    return x_BTNH.astype(jnp.float32) * units_BNT.swapaxes(1, 2)[:, : x_BTNH.shape[1], :, None]
