@@ -1,13 +1,10 @@
 """One step of a backward pass that computes one gradient at a time, on Hopper's tensor cores, for 64 rows.
 
     scores      starts S = a b^T and dP = a' b'^T, and waits for S alone; `wgmma_backward.settle` waits for dP
-    products    acc += x b, for each gradient, of 16-bit probabilities or gradients of logits x, and waits for them
+    product     acc += x b, of 16-bit probabilities or gradients of logits x, and waits for it
 
 a and a' are what the rows are (queries and their dout, or keys and values), b and b' what they visit, tile by tile.
 """
-
-import itertools
-from collections.abc import Sequence
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -78,45 +75,28 @@ def scores(
     return results if second is not None else (results, None)
 
 
-def products(accs: Sequence[jax.Array], factors: Sequence[tuple]) -> list[jax.Array]:
-    """acc + x b for each.
+def product(acc: jax.Array, x: jax.Array, b_smem, *, slot: jax.typing.ArrayLike) -> jax.Array:
+    """acc + x b.
 
     Args:
-      accs: float32 `[64, H]`.
-      factors: For each x, 16-bit `[64, tile]`, b `[slots, tile, H]`, and the slot that is read.
+      acc: float32 `[64, H]`.
+      x: 16-bit `[64, tile]`.
+      b_smem: `[slots, tile, H]`, of which a slot is read.
     """
-    shapes = [b.shape[1:] for _, b, _ in factors]
-    count = len(accs)
+    tile, dim = b_smem.shape[1:]
+    dtype = PTX_DTYPES[x.dtype.name]
 
-    @plgpu.inline_mgpu(
-        arg_types=(MATRIX,) * (2 * count) + (_SMEM,) * count + (SCALAR,) * count,
-        return_type=tuple(array_type((ROWS, dim), MATRIX) for _, dim in shapes),
-    )
-    def emit(_, *operands):
-        accs, xs, refs, slots = (operands[i * count : (i + 1) * count] for i in range(4))
+    @plgpu.inline_mgpu(arg_types=(MATRIX, MATRIX, _SMEM, SCALAR), return_type=array_type((ROWS, dim), MATRIX))
+    def emit(_, acc, x, b_smem, slot):
+        row_of_tiles = dim // 64 * TILE_BYTES
         ptx = Ptx()
-        registers = [ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat) for acc in accs]
-        x_registers = [ptx.read("r", map(as_int32, x.registers.flat)) for x in xs]
-        descriptors = ptx.read(
-            "l",
-            [
-                descriptor(ref, (slot, tile * dim * 2), leading=TILE_BYTES, stride=dim // 64 * TILE_BYTES)
-                for ref, slot, (tile, dim) in zip(refs, slots, shapes, strict=True)
-            ],
-        )
+        registers = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
+        x_registers = ptx.read("r", map(as_int32, x.registers.flat))
+        (b,) = ptx.read("l", [descriptor(b_smem, (slot, tile * dim * 2), leading=TILE_BYTES, stride=row_of_tiles)])
         ptx.begin()
-        for acc, x, b, (tile, dim) in zip(registers, x_registers, descriptors, shapes, strict=True):
-            ptx.matmul(
-                acc, x, b, contracted=tile, dtype=PTX_DTYPES[xs_dtype], b_rows=dim // 64 * TILE_BYTES
-            )  # fmt: skip
+        ptx.matmul(registers, x_registers, b, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
         ptx.commit()
         ptx.wait(0)
-        values = iter(ptx.emit())
-        return tuple(
-            fragmented(list(itertools.islice(values, len(acc))), (ROWS, dim)).to_layout(MATRIX.to_mgpu())
-            for acc, (_, dim) in zip(registers, shapes, strict=True)
-        )
+        return fragmented(ptx.emit(), (ROWS, dim)).to_layout(MATRIX.to_mgpu())
 
-    xs, refs, slots = zip(*factors, strict=True)
-    xs_dtype = xs[0].dtype.name
-    return list(emit(*accs, *xs, *refs, *int32s(slots)))
+    return emit(acc, x, b_smem, *int32s((slot,)))

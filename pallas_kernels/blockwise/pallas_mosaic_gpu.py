@@ -13,7 +13,7 @@ Reference: see pallas_mosaic_gpu_forward.py.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,8 +48,6 @@ _MOST_KEYS = {256: 64}
 """Of a block of the forward pass, by head dim of q and k, where its shared memory cannot hold those of a schedule."""
 _WIDE = 128
 """The forward pass keeps two tiles of q up to this head dim, and one of wider ones."""
-_TILES = {64: (128, 128), 128: (128, 64)}
-"""By head dim: keys of a step of the kernel of dq alone, and queries of one of dk and dv; 64 where there are others."""
 _LEAST_ITEMS_A_CORE = 1.5
 """Of the backward pass. Items of a causal mask differ in length: fewer leave some without work in the end."""
 
@@ -328,50 +326,35 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
-    q, dout, head_dim = call.operands["q"], call.operands["dout"], call.operands["q"].shape[3]
-    tile_of_keys, tile_of_queries = _TILES.get(head_dim, (split_kernel.TILE, split_kernel.TILE))
+    delta = call.delta()
 
-    def gradients(
-        *names: str, ranges: BlockRanges, running: Sequence[Any], delta: jax.Array | None, out: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
+    def gradient(name: str, ranges: BlockRanges, running) -> tuple[jax.Array, ...]:
         if call.kv_len < split_kernel.BLOCK:
             ranges = _without_full_blocks(ranges)
-        tile = tile_of_keys if names == ("dq",) else tile_of_queries
+        of_queries = name == "dq"
+        padding = -(call.q_len if of_queries else call.kv_len) % split_kernel.BLOCK
         inputs = split_kernel.Inputs(
             **call.operands,
-            out=out,
             delta=delta,
-            band=band_of(blocks.bands, of_queries=names == ("dq",), padding=-call.q_len % split_kernel.BLOCK),
+            band=band_of(blocks.bands, of_queries=of_queries, padding=padding),
             ranges=jax.tree.map(jnp.asarray, ranges),
-            running=tuple(None if x is None else _whole_blocks(x) for x in running),
+            running=None if running is None else _whole_blocks(running),
         )
         config = split_kernel.Config(
-            gradients=names,
-            tile=tile,
+            gradient=name,
             **call.config,
-            pair_test=call.pair_test(columns=tile),
-            span=call.span if tile < split_kernel.BLOCK else None,
+            pair_test=call.pair_test(columns=split_kernel.TILE),
+            span=call.span,
             num_cores=num_cores,
             in_line=_is_scattered(blocks),
-            bias_gradient=call.options.bias_gradient and "dk" in names,
+            bias_gradient=call.options.bias_gradient and name == "dk",
         )
         return split_kernel.differentiate(inputs, config)
 
-    of_queries = {"ranges": blocks.kv_blocks, "running": call.accumulate[:1]}
-    if head_dim <= _WIDE and call.out is not None and call.out.dtype == call.dout.dtype == q.dtype:
-        # The kernel has the rows of dout, and room for those of out.
-        out = _whole_tiles(_filled(call.out, dout.shape[3]))
-        rest = None if call.dlse is None else call.in_whole_blocks(-call.dlse)
-        dq, delta = gradients("dq", **of_queries, delta=rest, out=out)
-    else:
-        delta = call.delta()
-        (dq,) = gradients("dq", **of_queries, delta=delta)
-    of_keys = {"ranges": blocks.q_blocks, "delta": delta}
-    if head_dim <= _WIDE:
-        dk, dv, *sums = gradients("dk", "dv", **of_keys, running=call.accumulate[1:])
-    else:
-        dk, *sums = gradients("dk", **of_keys, running=call.accumulate[1:2])
-        (dv,) = gradients("dv", **of_keys, running=call.accumulate[2:])
+    running_dq, running_dk, running_dv = call.accumulate
+    (dq,) = gradient("dq", blocks.kv_blocks, running_dq)
+    dk, *sums = gradient("dk", blocks.q_blocks, running_dk)
+    (dv,) = gradient("dv", blocks.q_blocks, running_dv)
     return dq, dk, dv, sums[0] if sums else None
 
 

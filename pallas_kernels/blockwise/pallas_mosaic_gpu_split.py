@@ -1,5 +1,5 @@
-"""The backward kernels of blockwise attention on Hopper GPUs that add up each gradient where it stays (Mosaic GPU): one
-of dq, and one of dk and dv, or for wide heads one each.
+"""The backward kernels of blockwise attention on Hopper GPUs for wide heads (Mosaic GPU): one of dq, one of dk and one
+of dv, each of which adds up its gradient where it stays.
 
 Grid: one block of threads a multiprocessor, each with a list of items or, where nobody knows beforehand how long these
 are, all with one line of them; an item is 128 rows of one head, queries for dq, keys for dk and dv. A producer
@@ -10,13 +10,10 @@ the gradients of their rows in registers over the whole item.
 On chip: the rows, as queries with dout or keys with values, and the tiles, in shared memory; logits, their gradients
 and dq, dk or dv in registers.
 
-The 5 matmuls of the fused kernel (pallas_mosaic_gpu_backward.py) are 7 here, 2 of them to compute the logits and the
-gradients of probabilities anew; in exchange no float32 sum of dq goes through shared memory and the second-level cache,
-and each gradient has one owner that adds it up, so that it comes out the same each time without turns. That pays where
-items visit scattered blocks, and so would wait for their turns.
-
-At head dim 256 dk and dv of 64 keys are 256 registers a thread, and there are 232: so the fused kernel cannot be, and
-a kernel of each makes it 8 matmuls.
+At head dim 256 dk and dv of 64 keys are 256 registers a thread, and there are 232: so the fused kernel
+(pallas_mosaic_gpu_backward.py) cannot be. Its 5 matmuls are 8 here, 3 of them to compute logits and the gradients of
+probabilities anew; in exchange no sum of dq goes through shared memory and the second-level cache, and each gradient
+has one owner, so that it comes out the same each time.
 
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
 """
@@ -55,7 +52,6 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     ROW,
     columns,
     rows,
-    store_parts_of_sectors,
     store_tile,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk
@@ -66,7 +62,7 @@ from pallas_kernels.wgmma import ROWS, TRANSFORMS
 BLOCK = 128
 """Tokens of the schedule's blocks, and rows of an item."""
 TILE = 64
-"""Tokens of what the rows visit in a step, or a multiple."""
+"""Tokens of what the rows visit in a step."""
 _SLOTS = 2
 _NUM_CONSUMERS = 2
 _SHARED_BYTES = 224 * 1024  # of the 227 KB that a block of threads may have, what buffers of operands may take
@@ -78,49 +74,45 @@ class Config(CallConfig):
     """What is static of a call.
 
     Attributes:
-      gradients: Which: ("dq",), ("dk",), ("dv",) or, of head dims up to 128, ("dk", "dv").
-      tile: Tokens of what the rows visit in a step, TILE or 128.
+      gradient: Which.
       num_cores: Multiprocessors.
       in_line: Whether items go out in one line, to whoever asks next, and are not dealt beforehand.
       bias_gradient: Whether sums are made for the gradient of the bias: by the kernel of dk.
     """
 
-    gradients: tuple[Literal["dq", "dk", "dv"], ...]
-    tile: int = TILE
+    gradient: Literal["dq", "dk", "dv"]
     num_cores: int
     in_line: bool
     bias_gradient: bool = False
 
     @property
     def rows_are_queries(self) -> bool:
-        return self.gradients == ("dq",)
+        return self.gradient == "dq"
 
     @property
     def needs_dp(self) -> bool:
-        return self.gradients != ("dv",)
+        return self.gradient != "dv"
 
 
 class Inputs(NamedTuple):
     """What a kernel reads; None where there is nothing to read.
 
-    q, k, v, dout and out are of lengths that are multiples of 8, the others of whole blocks of the schedule.
+    q, k, v and dout are of lengths that are multiples of 8, the others of whole blocks of the schedule.
 
     Attributes:
-      out: Of which the kernel of dq makes delta, of head dims up to 128; None where that is given.
       lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
-      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`; where it is made here, -dlse, None for zero.
+      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's, of queries and heads (two) and of keys.
       bias: Base 2.
       band: Of the rows.
-      running: For each gradient what to add it to, float32, or None.
+      running: What to add the gradient to, float32, or None.
     """
 
     q: Any
     k: Any
     v: Any
     dout: Any
-    out: Any
     lse: Any
     delta: Any
     ranges: BlockRanges
@@ -131,17 +123,17 @@ class Inputs(NamedTuple):
     words: Words | None
     bias: KernelBias | None
     band: Band | None
-    running: tuple[Any, ...]
+    running: Any
 
 
 def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
-    """Runs the kernel: the gradients in whole blocks, float32 where something is running.
+    """Runs the kernel: the gradient in whole blocks, float32 where something is running.
 
-    Made of out also delta, with `bias_gradient` also the sums of which that of the bias is made (`sums_type`).
+    With `bias_gradient` also the sums of which that of the bias is made (`sums_type`).
     """
     own, other = (inputs.q, inputs.k) if config.rows_are_queries else (inputs.k, inputs.q)
     (B, length, num_heads, H), V = own.shape, inputs.v.shape[3]
-    num_rows, makes_delta = -(-length // BLOCK), inputs.out is not None
+    num_rows = -(-length // BLOCK)
     deal = Deal.of(
         num_pairs=B * num_heads,
         num_ranks=num_rows,
@@ -149,23 +141,20 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
         group=max(1, num_heads // other.shape[2]),
         num_cores=config.num_cores,
     )
-    outputs = [
-        jax.ShapeDtypeStruct(
-            (B, num_rows * BLOCK, num_heads, V if name == "dv" else H), own.dtype if running is None else jnp.float32
-        )
-        for name, running in zip(config.gradients, inputs.running, strict=True)
-    ]
+    dim = V if config.gradient == "dv" else H
+    dtype = own.dtype if inputs.running is None else jnp.float32
+    outputs = [jax.ShapeDtypeStruct((B, num_rows * BLOCK, num_heads, dim), dtype)]
     leaves, tree = jax.tree.flatten((inputs, queue.new_notes(deal.num_blocks)))
 
     def smem(*shape):
         return plgpu.SMEM(shape, own.dtype, transforms=TRANSFORMS)
 
     def vector():
-        return plgpu.SMEM((_SLOTS, config.tile), jnp.float32)
+        return plgpu.SMEM((_SLOTS, TILE), jnp.float32)
 
     def fit(slots_a: int, slots_2: int) -> bool:
-        rows, tiles = slots_a * BLOCK, config.tile
-        held = (rows + _SLOTS * tiles) * H + ((config.needs_dp + makes_delta) * rows + slots_2 * tiles) * V
+        rows = slots_a * BLOCK
+        held = (rows + _SLOTS * TILE) * H + (config.needs_dp * rows + slots_2 * TILE) * V
         return held * own.dtype.itemsize <= _SHARED_BYTES
 
     # b' takes one slot where two do not fit: it is given back while b is still needed.
@@ -174,12 +163,11 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
     shared = _Shared(
         a=smem(slots_a, BLOCK, H),
         a_2=smem(slots_a, BLOCK, V) if config.needs_dp else None,
-        out=smem(slots_a, BLOCK, V) if makes_delta else None,
-        b=smem(_SLOTS, config.tile, H),
-        b_2=smem(slots_2, config.tile, V),
+        b=smem(_SLOTS, TILE, H),
+        b_2=smem(slots_2, TILE, V),
         lse=vector() if vectors else None,
         delta=vector() if vectors == 2 else None,
-        a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp + makes_delta, num_barriers=slots_a),
+        a_full=plgpu.Barrier(num_arrivals=1 + config.needs_dp, num_barriers=slots_a),
         b_full=plgpu.Barrier(num_arrivals=1 + vectors, num_barriers=_SLOTS),
         b_2_full=plgpu.Barrier(num_barriers=slots_2),
         item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
@@ -189,14 +177,9 @@ def differentiate(inputs: Inputs, config: Config) -> tuple[jax.Array, ...]:
     def body(*refs):
         refs = iter(refs)
         inputs, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        results = list(itertools.islice(refs, len(config.gradients)))
-        delta = next(refs) if makes_delta else None
-        sums = next(refs) if config.bias_gradient else None
-        shared = jax.tree.unflatten(shared_tree, refs)
-        _Block(config, deal, inputs, notes, results, delta, sums, shared).run()
+        output, sums = next(refs), next(refs) if config.bias_gradient else None
+        _Block(config, deal, inputs, notes, output, sums, jax.tree.unflatten(shared_tree, refs)).run()
 
-    if makes_delta:
-        outputs.append(jax.ShapeDtypeStruct((B, num_heads, num_rows * BLOCK), jnp.float32))
     if config.bias_gradient:
         outputs.append(sums_type(inputs.bias, (B, inputs.q.shape[2], num_rows * BLOCK)))
     gradients = plgpu.kernel(
@@ -219,14 +202,12 @@ class _Shared(NamedTuple):
     Attributes:
       a, a_2: The rows of one item or two: queries and dout for dq, else keys and values; values only where they are
         needed.
-      out: Those of out; None where delta is given.
       b, b_2: Tiles of what they visit: keys and values for dq, else queries and dout.
       lse, delta: Of a tile of queries; None where the rows are queries, and delta for dv.
     """
 
     a: Any
     a_2: Any
-    out: Any
     b: Any
     b_2: Any
     lse: Any
@@ -258,11 +239,9 @@ class _Tile(NamedTuple):
 class _Block:
     """What one block of threads does."""
 
-    def __init__(
-        self, config: Config, deal: Deal, inputs: Inputs, notes, outputs: list, delta, sums, shared: _Shared
-    ):  # fmt: skip
+    def __init__(self, config: Config, deal: Deal, inputs: Inputs, notes, output, sums, shared: _Shared):
         self.config, self.inputs, self.shared = config, inputs, shared
-        self.outputs, self.delta, self.sums = outputs, delta, sums
+        self.output, self.sums = output, sums
         self.num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
         self.group = self.num_heads // num_kv_heads
         self.walk = Walk(
@@ -313,7 +292,7 @@ class _Block:
             which = 0 if num_lists == 1 else lax.div(head * num_lists, self.num_heads)
 
             def one_block(block: Visit, state):
-                tiles_of_block = BLOCK // self.config.tile
+                tiles_of_block = BLOCK // TILE
 
                 def one_tile(i, state):
                     is_last = block.is_last & (i == tiles_of_block - 1)
@@ -332,7 +311,7 @@ class _Block:
 
     def produce(self) -> None:
         config, inputs, shared = self.config, self.inputs, self.shared
-        queries, keys = (inputs.q, inputs.dout, inputs.out), (inputs.k, inputs.v, None)
+        queries, keys = (inputs.q, inputs.dout), (inputs.k, inputs.v)
         own, others = (queries, keys) if config.rows_are_queries else (keys, queries)
 
         def one_item(item: Item, state, ahead: queue.Ahead):
@@ -340,7 +319,7 @@ class _Block:
             slot_a = lax.rem(number, self.slots_a)
             sync(self.a_free + slot_a, self.everyone)
             at = item.batch, pl.ds(item.row * BLOCK, BLOCK), item.head
-            for source, target in zip(own, (shared.a, shared.a_2, shared.out), strict=True):
+            for source, target in zip(own, (shared.a, shared.a_2), strict=True):
                 if target is not None:
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot_a], shared.a_full.at[slot_a])
 
@@ -349,7 +328,7 @@ class _Block:
                 # While the buffers of what is visited last are not free yet.
                 ahead = lax.cond(tile.is_near_end, self.queue.look_ahead, lambda ahead: ahead, ahead)
                 slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
-                tokens = pl.ds(tile.index * config.tile, config.tile)
+                tokens = pl.ds(tile.index * TILE, TILE)
                 head = lax.div(tile.head, self.group) if config.rows_are_queries else tile.head
                 at = item.batch, tokens, head
                 sync(self.b_free + slot, self.everyone)
@@ -386,16 +365,11 @@ class _Block:
         if self.config.rows_are_queries:
             at = item.batch, item.head, pl.ds(start, ROWS)
             lse_and_delta = [
-                None if x is None else plgpu.load(x.at[at], layout=ROW, optimized=False)
-                for x in (self.inputs.lse, self.inputs.delta)
+                plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (self.inputs.lse, self.inputs.delta)
             ]
         plgpu.barrier_wait(self.shared.a_full.at[slot_a])
-        if self.inputs.out is not None:
-            lse, given = lse_and_delta
-            lse_and_delta = lse, self.make_delta(slot_a, self.delta.at[at], given)
         pairs, kept = self.pairs(item, start)
-        nothing = [plgpu.layout_cast(jnp.zeros((ROWS, x.shape[3]), jnp.float32), MATRIX) for x in self.outputs]
-
+        nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.output.shape[3]), jnp.float32), MATRIX)
         no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
 
         def one_tile(tile: _Tile, state):
@@ -404,40 +378,25 @@ class _Block:
 
             if self.config.span is None:
                 return step(state)
-            is_empty = pairs.holds_none(tile.index * self.config.tile)
+            is_empty = pairs.holds_none(tile.index * TILE)
             return lax.cond(is_empty, functools.partial(self.pass_by, slot_a, tile), step, state)
 
         def end_of_head(head, state):
-            count, gradients, sums = state
+            count, gradient, sums = state
             for i, x in enumerate(sums):
                 target = self.sums.at[item.batch, head, i, pl.ds(start, ROWS)]
                 store_sums(target, x, interpret=bool(self.config.interpret))
-            return count, gradients, no_sums
+            return count, gradient, no_sums
 
         state, before = (count, nothing, no_sums), count
-        count, gradients, _ = self.for_each_tile(item, one_tile, state, end_of_head=end_of_head if no_sums else None)
+        count, gradient, _ = self.for_each_tile(item, one_tile, state, end_of_head=end_of_head if no_sums else None)
         is_held = count == before if self.frees_a_early else True
         pl.when(is_held)(lambda: arrive(self.a_free + slot_a, self.everyone))
-        return (number + 1, count), functools.partial(self.write, item, start, gradients)
-
-    def make_delta(self, slot_a, target, given) -> jax.Array:
-        """rowsum(dout out) of this warpgroup's rows, added to what is given, and written to the target."""
-        mine = slot_a, pl.ds(self.warpgroup * ROWS, ROWS)
-        delta = given
-        for start in range(0, self.shared.out.shape[2], TILE):  # in parts: registers
-            at = *mine, pl.ds(start, TILE)
-            dout, out = (
-                x.at[at][...] if self.config.interpret else plgpu.load(x.at[at], layout=MATRIX)
-                for x in (self.shared.a_2, self.shared.out)
-            )
-            part = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=1)
-            delta = part if delta is None else delta + part
-        store_parts_of_sectors(target, delta)
-        return delta
+        return (number + 1, count), functools.partial(self.write, item, start, gradient)
 
     def step(
         self, item: Item, slot_a, tile: _Tile, pairs: Pairs, kept: KeptPairs | None, lse_and_delta,
-        count, gradients, sums,
+        count, gradient, sums,
     ):  # fmt: skip
         """One tile."""
         config, shared = self.config, self.shared
@@ -462,7 +421,7 @@ class _Block:
         p = jnp.exp2(s - of_queries(0, shared.lse))
         if kept is not None:
             # Those that are dropped are negative from here on.
-            p = jnp.where(kept.of_tile(tile.head, tile.index * config.tile), p, -p)
+            p = jnp.where(kept.of_tile(tile.head, tile.index * TILE), p, -p)
         if config.needs_dp:
             dp, p = self.settle(dp, p)
             if self.frees_a_early:
@@ -472,27 +431,25 @@ class _Block:
         else:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
         if config.tests_blocks:
-            start = tile.index * config.tile
+            start = tile.index * TILE
             p = lax.cond(tile.is_full, lambda p: p, lambda p: pairs.keep(p, tile.head, start), p)
-        factors = {}
-        if self.needs_b_2:
-            factors["dv"] = p if kept is None else jnp.maximum(p, 0.0), shared.b_2, slot_2
-        if config.needs_dp:
+        if not config.needs_dp:
+            gradient = self.product(gradient, p if kept is None else jnp.maximum(p, 0.0), shared.b_2, slot_2)
+        else:
             if kept is not None:
                 p, dp = dropped(p, dp, config.dropout_rate)
             x = p * (dp - of_queries(1, shared.delta))
             if sums:
                 sums = added(sums, self.bias.slopes(tile.head, item.batch, *self.sides(item, tile)), x)
-            factors[config.gradients[0]] = x if slope is None else x * slope, shared.b, slot
-        gradients = self.products(gradients, [factors[name] for name in config.gradients])
+            gradient = self.product(gradient, x if slope is None else x * slope, shared.b, slot)
         arrive(self.b_free + slot, self.everyone)
         if self.needs_b_2:
             arrive(self.b_2_free + slot_2, self.everyone)
-        return count + 1, gradients, sums
+        return count + 1, gradient, sums
 
     def pass_by(self, slot_a, tile: _Tile, state):
         """A tile that holds no pair: its buffers are given back."""
-        count, gradients, sums = state
+        count, gradient, sums = state
         slot, slot_2 = lax.rem(count, _SLOTS), lax.rem(count, self.slots_2)
         plgpu.barrier_wait(self.shared.b_full.at[slot])
         plgpu.barrier_wait(self.shared.b_2_full.at[slot_2])
@@ -500,7 +457,7 @@ class _Block:
             pl.when(tile.is_last)(lambda: arrive(self.a_free + slot_a, self.everyone))
         arrive(self.b_2_free + slot_2, self.everyone)
         arrive(self.b_free + slot, self.everyone)
-        return count + 1, gradients, sums
+        return count + 1, gradient, sums
 
     @property
     def frees_a_early(self) -> bool:
@@ -510,15 +467,15 @@ class _Block:
 
     @property
     def needs_b_2(self) -> bool:
-        """Whether a product is of b', which is needed for as long as b then."""
-        return "dv" in self.config.gradients
+        """Whether the product is of b', which is needed for as long as b then."""
+        return self.config.gradient == "dv"
 
     @property
     def bias(self) -> TileBias:
         """Of tiles of this warpgroup's rows."""
         return TileBias(
             bias=self.inputs.bias,
-            columns=self.config.tile,
+            columns=TILE,
             rows_are_queries=self.config.rows_are_queries,
             interpret=bool(self.config.interpret),
         )
@@ -527,7 +484,7 @@ class _Block:
         """This warpgroup's rows, and a tile."""
         of_q, of_kv = self.inputs.q_positions, self.inputs.kv_positions
         own, other = (of_q, of_kv) if self.config.rows_are_queries else (of_kv, of_q)
-        return Side(own, item.row * BLOCK + self.warpgroup * ROWS), Side(other, tile.index * self.config.tile)
+        return Side(own, item.row * BLOCK + self.warpgroup * ROWS), Side(other, tile.index * TILE)
 
     # Parts of a step: matmuls.
 
@@ -544,37 +501,34 @@ class _Block:
     def settle(self, in_flight, x):
         return (in_flight, x) if self.config.interpret else wgmma_backward.settle(in_flight, x)
 
-    def products(self, gradients: list, factors: list[tuple]) -> list:
-        """Each gradient with the product added of logits' gradients, or probabilities, and a slot of b or b'."""
-        factors = [(x.astype(self.dtype), b, slot) for x, b, slot in factors]
+    def product(self, gradient, x, b, slot):
+        """The gradient with the product added of logits' gradients, or probabilities, and a slot of b or b'."""
+        x = x.astype(self.dtype)
         if not self.config.interpret:
-            return wgmma_split.products(gradients, factors)
-        gradients = [acc + _dot(x, b[slot]) for acc, (x, b, slot) in zip(gradients, factors, strict=True)]
+            return wgmma_split.product(gradient, x, b, slot=slot)
+        gradient = gradient + _dot(x, b[slot])
         plgpu.commit_smem()  # an ordinary read, which a copy may overwrite only behind a fence
-        return gradients
+        return gradient
 
     def pairs(self, item: Item, start) -> tuple[Pairs, KeptPairs | None]:
         """Of this warpgroup's rows and tiles of what they visit: which may attend, and which are kept, None for all."""
         of_rows = {
             "batch": item.batch,
             "start": start,
-            "num_columns": self.config.tile,
+            "num_columns": TILE,
             "rows_are_queries": self.config.rows_are_queries,
         }
         pairs = Pairs(self.inputs, self.config, **of_rows)
         return pairs, kept_pairs(self.inputs.words, self.config.dropout_rate, head=item.head, **of_rows)
 
-    def write(self, item: Item, start, gradients: list) -> None:
-        """Writes the gradients of 64 rows, added to what is running."""
+    def write(self, item: Item, start, gradient) -> None:
+        """Writes the gradient of 64 rows, added to what is running."""
         at = item.batch, pl.ds(start, ROWS), item.head
-        for name, gradient, output, running in zip(
-            self.config.gradients, gradients, self.outputs, self.inputs.running, strict=True
-        ):
-            gradient = gradient * (1 / (1 - self.config.dropout_rate) if name == "dv" else self.config.scale)
-            if running is not None:
-                gradient = gradient + plgpu.load(running.at[at], layout=MATRIX, optimized=False)
-            target = output.at[at]
-            store_tile(target, gradient, interpret=bool(self.config.interpret))
+        is_dv = self.config.gradient == "dv"
+        gradient = gradient * (1 / (1 - self.config.dropout_rate) if is_dv else self.config.scale)
+        if self.inputs.running is not None:
+            gradient = gradient + plgpu.load(self.inputs.running.at[at], layout=MATRIX, optimized=False)
+        store_tile(self.output.at[at], gradient, interpret=bool(self.config.interpret))
 
 
 def _dot(x, y) -> jax.Array:

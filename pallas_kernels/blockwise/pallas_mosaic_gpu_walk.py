@@ -44,13 +44,11 @@ class Visit(NamedTuple):
     Attributes:
       index: Its number.
       is_full: Whether it needs no pair test.
-      number: Of its range.
       is_last: Whether no block comes after it.
     """
 
     index: ArrayLike
     is_full: ArrayLike
-    number: ArrayLike
     is_last: ArrayLike
 
 
@@ -162,13 +160,13 @@ class Walk:
         """
         num_ranges = self.num_ranges(item.batch, which, item.row)
 
-        def one_range(number, current: Range, is_last, state):
+        def one_range(current: Range, is_last, state):
             start, stop, full_start, full_stop = current
 
             def one_block(i, state):
                 j = i if ascending else start + stop - 1 - i
                 is_full = (full_start <= j) & (j < full_stop)
-                return body(Visit(j, is_full, number, is_last & (i == stop - 1)), state)
+                return body(Visit(j, is_full, is_last & (i == stop - 1)), state)
 
             return lax.fori_loop(start, stop, one_block, state)
 
@@ -182,7 +180,7 @@ class Walk:
         else:
             first = self.range_of(item.batch, which, item.row, number(0))
         if self.ranges.first is None and num_ranges == 1:
-            return one_range(0, first, True, state)
+            return one_range(first, True, state)
 
         def goes_on(i, current: Range):
             # Behind the last of ascending ranges may be empty ones.
@@ -192,7 +190,7 @@ class Walk:
             i, current, state = loop
             ahead = self.range_of(item.batch, which, item.row, number(i + 1))
             is_last = jnp.logical_not(goes_on(i + 1, ahead))
-            return i + 1, ahead, one_range(number(i), current, is_last, state)
+            return i + 1, ahead, one_range(current, is_last, state)
 
         return lax.while_loop(lambda loop: goes_on(*loop[:2]), one_more, (jnp.int32(0), first, state))[2]
 
