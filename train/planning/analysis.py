@@ -55,6 +55,7 @@ def analyse(run: Run, program: Program) -> Plan:
         has_speeds=has_speeds,
         work=work,
         implementations=program.implementations,
+        notes=program.notes,
     )
 
 
@@ -81,8 +82,9 @@ def estimate(run: Run, note: str) -> Plan:
 
 
 def _plan(
-    run: Run, *, memory, host_memory, timeline: Timeline, has_speeds: bool, work: "AttentionWork", **fields
-) -> Plan:
+    run: Run, *, memory, host_memory, timeline: Timeline, has_speeds: bool, work: "AttentionWork",
+    notes: Sequence[str] = (), **fields,
+) -> Plan:  # fmt: skip
     config, model, target = run.config, run.parts.model, run.target
     rows = config.training.batch_size
     lengths = np.full(rows, config.data.seq_len)
@@ -117,7 +119,11 @@ def _plan(
         imbalance=work.imbalance,
         problems=[],
         advice=[],
-        notes=[*(timeline.notes if has_speeds else ()), *_host_memory_notes(target, sum(host_memory.values()))],
+        notes=[
+            *notes,
+            *(timeline.notes if has_speeds else ()),
+            *_host_memory_notes(target, sum(host_memory.values())),
+        ],
         **fields,
     )
     return dataclasses.replace(plan, **judge(run, plan))

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,12 +74,21 @@ class Program:
       stats: The compiler's memory figures, jax's CompiledMemoryStats.
       implementations: Implementation by op, of the attention ops that were traced.
       seconds: What compiling took, tracing and lowering included.
+      notes: What is to be said of it.
     """
 
     text: str
     stats: Any
     implementations: Mapping[str, str]
     seconds: float
+    notes: Sequence[str] = ()
+
+
+WITHOUT_TRITON = (
+    "without a GPU the compiler has no settings for some of Triton's matmuls, so the plan is without those; the memory "
+    "of such a plan was up to 9 % too little"
+)
+"""A note on a program."""
 
 
 def plan_run(config: TrainConfig, target: Target) -> Run:
@@ -125,7 +134,7 @@ def compile_step(run: Run) -> Program:
     with jax.set_mesh(mesh), dispatch.record() as taken:
         lowered = run.parts.train_step.lower(run.parts.abstract, run.batch, stop)
         try:
-            compiled = lowered.compile(compiler_options=_compiler_options(mesh))
+            compiled, notes = _compiled(lowered, mesh)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -135,16 +144,26 @@ def compile_step(run: Run) -> Program:
         stats=compiled.memory_analysis(),
         implementations=dict(taken),
         seconds=time.monotonic() - started,
+        notes=notes,
     )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    # Without a GPU nothing can be timed, so XLA must not try to; and Triton's matmuls cannot do without.
+def _compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, Sequence[str]]:
+    """The program, and notes on it."""
     device = mesh.devices.flat[0]
     ahead_of_time = device.platform == "gpu" and device not in jax.local_devices(backend="cpu")
     if not ahead_of_time or _is_here(device):
-        return {}
-    return {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
+        return lowered.compile(), ()
+    # Without a GPU nothing can be timed, so XLA must not try to.
+    options = {"xla_gpu_autotune_level": "0"}
+    try:
+        # Matmuls are Triton's then. On a card they are too, until others have been timed, which is after it has been
+        # settled what goes with them into one kernel, and so what is held in memory.
+        return lowered.compile(compiler_options=options), ()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+    return lowered.compile(compiler_options=options | {"xla_gpu_enable_triton_gemm": False}), (WITHOUT_TRITON,)
 
 
 def _is_here(device: jax.Device) -> bool:

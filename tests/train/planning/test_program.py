@@ -1,12 +1,16 @@
 """What is compiled is what training would run."""
 
+import types
+
 import jax
+import numpy as np
 import pytest
 
 from train.assemble import batch_placement
 from train.config import load_config
 from train.data import open_data
 from train.devices import device_table
+from train.planning import program
 from train.planning.program import DoesNotFit, abstract_batch, plan_run
 from train.planning.target import local_target
 
@@ -37,3 +41,27 @@ def test_bytes_in_an_out_of_memory_message():
     )
     assert refusal.temporaries == round(19.63 * 2**30)
     assert DoesNotFit("something else").temporaries is None
+
+
+class Refused:
+    """A program that the compiler takes only without Triton's matmuls, if at all."""
+
+    def __init__(self, message: str):
+        self.message, self.asked = message, []
+
+    def compile(self, compiler_options):
+        self.asked.append(compiler_options)
+        if "xla_gpu_enable_triton_gemm" not in compiler_options:
+            raise jax.errors.JaxRuntimeError(self.message)
+        return "compiled"
+
+
+def test_what_cannot_be_compiled_with_triton_is_compiled_without():
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    lowered = Refused("INTERNAL: No supported config found for HLO")
+    assert program._compiled(lowered, mesh) == ("compiled", (program.WITHOUT_TRITON,))
+    assert lowered.asked[0] == {"xla_gpu_autotune_level": "0"}
+    lowered = Refused("RESOURCE_EXHAUSTED: 90 GiB")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        program._compiled(lowered, mesh)
+    assert len(lowered.asked) == 1
