@@ -68,6 +68,7 @@ QUICK = {("one_document", "reference"), ("packed", "xla"), ("own_chunk_alone", "
     [
         pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
         for case in itertools.product(CASES, ("xla", "reference"))
+        if case != ("chunks_of_one", "reference")  # lists of 127 rows a token, by as many keys: 18 GB
     ],
 )
 def test_equals_the_formula(name, implementation):
