@@ -426,8 +426,7 @@ class _Block:
             dp, p = self.settle(dp, p)
             if self.frees_a_early:
                 pl.when(tile.is_last)(lambda: arrive(self.a_free + slot_a, self.everyone))
-            if not self.needs_b_2:
-                arrive(self.b_2_free + slot_2, self.everyone)
+            arrive(self.b_2_free + slot_2, self.everyone)
         else:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
         if config.tests_blocks:
@@ -443,7 +442,7 @@ class _Block:
                 sums = added(sums, self.bias.slopes(tile.head, item.batch, *self.sides(item, tile)), x)
             gradient = self.product(gradient, x if slope is None else x * slope, shared.b, slot)
         arrive(self.b_free + slot, self.everyone)
-        if self.needs_b_2:
+        if not config.needs_dp:  # the product was of b'
             arrive(self.b_2_free + slot_2, self.everyone)
         return count + 1, gradient, sums
 
@@ -464,11 +463,6 @@ class _Block:
         """Whether the rows' buffer is given back in the last step, before its products: the only one of an item that
         visits tiles of one head."""
         return self.config.rows_are_queries and self.slots_a == 1
-
-    @property
-    def needs_b_2(self) -> bool:
-        """Whether the product is of b', which is needed for as long as b then."""
-        return self.config.gradient == "dv"
 
     @property
     def bias(self) -> TileBias:
