@@ -14,5 +14,8 @@ def as_attention(tree: Any) -> Any:
 
     An op names what it returns and what it saves in the forward rule of its custom_vjp. Where all of that is kept,
     nothing in the backward pass depends on the op's forward pass, and it is not run again.
+
+    Where a loop over layers keeps a kernel's result in an array of all layers, XLA for GPUs would have the kernel write
+    there itself, and run it once more for the layer that goes on with it, unless something stands between.
     """
-    return jax.tree.map(lambda x: checkpoint_name(x, ATTENTION), tree)
+    return jax.tree.map(lambda x: checkpoint_name(jax.lax.optimization_barrier(x), ATTENTION), tree)

@@ -157,6 +157,22 @@ def test_what_is_offloaded_goes_to_the_host_and_comes_back_a_layer_ahead():
     assert [limit in " ".join(plan.notes) for plan in (on_host, on_device)] == [True, False]
 
 
+@needs_cuda_plugin
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_attention_runs_once_in_a_layer_that_keeps_it(scan_layers):
+    """XLA's program too: a kernel whose result is kept for the backward pass is not run once more to write it there."""
+    base = config(1, tokens_a_device=8192)
+
+    def flops(remat):
+        model = dataclasses.replace(base.model, remat=remat, scan_layers=scan_layers)
+        plan = plan_of("h100:1", dataclasses.replace(base, model=model))
+        return sum(part.flops for part in plan.parts if part.part == "far attention")
+
+    none, full = flops("none"), flops("full")
+    assert flops({"attention": "save"}) == flops({"attention": "offload"}) == none
+    assert none > 0 and full == pytest.approx(none * 9 / 7)  # of 7 matmuls, two again
+
+
 def bytes_by_phase(hops):
     found = {}
     for (phase, num_bytes), count in hops.items():
