@@ -57,7 +57,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     store_tile,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, row_of_batch
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, either_way, row_of_batch
 from pallas_kernels.mosaic_gpu import (
     NAMED_BARRIERS,
     WARPGROUP,
@@ -250,7 +250,7 @@ class _Block:
 
     def __init__(self, config: Config, plan: Plan, inputs: Inputs, notes, outputs: _Outputs, shared: _Shared):
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
-        self.ascends, self.heads_together = plan.ascends, plan.heads_together
+        self.heads_together, self.table = plan.heads_together, None if inputs.turns is None else inputs.turns.table
         self.num_heads, self.head_dim = inputs.q.shape[2:]
         num_heads_of_items = inputs.k.shape[2] * config.shares
         self.group = self.num_heads // num_heads_of_items
@@ -258,7 +258,11 @@ class _Block:
         self.tiles_of_block = BLOCK // self.tile_len
         self.num_tiles = -(-inputs.q.shape[1] // BLOCK) * self.tiles_of_block
         self.walk = Walk(
-            deal=plan.deal, ranges=inputs.ranges, num_heads=num_heads_of_items, tests_blocks=config.tests_blocks
+            deal=plan.deal,
+            section=None if self.table is None else self.table.section,
+            ranges=inputs.ranges,
+            num_heads=num_heads_of_items,
+            tests_blocks=config.tests_blocks,
         )
         self.dtype = inputs.q.dtype
         self.tile = ROWS, self.tile_len
@@ -295,6 +299,8 @@ class _Block:
         A block of some heads of the group before the next, so that items that follow each other in the schedule do so
         in the tiles of each of these heads; then other heads of the group.
         """
+        # Read for each item: there are no registers to keep it in.
+        ascends = False if self.table is None or self.table.ascends is None else self.table.ascends[0] != 0
 
         def some_heads(number, state):
             first_head = item.head * self.group + number * self.heads_together
@@ -304,13 +310,13 @@ class _Block:
             def one_block(block: Visit, state):
                 def one_tile(i, state):
                     member, i = lax.div(i, self.tiles_of_block), lax.rem(i, self.tiles_of_block)
-                    tile = block.index * self.tiles_of_block + (i if self.ascends else self.tiles_of_block - 1 - i)
+                    tile = block.index * self.tiles_of_block + either_way(ascends, i, self.tiles_of_block - 1 - i)
                     head = first_head + member
                     return body(_Tile(head, which, block.index, tile, block.is_full), state)
 
                 return lax.fori_loop(0, self.heads_together * self.tiles_of_block, one_tile, state)
 
-            state = self.walk.visit_in_order(item, which, one_block, state, ascending=self.ascends)
+            state = self.walk.visit_in_order(item, which, one_block, state, ascending=ascends)
             return state if end_of_heads is None else end_of_heads(first_head, state)
 
         return lax.fori_loop(0, self.group // self.heads_together, some_heads, state)

@@ -86,10 +86,11 @@ class Queue:
         def take(ahead: Ahead) -> Ahead:
             deal, number = self.walk.deal, self._next(ahead.number)
             if self.in_line:
-                at = deal.item_in_line(number)
+                item = self.walk.item_in_line(number)
             else:  # behind the last is none to be looked up
-                at = deal.item(lax.axis_index("block"), jnp.minimum(number, deal.num_rounds - 1))
-            item = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.int32), self.walk.item_of(*at))
+                last = jnp.minimum(number, deal.num_rounds - 1)
+                item = self.walk.item_of(*deal.item(lax.axis_index("block"), last))
+            item = jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.int32), item)
             return Ahead(jnp.bool(True), number, item._replace(exists=item.exists != 0))
 
         return lax.cond(ahead.is_taken, lambda ahead: ahead, take, ahead)

@@ -5,7 +5,7 @@ Producer and consumers each walk on their own, and so must walk alike: the barri
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -58,12 +58,14 @@ class Walk:
 
     Attributes:
       deal: Which items are its own; a pair is a batch row and a head.
+      section: Of items that go out in line, in place of the deal's: a reference to one number; or None.
       ranges: The blocks that each row of tiles visits: references in device memory.
       num_heads: Heads of a batch row; there are as many lists of ranges, or a divisor, or a multiple of them.
       tests_blocks: Whether any block may need the pair test.
     """
 
     deal: Deal
+    section: Any = None
     ranges: BlockRanges
     num_heads: int
     tests_blocks: bool
@@ -83,6 +85,11 @@ class Walk:
 
         first = jnp.int32(0), look_up(jnp.int32(0)), state
         return lax.fori_loop(0, self.deal.num_rounds, one_round, first)[2]
+
+    def item_in_line(self, number) -> Item:
+        """The item of a number in line."""
+        deal = self.deal if self.section is None else dataclasses.replace(self.deal, section=self.section[0])
+        return self.item_of(*deal.item_in_line(number))
 
     def item_of(self, exists, pair, rank) -> Item:
         batch, head = lax.div(pair, self.num_heads), lax.rem(pair, self.num_heads)
@@ -152,11 +159,12 @@ class Walk:
 
         return lax.while_loop(visits_any, one_range, loop)[3]
 
-    def visit_in_order(self, item: Item, which, body: Callable, state, *, ascending: bool):
+    def visit_in_order(self, item: Item, which, body: Callable, state, *, ascending: ArrayLike):
         """state = body(a Visit, state) for each block of a list's row.
 
         Args:
           which: One of the lists of the item's head.
+          ascending: May be traced where rows have one range.
         """
         num_ranges = self.num_ranges(item.batch, which, item.row)
 
@@ -164,7 +172,7 @@ class Walk:
             start, stop, full_start, full_stop = current
 
             def one_block(i, state):
-                j = i if ascending else start + stop - 1 - i
+                j = either_way(ascending, i, start + stop - 1 - i)
                 is_full = (full_start <= j) & (j < full_stop)
                 return body(Visit(j, is_full, is_last & (i == stop - 1)), state)
 
@@ -174,12 +182,12 @@ class Walk:
             i = jnp.minimum(i, num_ranges - 1)
             return i if ascending else num_ranges - 1 - i
 
-        looked_up = ascending or self.ranges.start.shape[-1] == 1 and self.ranges.first is None
-        if looked_up and self.ranges.num_lists <= self.num_heads:
+        has_one = self.ranges.first is None and num_ranges == 1
+        if (has_one or ascending) and self.ranges.num_lists <= self.num_heads:
             first = item.first_range
         else:
-            first = self.range_of(item.batch, which, item.row, number(0))
-        if self.ranges.first is None and num_ranges == 1:
+            first = self.range_of(item.batch, which, item.row, jnp.int32(0) if has_one else number(0))
+        if has_one:
             return one_range(first, True, state)
 
         def goes_on(i, current: Range):
@@ -193,6 +201,13 @@ class Walk:
             return i + 1, ahead, one_range(current, is_last, state)
 
         return lax.while_loop(lambda loop: goes_on(*loop[:2]), one_more, (jnp.int32(0), first, state))[2]
+
+
+def either_way(condition: ArrayLike, x: ArrayLike, y: ArrayLike) -> ArrayLike:
+    """x if the condition holds, which may be traced, else y."""
+    if isinstance(condition, bool):
+        return x if condition else y
+    return jnp.where(condition, x, y)
 
 
 def row_of_batch(ref, batch) -> ArrayLike:

@@ -463,16 +463,20 @@ def test_a_schedule_from_outside_serves_every_head_dim():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["causal", "documents", "table", "few keys", "chosen"])
+@pytest.mark.parametrize(
+    "kind", ["causal", "documents", "documents of single heads", "long document", "table", "few keys", "chosen"]
+)
 def test_gradients_are_the_same_each_time(kind):
     """Bit by bit, with all multiprocessors at work, which come to the tiles of dq in another order each time."""
-    length = 4096
-    documents = ((1000, 1, 700, 2000, 395),)
-    tokens = jax.tree.map(jnp.asarray, packed_tokens(documents, length)) if kind == "documents" else None
+    length = 65536 if kind == "long document" else 4096
+    documents = ((65536,),) if kind == "long document" else ((1000, 1, 700, 2000, 395),)
+    tokens = jax.tree.map(jnp.asarray, packed_tokens(documents, length)) if "document" in kind else None
     blocks = np.random.default_rng(0).random((32, 32)) < 0.3
     masks = {
         "causal": Causal(),
         "documents": Causal() & SameDocument(),
+        "documents of single heads": Causal() & SameDocument(),
+        "long document": Causal() & SameDocument(),
         "table": Table(blocks, block_q=128, block_kv=128),
         "few keys": Causal(),
         "chosen": Causal(),
@@ -485,7 +489,10 @@ def test_gradients_are_the_same_each_time(kind):
             block_sizes=BlockSizes(block_q=128, block_kv=128),
         )  # fmt: skip
         schedule = jax.jit(functools.partial(BlockSelection.schedule, mask=Causal()))(selection)
-    kv_len, num_kv_heads = 1024 if kind == "few keys" else length, 8 if kind == "chosen" else 4
+    kv_len, num_kv_heads = (
+        1024 if kind == "few keys" else length,
+        4 if kind in ("causal", "documents", "table", "few keys") else 8,
+    )
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, dout = (
         jax.random.normal(key, (1, of, n, 128), jnp.bfloat16)
