@@ -139,6 +139,7 @@ def test_on_a_card_sums_are_those_of_float32(head_dim):
 
     def gradients(deterministic: bool):
         options = {"mask": scattered, "deterministic": deterministic, "implementation": "mosaic_gpu"}
+        options["block_sizes"] = BlockSizes(block_q=128, block_kv=128)
         attend = functools.partial(blockwise_attention, **options)
         run = jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout))
         return [x.astype(np.float32) for x in jax.device_get(run(q, k, v, dout))]
