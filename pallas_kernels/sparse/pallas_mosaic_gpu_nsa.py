@@ -23,10 +23,11 @@ def forward(q, k, v, choices, block_start, q_place, *, block_size, scale, interp
     """`selected_attention_forward` on a Hopper GPU; with `interpret` on a CPU, for tests."""
     call = _Call(q, k, v, choices, block_start, q_place, block_size, scale, interpret)
     rows = math.prod(q.shape[:3])
-    results = parts.Results(
-        out=jax.new_ref(jax.lax.empty((rows, v.shape[3]), q.dtype)),
-        lse=jax.new_ref(jax.lax.empty((rows,), jnp.float32)),
-    )
+    # References made of nothing that is differentiated JAX would make beforehand, where a loop over layers within
+    # shard_map is split in what is known and what is not, and could not hand them over.
+    empty = jax.lax.empty((rows, v.shape[3]), q.dtype), jax.lax.empty((rows,), jnp.float32)
+    out, lse, _ = jax.lax.optimization_barrier((*empty, q))
+    results = parts.Results(out=jax.new_ref(out), lse=jax.new_ref(lse))
 
     def of_chunk(lists: QueryLists) -> None:
         out, lse = kernels.attend(call.inputs_of(lists), call.config)
