@@ -23,7 +23,13 @@ from pallas_kernels import (
     dispatch,
     make_schedule,
 )
-from pallas_kernels.blockwise import pallas_mosaic_gpu, pallas_mosaic_gpu_decode, reference, suite
+from pallas_kernels.blockwise import (
+    pallas_mosaic_gpu,
+    pallas_mosaic_gpu_decode,
+    pallas_mosaic_gpu_turns,
+    reference,
+    suite,
+)
 from pallas_kernels.blockwise.cases import KERNEL_CASES
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Causal, SameDocument, Window
@@ -281,6 +287,27 @@ def test_heads_that_are_shared_out_in_the_interpreter(name, monkeypatch):
     for name, gradient in zip(suite.GRADIENTS, gradients, strict=True):
         assert gradient.dtype == (jnp.float32 if accumulates else jnp.bfloat16)
         assert_close(name, gradient - 0.125 if accumulates else gradient, want[name], "bfloat16")
+
+
+@pytest.mark.parametrize("from_last", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_documents_of_single_heads_in_the_interpreter(from_last, monkeypatch):
+    """Whose tokens say at run time in which order blocks of queries are visited."""
+    if from_last:
+        monkeypatch.setattr(pallas_mosaic_gpu_turns, "L2_BYTES", 1)
+    length, rng = 2304, np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(rng.standard_normal((1, length, 2, 64)), jnp.bfloat16) for _ in range(4))
+    tokens = jax.tree.map(jnp.asarray, packed_tokens(((900, 1, 700, 500),), length))
+    options = Options(
+        mask=Causal() & SameDocument(), scale=0.125, logits_soft_cap=None, block_sizes=None, deterministic=True
+    )  # fmt: skip
+    call = {"tokens": tokens, "schedule": None, "options": options}
+    out, lse = reference.forward(q, k, v, carry=None, return_carry=False, **call)
+    backward = {"dlse": jnp.zeros_like(lse), "accumulate": (None,) * 3}
+    want = reference.backward(q, k, v, out, lse, dout, **backward, **call)
+    run = functools.partial(pallas_mosaic_gpu.backward, interpret=interpreter(), **call)
+    gradients = jax.jit(run)(q, k, v, out.astype(q.dtype), lse, dout, **backward)
+    for name, *pair in zip(suite.GRADIENTS, gradients, want, strict=True):
+        assert_close(name, *pair, "bfloat16")
 
 
 def test_heads_are_shared_out_where_blocks_of_keys_are_few():
