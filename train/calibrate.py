@@ -36,7 +36,8 @@ class _Sizes:
     Attributes:
       matmul: Rows and columns of square matrices.
       copied: Bytes of an array that is copied.
-      tokens, heads, head_dim: Of causal attention.
+      tokens, heads: Of causal attention.
+      head_dim, narrow_head_dim: Of its wide and of its narrow heads.
       sent: Bytes of the small and the large message.
       dtype: Of all of it.
     """
@@ -46,14 +47,31 @@ class _Sizes:
     tokens: int
     heads: int
     head_dim: int
+    narrow_head_dim: int
     sent: tuple[int, int]
     dtype: str
 
 
 _ACCELERATOR = _Sizes(
-    matmul=8192, copied=2**30, tokens=16384, heads=16, head_dim=128, sent=(2**16, 2**26), dtype="bfloat16"
+    matmul=8192,
+    copied=2**30,
+    tokens=16384,
+    heads=16,
+    head_dim=128,
+    narrow_head_dim=64,
+    sent=(2**16, 2**26),
+    dtype="bfloat16",
 )
-_CPU = _Sizes(matmul=1024, copied=2**25, tokens=1024, heads=4, head_dim=64, sent=(2**10, 2**22), dtype="float32")
+_CPU = _Sizes(
+    matmul=1024,
+    copied=2**25,
+    tokens=1024,
+    heads=4,
+    head_dim=128,
+    narrow_head_dim=64,
+    sent=(2**10, 2**22),
+    dtype="float32",
+)
 
 
 def calibrate(devices: Sequence[jax.Device], say: Callable[[str], None]) -> DeviceTable:
@@ -69,8 +87,19 @@ def calibrate(devices: Sequence[jax.Device], say: Callable[[str], None]) -> Devi
     with jax.default_device(device):
         matmul, copy = _matmul_flops(sizes), _copy_bytes(sizes)
         say(f"matmul {matmul / 1e12:.4g} TFLOP/s, memory {copy / 1e9:.4g} GB/s")
-        implementation, forward, backward = _attention_flops(sizes)
-        say(f"attention by {implementation}: {forward / 1e12:.4g} TFLOP/s forward, {backward / 1e12:.4g} backward")
+        attention: dict[str, dict[str, float]] = {}
+        for suffix, head_dim in (("", sizes.head_dim), ("_narrow", sizes.narrow_head_dim)):
+            implementation, forward, backward = _attention_flops(sizes, head_dim)
+            say(
+                f"attention by {implementation}, heads of {head_dim}: {forward / 1e12:.4g} TFLOP/s forward, "
+                f"{backward / 1e12:.4g} backward"
+            )
+            of_implementation = attention.setdefault(implementation, {})
+            suffix = (
+                suffix if of_implementation else ""
+            )  # one that serves narrow heads alone has its only speeds of them
+            of_implementation[f"forward{suffix}"] = _rounded(forward / 1e12)
+            of_implementation[f"backward{suffix}"] = _rounded(backward / 1e12)
     name, spec = known or (
         device.platform,
         DeviceSpec(device_kinds=(device.device_kind,), peak_tflops=_rounded(matmul / 1e12)),
@@ -78,9 +107,7 @@ def calibrate(devices: Sequence[jax.Device], say: Callable[[str], None]) -> Devi
     measured = dict(
         matmul_tflops=_rounded(matmul / 1e12),
         memory_gb_per_s=_rounded(copy / 1e9),
-        attention={
-            implementation: AttentionSpeed(forward=_rounded(forward / 1e12), backward=_rounded(backward / 1e12))
-        },
+        attention={implementation: AttentionSpeed(**speeds) for implementation, speeds in attention.items()},
         link=spec.link or "switch",
     )
     hosts = sorted({d.process_index for d in devices})
@@ -137,12 +164,12 @@ def _copy_bytes(sizes: _Sizes) -> float:
     return 2 * sizes.copied / _difference(lambda y: y + jnp.ones((), y.dtype), x)
 
 
-def _attention_flops(sizes: _Sizes) -> tuple[str, float, float]:
+def _attention_flops(sizes: _Sizes, head_dim: int) -> tuple[str, float, float]:
     """The implementation, and FLOP/s forward and backward over the pairs of a causal mask."""
-    shape = (1, sizes.tokens, sizes.heads, sizes.head_dim)
+    shape = (1, sizes.tokens, sizes.heads, head_dim)
     q, k, v = (jax.random.normal(key, shape).astype(sizes.dtype) for key in jax.random.split(jax.random.key(0), 3))
     attend = functools.partial(blockwise_attention, mask=masks.causal(), tokens=Tokens())
-    flops = 4 * sizes.tokens * (sizes.tokens + 1) / 2 * sizes.heads * sizes.head_dim
+    flops = 4 * sizes.tokens * (sizes.tokens + 1) / 2 * sizes.heads * head_dim
 
     def both(q, k, v):
         out, vjp = jax.vjp(attend, q, k, v)

@@ -9,14 +9,26 @@ from typing import Literal
 from train import schema
 
 ASSUMED_MATMUL_SHARE = 0.85  # of the peak, where no matmul was measured
+NARROW_HEAD_DIM = 64
+"""Heads up to this have as many exponentials as wide ones for half of the matmuls."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpeed:
-    """TFLOP/s of an implementation over the tiles that it visits; None where it has no such pass."""
+    """TFLOP/s of an implementation over the tiles that it visits; None where it has no such pass.
+
+    Those of narrow heads, of NARROW_HEAD_DIM or less, are None where they are those of the others.
+    """
 
     forward: float
     backward: float | None = None
+    forward_narrow: float | None = None
+    backward_narrow: float | None = None
+
+    def of(self, phase: Literal["forward", "backward"], head_dim: int) -> float | None:
+        """TFLOP/s of a pass with heads of `head_dim`."""
+        narrow = getattr(self, f"{phase}_narrow") if head_dim <= NARROW_HEAD_DIM else None
+        return getattr(self, phase) if narrow is None else narrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +59,10 @@ class DeviceSpec:
         """FLOP/s that a large bfloat16 matmul reaches."""
         return 1e12 * (self.matmul_tflops or ASSUMED_MATMUL_SHARE * self.peak_tflops)
 
-    def attention_flops(self, implementation: str, phase: Literal["forward", "backward"]) -> float:
+    def attention_flops(self, implementation: str, phase: Literal["forward", "backward"], head_dim: int) -> float:
         """FLOP/s over visited tiles; that of a matmul where the table has no figure."""
-        speed = getattr(self.attention.get(implementation), phase, None)
+        measured = self.attention.get(implementation)
+        speed = None if measured is None else measured.of(phase, head_dim)
         return self.matmul_flops if speed is None else 1e12 * speed
 
     @property

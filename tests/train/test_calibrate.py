@@ -12,7 +12,7 @@ from train.devices import device_table
 
 @pytest.fixture
 def small(monkeypatch):
-    sizes = dict(matmul=32, copied=2**12, tokens=64, heads=1, head_dim=16, sent=(2**8, 2**16))
+    sizes = dict(matmul=32, copied=2**12, tokens=64, heads=1, head_dim=128, narrow_head_dim=16, sent=(2**8, 2**16))
     monkeypatch.setattr(calibrate, "_CPU", dataclasses.replace(calibrate._CPU, **sizes))
 
 
@@ -21,7 +21,7 @@ def test_the_table_it_writes_is_read(small, tmp_path, capsys):
     assert calibrate.main(["--out", str(path)]) == 0
     name, spec = device_table(str(path)).of_kind(jax.devices()[0].device_kind)
     assert name == "cpu" and spec.has_speeds and list(spec.attention) == ["xla"]
-    speeds = spec.matmul_tflops, spec.memory_gb_per_s, spec.link_gb_per_s, spec.attention["xla"].forward
+    speeds = spec.matmul_tflops, spec.memory_gb_per_s, spec.link_gb_per_s, *dataclasses.astuple(spec.attention["xla"])
     assert all(speed > 0 for speed in speeds)
     assert "links between 8 devices of a host" in capsys.readouterr().out
 

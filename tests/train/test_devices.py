@@ -31,3 +31,14 @@ def test_model_flops_utilization():
         3e15 / 6.0 / (2 * 989e12)
     )
     assert model_flops_utilization(1e15, 6.0, device_kind="cpu", num_devices=2) is None
+
+
+def test_narrow_heads_have_speeds_of_their_own_where_there_are_any():
+    h100 = device_table().devices["h100"]
+    speeds = h100.attention["mosaic_gpu"]
+    for phase in ("forward", "backward"):
+        wide, narrow = getattr(speeds, phase), getattr(speeds, f"{phase}_narrow")
+        assert [h100.attention_flops("mosaic_gpu", phase, dim) for dim in (32, 64, 65, 128)] == [
+            1e12 * speed for speed in (narrow, narrow, wide, wide)
+        ]
+        assert h100.attention_flops("cudnn", phase, 64) == h100.attention_flops("cudnn", phase, 128)

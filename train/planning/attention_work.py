@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from longctx.context_parallel import Balancer
 from longctx.context_parallel.balance import hop_tiles, imbalance
+from longctx.mixers.grouped_query import GroupedQueryConfig
 from longctx.mixers.registry import MixerConfig
 from pallas_kernels import BlockSizes
 from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, XLA_TILES
@@ -49,8 +50,14 @@ class AttentionWork:
 
     def _call(self, mixer: MixerConfig, phase: str, spec: DeviceSpec) -> OpCall:
         flops = self._forward_flops(mixer, phase) * (1.0 if phase == "forward" else BACKWARD_MATMULS)
-        speed = spec.attention_flops(self._implementation(phase), phase)
+        speed = spec.attention_flops(self._implementation(phase), phase, self._head_dim(mixer))
         return OpCall(seconds=flops.max(axis=0) / speed, flops=flops.mean(axis=0))
+
+    def _head_dim(self, mixer: MixerConfig) -> int:
+        """Of its queries; wide where it has none."""
+        dim = self._run.parts.model.dim
+        resolved = mixer.resolved(dim) if isinstance(mixer, GroupedQueryConfig) else mixer
+        return getattr(resolved, "head_dim", None) or dim
 
     def _implementation(self, phase: str) -> str:
         return next((name for op, name in self._implementations.items() if op.endswith(phase)), "xla")

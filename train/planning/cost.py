@@ -163,7 +163,7 @@ def layer_cost(layer: Layer, strategy: str, layout: Layout, inner_degree: int, s
     costs = {}
     for phase in PHASES:
         matmuls = 1.0 if phase == "forward" else BACKWARD_MATMULS
-        calls = matmuls * flops.max(axis=0) / speeds.spec.attention_flops(speeds.implementation, phase)
+        calls = matmuls * flops.max(axis=0) / speeds.spec.attention_flops(speeds.implementation, phase, layer.head_dim)
         waiting = 0.0
         for transfer in transfers:
             if transfer.phase == phase:
