@@ -130,16 +130,25 @@ def parts_of(step: TrainStep) -> Iterator[Part]:
     yield matmul("mlp: down", layers, model.mlp_dim, model.dim)
     hidden = struct(rows, length, model.mlp_dim)
     yield elementwise("mlp: silu(gate) * up", layers, lambda gate, up: jax.nn.silu(gate) * up, hidden, hidden)
-    yield elementwise("norms", 2 * layers + microbatches, _norm, x, struct(model.dim, dtype=jnp.float32))
-    yield elementwise("residual sums", 2 * layers, jnp.add, x, x)
+    gain = struct(model.dim, dtype=jnp.float32)
+    yield elementwise("norm of a layer's input, final norm", layers + microbatches, _norm_of_sum, gain, x)
+    yield elementwise("residual sum and its norm", layers, _norm_of_sum, gain, x, x)
+    yield elementwise("residual sums", layers, jnp.add, x, x)
 
     yield from _loss(step, x, microbatches)
     yield from _rest(step, x, microbatches)
 
 
 def _norm(x, gain):
-    norm = nnx.merge(nnx.split(nnx.eval_shape(lambda: RMSNorm(x.shape[-1])))[0], {"scale": gain})
-    return norm(x)
+    return _norm_with(gain)(x)
+
+
+def _norm_of_sum(gain, *summands):
+    return _norm_with(gain).of_sum(*summands)
+
+
+def _norm_with(gain) -> RMSNorm:
+    return nnx.merge(nnx.split(nnx.eval_shape(lambda: RMSNorm(gain.shape[0])))[0], {"scale": gain})
 
 
 def _rotated(q, k, *, positions, rotary):

@@ -72,9 +72,8 @@ class Block(nnx.Module):
         """One layer; the arguments are the mixer's, rngs only where it is stochastic and depth where it uses it."""
         some, x_BTD = _given(rngs=rngs, depth=depth), named(x_BTD, RESIDUAL)
         with jax.named_scope("mixer"):
-            mixed = self.mixer(
-                self.mixer_norm(x_BTD), positions=positions, segment_ids=segment_ids, schedule=schedule, **some
-            )
+            x_BTD, normed = self.mixer_norm.of_sum(x_BTD)
+            mixed = self.mixer(normed, positions=positions, segment_ids=segment_ids, schedule=schedule, **some)
         return self._feed_forward(x_BTD, mixed)
 
     def init_cache(self, batch_size: int, max_length: int) -> Any:
@@ -104,19 +103,21 @@ class Block(nnx.Module):
         return self._feed_forward(x_BTD, mixed), cache
 
     def _feed_forward(self, x_BTD: jax.Array, mixed: jax.Array) -> jax.Array:
-        x_BTD = constrain(x_BTD + named(mixed, MIXER_OUTPUT), "batch", "sequence", None)
+        mixed = named(mixed, MIXER_OUTPUT)
         with jax.named_scope("mlp"):
             modules = self.mlp_norm, self.mlp
             if self.mlp_tile is None or x_BTD.shape[0] * x_BTD.shape[1] <= self.mlp_tile:
-                x_BTD = _with_mlp(modules, x_BTD)
+                x_BTD = _with_mlp(modules, x_BTD, mixed)
             else:
+                x_BTD = constrain(x_BTD + mixed, "batch", "sequence", None)
                 x_BTD = over_tiles(_with_mlp, modules, x_BTD, tile=self.mlp_tile)
             return constrain(x_BTD, "batch", "sequence", None)
 
 
-def _with_mlp(modules: tuple[RMSNorm, SwiGLU], x_BTD: jax.Array) -> jax.Array:
+def _with_mlp(modules: tuple[RMSNorm, SwiGLU], x_BTD: jax.Array, mixed: jax.Array | None = None) -> jax.Array:
     norm, mlp = modules
-    return x_BTD + mlp(norm(x_BTD))
+    x_BTD, normed = norm.of_sum(x_BTD, mixed)
+    return x_BTD + mlp(normed)
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

@@ -51,7 +51,9 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         check_sequence("SwiGLU", x_BTD, self.dim)
         gate, up = (named(project(x_BTD), MLP_HIDDEN) for project in (self.gate, self.up))
-        return jax.checkpoint(_gated, prevent_cse=self.prevent_cse)(self.down, gate, up)
+        # Cast before, or what is kept for the backward pass is a copy of the matrix as it is stored, cast once more.
+        down = jax.tree.map(lambda matrix: matrix.astype(gate.dtype), self.down)
+        return jax.checkpoint(_gated, prevent_cse=self.prevent_cse)(down, gate, up)
 
 
 def _gated(down: Projection, gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -356,7 +356,7 @@ class TransformerLM(nnx.Module):
         numbers = range(config.first_of_remainder, config.num_layers)
         x_BTD = along(x_BTD, self.remainder, config.remainder, numbers, **order, prevent_cse=True)
         with jax.named_scope("logits"):
-            return self.final_norm(x_BTD)
+            return self.final_norm.of_sum(x_BTD)[1]
 
     @property
     def output_table(self) -> Float[Array, "V D"]:

@@ -301,6 +301,14 @@ def refuse(reason: str) -> NoReturn:
     raise NotImplementedError(f"mosaic_gpu: {reason}")
 
 
+def store_registers(ref, value) -> None:
+    """ref[...] = value, in device memory, each thread what it has, also where that is not whole sectors of 32 bytes."""
+    if hasattr(plgpu, "store"):  # JAX 0.12 wants to be told, JAX 0.11 has no way to
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def hopper_cores(interpret: Any = None, *, interpreted: int = 1) -> int:
     """Multiprocessors of the Hopper GPU that a program is being traced for, or so many where it is interpreted.
 

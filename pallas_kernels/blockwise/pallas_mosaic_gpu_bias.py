@@ -36,10 +36,9 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     columns,
     indices,
     rows,
-    store_parts_of_sectors,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
-from pallas_kernels.mosaic_gpu import refuse
+from pallas_kernels.mosaic_gpu import refuse, store_registers
 from pallas_kernels.tokens import Leaf
 from pallas_kernels.wgmma import IN_FLIGHT, ROWS, array_type, as_int32, fragmented
 
@@ -98,7 +97,7 @@ def store_sums(target, x: jax.Array, *, interpret: bool) -> None:
     if interpret:
         target[...] = x
     else:
-        store_parts_of_sectors(target, x)
+        store_registers(target, x)
 
 
 def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array) -> DistanceBias:

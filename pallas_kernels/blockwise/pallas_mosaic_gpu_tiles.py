@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu import store_registers
 from pallas_kernels.wgmma_store import store_rows
 
 MATRIX, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -32,12 +33,4 @@ def store_tile(ref, value, *, interpret: bool) -> None:
     elif ref.dtype.itemsize == 2:
         store_rows(ref, value)
     else:
-        store_parts_of_sectors(ref, value)
-
-
-def store_parts_of_sectors(ref, value) -> None:
-    """ref[...] = value, in device memory, where a warp's rows are shorter than the 32 bytes that memory moves."""
-    if hasattr(plgpu, "store"):  # JAX 0.12 wants to be told, JAX 0.11 has no way to
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
+        store_registers(ref, value)
