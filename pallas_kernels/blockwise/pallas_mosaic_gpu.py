@@ -227,8 +227,8 @@ class _Backward:
         """Of the queries' shape, of the call's own: XLA would make those of all layers once and copy them, which takes
         twice the time.
 
-        They look as if they were made of dout, which XLA reads for delta: one kernel then does both, in 130 us at 32,768
-        tokens with 16 heads of 128 where two take 147.
+        They look as if they were made of dout, which XLA reads for delta: one kernel then does both, in 130 us at
+        32,768 tokens with 16 heads of 128 where two take 147.
         """
         never = self.operands["lse"][0, 0, 0] > jnp.inf
         if self.out is None or self.dout.shape[3] != head_dim:
