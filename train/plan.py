@@ -93,6 +93,9 @@ def make_plan(config: TrainConfig, target: Target, *, by_formula: bool, console:
 
     Raises: ConfigError where mesh, rows or tokens do not fit the devices.
     """
+    if by_formula and target.platform == "gpu":
+        # JAX's descriptions of GPUs that are not there forget what lies in the host's memory; a mesh of sizes does not.
+        target = dataclasses.replace(target, devices=None)
     run = plan_run(config, target)
     if by_formula or target.missing:
         return estimate(run, "asked for with --formula" if by_formula else target.missing)

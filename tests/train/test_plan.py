@@ -4,8 +4,11 @@ import importlib.util
 import json
 
 import pytest
+from rich.console import Console
 
 from train import plan
+from train.config import load_config
+from train.devices import device_table
 from train.planning import target
 
 RING = "configs/cpu_ring8.yaml"
@@ -150,3 +153,14 @@ def test_the_table_lacks_the_device(capsys, tmp_path):
     table.write_text("devices:\n  v5e: {device_kinds: [x], peak_tflops: 1}\n")
     assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--device-table", str(table)]) == 2
     assert "--device-table: has no entry h100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_formula_counts_the_optimizers_state_on_the_host(offload):
+    """With JAX's CUDA plugin too, whose devices that are not there have no memory of the host."""
+    overrides = [f"optimizer.offload={str(offload).lower()}", "model.remat=none"]
+    found = plan.make_plan(
+        load_config(GPUS, overrides), target.named_target("h100:8", device_table()), by_formula=True, console=Console()
+    )
+    on_host, on_device = found.host_memory.get("optimizer", 0), found.memory["optimizer"]
+    assert on_host > 1e6 > on_device if offload else on_device > 1e6 > on_host

@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from longctx.model_flops import flops_by_part
+from pallas_kernels.dispatch import PREFERENCE
 from train.devices import DeviceSpec
 from train.distributed import HOST_MEMORY_LIMIT
 from train.planning import hlo, memory
@@ -55,15 +57,15 @@ def analyse(run: Run, program: Program) -> Plan:
         has_speeds=has_speeds,
         work=work,
         implementations=program.implementations,
-        notes=program.notes,
+        notes=[*program.notes, *_forgotten(run)],
     )
 
 
 def estimate(run: Run, note: str) -> Plan:
     """The plan of a run by formulas alone; `note` says why."""
-    implementations = {f"blockwise_attention_{phase}": "xla" for phase in ("forward", "backward")}
-    work = AttentionWork(run, implementations)
     spec, has_speeds = _spec(run)
+    likely = _likely_implementation(run, spec)
+    work = AttentionWork(run, {f"blockwise_attention_{phase}": likely for phase in ("forward", "backward")})
     by_class, memory_total = estimate_memory(run)
     return _plan(
         run,
@@ -79,6 +81,26 @@ def estimate(run: Run, note: str) -> Plan:
         work=work,
         implementations={},
     )
+
+
+def _forgotten(run: Run) -> list[str]:
+    """What a compiler of devices that are not there does not know."""
+    if not run.config.optimizer.offload or any(map(is_on_host, jax.tree.leaves(run.parts.abstract.opt_state))):
+        return []
+    return [
+        "optimizer.offload is not in these figures, the optimizer's state is counted on the device: JAX's description "
+        f"of {run.target.name} has no memory of the host for what a step is given; --formula counts it there"
+    ]
+
+
+def _likely_implementation(run: Run, spec: DeviceSpec) -> str:
+    """The first that dispatch tries of those whose speed the table has; whether it serves the calls was not asked.
+
+    Kernels of GPUs take 16 bits.
+    """
+    is_low = jnp.dtype(run.parts.model.dtype).itemsize == 2
+    tried = PREFERENCE.get(run.target.platform, ()) if is_low else ()
+    return next((name for name in tried if name in spec.attention), "xla")
 
 
 def _plan(
