@@ -116,8 +116,8 @@ class Block(nnx.Module):
 
 def _with_mlp(modules: tuple[RMSNorm, SwiGLU], x_BTD: jax.Array, mixed: jax.Array | None = None) -> jax.Array:
     norm, mlp = modules
-    x_BTD, normed = norm.of_sum(x_BTD, mixed)
-    return x_BTD + mlp(normed)
+    x_BTD, *normed = norm.of_sum(x_BTD, mixed, uses=2)
+    return x_BTD + mlp(*normed)
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

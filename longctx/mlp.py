@@ -48,9 +48,19 @@ class SwiGLU(nnx.Module):
         self.up = projection(dim, hidden_dim, logical_axes=("embed", "mlp"), **kwargs)
         self.down = projection(hidden_dim, dim, logical_axes=("mlp", "embed"), init_scale=out_init_scale, **kwargs)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], x_for_up_BTD: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """y of x.
+
+        Args:
+          x_for_up_BTD: x once more, for W_up: the gradients by way of the two matrices are then not added up here. None
+            for x itself.
+        """
+        x_for_up_BTD = x_BTD if x_for_up_BTD is None else x_for_up_BTD
         check_sequence("SwiGLU", x_BTD, self.dim)
-        gate, up = (named(project(x_BTD), MLP_HIDDEN) for project in (self.gate, self.up))
+        check_sequence("SwiGLU", x_for_up_BTD, self.dim)
+        gate, up = named(self.gate(x_BTD), MLP_HIDDEN), named(self.up(x_for_up_BTD), MLP_HIDDEN)
         # Cast before, or what is kept for the backward pass is a copy of the matrix as it is stored, cast once more.
         down = jax.tree.map(lambda matrix: matrix.astype(gate.dtype), self.down)
         return jax.checkpoint(_gated, prevent_cse=self.prevent_cse)(down, gate, up)

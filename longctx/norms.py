@@ -37,15 +37,17 @@ class RMSNorm(nnx.Module):
         return rms_norm.normalised(x, self.scale[...], eps=self.eps)
 
     def of_sum(
-        self, x_BTD: Float[Array, "B T D"], delta_BTD: Float[Array, "B T D"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        """x + delta, and that normalised. Go on with both: gradients that meet at the sum are then added on the way.
+        self, x_BTD: Float[Array, "B T D"], delta_BTD: Float[Array, "B T D"] | None = None, *, uses: int = 1
+    ) -> tuple[Float[Array, "B T D"], *tuple[Float[Array, "B T D"], ...]]:
+        """x + delta, and that normalised, once for each use. Go on with all of them: gradients that meet at the sum, or
+        at the norm, are then added on the way.
 
         On Hopper GPUs, in 16 bits, in one pass over the tokens each way (`pallas_kernels/rms_norm.py` says which shapes
         it takes); elsewhere by XLA, to the same values.
 
         Args:
           delta_BTD: None for zero.
+          uses: How often to return the norm.
         """
         check_features("RMSNorm", x_BTD, self.scale.shape[0])
         shards = TokenShards.of(x_BTD.shape[:2])
@@ -54,8 +56,8 @@ class RMSNorm(nnx.Module):
         if _is_left_to_the_partitioner() or not rms_norm.serves(num_tokens, x_BTD.shape[2], x_BTD.dtype):
             if delta_BTD is not None:
                 x_BTD = constrain(x_BTD + delta_BTD, "batch", "sequence", None)
-            return x_BTD, self(x_BTD)
-        return _in_one_pass(shards, self.eps, x_BTD, delta_BTD, self.scale[...])
+            return x_BTD, *[self(x_BTD)] * uses
+        return _in_one_pass(shards, self.eps, uses, x_BTD, delta_BTD, self.scale[...])
 
 
 def _is_left_to_the_partitioner() -> bool:
@@ -67,8 +69,8 @@ def _is_left_to_the_partitioner() -> bool:
 
 
 # Differentiated outside the shard_map: the gradient of the gain is summed over devices once.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_one_pass(shards: TokenShards, eps: float, x_BTD, delta_BTD, scale_D) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_one_pass(shards: TokenShards, eps: float, uses: int, x_BTD, delta_BTD, scale_D) -> tuple[jax.Array, ...]:
     tokens = PartitionSpec(*shards.tokens, None)
 
     def shard(x_BTD, delta_BTD, scale_D):
@@ -79,33 +81,34 @@ def _in_one_pass(shards: TokenShards, eps: float, x_BTD, delta_BTD, scale_D) -> 
     of_delta = None if delta_BTD is None else tokens
     on_mesh = shards.map(shard, (tokens, of_delta, PartitionSpec()), (tokens, tokens), with_tensor=True)
     total_BTD, normed_BTD = on_mesh(x_BTD, delta_BTD, scale_D)
-    return (x_BTD if delta_BTD is None else total_BTD), normed_BTD
+    return (x_BTD if delta_BTD is None else total_BTD), *[normed_BTD] * uses
 
 
-def _in_one_pass_forward(shards: TokenShards, eps: float, x_BTD, delta_BTD, scale_D):
+def _in_one_pass_forward(shards: TokenShards, eps: float, uses: int, x_BTD, delta_BTD, scale_D):
     # A loop over layers keeps both: XLA for GPUs would have the kernel write into the arrays of all layers, and run it
     # once more for the layer that goes on with its results, unless something stands between.
     values = (primal if primal is None else primal.value for primal in (x_BTD, delta_BTD, scale_D))
-    total_BTD, normed_BTD = jax.lax.optimization_barrier(_in_one_pass(shards, eps, *values))
-    return (total_BTD, normed_BTD), (total_BTD, scale_D.value, delta_BTD is not None)
+    total_BTD, normed_BTD = jax.lax.optimization_barrier(_in_one_pass(shards, eps, 1, *values))
+    return (total_BTD, *[normed_BTD] * uses), (total_BTD, scale_D.value, delta_BTD is not None)
 
 
-def _in_one_pass_backward(shards: TokenShards, eps: float, residuals, cotangents):
+def _in_one_pass_backward(shards: TokenShards, eps: float, uses: int, residuals, cotangents):
     total_BTD, scale_D, adds = residuals
-    dtotal_BTD, dnormed_BTD = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
-    if dnormed_BTD is None:
+    dtotal_BTD, *dnormed = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
+    dnormed = [x for x in dnormed if x is not None]
+    if not dnormed:
         return dtotal_BTD, dtotal_BTD if adds else None, None
     tokens = PartitionSpec(*shards.tokens, None)
 
-    def shard(*arrays):
-        total_TD, dnormed_TD, dtotal_TD = (None if x is None else x.reshape(-1, x.shape[-1]) for x in arrays[1:])
-        dx_TD, dscale_D = rms_norm.gradients(total_TD, arrays[0], dnormed_TD, dtotal_TD, eps=eps)
-        return dx_TD.reshape(arrays[1].shape), dscale_D[None]
+    def shard(scale_D, total_BTD, dnormed, dtotal_BTD):
+        arrays = total_BTD, dnormed, dtotal_BTD
+        total_TD, dnormed, dtotal_TD = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), arrays)
+        dx_TD, dscale_D = rms_norm.gradients(total_TD, scale_D, dnormed, dtotal_TD, eps=eps)
+        return dx_TD.reshape(total_BTD.shape), dscale_D[None]
 
-    of_total = None if dtotal_BTD is None else tokens
-    in_specs = PartitionSpec(), tokens, tokens, of_total
+    in_specs = PartitionSpec(), tokens, [tokens] * len(dnormed), None if dtotal_BTD is None else tokens
     on_mesh = shards.map(shard, in_specs, (tokens, PartitionSpec(shards.axes or None)), with_tensor=True)
-    dx_BTD, dscale_PD = on_mesh(scale_D, total_BTD, dnormed_BTD, dtotal_BTD)
+    dx_BTD, dscale_PD = on_mesh(scale_D, total_BTD, dnormed, dtotal_BTD)
     dscale_D = jnp.sum(dscale_PD, axis=0).astype(scale_D.dtype)
     return dx_BTD, dx_BTD if adds else None, dscale_D
 

@@ -16,6 +16,8 @@ Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,7 +105,7 @@ def add_and_normalise(
 def gradients(
     x_TD: Float[Array, "T D"],
     scale_D: Float[Array, " D"],
-    dnormed_TD: Float[Array, "T D"],
+    dnormed: Sequence[Float[Array, "T D"]],
     dx_TD: Float[Array, "T D"] | None,
     *,
     eps: float,
@@ -113,7 +115,7 @@ def gradients(
 
     Args:
       x_TD: What was normalised: the first result of `add_and_normalise`.
-      dnormed_TD: Cotangent of the second, of x's dtype.
+      dnormed: What the cotangent of the second is the sum of, of x's dtype: one of each use.
       dx_TD: Cotangent of the first, of x's dtype; None for zero.
 
     Raises: NotImplementedError where there is no Hopper GPU, or the kernel does not take such arrays.
@@ -121,15 +123,17 @@ def gradients(
     tokens, adds = _Tokens.of(x_TD.shape, x_TD.dtype, "backward", interpret), dx_TD is not None
 
     def body(block, scale_ref, *refs):
-        x_ref, dnormed_ref, *dx_ref, out_ref, dscale_ref = refs
+        x_ref, *refs, out_ref, dscale_ref = refs
+        dnormed_refs, dx_ref = refs[: len(dnormed)], refs[len(dnormed) :]
         gain = tokens.gain(scale_ref)
 
         def one_group(at, dscale):
-            x, dnormed = tokens.load(x_ref, at), tokens.load(dnormed_ref, at)
+            x = tokens.load(x_ref, at)
+            of_norm = functools.reduce(operator.add, (tokens.load(ref, at) for ref in dnormed_refs))
             inverse_rms = lax.rsqrt(tokens.mean(x * x) + eps)
             unit = x * inverse_rms
-            dscale = dscale + dnormed * unit
-            dunit = dnormed * gain
+            dscale = dscale + of_norm * unit
+            dunit = of_norm * gain
             dx = (dunit - unit * tokens.mean(dunit * unit)) * inverse_rms
             if adds:
                 # Rounded first, as where the two are summed outside.
@@ -141,7 +145,7 @@ def gradients(
         dscale = tokens.for_each_group(block, one_group, nothing)
         store_registers(dscale_ref.at[pl.ds(block * tokens.group, tokens.group)], dscale)
 
-    arrays = (scale_D.astype(jnp.float32), x_TD, dnormed_TD, *((dx_TD,) if adds else ()))
+    arrays = (scale_D.astype(jnp.float32), x_TD, *dnormed, *((dx_TD,) if adds else ()))
     out_types = [
         jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype),
         jax.ShapeDtypeStruct((tokens.num_blocks * tokens.group, tokens.dim), jnp.float32),

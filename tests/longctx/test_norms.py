@@ -3,6 +3,7 @@
 The kernels are interpreted elsewhere (tests/pallas_kernels/test_rms_norm.py); here functions of XLA stand in for them.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -27,9 +28,9 @@ def kernels(monkeypatch):
         return x, rms_norm.normalised(x, scale, eps=eps)
 
     def gradients(x, scale, dnormed, dx, *, eps):
-        called.append(("backward", x.shape, dx is not None))
+        called.append(("backward", x.shape, dx is not None, len(dnormed)))
         _, vjp = jax.vjp(functools.partial(rms_norm.normalised, eps=eps), x, scale)
-        by_norm, dscale = vjp(dnormed)
+        by_norm, dscale = vjp(sum(dnormed))
         return by_norm if dx is None else by_norm + dx, dscale
 
     for name, function in (("add_and_normalise", add_and_normalise), ("gradients", gradients)):
@@ -76,7 +77,7 @@ def test_in_one_pass_is_the_formula(kernels, mesh, adds):
     else:
         with jax.set_mesh(make_mesh(config)):
             got = jax.jit(functools.partial(values, RMSNorm.of_sum))(norm, *inputs)
-    assert set(kernels) == {("forward", shape, adds), ("backward", shape, True)}
+    assert set(kernels) == {("forward", shape, adds), ("backward", shape, True, 1)}
     assert got.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_allclose(got[name], wanted[name], rtol=2e-5, atol=2e-5, err_msg=name)
@@ -86,7 +87,7 @@ def test_a_total_that_nobody_uses_has_no_cotangent(kernels):
     norm, x = arrays(adds=False)
     got = values(lambda norm, x: (norm.of_sum(x)[1],), norm, x)
     wanted = values(lambda norm, x: (norm(x),), norm, x)
-    assert kernels == [("forward", (B * T, D), False), ("backward", (B * T, D), False)]
+    assert kernels == [("forward", (B * T, D), False), ("backward", (B * T, D), False, 1)]
     for name in wanted:
         np.testing.assert_allclose(got[name], wanted[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
@@ -97,6 +98,27 @@ def test_a_norm_that_nobody_uses_has_no_gradient(kernels):
     assert [name for name, *_ in kernels] == ["forward"]
     np.testing.assert_array_equal(got["dx"], got["ddelta"])
     assert not np.any(got["dscale"])
+
+
+@pytest.mark.parametrize("mesh", [None, *MESHES])
+def test_gradients_of_several_uses_come_apart(kernels, mesh):
+    norm, *inputs = arrays(adds=True)
+
+    def of_uses(norm, x, delta):
+        total, for_sine, for_cosine, unused = norm.of_sum(x, delta, uses=3)
+        return total, jax.numpy.sin(for_sine) + jax.numpy.cos(2 * for_cosine)
+
+    def wanted_of(norm, x, delta):
+        return x + delta, jax.numpy.sin(norm(x + delta)) + jax.numpy.cos(2 * norm(x + delta))
+
+    wanted = values(wanted_of, norm, *inputs)
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(make_mesh(MESHES[mesh][0])))
+        got = jax.jit(functools.partial(values, of_uses))(norm, *inputs)
+    assert kernels[-1][0] == "backward" and kernels[-1][-1] == 2
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 def test_a_mesh_of_the_caller_is_left_to_the_partitioner(kernels):

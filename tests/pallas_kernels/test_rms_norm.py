@@ -40,9 +40,11 @@ def expected(x, delta, gain, dnormed, dtotal):
     }
 
 
-def check(x, delta, gain, dnormed, dtotal, **options):
+def check(x, delta, gain, dnormed, dtotal, *, uses=1, **options):
     total, normed = rms_norm.add_and_normalise(x, delta, gain, eps=EPS, **options)
-    dx, dgain = rms_norm.gradients(total, gain, dnormed, dtotal, eps=EPS, **options)
+    parts = [dnormed * (i + 1) for i in range(uses)]
+    dx, dgain = rms_norm.gradients(total, gain, parts, dtotal, eps=EPS, **options)
+    dnormed = sum(part.astype(jnp.float32) for part in parts)
     assert (total.dtype, normed.dtype, dx.dtype, dgain.dtype) == (x.dtype, x.dtype, x.dtype, jnp.float32)
     got = {"total": total, "normed": normed, "dx": dx, "dgain": dgain}
     for name, (wanted, scale) in expected(x, delta, gain, dnormed, dtotal).items():
@@ -65,7 +67,7 @@ def check(x, delta, gain, dnormed, dtotal, **options):
 )
 def test_kernels(num_tokens, dim, dtype):
     x, delta, gain, dnormed, dtotal = inputs(num_tokens, dim, dtype)
-    check(x, delta, gain, dnormed, dtotal, interpret=interpreter())
+    check(x, delta, gain, dnormed, dtotal, uses=2, interpret=interpreter())
     check(x, None, gain, dnormed, None, interpret=interpreter())
 
 
@@ -75,7 +77,7 @@ def test_the_formula_is_that_of_the_kernels():
     _, by_kernel = rms_norm.add_and_normalise(x, None, gain, eps=EPS, interpret=interpreter())
     np.testing.assert_array_equal(normed, by_kernel)
     for of_formula, of_kernel in zip(
-        vjp(dnormed), rms_norm.gradients(x, gain, dnormed, None, eps=EPS, interpret=interpreter()), strict=True
+        vjp(dnormed), rms_norm.gradients(x, gain, [dnormed], None, eps=EPS, interpret=interpreter()), strict=True
     ):
         np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (of_formula, of_kernel)), rtol=1e-2, atol=1e-4)
 
@@ -84,7 +86,7 @@ def test_both_passes_are_lowered_for_hopper():
     x, gain = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16), jax.ShapeDtypeStruct((2048,), jnp.float32)
     calls = {
         "rms_norm": (functools.partial(rms_norm.add_and_normalise, eps=EPS), (x, x, gain)),
-        "rms_norm_gradients": (functools.partial(rms_norm.gradients, eps=EPS), (x, gain, x, x)),
+        "rms_norm_gradients": (functools.partial(rms_norm.gradients, eps=EPS), (x, gain, [x, x], x)),
     }
     for name, (function, arguments) in calls.items():
         with tracing_for(H100), dispatch.record() as taken:
@@ -110,15 +112,15 @@ def test_refusals(num_tokens, dim, dtype, refusal):
             rms_norm.add_and_normalise(x, None, gain, eps=EPS)
     assert not rms_norm.serves(4096, 2048, jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="it needs an NVIDIA Hopper GPU"):
-        rms_norm.gradients(x, gain, x, None, eps=EPS)
+        rms_norm.gradients(x, gain, [x], None, eps=EPS)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_tokens", "dim"), [(4096, 2048), (1024, 8192), (2048, 4096), (1544, 256), (1100, 1536)])
 def test_on_a_card(num_tokens, dim):
     x, delta, gain, dnormed, dtotal = inputs(num_tokens, dim)
-    check(x, delta, gain, dnormed, dtotal)
+    check(x, delta, gain, dnormed, dtotal, uses=2)
     check(x, None, gain, dnormed, None)
-    same = functools.partial(rms_norm.gradients, x, gain, dnormed, dtotal, eps=EPS)
+    same = functools.partial(rms_norm.gradients, x, gain, [dnormed], dtotal, eps=EPS)
     for first, second in zip(same(), same(), strict=True):
         np.testing.assert_array_equal(first, second)
