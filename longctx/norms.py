@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +69,18 @@ def _is_left_to_the_partitioner() -> bool:
     return own_mesh_in_scope() is None and not kinds <= {AxisType.Manual}
 
 
+def _by_token(arrays: Any) -> Any:
+    """Arrays `[B, T, D]` as `[B T, D]`."""
+    return jax.tree.map(lambda x_BTD: x_BTD.reshape(-1, x_BTD.shape[-1]), arrays)
+
+
 # Differentiated outside the shard_map: the gradient of the gain is summed over devices once.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _in_one_pass(shards: TokenShards, eps: float, uses: int, x_BTD, delta_BTD, scale_D) -> tuple[jax.Array, ...]:
     tokens = PartitionSpec(*shards.tokens, None)
 
     def shard(x_BTD, delta_BTD, scale_D):
-        x_TD, delta_TD = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (x_BTD, delta_BTD))
+        x_TD, delta_TD = _by_token((x_BTD, delta_BTD))
         total_TD, normed_TD = rms_norm.add_and_normalise(x_TD, delta_TD, scale_D, eps=eps)
         return total_TD.reshape(x_BTD.shape), normed_TD.reshape(x_BTD.shape)
 
@@ -85,8 +91,7 @@ def _in_one_pass(shards: TokenShards, eps: float, uses: int, x_BTD, delta_BTD, s
 
 
 def _in_one_pass_forward(shards: TokenShards, eps: float, uses: int, x_BTD, delta_BTD, scale_D):
-    # A loop over layers keeps both: XLA for GPUs would have the kernel write into the arrays of all layers, and run it
-    # once more for the layer that goes on with its results, unless something stands between.
+    # A loop over layers keeps both: the barrier is there for what pallas_kernels/saved.py says of attention.
     values = (primal if primal is None else primal.value for primal in (x_BTD, delta_BTD, scale_D))
     total_BTD, normed_BTD = jax.lax.optimization_barrier(_in_one_pass(shards, eps, 1, *values))
     return (total_BTD, *[normed_BTD] * uses), (total_BTD, scale_D.value, delta_BTD is not None)
@@ -101,8 +106,7 @@ def _in_one_pass_backward(shards: TokenShards, eps: float, uses: int, residuals,
     tokens = PartitionSpec(*shards.tokens, None)
 
     def shard(scale_D, total_BTD, dnormed, dtotal_BTD):
-        arrays = total_BTD, dnormed, dtotal_BTD
-        total_TD, dnormed, dtotal_TD = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), arrays)
+        total_TD, dnormed, dtotal_TD = _by_token((total_BTD, dnormed, dtotal_BTD))
         dx_TD, dscale_D = rms_norm.gradients(total_TD, scale_D, dnormed, dtotal_TD, eps=eps)
         return dx_TD.reshape(total_BTD.shape), dscale_D[None]
 

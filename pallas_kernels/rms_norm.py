@@ -220,8 +220,7 @@ class _Tokens:
         number = lax.div(self.num_groups - block + self.num_blocks - 1, self.num_blocks)
 
         def one_group(i, state):
-            at = pl.ds((block + i * self.num_blocks) * self.group, self.group)
-            return body(at, state)
+            return body(pl.ds((block + i * self.num_blocks) * self.group, self.group), state)
 
         return lax.fori_loop(0, number, one_group, state)
 

@@ -21,7 +21,7 @@ import numpy as np
 from longctx import masks
 from pallas_kernels import Tokens, blockwise_attention, dispatch
 from train.command import run_command
-from train.devices import AttentionSpeed, DeviceSpec, DeviceTable, device_table
+from train.devices import NARROW_HEAD_DIM, AttentionSpeed, DeviceSpec, DeviceTable, device_table
 from train.distributed import DistributedConfig, initialize
 from train.planning.cost import BACKWARD_MATMULS
 from train.schema import to_yaml
@@ -36,8 +36,7 @@ class _Sizes:
     Attributes:
       matmul: Rows and columns of square matrices.
       copied: Bytes of an array that is copied.
-      tokens, heads: Of causal attention.
-      head_dim, narrow_head_dim: Of its wide and of its narrow heads.
+      tokens, heads, head_dim: Of causal attention, whose heads are wide; narrow ones are measured too.
       sent: Bytes of the small and the large message.
       dtype: Of all of it.
     """
@@ -47,31 +46,14 @@ class _Sizes:
     tokens: int
     heads: int
     head_dim: int
-    narrow_head_dim: int
     sent: tuple[int, int]
     dtype: str
 
 
 _ACCELERATOR = _Sizes(
-    matmul=8192,
-    copied=2**30,
-    tokens=16384,
-    heads=16,
-    head_dim=128,
-    narrow_head_dim=64,
-    sent=(2**16, 2**26),
-    dtype="bfloat16",
+    matmul=8192, copied=2**30, tokens=16384, heads=16, head_dim=128, sent=(2**16, 2**26), dtype="bfloat16"
 )
-_CPU = _Sizes(
-    matmul=1024,
-    copied=2**25,
-    tokens=1024,
-    heads=4,
-    head_dim=128,
-    narrow_head_dim=64,
-    sent=(2**10, 2**22),
-    dtype="float32",
-)
+_CPU = _Sizes(matmul=1024, copied=2**25, tokens=1024, heads=4, head_dim=128, sent=(2**10, 2**22), dtype="float32")
 
 
 def calibrate(devices: Sequence[jax.Device], say: Callable[[str], None]) -> DeviceTable:
@@ -88,18 +70,16 @@ def calibrate(devices: Sequence[jax.Device], say: Callable[[str], None]) -> Devi
         matmul, copy = _matmul_flops(sizes), _copy_bytes(sizes)
         say(f"matmul {matmul / 1e12:.4g} TFLOP/s, memory {copy / 1e9:.4g} GB/s")
         attention: dict[str, dict[str, float]] = {}
-        for suffix, head_dim in (("", sizes.head_dim), ("_narrow", sizes.narrow_head_dim)):
+        for head_dim in (sizes.head_dim, NARROW_HEAD_DIM):
             implementation, forward, backward = _attention_flops(sizes, head_dim)
             say(
                 f"attention by {implementation}, heads of {head_dim}: {forward / 1e12:.4g} TFLOP/s forward, "
                 f"{backward / 1e12:.4g} backward"
             )
-            of_implementation = attention.setdefault(implementation, {})
-            suffix = (
-                suffix if of_implementation else ""
-            )  # one that serves narrow heads alone has its only speeds of them
-            of_implementation[f"forward{suffix}"] = _rounded(forward / 1e12)
-            of_implementation[f"backward{suffix}"] = _rounded(backward / 1e12)
+            # One that serves narrow heads alone has its only speeds of them.
+            suffix = "_narrow" if implementation in attention else ""
+            speeds = attention.setdefault(implementation, {})
+            speeds |= {f"forward{suffix}": _rounded(forward / 1e12), f"backward{suffix}": _rounded(backward / 1e12)}
     name, spec = known or (
         device.platform,
         DeviceSpec(device_kinds=(device.device_kind,), peak_tflops=_rounded(matmul / 1e12)),

@@ -66,6 +66,11 @@ class DeviceSpec:
         return self.matmul_flops if speed is None else 1e12 * speed
 
     @property
+    def fastest_attention(self) -> str:
+        """The implementation that is likely to run where nobody can be asked which serves the calls."""
+        return max(self.attention, key=lambda name: self.attention[name].forward, default="xla")
+
+    @property
     def has_speeds(self) -> bool:
         """Whether times can be predicted."""
         return None not in (self.memory_gb_per_s, self.link, self.link_gb_per_s)

@@ -12,7 +12,7 @@ from train.devices import device_table
 
 @pytest.fixture
 def small(monkeypatch):
-    sizes = dict(matmul=32, copied=2**12, tokens=64, heads=1, head_dim=128, narrow_head_dim=16, sent=(2**8, 2**16))
+    sizes = dict(matmul=32, copied=2**12, tokens=64, heads=1, head_dim=128, sent=(2**8, 2**16))
     monkeypatch.setattr(calibrate, "_CPU", dataclasses.replace(calibrate._CPU, **sizes))
 
 

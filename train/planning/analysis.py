@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx.model_flops import flops_by_part
-from pallas_kernels.dispatch import PREFERENCE
 from train.devices import DeviceSpec
 from train.distributed import HOST_MEMORY_LIMIT
 from train.planning import hlo, memory
@@ -64,7 +63,8 @@ def analyse(run: Run, program: Program) -> Plan:
 def estimate(run: Run, note: str) -> Plan:
     """The plan of a run by formulas alone; `note` says why."""
     spec, has_speeds = _spec(run)
-    likely = _likely_implementation(run, spec)
+    # Kernels of GPUs take 16 bits.
+    likely = spec.fastest_attention if jnp.dtype(run.parts.model.dtype).itemsize == 2 else "xla"
     work = AttentionWork(run, {f"blockwise_attention_{phase}": likely for phase in ("forward", "backward")})
     by_class, memory_total = estimate_memory(run)
     return _plan(
@@ -91,16 +91,6 @@ def _forgotten(run: Run) -> list[str]:
         "optimizer.offload is not in these figures, the optimizer's state is counted on the device: JAX's description "
         f"of {run.target.name} has no memory of the host for what a step is given; --formula counts it there"
     ]
-
-
-def _likely_implementation(run: Run, spec: DeviceSpec) -> str:
-    """The first that dispatch tries of those whose speed the table has; whether it serves the calls was not asked.
-
-    Kernels of GPUs take 16 bits.
-    """
-    is_low = jnp.dtype(run.parts.model.dtype).itemsize == 2
-    tried = PREFERENCE.get(run.target.platform, ()) if is_low else ()
-    return next((name for name in tried if name in spec.attention), "xla")
 
 
 def _plan(

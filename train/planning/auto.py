@@ -388,8 +388,7 @@ class _Open:
             return named
         layer = kind.layers[0][0]
         if self.target.devices is None:  # nobody can be asked: the fastest that is known
-            speeds = self.target.spec.attention
-            return max(speeds, key=lambda name: speeds[name].forward, default="xla")
+            return self.target.spec.fastest_attention
 
         def shape(heads):
             return jax.ShapeDtypeStruct((1, layer.seq_len // layer.degree, heads, layer.head_dim), layer.dtype)

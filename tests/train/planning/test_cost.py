@@ -134,7 +134,7 @@ def test_a_hop_waits_for_what_its_compute_does_not_hide():
     layer = Layer(mask=masks.full(), seq_len=256, degree=4, num_heads=4, num_kv_heads=4, head_dim=64)
     cost = layer_cost(layer, "ring", Layout(), 4, gpus(4))["forward"]
     spec = device_table().devices["h100"]
-    of_a_hop = 4 * 64 * 64 * 4 * 64 / (1e12 * spec.attention["mosaic_gpu"].forward_narrow)
+    of_a_hop = 4 * 64 * 64 * 4 * 64 / 510e12
     link = 1e-6 * spec.latency_us + 64 * 4 * 128 * 2 / (1e9 * spec.link_gb_per_s)
     assert cost.compute == pytest.approx(4 * of_a_hop)
     assert cost.waiting == pytest.approx(3 * (link - of_a_hop))
