@@ -30,7 +30,12 @@ class Timing:
 
 
 def time_calls(
-    call: Callable[[], Any], *, repetitions: int = 20, max_calls: int = MAX_CALLS, max_seconds: float | None = None
+    call: Callable[[], Any],
+    *,
+    repetitions: int = 20,
+    max_calls: int = MAX_CALLS,
+    max_seconds: float | None = None,
+    warm_seconds: float = 0.0,
 ) -> Timing:
     """Times a call that returns arrays before they are computed.
 
@@ -39,12 +44,17 @@ def time_calls(
     Args:
       max_calls: Calls that may be queued at once.
       max_seconds: Measures no more often than takes about so long, but MIN_REPETITIONS times if asked to.
+      warm_seconds: Calls it for so long before it measures. A GPU that was idle runs for a moment above the clock
+        that its limit of power lets it keep.
     """
     jax.block_until_ready(call())
     calls, seconds = 1, _seconds(call, 1)
     while seconds < MIN_SECONDS and calls < max_calls:
         calls = min(max_calls, max(2 * calls, math.ceil(1.2 * calls * MIN_SECONDS / seconds)))
         seconds = _seconds(call, calls)
+    start = time.perf_counter()
+    while time.perf_counter() - start < warm_seconds:
+        _seconds(call, calls)
     if max_seconds is not None:
         repetitions = min(repetitions, max(MIN_REPETITIONS, int(max_seconds / seconds)))
     measured = [_seconds(call, calls) / calls for _ in range(repetitions)]

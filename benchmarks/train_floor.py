@@ -1,7 +1,8 @@
 """python -m benchmarks.train_floor CONFIG [a.b=c ...]: a training step's time line by line against its parts alone.
 
 Each part of the step is timed by itself on the card, forward and backward, at the shapes that the step has, and
-multiplied by how often the step has it; then the whole step. The page that comes out is a Markdown table:
+multiplied by how often the step has it; then the whole step. A card that was idle is faster for a moment than its limit
+of power allows in a step, so each part runs a second before it is timed. The page that comes out is a Markdown table:
 
   matmuls      each projection of a layer, x W and its two gradients, and the loss's three
   attention    the op of each mixer on the documents at hand
@@ -270,11 +271,12 @@ def _rest(step: TrainStep, x: jax.ShapeDtypeStruct, microbatches: int) -> Iterat
     )
 
 
-def time_part(part: Part, compiled: jax.stages.Compiled, *, repetitions: int) -> Timing:
+def time_part(part: Part, compiled: jax.stages.Compiled, *, repetitions: int, warm_seconds: float) -> Timing:
     """Times it on random numbers."""
+    timed = functools.partial(time_calls, repetitions=repetitions, warm_seconds=warm_seconds)
     arguments = jax.tree.map(_drawn, part.arguments, is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     if not part.state:
-        return time_calls(functools.partial(compiled, *arguments), repetitions=repetitions)
+        return timed(functools.partial(compiled, *arguments))
     state, others = arguments[: part.state], arguments[part.state :]
 
     def call():
@@ -282,7 +284,7 @@ def time_part(part: Part, compiled: jax.stages.Compiled, *, repetitions: int) ->
         state = compiled(*state, *others)[: part.state]
         return state
 
-    return time_calls(call, repetitions=repetitions)
+    return timed(call)
 
 
 def _drawn(leaf):
@@ -345,9 +347,13 @@ def measure_floor(
     overrides: Sequence[str] = (),
     *,
     repetitions: int = 10,
+    warm_seconds: float = 1.0,
     progress: Callable[[str], None] = print,
 ) -> str:
     """The page of a config's step: its parts and the step itself, timed.
+
+    Args:
+      warm_seconds: How long each part runs before it is timed.
 
     Raises: ValueError where the config is wrong, has more than one device, or a mixer whose parts are not known.
     """
@@ -367,7 +373,7 @@ def measure_floor(
         for number, part in enumerate(parts):
             if isinstance(compiled[number], Exception):
                 raise compiled[number]
-            timing = time_part(part, compiled[number], repetitions=repetitions)
+            timing = time_part(part, compiled[number], repetitions=repetitions, warm_seconds=warm_seconds)
             lines.append(Line(part=part, seconds=timing.median))
             progress(f"{part.name}: {1e3 * timing.median:.3f} ms, {part.count} times")
     row, ceiling = measure_prepared(step, repetitions=repetitions, progress=progress)
@@ -382,13 +388,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="of the run, on one device")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="config keys that differ from the file")
     parser.add_argument("--repetitions", type=int, default=10, help="measurements of each")
+    parser.add_argument(
+        "--warm", type=float, default=1.0, metavar="SECONDS", help="that each part runs before it is timed"
+    )
     options = parser.parse_intermixed_args(arguments)
     say = functools.partial(print, file=sys.stderr, flush=True)
     try:
-        print(measure_floor(options.config, options.overrides, repetitions=options.repetitions, progress=say))
+        page = measure_floor(
+            options.config,
+            options.overrides,
+            repetitions=options.repetitions,
+            warm_seconds=options.warm,
+            progress=say,
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    print(page)
     return 0
 
 

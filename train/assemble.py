@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from longctx.context_parallel import AttentionSharding
 from longctx.model import ModelConfig, TransformerLM
+from longctx.remat import offloaded
 from longctx.sharding import make_mesh
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import ConfigError, TrainConfig, config_text, load_config
@@ -79,6 +80,7 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
             mesh,
             is_stochastic=model.is_stochastic,
             deterministic=config.deterministic,
+            offloads=config.optimizer.offload or bool(offloaded(model.remat)),
         ),
     )
 

@@ -91,6 +91,7 @@ def make_train_step(
     *,
     is_stochastic: bool = False,
     deterministic: bool = False,
+    offloads: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted step; the state passed to it is donated.
 
@@ -112,6 +113,7 @@ def make_train_step(
         `rngs`, which follows from the state's key, the number of the step and the row. So neither the mesh, nor how
         the batch is cut, nor a resume changes what is drawn.
       deterministic: Whether XLA must compile for the same bits each time, where it would not in any case: on GPUs.
+      offloads: Whether the step moves arrays to the host and back, which shall run beside compute.
     Returns: step(state, batch, stop=None, loss_limit=None, host_seconds=None) -> (state, metrics). Metrics are
       scalars: loss (mean nll in nats a token), bits_per_byte, z_loss (when on), grad_norm (before clipping),
       learning_rate, tokens (total weight), finite, skipped_steps. Where `stop` is given (bool [devices]) also stop:
@@ -211,7 +213,7 @@ def make_train_step(
         return new_state, metrics
 
     on_gpus = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "gpu"
-    options = gpu_compiler_options(deterministic=deterministic) if on_gpus else {}
+    options = gpu_compiler_options(deterministic=deterministic, offloads=offloads) if on_gpus else {}
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
@@ -247,7 +249,7 @@ def _row_keys(state: TrainState, num_rows: int) -> jax.Array:
     return jax.random.split(key, num_rows)
 
 
-def gpu_compiler_options(*, deterministic: bool) -> dict[str, str | bool]:
+def gpu_compiler_options(*, deterministic: bool, offloads: bool = False) -> dict[str, str | bool]:
     """What XLA has to be told on GPUs.
 
     It keeps one collective in flight at a time there. A ring's backward pass has two at every hop, keys with values and
@@ -257,9 +259,16 @@ def gpu_compiler_options(*, deterministic: bool) -> dict[str, str | bool]:
     Args:
       deterministic: Whether to leave out operations whose sums have no fixed order, and the choice of an algorithm by
         timing, which may choose another in the next run.
+      offloads: Whether the program copies to and from the host. XLA would record copies and kernels as CUDA graphs, in
+        which they run one after the other; without graphs each launch costs the host some microseconds, which only
+        small programs notice.
     """
     options: dict[str, str | bool] = {
         "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
         "xla_gpu_enable_pipelined_host_offloading": True,
     }
-    return options | ({"xla_gpu_deterministic_ops": True} if deterministic else {})
+    if deterministic:
+        options["xla_gpu_deterministic_ops"] = True
+    if offloads:
+        options["xla_gpu_enable_command_buffer"] = ""
+    return options

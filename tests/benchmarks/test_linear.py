@@ -408,6 +408,20 @@ def test_a_measurement_takes_about_as_long_as_it_may(monkeypatch):
     assert measure.time_calls(lambda: None, repetitions=20).repetitions == 20
 
 
+def test_a_measurement_starts_when_the_card_is_warm(monkeypatch):
+    clock, started = [0.0], []
+
+    def seconds(call, calls):
+        started.append(clock[0])
+        clock[0] += 0.1
+        return 0.1
+
+    monkeypatch.setattr(measure, "_seconds", seconds)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    measure.time_calls(lambda: None, repetitions=2, warm_seconds=0.95)
+    assert len(started) == 1 + 10 + 2
+
+
 def test_a_copy_is_read_and_written(monkeypatch):
     timing = measure.Timing(median=0.5, low=0.5, high=0.5, repetitions=1, calls=1)
     monkeypatch.setattr(measure, "time_calls", lambda call, repetitions: call().size and timing)

@@ -77,7 +77,7 @@ SMALL = [
 @pytest.mark.slow
 def test_parts_of_a_step():
     """In a process of its own, since the tests have eight devices."""
-    command = [sys.executable, "-m", "benchmarks.train_floor", *SMALL, "--repetitions", "1"]
+    command = [sys.executable, "-m", "benchmarks.train_floor", *SMALL, "--repetitions", "1", "--warm", "0"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
