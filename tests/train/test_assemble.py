@@ -2,15 +2,19 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from longctx.sharding import MeshConfig, make_mesh
+from train import assemble
 from train.assemble import check_agreement
 from train.checkpoint import CheckpointError
 from train.config import ConfigError, load_config
 from train.data import DataError
 
-CONFIG = load_config(Path(__file__).parents[2] / "configs/quickstart.yaml")
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+CONFIG = load_config(QUICKSTART)
 GATHER = "jax.experimental.multihost_utils.process_allgather"
 
 
@@ -60,3 +64,21 @@ def test_processes_that_agree(monkeypatch):
 def test_processes_that_do_not(monkeypatch, there, error, message):
     with pytest.raises(error, match=message):
         check_beside(monkeypatch, **there)
+
+
+@pytest.mark.parametrize(
+    ("override", "offloads"),
+    [
+        ("model.remat={residual: offload}", True),
+        ("model.remat={attention: save}", False),
+        ("optimizer.offload=true", True),
+        ("model.remat=full", False),
+    ],
+)
+def test_the_step_is_told_of_copies_to_the_host(monkeypatch, override, offloads):
+    told = []
+    monkeypatch.setattr(assemble, "make_train_step", lambda *_, **options: told.append(options["offloads"]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        assemble.assemble(load_config(QUICKSTART, [override]), mesh, vocab_size=512)
+    assert told == [offloads]

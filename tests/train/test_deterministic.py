@@ -80,5 +80,8 @@ def test_a_mixer_that_allows_any_order_is_refused(tmp_path, capsys):
 def test_compilers_for_gpus_are_told():
     assert gpu_compiler_options(deterministic=True)["xla_gpu_deterministic_ops"] is True
     assert "xla_gpu_deterministic_ops" not in gpu_compiler_options(deterministic=False)
+    assert gpu_compiler_options(deterministic=False, offloads=True)["xla_gpu_enable_command_buffer"] == ""
+    assert "xla_gpu_enable_command_buffer" not in gpu_compiler_options(deterministic=False)
     # Every compiler reads them all, and refuses a value that it cannot read.
-    jax.jit(jnp.sin, compiler_options=gpu_compiler_options(deterministic=True)).lower(jnp.ones(2)).compile()
+    options = gpu_compiler_options(deterministic=True, offloads=True)
+    jax.jit(jnp.sin, compiler_options=options).lower(jnp.ones(2)).compile()
