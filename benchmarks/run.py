@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.devices is not None and options.family != "context_parallel":
             raise ValueError("--devices: goes with --family context_parallel")
+        if options.repetitions < 1:
+            raise ValueError(f"--repetitions: got {options.repetitions}, wanted 1 or more")
         if options.family == "train":
             return _train(options)
         if options.family == "context_parallel":

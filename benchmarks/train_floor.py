@@ -394,6 +394,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     say = functools.partial(print, file=sys.stderr, flush=True)
     try:
+        if options.repetitions < 1 or options.warm < 0:
+            raise ValueError(f"got --repetitions {options.repetitions} --warm {options.warm}, wanted >= 1 and >= 0")
         page = measure_floor(
             options.config,
             options.overrides,

@@ -1,6 +1,7 @@
 """What the ops of every family ask of their arrays."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,12 @@ def check_heads(op: str, arrays: Mapping[str, jax.Array]) -> None:
         raise ValueError(
             f"{op}: {', '.join(arrays)} are {', '.join(map(str, dtypes))}, wanted one dtype; cast {rest} of them"
         )
+
+
+def check_kind(op: str, name: str, value: Any, kind: type, *, optional: bool = True) -> None:
+    """Raises ValueError, naming the argument, unless the value is of this class; None is too where it is optional."""
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise ValueError(f"{op}: {name}={value!r}, wanted {'None or ' if optional else ''}a {kind.__name__}")
 
 
 def check_results(

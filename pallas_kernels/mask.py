@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels.arguments import check_kind
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.tokens import Tokens
 
@@ -195,10 +196,10 @@ class Mask(abc.ABC):
         )
 
     def __and__(self, other: "Mask") -> "Mask":
-        return And(self, other)
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, other)
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> "Mask":
         return Not(self)
@@ -442,6 +443,8 @@ class PerHead(Mask):
     def __post_init__(self):
         if not self.masks:
             raise ValueError("PerHead: masks=(), wanted at least one Mask")
+        for mask in self.masks:
+            check_kind("PerHead", "a part of masks", mask, Mask, optional=False)
 
     @property
     def uses_segments(self):

@@ -25,10 +25,11 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import block_sizes as block_sizes_lib
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_kind
 from pallas_kernels.bands import Bands, make_bands
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Bounds, Mask, TileVerdict
-from pallas_kernels.tokens import Leaf, TokenAxis, Tokens
+from pallas_kernels.tokens import Leaf, TokenAxis, Tokens, validate_tokens
 
 _MAX_RANGES_OF_ALL_ROWS = 1 << 21
 """Ranges of a side at most, at 16 bytes each: 256 a row at 1M tokens in blocks of 128."""
@@ -133,13 +134,19 @@ def make_schedule(
       block_sizes: Tokens a block; default by platform. Must be what the op is given.
     Returns: A Schedule whose arrays have the batch size of `tokens`, or 1, and a list for each group of heads between
       which the mask differs.
-    Raises: ValueError where a length is not positive.
+    Raises: ValueError where a length is not positive, or mask, tokens or block_sizes are not what is wanted.
     Cost: O(R T / block_q S / block_kv) elementwise with R ranges a row, peak memory about 40 MB, result
       O(R (T / block_q + S / block_kv)); that for each distinct mask of the heads.
     """
     for name, length in (("q_len", q_len), ("kv_len", kv_len)):
         if length < 1:
             raise ValueError(f"make_schedule: {name}={length}, wanted at least one token")
+    check_kind("make_schedule", "mask", mask, Mask, optional=False)
+    check_kind("make_schedule", "tokens", tokens, Tokens)
+    check_kind("make_schedule", "block_sizes", block_sizes, BlockSizes)
+    if tokens is not None:
+        num_rows = max((x.shape[0] for x in jax.tree.leaves(tokens) if x.ndim), default=1)
+        validate_tokens("make_schedule", tokens, num_rows, q_len, kv_len)
     sizes = block_sizes or block_sizes_lib.BLOCKWISE_ATTENTION[dispatch.current_platform()]
     sizes = sizes.fit(q_len, kv_len)
     tokens = tokens or Tokens()

@@ -85,6 +85,11 @@ def validate_tokens(op: str, tokens: Tokens, batch_size: int, q_len: int, kv_len
             raise ValueError(f"{op}: tokens.{name} is {array.dtype}, wanted int32; cast with .astype('int32')")
 
 
+def repeat_last(x: jax.Array | None, padding: int) -> jax.Array | None:
+    """`[B or 1, length]` with so many more tokens, which repeat the last."""
+    return x if x is None or not padding else jnp.pad(x, ((0, 0), (0, padding)), mode="edge")
+
+
 def _token_axis(positions, segment_ids, length: int) -> TokenAxis:
     if positions is None:
         positions = jnp.arange(length, dtype=jnp.int32)[None]

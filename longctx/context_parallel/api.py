@@ -31,7 +31,7 @@ from pallas_kernels import (
     make_schedule,
     sinks_gradient,
 )
-from pallas_kernels.bias import check_bias
+from pallas_kernels.blockwise.api import check_call
 from pallas_kernels.perturbed import is_perturbed, values_of
 from pallas_kernels.saved import as_attention
 
@@ -97,7 +97,8 @@ def sharded_attention(
 
     Args:
       q, k, v: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, V]`, global.
-      mask, deterministic, **options: As `blockwise_attention`.
+      mask, deterministic, **options: As `blockwise_attention`; of the options return_lse, block_maxima and
+        skip_softmax_threshold on one device alone.
       tokens: Global; where the sequence is split and permuted (layout.py), its positions are those of the permuted
         tokens.
       schedule: From `sharded_schedule` with the same mask, tokens and sharding; None builds it here.
@@ -123,8 +124,18 @@ def sharded_attention(
             q, k, v, mask=mask, tokens=tokens, schedule=schedule, sinks=sinks, dropout=dropout,
             bias=bias, deterministic=deterministic, **options,
         )  # fmt: skip
+    op = "sharded_attention"
+    for name in ("return_lse", "block_maxima", "skip_softmax_threshold"):
+        if options.pop(name, None):
+            raise NotImplementedError(
+                f"{op}: {name} is not served where a mesh splits the call; leave it out, or call blockwise_attention "
+                "on one device"
+            )
+    dropout, bias = check_call(
+        op, q, k, v, mask=mask, tokens=tokens, sinks=sinks, bias=bias, dropout=dropout,
+        **{name: value for name, value in options.items() if name != "implementation"},
+    )  # fmt: skip
     split.check_heads(mask, k.shape[2])
-    bias = check_bias("sharded_attention", bias, q.shape[2])
     setting = None
     if split.sequence:
         lengths = dict(q_len=q.shape[1], kv_len=k.shape[1])

@@ -15,6 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from longctx.context_parallel.config import AttentionSharding
 from longctx.context_parallel.inference import CacheSplit
+from pallas_kernels.sparse.moba import check_moba_call
 from pallas_kernels.sparse.moba_decode import moba_decode
 from pallas_kernels.sparse.moba_route import chunk_sums
 
@@ -49,6 +50,8 @@ def empty_moba_cache(
       sharding: As for `sharded_moba_decode`.
     Memory: 2 B S K H values and 4 B (S / chunk_size) K H bytes, over the devices of the batch and heads axes.
     """
+    if chunk_size < 1:
+        raise ValueError(f"empty_moba_cache: chunk_size: got {chunk_size}, wanted a number of tokens >= 1")
     num_chunks = -(-max_length // chunk_size)
 
     def zeros():
@@ -79,9 +82,11 @@ def sharded_moba_decode(
       sharding: The mesh axes to split over; None means those of `longctx.make_mesh` where such a mesh is in scope, and
         otherwise one device.
     Returns: out, and the cache with T more tokens; where they do not fit both are of no meaning.
-    Raises: ValueError if T alone exceeds the room of the cache.
+    Raises: ValueError if T alone exceeds the room of the cache, or the call is wrong.
     Cost: as `moba_decode`; nothing is sent, but for new tokens that come in split along T.
     """
+    chunk_size = cache.k.shape[1] // cache.sums.shape[1]
+    check_moba_call("sharded_moba_decode", q, k, v, chunk_size=chunk_size, top_k=top_k, tokens=None)
     if q.shape[1] > cache.k.shape[1]:
         raise ValueError(
             f"sharded_moba_decode: got {q.shape[1]} tokens for a cache with room for {cache.k.shape[1]}; make it with "

@@ -108,11 +108,11 @@ def sharded_linear_attention(
     if num_key_heads % split.heads_size:
         q, k = (jnp.repeat(x, split.heads_size // num_key_heads, axis=2) for x in (q, k))
 
-    def attend(v, initial_state, implementation=implementation):
+    def attend(q, k, v, initial_state, implementation=implementation):
         call = _Call(split=split, return_state=return_state, scale=scale, implementation=implementation)
         return _attention(call, q, k, v, decay, beta, initial_state, segment_ids)
 
-    out, state = normalized(attend, v, initial_state) if normalize else attend(v, initial_state)
+    out, state = normalized(attend, q, k, v, initial_state) if normalize else attend(q, k, v, initial_state)
     return (out, state) if return_state else out
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -11,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_qkv, check_results
+from pallas_kernels.arguments import check_kind, check_qkv, check_results
 from pallas_kernels.bias import Bias, check_bias, like_parameters
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.blockwise import cudnn, pallas_mosaic_gpu, pallas_mosaic_tpu, reference, xla
@@ -412,10 +413,34 @@ def _starting_from(sinks, q) -> SoftmaxCarry | None:
     return SoftmaxCarry.of_sinks(sinks, batch_size=q.shape[0], q_len=q.shape[1])
 
 
+def check_call(
+    op: str,
+    q,
+    k,
+    v,
+    *,
+    mask,
+    tokens=None,
+    sinks=None,
+    bias=None,
+    dropout=None,
+    scale=None,
+    logits_soft_cap=None,
+    block_sizes=None,
+) -> tuple[Dropout | None, Bias | None]:
+    """Raises what `blockwise_attention` raises of a wrong call: for those who cut its arrays up first.
+
+    Returns: the dropout, None where it drops nothing, and the bias.
+    """
+    _options(op, q, k, v, mask, tokens, None, scale, logits_soft_cap, block_sizes)
+    _check_sinks(op, sinks, q)
+    return _checked_dropout(op, dropout, q), check_bias(op, bias, q.shape[2])
+
+
 def _check_sinks(op: str, sinks, q) -> None:
     if sinks is None:
         return
-    num_heads = q.shape[2]
+    sinks, num_heads = jnp.asarray(sinks), q.shape[2]
     if sinks.shape != (num_heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(
             f"{op}: sinks is {sinks.dtype}{list(sinks.shape)}, wanted floats of shape [{num_heads}], one for each "
@@ -456,8 +481,15 @@ def _options(
     if not isinstance(mask, Mask):
         wrong(f"mask={mask!r}, wanted a Mask, such as longctx.masks.causal()")
     mask.by_head(q.shape[2])
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        wrong(f"logits_soft_cap={logits_soft_cap}, wanted None or a number > 0")
+    for name, value, kind in (
+        ("tokens", tokens, Tokens), ("schedule", schedule, Schedule), ("block_sizes", block_sizes, BlockSizes)
+    ):  # fmt: skip
+        check_kind(op, name, value, kind)
+    if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
+        wrong(f"logits_soft_cap={logits_soft_cap}, wanted None or a finite number > 0")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        wrong(f"scale={scale}, wanted a finite number")
     q_len, kv_len = q.shape[1], k.shape[1]
     if tokens is not None:
         validate_tokens(op, tokens, q.shape[0], q_len, kv_len)
@@ -481,7 +513,7 @@ def _options(
             wrong(f"block_sizes={block_sizes}, the schedule has {schedule.block_sizes}; pass one of the two")
     return Options(
         mask=mask,
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        scale=scale,
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         block_sizes=block_sizes,
         deterministic=deterministic,

@@ -39,7 +39,7 @@ from pallas_kernels.mosaic_gpu import hopper_cores, refuse
 from pallas_kernels.online_softmax import SoftmaxCarry, delta_of
 from pallas_kernels.pair_tests import all_full, tests_of
 from pallas_kernels.schedule import BlockRanges, Schedule, make_schedule, static_schedule
-from pallas_kernels.tokens import Tokens
+from pallas_kernels.tokens import Tokens, repeat_last
 from pallas_kernels.wgmma import ROWS, TILE_ROWS
 
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
@@ -512,10 +512,10 @@ def _padded_tokens(tokens: Tokens, mask: Mask, padding_q: int, padding_kv: int) 
     """What the kernels' inputs say of tokens; no segment ids where the mask does not ask for them."""
     uses_segments = mask.uses_segments
     return {
-        "q_positions": _padded(tokens.q_positions, padding_q),
-        "kv_positions": _padded(tokens.kv_positions, padding_kv),
-        "q_segment_ids": _padded(tokens.q_segment_ids, padding_q) if uses_segments else None,
-        "kv_segment_ids": _padded(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
+        "q_positions": repeat_last(tokens.q_positions, padding_q),
+        "kv_positions": repeat_last(tokens.kv_positions, padding_kv),
+        "q_segment_ids": repeat_last(tokens.q_segment_ids, padding_q) if uses_segments else None,
+        "kv_segment_ids": repeat_last(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
     }
 
 
@@ -527,11 +527,6 @@ def _words(
         return None
     queries = (jnp.pad(x, ((0, 0), (0, 0), (0, padding_q))) for x in dropout.query_words(tokens.queries(q_len)))
     return Words(*queries, jnp.pad(key_words(tokens.keys(kv_len)), ((0, 0), (0, padding_kv))))
-
-
-def _padded(x, padding: int):
-    """`[B or 1, length]`, its last token repeated."""
-    return x if x is None or not padding else jnp.pad(x, ((0, 0), (0, padding)), mode="edge")
 
 
 def _padded_carry(carry: SoftmaxCarry, padding: int, value_dim: int) -> SoftmaxCarry:

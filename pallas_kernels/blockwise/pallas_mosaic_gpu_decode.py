@@ -8,7 +8,6 @@ Reference: see pallas_mosaic_gpu_decode_kernels.py.
 
 import functools
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from pallas_kernels.mask import Full
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.pair_tests import tests_of
 from pallas_kernels.schedule import Schedule
-from pallas_kernels.tokens import Tokens
+from pallas_kernels.tokens import Tokens, repeat_last
 from pallas_kernels.wgmma import ROWS, TILE_ROWS
 
 MOST_QUERIES = 16
@@ -87,8 +86,8 @@ def forward(
         line=_line(tokens, options, B, T, S, block, K * (num_rows // ROWS), num_cores),
         q_positions=rows_of(q_axis.positions, 1) if 0 in reads else None,
         q_segment_ids=rows_of(q_axis.segment_ids, 1) if 2 in reads else None,
-        kv_positions=_padded(tokens.kv_positions, padding),
-        kv_segment_ids=_padded(tokens.kv_segment_ids, padding),
+        kv_positions=repeat_last(tokens.kv_positions, padding),
+        kv_segment_ids=repeat_last(tokens.kv_segment_ids, padding),
     )
     config = kernels.Config(
         scale=options.scale,
@@ -115,7 +114,7 @@ def _line(
     """The blocks of keys that any query may attend to, and where each run begins."""
     q, kv = tokens.queries(q_len), tokens.keys(kv_len)
     num_blocks = -(-kv_len // block)
-    positions, segment_ids = (_padded(x, -kv_len % block) for x in kv)
+    positions, segment_ids = (repeat_last(x, -kv_len % block) for x in kv)
     is_key = jnp.arange(num_blocks * block) < kv_len
 
     def judge(t: int) -> jax.Array:
@@ -177,8 +176,3 @@ def _whole_tiles(x_BLNH):
     """The same, its length padded with zeros to what shared memory is tiled by; costs a copy."""
     padding = -x_BLNH.shape[1] % TILE_ROWS
     return jnp.pad(x_BLNH, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x_BLNH
-
-
-def _padded(x: Any, padding: int):
-    """`[B or 1, length]`, its last token repeated."""
-    return x if x is None or not padding else jnp.pad(x, ((0, 0), (0, padding)), mode="edge")

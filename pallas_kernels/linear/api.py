@@ -110,13 +110,13 @@ def linear_attention(
                 "direction; leave them out"
             )
 
-    def attend(v, initial_state, implementation=implementation):
+    def attend(q, k, v, initial_state, implementation=implementation):
         call = functools.partial(_attention, options, implementation)
         if bidirectional:
             return _both_directions(call, q, k, v, decay, segment_ids, options.scale), None
         return call(q, k, v, decay, beta, initial_state, segment_ids)
 
-    out, state = normalized(attend, v, initial_state) if normalize else attend(v, initial_state)
+    out, state = normalized(attend, q, k, v, initial_state) if normalize else attend(q, k, v, initial_state)
     return (out, state) if return_state else out
 
 
@@ -282,24 +282,32 @@ def check_call(
 
 
 def normalized(
-    attend: Callable[..., tuple[jax.Array, jax.Array | None]], v: jax.Array, initial_state: jax.Array | None
+    attend: Callable[..., tuple[jax.Array, jax.Array | None]],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    initial_state: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """An attention divided by the sum of its weights, which is the attention to values that are all 1.
 
-    The sums are one column, of which a kernel makes nothing: they are left to XLA.
+    The sums are one column, of which a kernel makes nothing: they are left to XLA. Both sums grow with the row, beyond
+    the range of float16, of which float32 is computed instead.
 
     Args:
-      attend: `(v, initial_state, **kwargs) -> (out, state)`; the kwargs may be an implementation.
-      v, initial_state: As `linear_attention` takes them with normalize.
+      attend: `(q, k, v, initial_state, **kwargs) -> (out, state)`; the kwargs may be an implementation.
+      q, k, v, initial_state: As `linear_attention` takes them with normalize.
     Returns: out and the state, in the same form.
     """
+    dtype = v.dtype
+    if dtype == jnp.float16:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     values, sums = (None, None) if initial_state is None else jnp.split(initial_state, [v.shape[3]], axis=3)
-    out, state = attend(v, values)
-    weights, state_of_sums = attend(jnp.ones((*v.shape[:3], 1), v.dtype), sums, implementation="xla")
+    out, state = attend(q, k, v, values)
+    weights, state_of_sums = attend(q, k, jnp.ones((*v.shape[:3], 1), v.dtype), sums, implementation="xla")
     weights = weights.astype(jnp.float32)
     # No weight at all, as of padding, is no output; nor may its division reach a gradient.
     out = out.astype(jnp.float32) / jnp.where(weights == 0, 1.0, weights)
-    out = jnp.where(weights == 0, 0.0, out).astype(v.dtype)
+    out = jnp.where(weights == 0, 0.0, out).astype(dtype)
     return out, None if state is None else jnp.concatenate([state, state_of_sums], axis=3)
 
 

@@ -108,6 +108,12 @@ def check_moba_call(op: str, q, k, v, *, chunk_size: int, top_k: int, tokens: To
         wrong(f"top_k: got {top_k}, wanted a number of chunks >= 1, the query's own among them")
     if tokens is not None:
         validate_tokens(op, tokens, q.shape[0], q.shape[1], q.shape[1])
+        for name in ("positions", "segment_ids"):
+            if getattr(tokens, f"q_{name}") is None and getattr(tokens, f"kv_{name}") is not None:
+                wrong(
+                    f"tokens.kv_{name} without q_{name}: queries and keys are the same tokens; use "
+                    "Tokens.self_attention"
+                )
 
 
 def num_choices(length: int, chunk_size: int, top_k: int) -> int:

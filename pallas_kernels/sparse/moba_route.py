@@ -356,11 +356,6 @@ def fold_lse(lse: Float32[Array, "B N T"], num_kv_heads: int) -> Float32[Array, 
     return fold_queries(lse.swapaxes(1, 2)[..., None], num_kv_heads)[..., 0]
 
 
-def unfold_lse(lse: Float32[Array, "F Q"], num_kv_heads: int, num_heads: int) -> Float32[Array, "B N T"]:
-    """The inverse of `fold_lse`."""
-    return unfold_queries(lse[..., None], num_kv_heads, num_heads)[..., 0].swapaxes(1, 2)
-
-
 def fold_keys(x: Float[Array, "B S K H"]) -> Float[Array, "F S 1 H"]:
     """Each kv head as a row of its own, with one head."""
     B, S, K, H = x.shape

@@ -98,6 +98,8 @@ def attention_recall(
             f"attention_recall: selection is of {selection.q_len} queries and {selection.kv_len} keys, wanted {T} and "
             f"{S}, those of q and k"
         )
+    if selection.blocks.shape[0] != B:
+        raise ValueError(f"attention_recall: selection is of {selection.blocks.shape[0]} rows, wanted {B}, those of q")
     if N % selection.blocks.shape[1]:
         raise ValueError(f"attention_recall: selection has {selection.blocks.shape[1]} heads, wanted a divisor of {N}")
     scale = H**-0.5 if scale is None else scale

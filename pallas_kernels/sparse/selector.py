@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.arguments import check_heads
+from pallas_kernels.arguments import check_heads, check_kind
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mask import Mask
 from pallas_kernels.online_softmax import finite_max
@@ -161,6 +161,7 @@ class Selector(abc.ABC):
         Raises: NotImplementedError where the choice needs more (`split_refusal`).
         """
         self._refuse_to_split("summary")
+        check_heads(f"{type(self).__name__}.summary", {"k": k})
         block_kv = min(block_kv, k.shape[1])
         self._check_sizes("summary", block_kv=block_kv)
         return self._summary(jax.lax.stop_gradient(k), block_kv)
@@ -189,6 +190,7 @@ class Selector(abc.ABC):
         Raises: as `select`; NotImplementedError where the choice needs more than a summary (`split_refusal`).
         """
         self._refuse_to_split("select_from")
+        check_heads(f"{type(self).__name__}.select_from", {"q": q})
         sizes = block_sizes.fit(q.shape[1], kv_len)
         num_columns = -(-kv_len // sizes.block_kv)
         if summary.shape[:2] != (q.shape[0], num_columns) or q.shape[2] % summary.shape[-2]:
@@ -270,6 +272,7 @@ class Selector(abc.ABC):
 
     def _check(self, op: str, q, kv_len: int, sizes: BlockSizes, mask: Mask, tokens, budget, threshold) -> None:
         wrong = functools.partial(self._wrong, op)
+        check_kind(f"{type(self).__name__}.{op}", "mask", mask, Mask, optional=False)
         if mask.head_groups > 1:
             wrong(f"mask {mask} differs between heads, wanted one for all")
         if budget is None and threshold is None and self.needs_a_limit:

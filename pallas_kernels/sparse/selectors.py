@@ -191,6 +191,8 @@ class PerHead:
         N, group = q.shape[2], q.shape[2] // num_kv_heads
         if len(self.selectors) != N:
             raise ValueError(f"PerHead.{op}: q has {N} heads, wanted {len(self.selectors)}, one for each selector")
+        if N % num_kv_heads:
+            raise ValueError(f"PerHead.{op}: {N} query heads over {num_kv_heads} kv heads, wanted a multiple")
         found = {}
         for selector, keys in zip(self._distinct, of_keys, strict=True):
             heads = [head for head in range(N) if self.selectors[head] == selector]

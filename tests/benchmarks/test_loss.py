@@ -94,3 +94,12 @@ def test_what_it_cannot_take_apart_is_refused(capsys):
         next(train_floor.parts_of(step))
     assert train_floor.main(["configs/none.yaml"]) == 2
     assert "configs/none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--repetitions", "0"], ["--warm", "-1"]])
+def test_no_measurement_is_refused(capsys, arguments):
+    assert train_floor.main(["configs/transformer_1p3b_gpu1.yaml", *arguments]) == 2
+    assert "wanted >= 1 and >= 0" in capsys.readouterr().err
+    if arguments[0] == "--repetitions":
+        assert run.main(["--family", "decode", *arguments]) == 2
+        assert "--repetitions: got 0, wanted 1 or more" in capsys.readouterr().err

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from longctx import Attention, AttentionConfig, MeshConfig, ModelConfig, TransformerLM, make_mesh
-from longctx.context_parallel import PrefillPlan
+from longctx.context_parallel import PrefillPlan, empty_cache, sharded_decode
+from longctx.masks import causal
 from longctx.rotary import RotaryConfig, apply_rotary
 
 CONFIG = ModelConfig(
@@ -255,3 +256,13 @@ def test_a_mixer_without_prefill_is_named(monkeypatch):
     )
     with pytest.raises(NotImplementedError, match="mixer 'global' of kind 'attention' has none; pass the context to"):
         model.prefill(TOKENS, 30)
+
+
+@pytest.mark.parametrize("wrong", [{"value_dim": 2}, {"v": None}, {"value_dim": 2, "v": None}])
+def test_values_and_value_dim_do_not_go_together(wrong):
+    x = jnp.ones((1, 2, 1, 4))
+    cache = empty_cache(
+        batch_size=1, max_length=8, num_kv_heads=1, head_dim=4, values="v" not in wrong, dtype=x.dtype, mask=causal()
+    )
+    with pytest.raises(ValueError, match="decode: (got v|value_dim=2 with v)"):
+        sharded_decode(x, x, wrong.get("v", x), cache, mask=causal(), value_dim=wrong.get("value_dim"))

@@ -120,3 +120,22 @@ def test_heads_that_differ_must_stay_whole(inputs):
         pytest.raises(NotImplementedError, match=r"differs between heads, and the heads are split over the 2 devices"),
     ):
         sharded_attention(inputs["q"], inputs["k"], inputs["v"], mask=mask, tokens=Tokens())
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"return_lse": True}, NotImplementedError, "return_lse is not served where a mesh splits the call"),
+        ({"skip_softmax_threshold": 0.1}, NotImplementedError, "skip_softmax_threshold is not served"),
+        ({"block_maxima": BlockSizes(block_q=4, block_kv=4)}, NotImplementedError, "block_maxima is not served"),
+        ({"sinks": jnp.zeros(3)}, ValueError, r"sinks is float32\[3\], wanted floats of shape \[2\]"),
+        ({"dropout": 0.1}, ValueError, "dropout=0.1, wanted None or a Dropout"),
+        ({"tokens": Tokens.self_attention(jnp.zeros((1, 8), jnp.int32))}, ValueError, "tokens.q_positions has shape"),
+        ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap=-1.0, wanted"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_it_is_split(option, error, message):
+    x = jnp.ones((1, 16, 2, 4))
+    with jax.set_mesh(make_mesh(MeshConfig(context_inner=4), jax.devices()[:4])):
+        with pytest.raises(error, match=f"sharded_attention: {message}"):
+            sharded_attention(x, x, x, **{"mask": masks.causal(), "tokens": Tokens()} | option)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from longctx import AttentionSharding, MeshConfig, make_mesh
-from longctx.context_parallel import Layout, moba, sharded_moba
+from longctx.context_parallel import Layout, empty_moba_cache, moba, sharded_moba, sharded_moba_decode
 from longctx.context_parallel import ring as ring_module
 from longctx.context_parallel.layout import permute, unpermute
 from pallas_kernels import Tokens
@@ -169,3 +169,14 @@ def test_the_program_sends_what_is_stated(strategy, layout, top_k, monkeypatch):
     # Beside it what the hops that are left out rest on: two tokens of each run.
     beside = found - stated
     assert not stated - found and all(num_bytes <= 64 * degree * 2 for _, num_bytes in beside), (found, stated)
+
+
+def test_a_cache_of_no_chunks_and_a_choice_of_none_are_refused():
+    with pytest.raises(ValueError, match="empty_moba_cache: chunk_size: got 0, wanted"):
+        empty_moba_cache(
+            batch_size=1, max_length=8, num_kv_heads=1, head_dim=4, chunk_size=0, dtype="float32"
+        )  # fmt: skip
+    cache = empty_moba_cache(batch_size=1, max_length=8, num_kv_heads=1, head_dim=4, chunk_size=4, dtype="float32")
+    x = jnp.ones((1, 2, 1, 4))
+    with pytest.raises(ValueError, match="sharded_moba_decode: top_k: got 0, wanted"):
+        sharded_moba_decode(x, x, x, cache, top_k=0)

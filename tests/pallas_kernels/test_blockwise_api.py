@@ -1,5 +1,7 @@
 """The contract of the ops beside their numbers: what they refuse and how, how much memory they take."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ WRONG_CALLS = {
         qkv(),
         {"mask": PerHead((Causal(), Full(), Full()))},
     ),
-    "logits_soft_cap=-1.0, wanted None or a number > 0": (qkv(), {"logits_soft_cap": -1.0}),
+    "logits_soft_cap=-1.0, wanted None or a finite number > 0": (qkv(), {"logits_soft_cap": -1.0}),
     "tokens.q_segment_ids has shape \\(1, 7\\), wanted \\(1, 8\\)": (
         qkv(),
         {"tokens": Tokens(q_segment_ids=jnp.zeros((1, 7), jnp.int32))},
@@ -207,3 +209,20 @@ def test_vmap_adds_a_batch():
 
     want = jnp.stack([attend(*x) for x in zip(q, k, v, strict=True)])
     assert jnp.allclose(jax.vmap(attend)(q, k, v), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"logits_soft_cap": float("inf")}, "logits_soft_cap=inf, wanted None or a finite number > 0"),
+        ({"scale": float("nan")}, "scale=nan, wanted a finite number"),
+        ({"tokens": {}}, "tokens={}, wanted None or a Tokens"),
+        ({"schedule": 5}, "schedule=5, wanted None or a Schedule"),
+        ({"block_sizes": (4, 4)}, r"block_sizes=\(4, 4\), wanted None or a BlockSizes"),
+    ],
+)
+def test_options_of_another_kind_are_refused(option, message):
+    x = jnp.ones((1, 8, 2, 4))
+    without_type_checks = inspect.unwrap(blockwise_attention)
+    with pytest.raises(ValueError, match=f"blockwise_attention: {message}"):
+        without_type_checks(x, x, x, mask=Causal(), **option)

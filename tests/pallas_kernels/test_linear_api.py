@@ -241,3 +241,21 @@ def test_a_row_is_read_after_padding_as_without_it():
     assert not out[:, :5].any()
     np.testing.assert_allclose(out[:, 5:], want, atol=1e-5)
     np.testing.assert_allclose(state, want_state, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_sums_of_weights_may_leave_the_range_of_float16(implementation):
+    """4,096 x 64 of them at the last of 1,024 tokens; what they are divided to is 1."""
+    q = jnp.full((1, 1024, 1, 64), 2.0, jnp.float16)
+    v = jnp.ones((1, 1024, 1, 64), jnp.float16)
+    out, state = linear_attention(
+        q, q, v, scale=1.0, normalize=True, return_state=True, implementation=implementation
+    )  # fmt: skip
+    assert out.dtype == jnp.float16 and state.dtype == jnp.float32
+    np.testing.assert_array_equal(out, v)
+    gradient = jax.grad(
+        lambda v: jnp.sum(
+            linear_attention(q, q, v, scale=1.0, normalize=True, implementation=implementation)[:, -1].astype("float32")
+        )
+    )(v)
+    np.testing.assert_allclose(gradient, 1 / 1024, rtol=1e-3)

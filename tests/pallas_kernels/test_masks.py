@@ -473,3 +473,14 @@ def test_verdict_on_a_tile_within_a_line_of_the_grid_is_exact(mask, data):
     allowed = np.asarray(mask.allowed(q[:, None], kv[None], np.int32(0), np.int32(0)))
     verdict = mask.tile(*(Bounds(x.min(), x.max(), 0, 0) for x in sides))
     assert (bool(verdict.some), bool(verdict.all)) == (allowed.any(), allowed.all())
+
+
+@pytest.mark.parametrize("join", [lambda mask: mask & None, lambda mask: mask | 3, lambda mask: True & mask])
+def test_masks_are_joined_with_masks_alone(join):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        join(Causal())
+
+
+def test_a_part_that_is_no_mask_is_refused():
+    with pytest.raises(ValueError, match="PerHead: a part of masks=.*, wanted a Mask"):
+        PerHead(((Causal(), Full()),))

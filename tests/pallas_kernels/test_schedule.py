@@ -438,3 +438,22 @@ def test_errors_of_a_static_schedule_reach_the_caller(wrap):
     for _ in range(2):  # nor is a failure kept
         with pytest.raises(ValueError, match="make_schedule: kv_len=0, wanted at least one token"):
             wrap(lambda: static(kv_len=0).kv_blocks.stop)()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"tokens": Tokens(q_positions=jnp.zeros((1, 8), jnp.int32))},
+            r"tokens.q_positions has shape \(1, 8\), wanted \(1, 16\)",
+        ),
+        ({"tokens": Tokens(kv_segment_ids=jnp.zeros((2, 16)))}, "tokens.kv_segment_ids is float32, wanted int32"),
+        ({"tokens": {}}, "tokens={}, wanted None or a Tokens"),
+        ({"mask": None}, "mask=None, wanted a Mask"),
+        ({"block_sizes": (4, 4)}, r"block_sizes=\(4, 4\), wanted None or a BlockSizes"),
+    ],
+)
+def test_what_no_schedule_can_be_made_of(changed, message):
+    call = {"mask": Causal(), "tokens": None, "block_sizes": STATIC_SIZES} | changed
+    with pytest.raises(ValueError, match=f"make_schedule: {message}"):
+        make_schedule(call.pop("mask"), call.pop("tokens"), q_len=16, kv_len=16, **call)

@@ -264,3 +264,9 @@ def test_refuses(change, message):
     q, k, v, *_ = inputs()
     with pytest.raises(ValueError, match=message):
         check_moba_call("moba_attention", **dict(q=q, k=k, v=v, chunk_size=16, top_k=2, tokens=None) | change)
+
+
+def test_documents_of_keys_alone_are_refused():
+    x, ids = jnp.ones((1, 8, 1, 4)), jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(ValueError, match="moba_attention: tokens.kv_segment_ids without q_segment_ids"):
+        moba_attention(x, x, x, chunk_size=4, top_k=2, tokens=Tokens(kv_segment_ids=ids))

@@ -1,6 +1,7 @@
 """Selectors of blocks: each on an example by hand that block means get wrong, and what all have in common."""
 
 import dataclasses
+import inspect
 
 import hypothesis
 import hypothesis.strategies as st
@@ -399,3 +400,34 @@ def test_wrong_arguments_are_named():
         attention_recall(q[:, :8], k, selection, mask=Causal())
     with pytest.raises(ValueError, match="selection has 3 heads, wanted a divisor of 4"):
         attention_recall(q, k, dataclasses.replace(selection, blocks=selection.blocks[:, :3]), mask=Causal())
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+def test_heads_that_do_not_share_keys_evenly_are_refused(num_kv_heads):
+    q, k = jnp.ones((1, 16, 3, 4)), jnp.ones((1, 16, num_kv_heads, 4))
+    with pytest.raises(ValueError, match=f"PerHead.select: 3 query heads over {num_kv_heads} kv heads, wanted a mult"):
+        PerHead(selectors=(BlockMean(),) * 3).select(
+            q, k, mask=Causal(), block_sizes=BlockSizes(block_q=4, block_kv=4), budget=2
+        )
+
+
+def test_parts_of_a_selection_are_checked_as_the_whole():
+    selector, sizes = BlockMean(), BlockSizes(block_q=4, block_kv=4)
+    k = jnp.ones((1, 16, 2, 4))
+    summary, select_from = (inspect.unwrap(getattr(BlockMean, name)) for name in ("summary", "select_from"))
+    of_keys, call = selector.summary(k, 4), dict(kv_len=16, mask=Causal(), block_sizes=sizes, budget=2)
+    with pytest.raises(ValueError, match="BlockMean.select_from: q is int32, wanted one of"):
+        select_from(selector, k.astype(jnp.int32), of_keys, **call)
+    with pytest.raises(ValueError, match=r"BlockMean.summary: k has shape \(1, 16, 2\), wanted \[batch"):
+        summary(selector, k[..., 0], 4)
+    with pytest.raises(ValueError, match="BlockMean.select_from: mask=None, wanted a Mask"):
+        select_from(selector, k, of_keys, **call | {"mask": None})
+
+
+def test_the_recall_of_other_rows_is_refused():
+    k = jnp.ones((2, 16, 2, 4))
+    selection = BlockMean().select(
+        k, k, mask=Causal(), block_sizes=BlockSizes(block_q=4, block_kv=4), budget=2
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="attention_recall: selection is of 2 rows, wanted 1"):
+        attention_recall(k[:1], k[:1], selection, mask=Causal())
