@@ -3,10 +3,28 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from train.command import run_command
-from train.config import config_text, help_text, load_config
+from train.config import ConfigError, TrainConfig, config_text, help_text, load_config
 from train.loop import train
+
+
+def check_folder(file: Path, config: TrainConfig, overrides: Sequence[str]) -> None:
+    """Of the config.yaml that a run wrote: whether it names the folder that it lies in, which may have been moved.
+
+    Raises: ConfigError where it would train another run.
+    """
+    folder = file.parent
+    is_of_run = file.name == "config.yaml" and any(
+        (folder / name).exists() for name in ("checkpoints", "metrics.jsonl")
+    )
+    told = any(override.startswith("run_dir=") for override in overrides)
+    if is_of_run and not told and folder.resolve() != Path(config.run_dir).resolve():
+        raise ConfigError(
+            f"run_dir: got {config.run_dir} in a file of the run in {folder}; add run_dir={folder} to go on with that, "
+            f"or run_dir={config.run_dir} to mean the other"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         config = load_config(options.config, options.overrides)
+        check_folder(Path(options.config), config, options.overrides)
         if options.print_config:
             print(config_text(config), end="")
         else:

@@ -58,10 +58,7 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
     """
     model = resolved_model(config, vocab_size)
     build = model_builder(model, config.attention_sharding)
-    try:
-        graphdef, _ = abstract_model(build)
-    except (ValueError, NotImplementedError) as error:  # what a layer refuses, such as heads that do not divide dim
-        raise ConfigError(f"model: {error}") from error
+    graphdef = check_model(build)
     schedule = make_schedule(config.optimizer, total_steps=config.training.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule)
     abstract = abstract_state(build, optimizer, mesh, offload_optimizer=config.optimizer.offload)
@@ -83,6 +80,17 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
             offloads=config.optimizer.offload or bool(offloaded(model.remat)),
         ),
     )
+
+
+def check_model(build: ModelBuilder) -> nnx.GraphDef:
+    """The static half of a model.
+
+    Raises: ConfigError when a layer refuses what it would be built of, such as heads that do not divide dim.
+    """
+    try:
+        return abstract_model(build)[0]
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> BatchPlacement:

@@ -20,7 +20,7 @@ import numpy as np
 
 from longctx import masks
 from pallas_kernels import Tokens, blockwise_attention, dispatch
-from train.command import run_command
+from train.command import check_output, run_command
 from train.devices import NARROW_HEAD_DIM, AttentionSpeed, DeviceSpec, DeviceTable, device_table
 from train.distributed import DistributedConfig, initialize
 from train.planning.cost import BACKWARD_MATMULS
@@ -193,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> None:
+        check_output("--out", options.out)
         devices = initialize(DistributedConfig(virtual_cpu_devices=options.virtual_cpu_devices))
         table = calibrate(devices, say=print if jax.process_index() == 0 else lambda text: None)
         if jax.process_index() == 0:

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from train.checkpoint import CheckpointError, tell_faults_once
 from train.config import ConfigError
@@ -28,6 +29,15 @@ def run_command(run: Callable[[], None]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def check_output(option: str, file: str | Path) -> None:
+    """To be called before the work whose result goes into the file.
+
+    Raises: ConfigError unless its folder is there.
+    """
+    if not Path(file).parent.is_dir():
+        raise ConfigError(f"{option}: got {file}, wanted a folder that is there")
 
 
 def _outcome(run: Callable[[], None]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from train.command import run_command
+from train.command import check_output, run_command
 from train.config import ConfigError
 from train.metrics import draw_losses, read_records
 
@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(directories: Sequence[Path], output: Path) -> None:
     if output.suffix != ".png":
         raise ConfigError(f"--output: got {output}, wanted a file name that ends in .png")
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output: got {output}, wanted a folder that is there")
+    check_output("--output", output)
     paths = [directory.resolve() for directory in directories]
     common = os.path.commonpath([path.parent for path in paths])
     runs = {os.path.relpath(path, common): _records(path) for path in paths}

@@ -1,9 +1,9 @@
 """TrainConfig: everything one run is made of, read from a YAML file and `a.b=c` overrides."""
 
+import argparse
 import collections
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,8 +186,12 @@ stands for a name of your choice and N for an index.
 
 
 def main() -> None:
-    """Writes docs/config.md, or the file named on the command line."""
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/config.md")
+    """Writes the page of all keys, docs/config.md."""
+    parser = argparse.ArgumentParser(prog="python -m train.config", description=main.__doc__)
+    parser.add_argument("--write", type=Path, default=Path("docs/config.md"), metavar="PAGE.md", help="the page")
+    target = parser.parse_args().write
+    if target.suffix != ".md":
+        parser.error(f"--write: got {target}, wanted a page that ends in .md")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(markdown_text(), encoding="utf-8")
 

@@ -1,8 +1,10 @@
 """One training run, from its config to its last line."""
 
 import dataclasses
+import itertools
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -13,19 +15,19 @@ import jax
 import numpy as np
 
 from train.assemble import assemble, batch_placement, check_agreement, memory_in_use
-from train.checkpoint import Checkpoints, Position, changed_settings, load_params
-from train.config import ConfigError, TrainConfig, config_text
+from train.checkpoint import CheckpointError, Checkpoints, Position, changed_settings, find_checkpoint, load_params
+from train.config import ConfigError, TrainConfig, config_text, load_config
 from train.data import Data, open_data
 from train.evaluation import evaluate, make_eval_step
 from train.files import write_text
 from train.in_flight import BadStep, Batches, StepsInFlight
-from train.metrics import MetricsLog
+from train.metrics import MetricsLog, read_records
 from train.placement import one_a_device, same_everywhere
 from train.planning.auto import start
 from train.planning.startup import MemoryWatch
 from train.profiling import Profiler
 from train.progress import Display, duration
-from train.sampling import sample_text
+from train.sampling import check_sample, sample_text
 from train.schema import to_dict
 from train.signals import StopSignals
 from train.spikes import LeftOut, LeftOutRows, RecentLosses, SpikeError
@@ -55,11 +57,14 @@ def train(config: TrainConfig) -> None:
 
         parts = assemble(config, mesh, vocab_size=data.tokenizer.vocab_size)
         abstract = parts.abstract
+        if config.sample.num_tokens:
+            check_sample(parts.graphdef, abstract.params, data.tokenizer, config.sample)
+        directory = config.checkpoint.directory(config.run_dir)
+        if config.init_from and not _has_checkpoint(directory):
+            find_checkpoint(config.init_from)
         memory = MemoryWatch(config, mesh, parts)
         stack.enter_context(memory.helping())
-        checkpoints = stack.enter_context(
-            closing(Checkpoints(config.checkpoint.directory(config.run_dir), config.checkpoint))
-        )
+        checkpoints = stack.enter_context(closing(Checkpoints(directory, config.checkpoint)))
         for note in checkpoints.notes:
             display.note(note)
 
@@ -69,7 +74,8 @@ def train(config: TrainConfig) -> None:
         if not fresh:
             checkpoints.check(abstract)
             if checkpoints.latest_step >= config.training.steps:
-                display.note(f"{config.run_dir} is done at step {checkpoints.latest_step}. {_next_steps(config)}")
+                done = checkpoints.latest_step
+                display.note(f"{config.run_dir} is done at step {done}. {_next_steps(config, step=done)}")
                 return
             state, position = _resume(config, checkpoints, abstract, data, display)
         else:
@@ -86,6 +92,8 @@ def train(config: TrainConfig) -> None:
 
         step, rows = int(state.step), position.rows
         left_out = LeftOutRows(config.run_dir, fresh=fresh, writes=jax.process_index() == 0)
+        for note in _put_aside(config, fresh=fresh) if jax.process_index() == 0 else ():
+            display.note(note)
         _write_config(config)
         settings = to_dict(_recorded(config))
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step, settings=settings)))
@@ -223,7 +231,9 @@ def train(config: TrainConfig) -> None:
             text = sample_text(parts.graphdef, state.params, data.tokenizer, config.sample)
             display.note(f"--- sample ---\n{config.sample.prompt}{text}\n--------------")
         result = f", {_held_out_text(held_out)}" if held_out else ""
-        display.note(f"done: step {step} in {duration(time.monotonic() - started)}{result}. {_next_steps(config)}")
+        display.note(
+            f"done: step {step} in {duration(time.monotonic() - started)}{result}. {_next_steps(config, step=step)}"
+        )
 
 
 def _resume(
@@ -262,6 +272,42 @@ def _recorded(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, distributed=dataclasses.replace(config.distributed, **here))
 
 
+def _has_checkpoint(directory: Path) -> bool:
+    try:
+        return bool(find_checkpoint(directory))
+    except CheckpointError:
+        return False
+
+
+def _put_aside(config: TrainConfig, *, fresh: bool) -> list[str]:
+    """Renames what a run would overwrite in its folder and did not write itself, and says so: records of a run whose
+    checkpoints are not there, and a config.yaml that somebody wrote."""
+    notes, run_dir = [], Path(config.run_dir)
+
+    def rename(path: Path, why: str) -> None:
+        number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+        kept = path.rename(path.with_name(f"{path.name}.{number}"))
+        notes.append(f"{path}: {why}; it is now {kept}")
+
+    records, written = run_dir / "metrics.jsonl", run_dir / "config.yaml"
+    known = read_records(records) if fresh and records.is_file() else []
+    if known and known[-1]["step"] > 0:
+        rename(
+            records, f"has records up to step {known[-1]['step']}, but no checkpoint is there and the run starts anew"
+        )
+    if written.is_file() and not _is_generated(written):
+        rename(written, "not written by a run")
+    return notes
+
+
+def _is_generated(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return text == config_text(load_config(path))
+    except ConfigError:  # of an earlier version, say
+        return not any(line.lstrip().startswith("#") for line in text.splitlines())
+
+
 def _write_config(config: TrainConfig) -> None:
     """Writes the resolved config into the run's folder, atomically."""
     if jax.process_index() == 0:
@@ -270,11 +316,12 @@ def _write_config(config: TrainConfig) -> None:
         write_text(path, config_text(_recorded(config)))
 
 
-def _next_steps(config: TrainConfig) -> str:
+def _next_steps(config: TrainConfig, *, step: int) -> str:
     # The interpreter as the user could type it: the one of a virtual environment that is not activated, say.
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+    run_dir, file = (shlex.quote(str(path)) for path in (config.run_dir, Path(config.run_dir) / "config.yaml"))
     return (
         f"Everything is in {config.run_dir}: "
-        f"{python} -m train.generate {config.run_dir} --prompt TEXT samples from it; "
-        f"{python} -m train {Path(config.run_dir) / 'config.yaml'} training.steps={2 * config.training.steps} goes on"
+        f"{python} -m train.generate {run_dir} --prompt TEXT samples from it; "
+        f"{python} -m train {file} training.steps={2 * max(step, config.training.steps)} goes on"
     )

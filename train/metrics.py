@@ -1,5 +1,6 @@
 """What a run records: metrics.jsonl, TensorBoard events and loss.png."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -168,13 +169,13 @@ def _plain(value: Any) -> Any:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl; lines that are none are left out, such as the last, which a crash cut short."""
     records = []
-    for line in path.read_text(encoding="ascii").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
     return records
 
 

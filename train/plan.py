@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from train.assemble import config_of
-from train.command import run_command
+from train.command import check_output, run_command
 from train.config import ConfigError, TrainConfig
 from train.devices import device_table
 from train.distributed import initialize
@@ -66,6 +66,8 @@ def _plan(options: argparse.Namespace) -> Sequence[str]:
     """Plans, prints, and returns the problems."""
     # Tables are for people, and go to stderr where stdout carries the JSON.
     console = Console(stderr=options.json == "-", width=None if sys.stdout.isatty() else 160)
+    if options.json not in (None, "-"):
+        check_output("--json", options.json)
     config = config_of(options.config, options.overrides)
     table = device_table(options.device_table or config.device_table)
     if options.devices == "local":

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from longctx.context_parallel import cache_degree
 from train.data import Tokenizer
+from train.schema import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +137,33 @@ def _read_prompt(model: nnx.Module, prompt_BT: jax.Array, config: SampleConfig) 
     return model.decode(prompt_BT[:, context_len:], cache)
 
 
+def check_sample(graphdef: nnx.GraphDef, abstract_params: Any, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Whether `sample_text` can do it, by the shapes alone.
+
+    Raises: ConfigError where the tokenizer does not take the prompt, or the model cannot read or continue it so.
+    """
+    prompt = _prompt(tokenizer, config)
+    try:
+        sample_tokens.eval_shape(graphdef, abstract_params, prompt, jax.random.key(config.seed), config)
+    except (ValueError, NotImplementedError) as error:  # what a layer refuses
+        raise ConfigError(
+            f"sample: {error} (sample.prefill={config.prefill}, a prompt of {prompt.shape[1]} tokens; "
+            "sample.num_tokens=0 samples nothing)"
+        ) from error
+
+
+def _prompt(tokenizer: Tokenizer, config: SampleConfig) -> np.ndarray:
+    return np.concatenate([[tokenizer.end_id], tokenizer.encode(config.prompt)]).astype(np.int32)[None]
+
+
 def sample_text(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, config: SampleConfig) -> str:
-    """The continuation of config.prompt, without the prompt, up to the end of the document."""
-    prompt = np.concatenate([[tokenizer.end_id], tokenizer.encode(config.prompt)]).astype(np.int32)
-    sampled = sample_tokens(graphdef, params, prompt[None], jax.random.key(config.seed), config)
+    """The continuation of config.prompt, without the prompt, up to the end of the document.
+
+    Raises: as `check_sample`.
+    """
+    check_sample(graphdef, params, tokenizer, config)
+    prompt = _prompt(tokenizer, config)
+    sampled = sample_tokens(graphdef, params, prompt, jax.random.key(config.seed), config)
     tokens = multihost_utils.process_allgather(sampled, tiled=True)[0]
     ends = np.flatnonzero(tokens == tokenizer.end_id)
     return tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)

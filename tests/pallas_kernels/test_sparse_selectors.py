@@ -420,8 +420,6 @@ def test_parts_of_a_selection_are_checked_as_the_whole():
         select_from(selector, k.astype(jnp.int32), of_keys, **call)
     with pytest.raises(ValueError, match=r"BlockMean.summary: k has shape \(1, 16, 2\), wanted \[batch"):
         summary(selector, k[..., 0], 4)
-    with pytest.raises(ValueError, match="BlockMean.select_from: mask=None, wanted a Mask"):
-        select_from(selector, k, of_keys, **call | {"mask": None})
 
 
 def test_the_recall_of_other_rows_is_refused():

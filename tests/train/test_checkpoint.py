@@ -14,6 +14,7 @@ from train.checkpoint import (
     find_checkpoint,
     load_params,
 )
+from train.checkpoint.inspection import list_checkpoints
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from train.state import abstract_params, abstract_state, create_state
 
@@ -134,7 +135,7 @@ def test_a_truncated_checkpoint_names_the_one_before(tmp_path, stand_in, mesh, s
 
 @pytest.mark.parametrize(("steps", "kept"), [([2, 4], "step 2 is the last complete one"), ([4], "none is complete")])
 def test_a_save_that_was_cut_off_is_removed_with_a_note(tmp_path, state, steps, kept):
-    save(tmp_path, state, steps)
+    save(tmp_path, state, steps).close()
     cut_off = tmp_path / "4.orbax-checkpoint-tmp"
     (tmp_path / "4").rename(cut_off)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
@@ -207,3 +208,24 @@ def test_changed_settings():
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         CheckpointConfig(**settings)
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(tmp_path, state):
+    holder = save(tmp_path, state, [2])
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()  # what it is about to complete
+    with pytest.raises(CheckpointError, match="another process is training this run; wait until it ends, or choose"):
+        Checkpoints(tmp_path, CheckpointConfig())
+    assert (tmp_path / "4.orbax-checkpoint-tmp").is_dir()
+    holder.close()
+    Checkpoints(tmp_path, CheckpointConfig()).close()
+
+
+def test_a_run_is_found_whose_checkpoints_lie_elsewhere(tmp_path, state):
+    save(tmp_path / "elsewhere", state, [2]).close()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(f"checkpoint: {{dir: {tmp_path / 'elsewhere'}}}")
+    assert find_checkpoint(tmp_path / "run") == (tmp_path / "elsewhere", 2)
+    assert [found.step for found in list_checkpoints(tmp_path / "run")] == [2]
+    (tmp_path / "run/config.yaml").write_text("- neither: [yaml")
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        find_checkpoint(tmp_path / "run")

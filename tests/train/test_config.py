@@ -158,8 +158,21 @@ def test_help_names_every_key_of_a_config(base):
 
 
 def test_docs_are_current(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["config", str(tmp_path / "docs/config.md")])
+    monkeypatch.setattr(sys, "argv", ["config", "--write", str(tmp_path / "docs/config.md")])
     config_module.main()
     written = (tmp_path / "docs/config.md").read_text(encoding="utf-8")
     assert written == markdown_text()
     assert written == (ROOT / "docs/config.md").read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_the_generator_of_the_page_takes_no_users_file(tmp_path, monkeypatch, capsys):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("run_dir: runs/mine")
+    for arguments in ([str(mine)], ["--write", str(mine)]):
+        monkeypatch.setattr(sys, "argv", ["train.config", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            config_module.main()
+    assert mine.read_text() == "run_dir: runs/mine"
+    monkeypatch.setattr(sys, "argv", ["train.config", "--write", str(tmp_path / "page.md")])
+    config_module.main()
+    assert (tmp_path / "page.md").read_text() == markdown_text()

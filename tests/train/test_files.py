@@ -5,7 +5,9 @@ import os
 
 import pytest
 
-from train.command import run_command
+from train import calibrate, plan
+from train.command import check_output, run_command
+from train.config import ConfigError
 from train.files import naming, storage_problem, write_text
 
 
@@ -58,3 +60,13 @@ def test_commands_tell_what_is_wrong_with_the_disk_in_a_line(tmp_path, capsys):
 
     with pytest.raises(FileNotFoundError, match="gone"):
         run_command(unforeseen)
+
+
+def test_the_folder_of_a_result_is_looked_for_before_the_work(tmp_path, capsys):
+    there, missing = tmp_path / "plan.json", tmp_path / "none" / "plan.json"
+    check_output("--json", there)
+    with pytest.raises(ConfigError, match="--json: got .*none/plan.json, wanted a folder that is there"):
+        check_output("--json", missing)
+    assert calibrate.main(["--out", str(missing)]) == 2
+    assert plan.main(["configs/quickstart.yaml", "--formula", "--json", str(missing)]) == 2
+    assert "wanted a folder that is there" in capsys.readouterr().err

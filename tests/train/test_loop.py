@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -371,3 +372,52 @@ def test_signals_save_and_running_again_goes_on(config_file, tmp_path):
         assert find_checkpoint(tmp_path)[1] == last
     steps = [r["step"] for r in read_records(tmp_path / "metrics.jsonl")]
     assert steps == list(range(1, last + 1))
+
+
+def test_records_without_a_checkpoint_are_put_aside(run, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    records = (finished / "metrics.jsonl").read_bytes()
+    assert run(tmp_path / "run", "training.steps=1", "optimizer.warmup_steps=0") == 0
+    assert "metrics.jsonl: has records up to step 20, but no checkpoint is there" in "".join(
+        capsys.readouterr().out.split("\n")
+    )
+    assert (tmp_path / "run/metrics.jsonl.1").read_bytes() == records
+    assert [record["step"] for record in read_records(tmp_path / "run/metrics.jsonl")][-1] == 1
+    assert not (tmp_path / "run/config.yaml.1").exists()
+
+
+def test_a_config_that_somebody_wrote_is_kept(run, config_file, tmp_path):
+    text = "# mine\n" + config_file.read_text()
+    (tmp_path / "config.yaml").write_text(text)
+    overrides = f"run_dir={tmp_path}", "training.steps=1", "optimizer.warmup_steps=0"
+    assert main([str(tmp_path / "config.yaml"), *overrides]) == 0
+    assert (tmp_path / "config.yaml.1").read_text() == text
+
+
+def test_a_run_that_was_copied_does_not_train_the_other(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "copy")
+    before = (finished / "metrics.jsonl").read_bytes()
+    file = str(tmp_path / "copy/config.yaml")
+    assert main([file, "training.steps=21"]) == 2
+    assert f"run_dir: got {finished} in a file of the run in {tmp_path}/copy; add run_dir=" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert main([file, f"run_dir={tmp_path / 'copy'}"]) == 0
+    assert f"{tmp_path / 'copy'} is done at step 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (
+            ["model.mixers.global={kind: gla, num_heads: 2}", "sample={prompt: abc, num_tokens: 4, prefill: star}"],
+            2,
+            "sample: prefill: star attention cuts a context into blocks",
+        ),
+        (["init_from=nothing"], 1, "nothing: holds no complete checkpoint"),
+    ],
+)
+def test_what_cannot_end_well_does_not_begin(run, tmp_path, capsys, overrides, code, message):
+    assert run(tmp_path / "run", *overrides) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()

@@ -135,3 +135,11 @@ def test_going_back_drops_the_records_behind(tmp_path):
     log.write(2, {"loss": 20.0})
     log.close()
     assert [r["loss"] for r in read_records(tmp_path / "metrics.jsonl")] == [1.0, 20.0]
+
+
+def test_lines_that_are_no_records_cost_no_others(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "los\n[3]\n\xff\n{"step": 4}\n{"step": 5')
+    assert read_records(path) == [{"step": 1}, {"step": 4}]
+    drop_records_after(path, 4)
+    assert path.read_text() == '{"step": 1}\n{"step": 4}\n'

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from train.checkpoint.store import CheckpointError, Position, brief
+from train.checkpoint.store import CheckpointError, Position, brief, checkpoint_folders
 
 _ARRAY_ITEMS = ("params", "training")
 _WANTED = "pass a run's folder, its folder of checkpoints, or one checkpoint"
@@ -43,7 +43,7 @@ def list_checkpoints(source: str | Path) -> list[Listed]:
     path = Path(source).resolve()
     if not path.is_dir():
         raise CheckpointError(f"{source}: is no folder; {_WANTED}")
-    for directory in (path / "checkpoints", path):
+    for directory in checkpoint_folders(path):
         if directory.is_dir() and (listed := _listed(directory)):
             return listed
     if path.name.isdecimal():

@@ -1,16 +1,23 @@
 """Saving, resuming and initializing from checkpoints, on Orbax."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import json
 import logging
+import os
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+import yaml
 from orbax.checkpoint import checkpoint_managers
 
 from longctx.lora import is_adapter
@@ -70,17 +77,21 @@ class Position:
 class Checkpoints:
     """The checkpoints of one run: one folder a saved step, written in the background, complete or absent.
 
+    While it is open no other process can open them: it would remove the save that this one is writing.
+
     A step's folder has three items: `params`, `training` (optimizer state, step, key, skipped steps) and
     `position` (JSON: rows consumed and the config).
 
     Args:
       directory: Folder of the run's checkpoints; made if it is not there.
       config: What to keep.
-    Raises: CheckpointError where the folder cannot be written.
+    Raises: CheckpointError where the folder cannot be written, or another process has it open.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
         self.directory = directory
+        lock = self._writing(lambda: _locked(directory)) if jax.process_index() == 0 else None
+        self._unlock = weakref.finalize(self, os.close, lock) if lock is not None else lambda: None
         cut_off = sorted(directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"))
         self._manager = self._writing(lambda: _open(directory, config, write=True))
         kept = "none is complete" if self.latest_step is None else f"step {self.latest_step} is the last complete one"
@@ -162,7 +173,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the saves and releases the threads; raises as `wait` does."""
-        self._writing(self._manager.close)
+        try:
+            self._writing(self._manager.close)
+        finally:
+            self._unlock()
 
     def _writing[T](self, write: Callable[[], T]) -> T:
         """Calls what writes; a fault of the disk becomes an error that says so."""
@@ -198,7 +212,8 @@ def tell_faults_once() -> None:
     """
 
     def is_new(error: BaseException | None) -> bool:
-        return not (error is not None and storage_problem(error)) and str(error) != "Event loop is closed"
+        after_the_end = "Event loop is closed", "cannot schedule new futures after interpreter shutdown"
+        return not (error is not None and storage_problem(error)) and str(error) not in after_the_end
 
     def hook(unraisable: Any) -> None:
         if is_new(unraisable.exc_value):
@@ -253,13 +268,44 @@ def find_checkpoint(source: str | Path) -> tuple[Path, int]:
     path = Path(source).resolve()
     if path.name.isdecimal() and (path / "params").is_dir():
         return path.parent, int(path.name)
-    for directory in (path / "checkpoints", path):
+    for directory in checkpoint_folders(path):
         steps = [found.step for found in ocp.path.step.standard_name_format().find_all(directory)]
         if steps:
             return directory, max(steps)
     raise CheckpointError(
         f"{source}: holds no complete checkpoint; pass a run's folder, its folder of checkpoints, or one checkpoint"
     )
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """Where the checkpoints may lie of a run in this folder, or that this is the folder of."""
+    folders = [path / "checkpoints", path]
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        if elsewhere := (config.get("checkpoint") or {}).get("dir"):
+            folders.insert(0, Path(elsewhere).resolve())
+    return folders
+
+
+def _locked(directory: Path) -> int | None:
+    """The descriptor of a file that this process alone holds until it is closed, or the process has ended, however.
+
+    None on file systems that know no locks.
+
+    Raises: CheckpointError where another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        raise CheckpointError(
+            f"{directory}: another process is training this run; wait until it ends, or choose another run_dir"
+        ) from error
+    return lock
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.command import run_command
+from train.command import check_output, run_command
 from train.config import load_config
 from train.launch.local import SECONDS_TO_STOP, launch_local
 from train.launch.render import PLACES, option, render
@@ -95,6 +95,7 @@ def _render(arguments: Sequence[str]) -> int:
         if options.output is None:
             print(text, end="")
         else:
+            check_output("--output", options.output)
             options.output.write_text(text, encoding="utf-8")
 
     return run_command(run)
