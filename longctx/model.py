@@ -284,7 +284,8 @@ class TransformerLM(nnx.Module):
         logits = soft_cap(hidden output_table^T)
 
         Args:
-          tokens_BT: Token ids; an id outside the vocabulary gives NaN.
+          tokens_BT: Token ids; an id outside the vocabulary, negative or too large, gives NaN. Those of padding are not
+            read.
           positions: Position of each token in its document; default 0, 1, 2, ... along the row.
           segment_ids: Document of each token, negative for padding; nothing crosses documents. Default: one a row.
           rngs: What a config that `is_stochastic` draws from in training, one key for the whole call or one a row; each
@@ -346,7 +347,7 @@ class TransformerLM(nnx.Module):
             return along(x_BTD, blocks, config.pattern, numbers, **order, prevent_cse=not config.scan_layers), None
 
         order = dict(held_in_runs=False, left_in_runs=config.periods_in_runs)
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self._embed(tokens_BT, segment_ids)
         x_BTD = along(x_BTD, self.leading, config.leading, range(len(self.leading)), **order, prevent_cse=True)
         if self.periods:
             x_BTD, _ = jax.lax.scan(
@@ -527,10 +528,14 @@ class TransformerLM(nnx.Module):
             for key in self._schedule_keys()
         }
 
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         # Cast after the lookup, so that the gradients of a frequent token add up in the parameters' dtype.
         with jax.named_scope("embedding"):
-            x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill").astype(self.config.dtype)
+            if segment_ids is not None:
+                # Attention multiplies padding by 0, which leaves the NaN of an id outside the vocabulary as it is.
+                tokens_BT = jnp.where(segment_ids < 0, 0, tokens_BT)
+            rows = self.embedding[...].at[tokens_BT]
+            x_BTD = rows.get(mode="fill", wrap_negative_indices=False).astype(self.config.dtype)
         return constrain(x_BTD, "batch", "sequence", None)
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
