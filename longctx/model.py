@@ -99,7 +99,7 @@ class ModelConfig:
             if name not in self.mixers:
                 raise ValueError(f"pattern: got {name!r}, wanted names of mixers ({known}); define it under mixers")
         self._check_edges()
-        if not isinstance(self.remat, str):
+        if isinstance(self.remat, Mapping):
             object.__setattr__(self, "remat", dict(self.remat))
         check_remat(self.remat, {name: mixer.tensor_names for name, mixer in self.mixers.items()})
         of_hidden = "recompute" if isinstance(self.remat, str) else self.remat.get(MLP_HIDDEN, "recompute")
