@@ -1,7 +1,15 @@
 """What layers ask of the arrays that they are called with."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError, naming the argument, unless it is one of these (`typing.get_args` of a Literal)."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}; choose one of these")
 
 
 def check_features(layer: str, x: jax.Array, dim: int) -> None:

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int32
 
-from longctx.arguments import check_sequence, check_tokens
+from longctx.arguments import check_choice, check_sequence, check_tokens
 from longctx.attention import causal_pairs, check_heads
 from longctx.context_parallel import (
     AnySchedule,
@@ -390,6 +390,9 @@ class LinearAttention(RecurrentLayer):
         rngs: nnx.Rngs,
     ):
         num_qk_heads = num_heads if num_qk_heads is None else num_qk_heads
+        if output_norm is not None:
+            check_choice("output_norm", output_norm, get_args(OutputNorm))
+        check_gate(gate)
         check_qk_heads(num_heads, num_qk_heads)
         check_heads(num_heads, num_heads, head_dim, dim=dim, rotary=rotary is not None)
         check_heads(num_heads, num_heads, value_dim, dim=dim, rotary=False)
@@ -476,6 +479,12 @@ def make_output_norm(name: OutputNorm | None, eps: float) -> SimpleRMSNorm | Gro
             return SimpleRMSNorm(eps=eps, num_dims=2)
         case "group":
             return GroupNorm(eps=eps)
+
+
+def check_gate(gate: str | None) -> None:
+    """Raises ValueError unless it is None or known."""
+    if gate is not None:
+        check_choice("gate", gate, get_args(Gate))
 
 
 def dims_of_head(name: str, value: int | None, dim: int, parts: int) -> int:

@@ -1,5 +1,6 @@
 """The mixers of a recurrent state against their formulas in quadratic form; documents, decoding, prefill, meshes."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -12,8 +13,10 @@ from flax import nnx
 
 from longctx import (
     AttentionConfig,
+    BiasConfig,
     Block,
     DeltaConfig,
+    DeltaNet,
     GatedDeltaConfig,
     GlaConfig,
     LightningConfig,
@@ -601,6 +604,40 @@ def test_layer_refuses(kwargs, message):
 def test_config_refuses(config, kwargs, message):
     with pytest.raises(ValueError, match=message):
         config(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("made", "field", "value", "choices"),
+    [
+        (LinearConfig(num_heads=2), "feature_map", "gelu", "identity, elu1, relu, cosine, taylor2"),
+        (LinearConfig(num_heads=2), "gate", "silu", "identity, sigmoid, swish"),
+        (LightningConfig(num_heads=2), "slopes", "Linear", "geometric, linear"),
+        (LightningConfig(num_heads=2), "gate", "silu", "identity, sigmoid, swish"),
+        (DeltaConfig(num_heads=2), "feature_map", "gelu", "identity, elu1, relu, dpfp"),
+        (DeltaConfig(num_heads=2), "feature_norm", "l1", "l2, sum"),
+        (Pointwise("relu"), "function", "gelu", "identity, elu1, relu, swish"),
+        (BiasConfig(kind="alibi"), "kind", "alibl", "alibi, alibi_learned, t5, kerple_log, kerple_power"),
+    ],
+)
+def test_misspelt_choices_are_refused(made, field, value, choices):
+    misspelt = copy.copy(made)
+    object.__setattr__(misspelt, field, value)  # the types of constructors' arguments are checked in tests
+    with pytest.raises(ValueError, match=f"^{field}: got '{value}', wanted one of {choices}; choose one of these"):
+        misspelt.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("layer", "field", "value", "choices"),
+    [
+        (LinearAttention, "output_norm", "RMS", "rms, group"),
+        (LinearAttention, "gate", "silu", "identity, sigmoid, swish"),
+        (DeltaNet, "feature_norm", "l1", "l2, sum"),
+    ],
+)
+def test_misspelt_choices_of_layers_are_refused(layer, field, value, choices):
+    make = inspect.unwrap(layer.__init__)
+    with pytest.raises(ValueError, match=f"{field}: got '{value}', wanted one of {choices}; choose one of these"):
+        make(layer.__new__(layer), DIM, num_heads=2, rngs=nnx.Rngs(0), **{field: value})
 
 
 def test_state_shape_columns():
