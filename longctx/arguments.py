@@ -12,6 +12,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}; choose one of these")
 
 
+def check_positive(**numbers: float | None) -> None:
+    """Raises ValueError, naming the argument, unless each is None or a whole number >= 1."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
+
+
+def check_soft_cap(name: str, soft_cap: float | None) -> None:
+    """Raises ValueError, naming the option, unless it is None or a number that can bound logits."""
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{name}: got {soft_cap}, wanted null or a number > 0")
+
+
 def check_features(layer: str, x: jax.Array, dim: int) -> None:
     """Raises ValueError unless x is of floats and has `dim` features last."""
     if x.ndim < 1 or x.shape[-1] != dim:

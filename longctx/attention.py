@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
-from longctx.arguments import check_sequence
+from longctx.arguments import check_positive, check_sequence, check_soft_cap
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
@@ -186,7 +186,7 @@ class Attention(GroupedQueryLayer):
         over those of `longctx.make_mesh` where such a mesh is in scope.
       rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
 
-    Raises: ValueError where the numbers of heads and dims do not divide.
+    Raises: ValueError where the numbers of heads and dims do not divide, or logits_soft_cap is not positive.
     Memory: O(B T (N + K) H) for a call, in the backward pass too.
     Reference: Ainslie et al., GQA, arXiv:2305.13245. Sinks: Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; that they
       start at 0: Miller 2023, Attention is off by one. Biases: pallas_kernels/bias.py.
@@ -216,6 +216,7 @@ class Attention(GroupedQueryLayer):
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
+        check_soft_cap("logits_soft_cap", logits_soft_cap)
         super().__init__(
             dim,
             num_heads=num_heads,
@@ -412,9 +413,7 @@ def check_heads(
 
     A head_dim of None stands for dim / num_heads, which is checked where `dim` is known.
     """
-    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
+    check_positive(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_kv_heads: got {num_kv_heads}, wanted a divisor of num_heads={num_heads}; "

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int32
 
-from longctx.arguments import check_choice, check_sequence, check_tokens
+from longctx.arguments import check_choice, check_positive, check_sequence, check_tokens
 from longctx.attention import causal_pairs, check_heads
 from longctx.context_parallel import (
     AnySchedule,
@@ -393,6 +393,7 @@ class LinearAttention(RecurrentLayer):
         if output_norm is not None:
             check_choice("output_norm", output_norm, get_args(OutputNorm))
         check_gate(gate)
+        check_positive(value_dim=value_dim)
         check_qk_heads(num_heads, num_qk_heads)
         check_heads(num_heads, num_heads, head_dim, dim=dim, rotary=rotary is not None)
         check_heads(num_heads, num_heads, value_dim, dim=dim, rotary=False)
@@ -490,8 +491,9 @@ def check_gate(gate: str | None) -> None:
 def dims_of_head(name: str, value: int | None, dim: int, parts: int) -> int:
     """The dims of a head, by default those of x over so many parts.
 
-    Raises: ValueError, naming the option, where these do not divide.
+    Raises: ValueError, naming the option, where it is not positive or these do not divide.
     """
+    check_positive(**{name: value})
     if value is None and dim % parts:
         raise ValueError(f"{name}: dim={dim} is not a multiple of {parts}; set {name}")
     return dim // parts if value is None else value
@@ -510,8 +512,6 @@ def check_qk_heads(
       name: What num_qk_heads is called.
       reason: Why it must divide.
     """
-    for argument, value in (("num_heads", num_heads), (name, num_qk_heads)):
-        if value < 1:
-            raise ValueError(f"{argument}: got {value}, wanted a number >= 1")
+    check_positive(**{"num_heads": num_heads, name: num_qk_heads})
     if num_heads % num_qk_heads:
         raise ValueError(f"{name}: got {num_qk_heads}, wanted a divisor of num_heads={num_heads}; {reason}")

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
-from longctx.arguments import check_sequence
+from longctx.arguments import check_positive, check_sequence
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
@@ -260,11 +260,8 @@ class MlaAttention(nnx.Module):
 
 def check_dims(num_heads: int, kv_rank: int, q_rank: int | None, head_dim: int, rope_dim: int, value_dim: int) -> None:
     """Raises ValueError, naming the argument, unless these make a latent attention."""
-    named = dict(
+    check_positive(
         num_heads=num_heads, kv_rank=kv_rank, q_rank=q_rank, head_dim=head_dim, rope_dim=rope_dim, value_dim=value_dim
     )
-    for name, value in named.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
     if rope_dim % 2:
         raise ValueError(f"rope_dim: got {rope_dim}, wanted an even number for rotary positions; use {rope_dim + 1}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from longctx.arguments import check_tokens
+from longctx.arguments import check_soft_cap, check_tokens
 from longctx.attention import RandomSource, key_of
 from longctx.block import Block
 from longctx.context_parallel import (
@@ -113,8 +113,7 @@ class ModelConfig:
                 raise ValueError(
                     f"mixers: {name!r} is not in pattern {self.pattern}, so no layer would use it; remove it"
                 )
-        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
-            raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
+        check_soft_cap("logits_soft_cap", self.logits_soft_cap)
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps: got {self.norm_eps}, wanted a number > 0; 1e-6 is customary")
 

@@ -18,10 +18,12 @@ from longctx import (
     DeltaConfig,
     DeltaNet,
     GatedDeltaConfig,
+    GatedLinearAttention,
     GlaConfig,
     LightningConfig,
     LinearAttention,
     LinearConfig,
+    Mamba2,
     Mamba2Config,
     MeshConfig,
     ModelConfig,
@@ -559,6 +561,31 @@ def test_calls_are_refused_with_a_remedy():
 def test_layer_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         LinearAttention(DIM, num_heads=2, rngs=nnx.Rngs(0), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kwargs", "message"),
+    [
+        (GatedLinearAttention, dict(gate_temperature=0.0), r"gate_temperature: got 0.0, wanted a number > 0; 16 is"),
+        (GatedLinearAttention, dict(gate_rank=0), r"gate_rank: got 0, wanted a number >= 1"),
+        (GatedLinearAttention, dict(conv_size=0), r"conv_size: got 0, wanted a number >= 1"),
+        (GatedLinearAttention, dict(head_dim=0), r"head_dim: got 0, wanted a number >= 1"),
+        (DeltaNet, dict(value_dim=-1), r"value_dim: got -1, wanted a number >= 1"),
+        (DeltaNet, dict(conv_size=-1), r"conv_size: got -1, wanted a number >= 1"),
+        (DeltaNet, dict(decay=True, dt_range=(0.1, 1e-3)), r"dt_min: got 0.1 with dt_max=0.001, wanted 0 < dt_min"),
+        (DeltaNet, dict(decay=True, dt_range=(0.0, 0.1)), r"dt_min: got 0.0 with dt_max=0.1, wanted 0 < dt_min"),
+        (Mamba2, dict(state_dim=0), r"state_dim: got 0, wanted a number >= 1"),
+        (Mamba2, dict(conv_size=0), r"conv_size: got 0, wanted a number >= 1"),
+    ],
+)
+def test_layers_refuse_the_sizes_that_their_configs_do(layer, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        layer(DIM, num_heads=2, rngs=nnx.Rngs(0), **kwargs)
+
+
+def test_a_layer_may_have_a_convolution_of_the_token_itself():
+    layer = nnx.eval_shape(lambda: GatedLinearAttention(DIM, num_heads=2, conv_size=1, rngs=nnx.Rngs(0)))
+    assert layer.convolution.width == 1
 
 
 @pytest.mark.parametrize(
