@@ -49,6 +49,26 @@ def check_sequence(
     check_tokens(layer, x_BTD.shape[:2], positions=positions, segment_ids=segment_ids)
 
 
+def check_next_tokens(layer: str, x_BTD: jax.Array, dim: int, *, cache_rows: int) -> None:
+    """Raises ValueError unless x is [batch, length, dim] of floats, none of them 0, with as many rows as the cache."""
+    check_sequence(layer, x_BTD, dim)
+    if x_BTD.shape[0] != cache_rows:
+        raise ValueError(
+            f"x: got {x_BTD.shape[0]} rows, the cache has {cache_rows}; pass the tokens and the cache of the same rows "
+            f"({layer})"
+        )
+
+
+def check_ids(layer: str, tokens_BT: jax.Array, *, may_be_empty: bool = False) -> None:
+    """Raises ValueError unless these are integers [batch, length], no dimension 0, or only the length."""
+    positive = tokens_BT.shape[:1] if may_be_empty else tokens_BT.shape
+    if tokens_BT.ndim != 2 or 0 in positive or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens: got {tokens_BT.dtype}{list(tokens_BT.shape)}, wanted integers [batch, length], no dimension 0 "
+            f"({layer})"
+        )
+
+
 def check_tokens(layer: str, shape: tuple[int, ...], **of_tokens: jax.Array | None) -> None:
     """Raises ValueError, naming the argument, unless each is None or int32 [batch or 1, length]."""
     batch_size, length = shape

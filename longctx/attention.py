@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
-from longctx.arguments import check_positive, check_sequence, check_soft_cap
+from longctx.arguments import check_next_tokens, check_positive, check_sequence, check_soft_cap
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
@@ -316,10 +316,11 @@ class Attention(GroupedQueryLayer):
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
-        Raises: ValueError if T alone exceeds the room of the cache.
+        Raises: ValueError if T alone exceeds the room of the cache, or x has other rows than it.
         Cost: over a mesh that splits the cache, tree attention (context_parallel/tree.py): the cache stays where it is,
           and what is sent does not depend on its length.
         """
+        check_next_tokens("Attention", x_BTD, self.dim, cache_rows=cache.k.shape[0])
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
         attended_BTNH, cache = sharded_decode(

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int32
 
-from longctx.arguments import check_choice, check_positive, check_sequence, check_tokens
+from longctx.arguments import check_choice, check_next_tokens, check_positive, check_sequence, check_tokens
 from longctx.attention import causal_pairs, check_heads
 from longctx.context_parallel import (
     AnySchedule,
@@ -235,9 +235,10 @@ class RecurrentLayer(nnx.Module):
           depth: As in a call.
 
         Returns: y and the cache with T more tokens.
-        Raises: as a call, T alone against max_length; y is NaN behind it.
+        Raises: as a call, T alone against max_length, y is NaN behind it; and where x has other rows than the cache.
         Cost: one pass over the state a step, however many tokens it holds; nothing is sent.
         """
+        check_next_tokens(type(self).__name__, x_BTD, self.dim, cache_rows=cache.state.shape[0])
         self._check(x_BTD, x_BTD.shape[1], depth)
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         recent = ()

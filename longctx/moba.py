@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
+from longctx.arguments import check_next_tokens
 from longctx.attention import GroupedQueryLayer
 from longctx.context_parallel import (
     AnySchedule,
@@ -155,9 +156,10 @@ class MobaAttention(GroupedQueryLayer):
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
-        Raises: ValueError if T alone exceeds the room of the cache.
+        Raises: ValueError if T alone exceeds the room of the cache, or x has other rows than it.
         Cost: a token at a time, the scores of all chunks and attention to top_k of them; nothing is sent.
         """
+        check_next_tokens("MobaAttention", x_BTD, self.dim, cache_rows=cache.k.shape[0])
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
         attended_BTNH, cache = sharded_moba_decode(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from longctx.arguments import check_soft_cap, check_tokens
+from longctx.arguments import check_ids, check_soft_cap, check_tokens
 from longctx.attention import RandomSource, key_of
 from longctx.block import Block
 from longctx.context_parallel import (
@@ -292,11 +292,7 @@ class TransformerLM(nnx.Module):
 
         Raises: ValueError in training without rngs, where there is something to draw, and where the arrays do not fit.
         """
-        if tokens_BT.ndim != 2 or 0 in tokens_BT.shape or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens: got {tokens_BT.dtype}{list(tokens_BT.shape)}, wanted integers [batch, length], no dimension "
-                "0 (TransformerLM)"
-            )
+        check_ids("TransformerLM", tokens_BT)
         check_tokens("TransformerLM", tokens_BT.shape, positions=positions, segment_ids=segment_ids)
         config, schedules = self.config, self._schedules(tokens_BT.shape, positions, segment_ids)
         relayout = None
@@ -391,8 +387,9 @@ class TransformerLM(nnx.Module):
           cache: From `init_cache`, `prefill` or the previous call; jit with it donated to update it in place.
 
         Returns: logits and the cache after these tokens; logits are NaN once the cache overflows.
+        Raises: ValueError where the tokens are no integers [batch, length], or have other rows than the cache.
         """
-
+        check_ids("TransformerLM", tokens_BT)
         config = self.config
 
         def period(x_BTD, blocks_caches_and_number):
@@ -440,12 +437,13 @@ class TransformerLM(nnx.Module):
           star_block: Tokens of a block of star attention; of one block a device, a P-th of the context.
 
         Returns: the caches.
-        Raises: NotImplementedError where a mixer has no prefill; ValueError where the context has no tokens, or more
-          than max_length, or star_block is not positive.
+        Raises: NotImplementedError where a mixer has no prefill; ValueError where the context is no integers
+          [batch, length], has no tokens, or more than max_length, or star_block is not positive.
         Cost: the layers on T / P tokens a device, of star attention on b more, and what attention sends. Parameters
           that are split over the context axes are gathered, as in training.
         Reference: Acharya, Jia and Ginsburg, Star Attention, arXiv:2411.17116, section 2.1.
         """
+        check_ids("TransformerLM", tokens_BT, may_be_empty=True)  # the plan refuses that, with what to do instead
         plan = PrefillPlan(length=tokens_BT.shape[1], degree=cache_degree(self.sharding), star_block=star_block)
         pattern = zip(self.config.pattern if self.periods else (), self.periods, strict=True)
         ends = zip(self.config.leading + self.config.remainder, (*self.leading, *self.remainder), strict=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from longctx.arguments import check_positive, check_tokens
+from longctx.arguments import check_next_tokens, check_positive, check_tokens
 from longctx.attention import GroupedQueryLayer
 from longctx.context_parallel import (
     AnySchedule,
@@ -228,9 +228,10 @@ class NsaAttention(GroupedQueryLayer):
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
-        Raises: ValueError if T alone exceeds the room of the cache.
+        Raises: ValueError if T alone exceeds the room of the cache, or x has other rows than it.
         Cost: a token at a time, attention to compressed keys, to num_blocks blocks and to a window; nothing is sent.
         """
+        check_next_tokens("NsaAttention", x_BTD, self.dim, cache_rows=cache.selected.shape[0])
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, _ = self._queries(x_BTD, positions)
         uncompressed = self._uncompressed(x_BTD)
