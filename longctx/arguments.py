@@ -12,6 +12,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}; choose one of these")
 
 
+def check_names(name: str, names: Sequence[str]) -> None:
+    """Raises ValueError where names are a string, whose letters would each be taken for one."""
+    if isinstance(names, str):
+        raise ValueError(f"{name}: got {names!r}, wanted a list of names; write [{names}]")
+
+
 def check_positive(**numbers: float | None) -> None:
     """Raises ValueError, naming the argument, unless each is None or a whole number >= 1."""
     for name, value in numbers.items():
@@ -83,8 +89,8 @@ def check_tokens(layer: str, shape: tuple[int, ...], **of_tokens: jax.Array | No
             raise ValueError(f"{name}: got {array.dtype}, wanted int32; cast it ({layer})")
 
 
-def check_unembedding(name: str, hidden_BTD: jax.Array, table_VD: jax.Array) -> None:
-    """Raises ValueError unless these are floats [batch, length, dim] and [ids, dim], no dimension 0."""
+def check_unembedding(name: str, hidden_BTD: jax.Array, table_VD: jax.Array, *, soft_cap: float | None) -> None:
+    """Raises ValueError unless these are floats [batch, length, dim] and [ids, dim], no dimension 0, and a cap > 0."""
     hidden, table = hidden_BTD, table_VD
     if not (hidden.ndim == 3 and table.ndim == 2 and hidden.shape[2] == table.shape[1]):
         raise ValueError(f"{name}: hidden has shape {hidden.shape}, table {table.shape}, wanted [B, T, D] and [V, D]")
@@ -93,3 +99,5 @@ def check_unembedding(name: str, hidden_BTD: jax.Array, table_VD: jax.Array) -> 
     for what, array in (("hidden", hidden), ("table", table)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name}: {what} is {array.dtype}, wanted floats")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{name}: soft_cap is {soft_cap}, wanted None or a number > 0")

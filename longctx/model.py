@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from longctx.arguments import check_ids, check_soft_cap, check_tokens
+from longctx.arguments import check_ids, check_names, check_soft_cap, check_tokens
 from longctx.attention import RandomSource, key_of
 from longctx.block import Block
 from longctx.context_parallel import (
@@ -84,6 +84,7 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", dict(self.mixers))
+        check_names("pattern", self.pattern)
         object.__setattr__(self, "pattern", tuple(self.pattern))
         for name in ("dim", "num_layers", "mlp_dim"):
             if getattr(self, name) < 1:

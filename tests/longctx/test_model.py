@@ -1,6 +1,7 @@
 """The language model: documents, decoding, periods, rematerialisation, initial values."""
 
 import collections
+import copy
 import dataclasses
 import functools
 
@@ -371,6 +372,13 @@ def test_configs_compare_and_hash_by_value():
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_pattern_that_is_a_string_is_refused():
+    config = copy.copy(CONFIG)
+    object.__setattr__(config, "pattern", "local")  # the constructor's types are checked in tests
+    with pytest.raises(ValueError, match=r"pattern: got 'local', wanted a list of names; write \[local\]"):
+        config.__post_init__()
 
 
 def test_a_model_needs_its_vocabulary():
