@@ -174,7 +174,7 @@ class RecurrentLayer(nnx.Module):
           schedule: None: there is nothing to schedule.
           depth: Depth of the layer, of one that goes by it.
 
-        Returns: y in the layer's dtype.
+        Returns: y in the layer's dtype; zero for padding.
         Raises: ValueError on an x of another dim, a row of more than max_length tokens, a schedule, and a depth that is
           missing or not wanted.
         Cost: O(T) in time and memory.
@@ -188,6 +188,10 @@ class RecurrentLayer(nnx.Module):
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         convolve = functools.partial(sharded_short_convolution, segment_ids=segment_ids, sharding=self.sharding)
         inputs = self._inputs(x_BTD, positions, depth, convolve)
+        if inputs.skipped is not None and segment_ids is not None:
+            # The op is zero at padding; what goes past it must be too, and this is fused with its use.
+            skipped = jnp.where((segment_ids < 0)[:, :, None, None], 0, inputs.skipped)
+            inputs = inputs._replace(skipped=skipped)
         attended = sharded_linear_attention(
             inputs.q,
             inputs.k,

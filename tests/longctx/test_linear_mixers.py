@@ -264,6 +264,7 @@ def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     wanted = with_gradients(lambda layer, x: formula(name, layer, x, positions, segment_ids))(layer, x)
     got = run(layer, x)
     np.testing.assert_allclose(jnp.where(real, got[0], 0), jnp.where(real, wanted[0], 0), atol=2e-5, rtol=2e-4)
+    np.testing.assert_array_equal(jnp.where(real, 0, got[0]), 0)
     for (path, g), w in zip(jax.tree.leaves_with_path(got[1]), jax.tree.leaves(wanted[1]), strict=True):
         size = float(jnp.max(jnp.abs(w)))
         assert size > 0, path
