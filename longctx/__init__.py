@@ -4,12 +4,23 @@ from longctx import masks
 from longctx._version import __version__
 from longctx.attention import Attention
 from longctx.block import Block
-from longctx.context_parallel import AttentionSharding, ContextParallelConfig, KVCache, LinearCache, MobaCache, NsaCache
+from longctx.context_parallel import (
+    AttentionSharding,
+    ContextParallelConfig,
+    KVCache,
+    Layout,
+    LinearCache,
+    MobaCache,
+    NsaCache,
+    PrefillPlan,
+    sharded_schedule,
+)
 from longctx.delta import DeltaNet
+from longctx.feature_maps import FeatureMap, Pointwise, Taylor2
 from longctx.fused_loss import TokenScores, fused_cross_entropy, token_scores
 from longctx.gla import GatedLinearAttention
 from longctx.linear_attention import LinearAttention
-from longctx.lora import LoraConfig
+from longctx.lora import LoraConfig, add_adapters, merged
 from longctx.losses import LossSums, cross_entropy
 from longctx.mixers import MixerConfig, register
 from longctx.mixers.attention import AttentionConfig
@@ -35,6 +46,7 @@ from longctx.position_bias import BiasConfig
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, param_shardings
 from longctx.unembedding import logits_of
+from pallas_kernels.sparse import NsaSizes
 
 __all__ = [
     "Attention",
@@ -46,10 +58,12 @@ __all__ = [
     "DecodeCache",
     "DeltaConfig",
     "DeltaNet",
+    "FeatureMap",
     "GatedDeltaConfig",
     "GatedLinearAttention",
     "GlaConfig",
     "KVCache",
+    "Layout",
     "LightningConfig",
     "LinearAttention",
     "LinearCache",
@@ -69,15 +83,20 @@ __all__ = [
     "NsaAttention",
     "NsaCache",
     "NsaConfig",
+    "NsaSizes",
+    "Pointwise",
+    "PrefillPlan",
     "RMSNorm",
     "ReglaConfig",
     "RetentionConfig",
     "RotaryConfig",
     "SimpleRMSNorm",
     "SwiGLU",
+    "Taylor2",
     "TokenScores",
     "TransformerLM",
     "__version__",
+    "add_adapters",
     "apply_rotary",
     "batch_sharding",
     "constrain",
@@ -87,7 +106,9 @@ __all__ = [
     "logits_of",
     "make_mesh",
     "masks",
+    "merged",
     "param_shardings",
     "register",
+    "sharded_schedule",
     "token_scores",
 ]

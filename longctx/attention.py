@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
-from longctx.arguments import check_sequence
+from longctx.arguments import check_next_tokens, check_positive, check_sequence, check_soft_cap
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
@@ -186,7 +186,7 @@ class Attention(GroupedQueryLayer):
         over those of `longctx.make_mesh` where such a mesh is in scope.
       rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
 
-    Raises: ValueError where the numbers of heads and dims do not divide.
+    Raises: ValueError where the numbers of heads and dims do not divide, or logits_soft_cap is not positive.
     Memory: O(B T (N + K) H) for a call, in the backward pass too.
     Reference: Ainslie et al., GQA, arXiv:2305.13245. Sinks: Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; that they
       start at 0: Miller 2023, Attention is off by one. Biases: pallas_kernels/bias.py.
@@ -216,6 +216,7 @@ class Attention(GroupedQueryLayer):
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
+        check_soft_cap("logits_soft_cap", logits_soft_cap)
         super().__init__(
             dim,
             num_heads=num_heads,
@@ -315,10 +316,11 @@ class Attention(GroupedQueryLayer):
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
-        Raises: ValueError if T alone exceeds the room of the cache.
+        Raises: ValueError if T alone exceeds the room of the cache, or x has other rows than it.
         Cost: over a mesh that splits the cache, tree attention (context_parallel/tree.py): the cache stays where it is,
           and what is sent does not depend on its length.
         """
+        check_next_tokens("Attention", x_BTD, self.dim, cache_rows=cache.k.shape[0])
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
         attended_BTNH, cache = sharded_decode(
@@ -412,9 +414,7 @@ def check_heads(
 
     A head_dim of None stands for dim / num_heads, which is checked where `dim` is known.
     """
-    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
+    check_positive(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_kv_heads: got {num_kv_heads}, wanted a divisor of num_heads={num_heads}; "

@@ -1,13 +1,14 @@
 """The delta rule as a layer, DeltaNet and Gated DeltaNet: a token first erases what its key reads, then writes."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
+from longctx.arguments import check_choice
 from longctx.context_parallel import AttentionSharding
 from longctx.feature_maps import FeatureMap, Pointwise
 from longctx.gated_output import GatedOutput
@@ -54,7 +55,8 @@ class DeltaNet(RecurrentLayer):
       implementation, sharding: As of `RecurrentLayer`. Kernels serve few sizes of features: others fall to XLA.
       rngs: Source of the initial values: matrices truncated normal, standard deviation 1 / sqrt(fan_in).
 
-    Raises: ValueError where the numbers of heads and dims do not divide, or feature_norm is `sum` of a map with signs.
+    Raises: ValueError where a number is not positive, the numbers of heads and dims do not divide, or feature_norm is
+      `sum` of a map with signs.
     Memory: O(B T (N V + K H)) for a call; a state is B N H V.
     Reference: Schlag et al., Linear Transformers Are Secretly Fast Weight Programmers, arXiv:2102.11174, section 4 (the
       rule, and sums); Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv:2406.06484, section 3.3
@@ -134,8 +136,9 @@ class DeltaNet(RecurrentLayer):
         return constrain(x.astype(features.dtype), "batch", "sequence", "kv_heads", None)
 
 
-def check_feature_norm(feature_map: FeatureMap, feature_norm: FeatureNorm) -> None:
-    """Raises ValueError where features that may be negative are to be divided by their sum."""
+def check_feature_norm(feature_map: FeatureMap, feature_norm: str) -> None:
+    """Raises ValueError where it is not known, or features that may be negative are to be divided by their sum."""
+    check_choice("feature_norm", feature_norm, get_args(FeatureNorm))
     if feature_norm == "sum" and not feature_map.is_positive:
         raise ValueError(
             "feature_norm: got sum with features that may be negative, and so their sum near zero; wanted l2, or a "

@@ -3,12 +3,16 @@
 import abc
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
+
+from longctx.arguments import check_choice
+
+Function = Literal["identity", "elu1", "relu", "swish"]
 
 _TAYLOR_MULTIPLE = 64
 
@@ -50,7 +54,10 @@ class Pointwise(FeatureMap):
       TransNormerLLM, arXiv:2307.14995, section 3.1.
     """
 
-    function: Literal["identity", "elu1", "relu", "swish"]
+    function: Function
+
+    def __post_init__(self):
+        check_choice("function", self.function, get_args(Function))
 
     @property
     def is_positive(self) -> bool:

@@ -159,13 +159,11 @@ class _Call:
 
 
 def _checked(name: str, hidden, table, targets, soft_cap: float | None, tile: int | None) -> _Call:
-    check_unembedding(name, hidden, table)
+    check_unembedding(name, hidden, table, soft_cap=soft_cap)
     if targets.shape != hidden.shape[:2] or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(
             f"{name}: targets are {targets.dtype}{list(targets.shape)}, wanted int32{list(hidden.shape[:2])}"
         )
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"{name}: soft_cap is {soft_cap}, wanted None or a number > 0")
     if tile is not None and tile < 1:
         raise ValueError(f"{name}: tile is {tile}, wanted None or a number of tokens >= 1")
     shards = TokenShards.of(hidden.shape[:2])

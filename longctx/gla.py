@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Float32
 
+from longctx.arguments import check_positive
 from longctx.context_parallel import AttentionSharding
 from longctx.feature_maps import FeatureMap, Pointwise
 from longctx.gated_output import GatedOutput
@@ -83,7 +84,7 @@ class GatedLinearAttention(RecurrentLayer):
       rngs: Source of the initial values: matrices truncated normal, standard deviation 1 / sqrt(fan_in); b zero, or
         refined so that gates start uniform in (0, 1), and c = -b.
 
-    Raises: ValueError where the numbers of heads and dims do not divide.
+    Raises: ValueError where a number is not positive, or the numbers of heads and dims do not divide.
     Memory: O(B T N (H + V)) for a call; a state is B N H V.
     Reference: Yang et al., Gated Linear Attention Transformers, arXiv:2312.06635, section 4.4; the refined gate and its
       start: Gu et al., Improving the Gating Mechanism of Recurrent Neural Networks, arXiv:1910.09890, section 3, in
@@ -111,6 +112,8 @@ class GatedLinearAttention(RecurrentLayer):
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
+        check_positive(gate_rank=gate_rank)
+        check_gate_temperature(gate_temperature)
         state = gla_state(dim, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim)
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         qkv = QKV(dim, sizes=state, conv_size=conv_size, **kwargs)
@@ -172,3 +175,11 @@ def gla_state(dim: int, *, num_heads: int, head_dim: int | None, value_dim: int 
         value_dim=dims_of_head("value_dim", value_dim, dim, num_heads),
         vector_decay=True,
     )
+
+
+def check_gate_temperature(gate_temperature: float) -> None:
+    """Raises ValueError unless it can divide log decays."""
+    if not gate_temperature > 0:
+        raise ValueError(
+            f"gate_temperature: got {gate_temperature}, wanted a number > 0; 16 is customary, 1 leaves gates"
+        )

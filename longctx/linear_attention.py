@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int32
 
-from longctx.arguments import check_sequence, check_tokens
+from longctx.arguments import check_choice, check_next_tokens, check_positive, check_sequence, check_tokens
 from longctx.attention import causal_pairs, check_heads
 from longctx.context_parallel import (
     AnySchedule,
@@ -174,7 +174,7 @@ class RecurrentLayer(nnx.Module):
           schedule: None: there is nothing to schedule.
           depth: Depth of the layer, of one that goes by it.
 
-        Returns: y in the layer's dtype.
+        Returns: y in the layer's dtype; zero for padding.
         Raises: ValueError on an x of another dim, a row of more than max_length tokens, a schedule, and a depth that is
           missing or not wanted.
         Cost: O(T) in time and memory.
@@ -188,6 +188,10 @@ class RecurrentLayer(nnx.Module):
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         convolve = functools.partial(sharded_short_convolution, segment_ids=segment_ids, sharding=self.sharding)
         inputs = self._inputs(x_BTD, positions, depth, convolve)
+        if inputs.skipped is not None and segment_ids is not None:
+            # The op is zero at padding; what goes past it must be too, and this is fused with its use.
+            skipped = jnp.where((segment_ids < 0)[:, :, None, None], 0, inputs.skipped)
+            inputs = inputs._replace(skipped=skipped)
         attended = sharded_linear_attention(
             inputs.q,
             inputs.k,
@@ -235,9 +239,10 @@ class RecurrentLayer(nnx.Module):
           depth: As in a call.
 
         Returns: y and the cache with T more tokens.
-        Raises: as a call, T alone against max_length; y is NaN behind it.
+        Raises: as a call, T alone against max_length, y is NaN behind it; and where x has other rows than the cache.
         Cost: one pass over the state a step, however many tokens it holds; nothing is sent.
         """
+        check_next_tokens(type(self).__name__, x_BTD, self.dim, cache_rows=cache.state.shape[0])
         self._check(x_BTD, x_BTD.shape[1], depth)
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         recent = ()
@@ -390,6 +395,10 @@ class LinearAttention(RecurrentLayer):
         rngs: nnx.Rngs,
     ):
         num_qk_heads = num_heads if num_qk_heads is None else num_qk_heads
+        if output_norm is not None:
+            check_choice("output_norm", output_norm, get_args(OutputNorm))
+        check_gate(gate)
+        check_positive(value_dim=value_dim)
         check_qk_heads(num_heads, num_qk_heads)
         check_heads(num_heads, num_heads, head_dim, dim=dim, rotary=rotary is not None)
         check_heads(num_heads, num_heads, value_dim, dim=dim, rotary=False)
@@ -478,11 +487,18 @@ def make_output_norm(name: OutputNorm | None, eps: float) -> SimpleRMSNorm | Gro
             return GroupNorm(eps=eps)
 
 
+def check_gate(gate: str | None) -> None:
+    """Raises ValueError unless it is None or known."""
+    if gate is not None:
+        check_choice("gate", gate, get_args(Gate))
+
+
 def dims_of_head(name: str, value: int | None, dim: int, parts: int) -> int:
     """The dims of a head, by default those of x over so many parts.
 
-    Raises: ValueError, naming the option, where these do not divide.
+    Raises: ValueError, naming the option, where it is not positive or these do not divide.
     """
+    check_positive(**{name: value})
     if value is None and dim % parts:
         raise ValueError(f"{name}: dim={dim} is not a multiple of {parts}; set {name}")
     return dim // parts if value is None else value
@@ -501,8 +517,6 @@ def check_qk_heads(
       name: What num_qk_heads is called.
       reason: Why it must divide.
     """
-    for argument, value in (("num_heads", num_heads), (name, num_qk_heads)):
-        if value < 1:
-            raise ValueError(f"{argument}: got {value}, wanted a number >= 1")
+    check_positive(**{"num_heads": num_heads, name: num_qk_heads})
     if num_heads % num_qk_heads:
         raise ValueError(f"{name}: got {num_qk_heads}, wanted a divisor of num_heads={num_heads}; {reason}")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx.arguments import check_names
 from longctx.projections import Projection
 
 ADAPTERS = ("lora_a", "lora_b")
@@ -26,6 +27,7 @@ class LoraConfig:
     """Names of the projections that have adapters: q, k, v, out of the mixers, gate, up, down of the MLP."""
 
     def __post_init__(self):
+        check_names("targets", self.targets)
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1:
             raise ValueError(f"rank: got {self.rank}, wanted a number >= 1; 16 is customary")

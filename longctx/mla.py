@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
 from longctx import masks
-from longctx.arguments import check_sequence
+from longctx.arguments import check_next_tokens, check_positive, check_sequence
 from longctx.context_parallel import (
     AnySchedule,
     AttentionSharding,
@@ -178,11 +178,12 @@ class MlaAttention(nnx.Module):
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
-        Raises: ValueError if T alone exceeds the room of the cache.
+        Raises: ValueError if T alone exceeds the room of the cache, or x has other rows than it.
         Cost: 2 N (2 kv_rank + rope_dim) a pair of tokens. Over a mesh that splits the cache, tree attention
           (context_parallel/tree.py): the cache stays where it is, and what is sent does not depend on its length.
           Devices that share the heads of a row each work on all of them, since their keys are one head.
         """
+        check_next_tokens("MlaAttention", x_BTD, self.dim, cache_rows=cache.k.shape[0])
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, latent_BTC = self._project(x_BTD, positions)
         q_nope_BTNH, q_rope_BTNR = jnp.split(q_BTNH, [self.head_dim], axis=-1)
@@ -260,11 +261,8 @@ class MlaAttention(nnx.Module):
 
 def check_dims(num_heads: int, kv_rank: int, q_rank: int | None, head_dim: int, rope_dim: int, value_dim: int) -> None:
     """Raises ValueError, naming the argument, unless these make a latent attention."""
-    named = dict(
+    check_positive(
         num_heads=num_heads, kv_rank=kv_rank, q_rank=q_rank, head_dim=head_dim, rope_dim=rope_dim, value_dim=value_dim
     )
-    for name, value in named.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, wanted a number >= 1")
     if rope_dim % 2:
         raise ValueError(f"rope_dim: got {rope_dim}, wanted an even number for rotary positions; use {rope_dim + 1}")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
+from longctx.arguments import check_next_tokens
 from longctx.attention import GroupedQueryLayer
 from longctx.context_parallel import (
     AnySchedule,
@@ -49,7 +50,7 @@ class MobaAttention(GroupedQueryLayer):
         ring or all_gather; None splits it over those of `longctx.make_mesh` where such a mesh is in scope, by a ring.
       rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
 
-    Raises: ValueError where the numbers of heads and dims do not divide.
+    Raises: ValueError where the numbers of heads and dims do not divide, or chunk_size or top_k is not positive.
     Memory: O(B T N top_k H) for a call, in the backward pass too.
     Reference: Lu et al. 2025, MoBA, arXiv:2502.13189.
     """
@@ -74,6 +75,7 @@ class MobaAttention(GroupedQueryLayer):
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
+        check_chunks(chunk_size, top_k)
         super().__init__(
             dim,
             num_heads=num_heads,
@@ -154,9 +156,10 @@ class MobaAttention(GroupedQueryLayer):
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
-        Raises: ValueError if T alone exceeds the room of the cache.
+        Raises: ValueError if T alone exceeds the room of the cache, or x has other rows than it.
         Cost: a token at a time, the scores of all chunks and attention to top_k of them; nothing is sent.
         """
+        check_next_tokens("MobaAttention", x_BTD, self.dim, cache_rows=cache.k.shape[0])
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
         attended_BTNH, cache = sharded_moba_decode(
@@ -164,3 +167,11 @@ class MobaAttention(GroupedQueryLayer):
         )
         y_BTD = self.out(attended_BTNH)
         return jnp.where(cache.length <= cache.k.shape[1], y_BTD, jnp.nan), cache
+
+
+def check_chunks(chunk_size: int, top_k: int) -> None:
+    """Raises ValueError, naming the option, unless there are chunks for a query to choose."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size}, wanted a number of tokens >= 1")
+    if top_k < 1:
+        raise ValueError(f"top_k: got {top_k}, wanted a number of chunks >= 1, a token's own among them")

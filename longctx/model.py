@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from longctx.arguments import check_tokens
+from longctx.arguments import check_ids, check_names, check_soft_cap, check_tokens
 from longctx.attention import RandomSource, key_of
 from longctx.block import Block
 from longctx.context_parallel import (
@@ -84,6 +84,7 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "mixers", dict(self.mixers))
+        check_names("pattern", self.pattern)
         object.__setattr__(self, "pattern", tuple(self.pattern))
         for name in ("dim", "num_layers", "mlp_dim"):
             if getattr(self, name) < 1:
@@ -99,7 +100,7 @@ class ModelConfig:
             if name not in self.mixers:
                 raise ValueError(f"pattern: got {name!r}, wanted names of mixers ({known}); define it under mixers")
         self._check_edges()
-        if not isinstance(self.remat, str):
+        if isinstance(self.remat, Mapping):
             object.__setattr__(self, "remat", dict(self.remat))
         check_remat(self.remat, {name: mixer.tensor_names for name, mixer in self.mixers.items()})
         of_hidden = "recompute" if isinstance(self.remat, str) else self.remat.get(MLP_HIDDEN, "recompute")
@@ -113,8 +114,7 @@ class ModelConfig:
                 raise ValueError(
                     f"mixers: {name!r} is not in pattern {self.pattern}, so no layer would use it; remove it"
                 )
-        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
-            raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
+        check_soft_cap("logits_soft_cap", self.logits_soft_cap)
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps: got {self.norm_eps}, wanted a number > 0; 1e-6 is customary")
 
@@ -284,7 +284,8 @@ class TransformerLM(nnx.Module):
         logits = soft_cap(hidden output_table^T)
 
         Args:
-          tokens_BT: Token ids; an id outside the vocabulary gives NaN.
+          tokens_BT: Token ids; an id outside the vocabulary, negative or too large, gives NaN. Those of padding are not
+            read.
           positions: Position of each token in its document; default 0, 1, 2, ... along the row.
           segment_ids: Document of each token, negative for padding; nothing crosses documents. Default: one a row.
           rngs: What a config that `is_stochastic` draws from in training, one key for the whole call or one a row; each
@@ -292,11 +293,7 @@ class TransformerLM(nnx.Module):
 
         Raises: ValueError in training without rngs, where there is something to draw, and where the arrays do not fit.
         """
-        if tokens_BT.ndim != 2 or 0 in tokens_BT.shape or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens: got {tokens_BT.dtype}{list(tokens_BT.shape)}, wanted integers [batch, length], no dimension "
-                "0 (TransformerLM)"
-            )
+        check_ids("TransformerLM", tokens_BT)
         check_tokens("TransformerLM", tokens_BT.shape, positions=positions, segment_ids=segment_ids)
         config, schedules = self.config, self._schedules(tokens_BT.shape, positions, segment_ids)
         relayout = None
@@ -346,7 +343,7 @@ class TransformerLM(nnx.Module):
             return along(x_BTD, blocks, config.pattern, numbers, **order, prevent_cse=not config.scan_layers), None
 
         order = dict(held_in_runs=False, left_in_runs=config.periods_in_runs)
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self._embed(tokens_BT, segment_ids)
         x_BTD = along(x_BTD, self.leading, config.leading, range(len(self.leading)), **order, prevent_cse=True)
         if self.periods:
             x_BTD, _ = jax.lax.scan(
@@ -391,8 +388,9 @@ class TransformerLM(nnx.Module):
           cache: From `init_cache`, `prefill` or the previous call; jit with it donated to update it in place.
 
         Returns: logits and the cache after these tokens; logits are NaN once the cache overflows.
+        Raises: ValueError where the tokens are no integers [batch, length], or have other rows than the cache.
         """
-
+        check_ids("TransformerLM", tokens_BT)
         config = self.config
 
         def period(x_BTD, blocks_caches_and_number):
@@ -440,12 +438,13 @@ class TransformerLM(nnx.Module):
           star_block: Tokens of a block of star attention; of one block a device, a P-th of the context.
 
         Returns: the caches.
-        Raises: NotImplementedError where a mixer has no prefill; ValueError where the context has no tokens, or more
-          than max_length, or star_block is not positive.
+        Raises: NotImplementedError where a mixer has no prefill; ValueError where the context is no integers
+          [batch, length], has no tokens, or more than max_length, or star_block is not positive.
         Cost: the layers on T / P tokens a device, of star attention on b more, and what attention sends. Parameters
           that are split over the context axes are gathered, as in training.
         Reference: Acharya, Jia and Ginsburg, Star Attention, arXiv:2411.17116, section 2.1.
         """
+        check_ids("TransformerLM", tokens_BT, may_be_empty=True)  # the plan refuses that, with what to do instead
         plan = PrefillPlan(length=tokens_BT.shape[1], degree=cache_degree(self.sharding), star_block=star_block)
         pattern = zip(self.config.pattern if self.periods else (), self.periods, strict=True)
         ends = zip(self.config.leading + self.config.remainder, (*self.leading, *self.remainder), strict=True)
@@ -527,10 +526,14 @@ class TransformerLM(nnx.Module):
             for key in self._schedule_keys()
         }
 
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         # Cast after the lookup, so that the gradients of a frequent token add up in the parameters' dtype.
         with jax.named_scope("embedding"):
-            x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill").astype(self.config.dtype)
+            if segment_ids is not None:
+                # Attention multiplies padding by 0, which leaves the NaN of an id outside the vocabulary as it is.
+                tokens_BT = jnp.where(segment_ids < 0, 0, tokens_BT)
+            rows = self.embedding[...].at[tokens_BT]
+            x_BTD = rows.get(mode="fill", wrap_negative_indices=False).astype(self.config.dtype)
         return constrain(x_BTD, "batch", "sequence", None)
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int32
 
-from longctx.arguments import check_tokens
+from longctx.arguments import check_next_tokens, check_positive, check_tokens
 from longctx.attention import GroupedQueryLayer
 from longctx.context_parallel import (
     AnySchedule,
@@ -99,7 +99,7 @@ class NsaAttention(GroupedQueryLayer):
         of the sliding branch; None splits it over those of `longctx.make_mesh` where such a mesh is in scope.
       rngs: Source of the initial values (truncated normal, standard deviation 1 / sqrt(fan_in)).
 
-    Raises: ValueError where the numbers of heads and dims do not divide.
+    Raises: ValueError where the numbers of heads and dims do not divide, or compress_dim is not positive.
     Memory: O(B T (N + K) H) for a call, in the backward pass too.
     Reference: Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089.
     """
@@ -124,6 +124,7 @@ class NsaAttention(GroupedQueryLayer):
         sharding: AttentionSharding | None = None,
         rngs: nnx.Rngs,
     ):
+        check_positive(compress_dim=compress_dim)
         super().__init__(
             dim,
             num_heads=num_heads,
@@ -227,9 +228,10 @@ class NsaAttention(GroupedQueryLayer):
 
         Returns: y and the cache with T more tokens. Where they did not fit, y is NaN, since a traced length cannot
           raise.
-        Raises: ValueError if T alone exceeds the room of the cache.
+        Raises: ValueError if T alone exceeds the room of the cache, or x has other rows than it.
         Cost: a token at a time, attention to compressed keys, to num_blocks blocks and to a window; nothing is sent.
         """
+        check_next_tokens("NsaAttention", x_BTD, self.dim, cache_rows=cache.selected.shape[0])
         positions = (cache.length + jnp.arange(x_BTD.shape[1], dtype=jnp.int32))[None]
         q_BTNH, _ = self._queries(x_BTD, positions)
         uncompressed = self._uncompressed(x_BTD)

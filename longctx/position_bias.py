@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
+from longctx.arguments import check_choice
 from pallas_kernels import Alibi, Bias, KerpleLog, KerplePower, T5Buckets
 from pallas_kernels.bias import check_buckets
 
@@ -33,6 +34,7 @@ class BiasConfig:
     """Whether t5 has buckets for keys behind the query: half of them."""
 
     def __post_init__(self):
+        check_choice("kind", self.kind, get_args(BiasKind))
         check_buckets("bias", self.buckets, self.max_distance, bidirectional=self.bidirectional)
         for field in dataclasses.fields(self)[1:]:
             if self.kind != "t5" and (value := getattr(self, field.name)) != field.default:

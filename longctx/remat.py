@@ -1,7 +1,7 @@
 """What a layer's forward pass keeps for its backward pass, by the names of tensors: saved, recomputed, or offloaded."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -9,7 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.saved import ATTENTION
 
 Keeping = Literal["save", "offload", "recompute"]
-Remat = Literal["none", "dots", "full"] | Mapping[str, Keeping]
+Setting = Literal["none", "dots", "full"]
+Remat = Setting | Mapping[str, Keeping]
 
 RESIDUAL, QKV, MIXER_OUTPUT, MLP_HIDDEN = "residual", "qkv", "mixer_output", "mlp_hidden"
 
@@ -32,16 +33,28 @@ def named(x: jax.Array, name: str) -> jax.Array:
 
 
 def check_remat(remat: Remat, layers: Mapping[str, Iterable[str]]) -> None:
-    """Refuses names that are not known, or that no layer has.
+    """Refuses settings and names that are not known, and names that no layer has.
 
     Args:
       remat: The setting.
       layers: By mixer, the names of the tensors that its layers have.
     Raises: ValueError.
     """
-    if isinstance(remat, str):
-        return
-    for name in remat:
+    if isinstance(remat, Mapping):
+        _check_names(remat, layers)
+    elif remat not in get_args(Setting):
+        raise ValueError(
+            f"remat: got {remat!r}, wanted one of {', '.join(get_args(Setting))}, or save, offload or recompute by the "
+            "name of a tensor; choose one of these"
+        )
+
+
+def _check_names(remat: Mapping[str, Keeping], layers: Mapping[str, Iterable[str]]) -> None:
+    for name, keeping in remat.items():
+        if keeping not in get_args(Keeping):
+            raise ValueError(
+                f"remat: got {name}={keeping!r}, wanted one of {', '.join(get_args(Keeping))}; choose one of these"
+            )
         if name not in NAMES:
             raise ValueError(f"remat: got the name {name!r}, wanted names of tensors ({', '.join(NAMES)}); use these")
         if not any(name in names for names in layers.values()):

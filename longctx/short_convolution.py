@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from longctx.arguments import check_positive
 from longctx.context_parallel import ConvolutionShape
 from longctx.linear_attention import Convolve, StateShape
 from longctx.projections import projection
@@ -69,6 +70,7 @@ class QKV(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        check_positive(conv_size=conv_size)
         self.shape = convolution_shape(sizes, conv_size)
         parts = (
             ("q", sizes.num_qk_heads, sizes.key_dim, "kv_heads"),

@@ -24,6 +24,7 @@ class StepDecay(nnx.Module):
       param_dtype: Dtype of the parameters.
       rngs: Source of the initial values; -a starts uniform in 1 to 16.
 
+    Raises: ValueError unless 0 < dt_min <= dt_max, of dt_range.
     Reference: Dao and Gu, Transformers are SSMs, arXiv:2405.21060, section 7.
     """
 
@@ -37,6 +38,7 @@ class StepDecay(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        check_dt_range(*dt_range)
         self.dt = projection(
             dim, num_heads, logical_axes=("embed", "heads"), dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )

@@ -18,10 +18,10 @@ def logits_of(
       table_VD: One row a token id; cast to hidden's dtype.
       soft_cap: As of `soft_capped`.
 
-    Raises: ValueError where shapes or dtypes do not fit.
+    Raises: ValueError where shapes or dtypes do not fit, or soft_cap is not positive.
     Memory: O(B T V).
     """
-    check_unembedding("logits_of", hidden_BTD, table_VD)
+    check_unembedding("logits_of", hidden_BTD, table_VD, soft_cap=soft_cap)
     logits_BTV = soft_capped(_project_float32(hidden_BTD, table_VD.astype(hidden_BTD.dtype)), soft_cap)
     return constrain(logits_BTV, "batch", "sequence", "vocab")
 

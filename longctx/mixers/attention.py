@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import DTypeLike, Int
 
 from longctx import masks
+from longctx.arguments import check_soft_cap
 from longctx.attention import Attention, causal_pairs, window_pairs
 from longctx.context_parallel import AttentionSharding
 from longctx.context_parallel.strategy import Setting
@@ -50,8 +51,7 @@ class AttentionConfig(GroupedQueryConfig):
             raise ValueError(f"chunk: got {self.chunk}, wanted null or a number of tokens >= 1")
         if self.chunk is not None and self.window is not None:
             raise ValueError(f"chunk: got {self.chunk} with window={self.window}, wanted one of them; leave one out")
-        if self.logits_soft_cap is not None and not self.logits_soft_cap > 0:
-            raise ValueError(f"logits_soft_cap: got {self.logits_soft_cap}, wanted null or a number > 0")
+        check_soft_cap("logits_soft_cap", self.logits_soft_cap)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}, wanted 0 <= dropout < 1; 0 drops nothing")
         if (self.block_q is None) != (self.block_kv is None):

@@ -1,8 +1,9 @@
 """The `delta` mixer: linear attention by the delta rule, DeltaNet, or a fast weight programmer."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from longctx.arguments import check_choice
 from longctx.context_parallel import ConvolutionShape
 from longctx.delta import DeltaNet, FeatureNorm, check_feature_norm
 from longctx.feature_maps import DPFP, FeatureMap, Pointwise
@@ -10,6 +11,8 @@ from longctx.linear_attention import StateShape, check_qk_heads, dims_of_head
 from longctx.mixers.recurrent import RecurrentConfig, check_conv_size, check_sizes
 from longctx.mixers.registry import register
 from longctx.short_convolution import convolution_shape
+
+FeatureMapName = Literal["identity", "elu1", "relu", "dpfp"]
 
 
 @register("delta")
@@ -27,7 +30,7 @@ class DeltaConfig(RecurrentConfig):
     """Dims of a query and of a key, before the feature map; null means dim / num_heads."""
     value_dim: int | None = None
     """Dims of a value; null means dim / num_heads."""
-    feature_map: Literal["identity", "elu1", "relu", "dpfp"] = "identity"
+    feature_map: FeatureMapName = "identity"
     """What queries and keys become before they are normalised: `identity` nothing else; `elu1` elu(x) + 1; `relu`
     max(x, 0); `dpfp` products of neighbouring dims of [relu(x), relu(-x)], of 2 dpfp_order times the dims."""
     dpfp_order: int | None = None
@@ -43,6 +46,7 @@ class DeltaConfig(RecurrentConfig):
         check_qk_heads(self.num_heads, self.num_heads if self.num_qk_heads is None else self.num_qk_heads)
         check_sizes(self, "head_dim", "value_dim")
         check_conv_size(self.conv_size)
+        check_choice("feature_map", self.feature_map, get_args(FeatureMapName))
         if self.feature_map == "dpfp" and (self.dpfp_order is None or self.dpfp_order < 1):
             raise ValueError(
                 f"dpfp_order: got {self.dpfp_order} with feature_map=dpfp, wanted a number >= 1; 1 to 3 are the paper's"

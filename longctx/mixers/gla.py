@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from longctx.context_parallel import ConvolutionShape
-from longctx.gla import GatedLinearAttention, gla_state
+from longctx.gla import GatedLinearAttention, check_gate_temperature, gla_state
 from longctx.linear_attention import StateShape, check_qk_heads
 from longctx.mixers.recurrent import RecurrentConfig, check_conv_size, check_sizes
 from longctx.mixers.registry import register
@@ -35,10 +35,7 @@ class GlaConfig(RecurrentConfig):
         check_qk_heads(self.num_heads, self.num_heads)
         check_sizes(self, "head_dim", "value_dim", "gate_rank")
         check_conv_size(self.conv_size)
-        if not self.gate_temperature > 0:
-            raise ValueError(
-                f"gate_temperature: got {self.gate_temperature}, wanted a number > 0; 16 is customary, 1 leaves gates"
-            )
+        check_gate_temperature(self.gate_temperature)
 
     def state(self, dim: int) -> StateShape:
         return gla_state(dim, num_heads=self.num_heads, head_dim=self.head_dim, value_dim=self.value_dim)

@@ -1,12 +1,15 @@
 """The `lightning` mixer: the linear attention of TransNormerLLM and MiniMax-01, with a fixed decay for each head."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from longctx.arguments import check_choice
 from longctx.feature_maps import Pointwise
-from longctx.linear_attention import Gate, LinearAttention, StateShape, check_qk_heads
+from longctx.linear_attention import Gate, LinearAttention, StateShape, check_gate, check_qk_heads
 from longctx.mixers.recurrent import RecurrentConfig, check_sizes
 from longctx.mixers.registry import register
+
+Slopes = Literal["geometric", "linear"]
 
 
 @register("lightning")
@@ -27,7 +30,7 @@ class LightningConfig(RecurrentConfig):
     """Query and key heads, a divisor of num_heads; null means as many as num_heads."""
     head_dim: int | None = None
     """Dims of a head: of a query, a key and a value; null means dim / num_heads."""
-    slopes: Literal["geometric", "linear"] = "geometric"
+    slopes: Slopes = "geometric"
     """How fast head n of N decays in the first layer, by exp(-slope) a token: `geometric` slopes 2^(-8 (n + 1) / N), as
     the released models have; `linear` 8 n / N, as TransNormerLLM's paper writes."""
     decay_by_depth: bool = True
@@ -42,6 +45,8 @@ class LightningConfig(RecurrentConfig):
     def __post_init__(self):
         check_qk_heads(self.num_heads, self.num_heads if self.num_qk_heads is None else self.num_qk_heads)
         check_sizes(self, "head_dim")
+        check_choice("slopes", self.slopes, get_args(Slopes))
+        check_gate(self.gate)
 
     @property
     def uses_depth(self) -> bool:

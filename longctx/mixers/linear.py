@@ -1,12 +1,15 @@
 """The `linear` mixer: attention by a feature map of queries and keys, without decay."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from longctx.arguments import check_choice
 from longctx.feature_maps import CosineReweighted, FeatureMap, Pointwise, Taylor2
-from longctx.linear_attention import Gate, LinearAttention, StateShape, check_qk_heads
+from longctx.linear_attention import Gate, LinearAttention, StateShape, check_gate, check_qk_heads
 from longctx.mixers.recurrent import RecurrentConfig, check_sizes
 from longctx.mixers.registry import register
+
+FeatureMapName = Literal["identity", "elu1", "relu", "cosine", "taylor2"]
 
 
 @register("linear")
@@ -27,7 +30,7 @@ class LinearConfig(RecurrentConfig):
     """Dims of a query and of a key, before the feature map; null means dim / num_heads."""
     value_dim: int | None = None
     """Dims of a value; null means dim / num_heads."""
-    feature_map: Literal["identity", "elu1", "relu", "cosine", "taylor2"] = "elu1"
+    feature_map: FeatureMapName = "elu1"
     """What queries and keys become: `identity` nothing else; `elu1` elu(x) + 1; `relu` max(x, 0); `cosine` (cosFormer)
     relu with weights that fall with the distance as a cosine, of twice the dims; `taylor2` (Based) the exponential up
     to its second order, of 1 + d + d^2 dims, rounded up to 64, for a head_dim d that is to be small, such as 16."""
@@ -44,6 +47,8 @@ class LinearConfig(RecurrentConfig):
     def __post_init__(self):
         check_qk_heads(self.num_heads, self.num_heads if self.num_qk_heads is None else self.num_qk_heads)
         check_sizes(self, "head_dim", "value_dim")
+        check_gate(self.gate)
+        check_choice("feature_map", self.feature_map, get_args(FeatureMapName))
         if self.feature_map == "cosine" and self.horizon is None:
             raise ValueError(
                 "horizon: got null with feature_map=cosine, wanted the number of tokens over which weights fall to 0; "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
+from longctx.arguments import check_positive
 from longctx.context_parallel import AttentionSharding, ConvolutionShape
 from longctx.linear_attention import LinearInputs, RecurrentLayer, StateShape, check_qk_heads
 from longctx.mixers.recurrent import RecurrentConfig, check_conv_size, check_sizes
@@ -69,6 +70,7 @@ class Mamba2(RecurrentLayer):
         rngs: nnx.Rngs,
     ):
         _check_groups(num_heads, num_groups)
+        check_positive(state_dim=state_dim, head_dim=head_dim)
         state = StateShape(num_qk_heads=num_groups, num_heads=num_heads, key_dim=state_dim, value_dim=head_dim)
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         qkv = QKV(dim, sizes=state, conv_size=conv_size, **kwargs)

@@ -11,7 +11,7 @@ from longctx.context_parallel import AttentionSharding, moba
 from longctx.context_parallel.traffic import Transfer
 from longctx.mixers.grouped_query import GroupedQueryConfig
 from longctx.mixers.registry import register
-from longctx.moba import MobaAttention
+from longctx.moba import MobaAttention, check_chunks
 
 
 @register("moba")
@@ -30,10 +30,7 @@ class MobaConfig(GroupedQueryConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size: got {self.chunk_size}, wanted a number of tokens >= 1")
-        if self.top_k < 1:
-            raise ValueError(f"top_k: got {self.top_k}, wanted a number of chunks >= 1, a token's own among them")
+        check_chunks(self.chunk_size, self.top_k)
 
     def build(self, dim: int, **common: Any) -> MobaAttention:
         return MobaAttention(dim, **self.layer_options, chunk_size=self.chunk_size, top_k=self.top_k, **common)

@@ -275,6 +275,12 @@ def test_the_tile_that_is_taken():
     assert [default_tile(size) for size in (256, 32_000, 128_256, 151_936, 2**24)] == [4096, 4096, 4096, 3456, 128]
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, -5.0])
+def test_logits_refuse_a_soft_cap_that_is_not_positive(soft_cap):
+    with pytest.raises(ValueError, match=f"logits_of: soft_cap is {soft_cap}, wanted None or a number > 0"):
+        logits_of(jnp.ones((1, 2, 4)), jnp.ones((3, 4)), soft_cap=soft_cap)
+
+
 # Shapes and dtypes are checked too, but under the hook of these tests jaxtyping refuses them first: tests/faults.
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 
 import jax
@@ -10,7 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import Attention, AttentionConfig, MeshConfig, ModelConfig, TransformerLM, make_mesh
+from longctx import (
+    Attention,
+    AttentionConfig,
+    LinearConfig,
+    MeshConfig,
+    MlaConfig,
+    MobaConfig,
+    ModelConfig,
+    NsaConfig,
+    TransformerLM,
+    make_mesh,
+)
 from longctx.context_parallel import PrefillPlan, empty_cache, sharded_decode
 from longctx.masks import causal
 from longctx.rotary import RotaryConfig, apply_rotary
@@ -243,6 +255,44 @@ def test_prefill_refuses(arguments, message):
     length, max_length, star_block = arguments
     with pytest.raises(ValueError, match=message):
         model_of().prefill(TOKENS[:, :length], max_length, star_block=star_block)
+
+
+@pytest.mark.parametrize("tokens", [jnp.zeros((4,), jnp.int32), jnp.zeros((2, 4)), jnp.zeros((2, 4, 1), jnp.int32)])
+def test_what_is_no_rows_of_ids_is_refused(tokens):
+    model = model_of()
+    prefill, decode = inspect.unwrap(TransformerLM.prefill), inspect.unwrap(TransformerLM.decode)
+    message = re.escape(f"tokens: got {tokens.dtype}{list(tokens.shape)}, wanted integers [batch, length]")
+    with pytest.raises(ValueError, match=message):
+        prefill(model, tokens, 8)
+    with pytest.raises(ValueError, match=message):
+        decode(model, tokens, model.init_cache(2, 8))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AttentionConfig(num_heads=2),
+        MlaConfig(num_heads=2, kv_rank=8, head_dim=8, rope_dim=4, value_dim=8),
+        MobaConfig(num_heads=2, chunk_size=4),
+        NsaConfig(num_heads=2),
+        LinearConfig(num_heads=2),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_decoding_refuses_what_does_not_fit_the_cache(config):
+    layer = nnx.eval_shape(lambda: config.build(16, rngs=nnx.Rngs(0)))
+    cache, decode = layer.init_cache(2, 8), inspect.unwrap(type(layer).decode)
+    with pytest.raises(ValueError, match=r"x: got 3 rows, the cache has 2; pass the tokens and the cache of the same"):
+        layer.decode(jnp.ones((3, 1, 16)), cache)
+    for shape in ((16,), (2, 16), (2, 0, 16)):
+        with pytest.raises(ValueError, match=r"x: got shape .* wanted \[batch, length, 16\], no dimension 0"):
+            decode(layer, jnp.ones(shape), cache)
+
+
+def test_a_model_refuses_a_cache_of_other_rows():
+    model = model_of()
+    with pytest.raises(ValueError, match=r"x: got 1 rows, the cache has 2"):
+        model.decode(TOKENS[:1], model.init_cache(2, TOKENS.shape[1]))
 
 
 def test_a_mixer_without_prefill_is_named(monkeypatch):

@@ -1,5 +1,6 @@
 """The mixers of a recurrent state against their formulas in quadratic form; documents, decoding, prefill, meshes."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -12,13 +13,17 @@ from flax import nnx
 
 from longctx import (
     AttentionConfig,
+    BiasConfig,
     Block,
     DeltaConfig,
+    DeltaNet,
     GatedDeltaConfig,
+    GatedLinearAttention,
     GlaConfig,
     LightningConfig,
     LinearAttention,
     LinearConfig,
+    Mamba2,
     Mamba2Config,
     MeshConfig,
     ModelConfig,
@@ -259,6 +264,7 @@ def test_each_mixer_and_its_gradients_are_those_of_the_quadratic_form(name):
     wanted = with_gradients(lambda layer, x: formula(name, layer, x, positions, segment_ids))(layer, x)
     got = run(layer, x)
     np.testing.assert_allclose(jnp.where(real, got[0], 0), jnp.where(real, wanted[0], 0), atol=2e-5, rtol=2e-4)
+    np.testing.assert_array_equal(jnp.where(real, 0, got[0]), 0)
     for (path, g), w in zip(jax.tree.leaves_with_path(got[1]), jax.tree.leaves(wanted[1]), strict=True):
         size = float(jnp.max(jnp.abs(w)))
         assert size > 0, path
@@ -559,6 +565,31 @@ def test_layer_refuses(kwargs, message):
 
 
 @pytest.mark.parametrize(
+    ("layer", "kwargs", "message"),
+    [
+        (GatedLinearAttention, dict(gate_temperature=0.0), r"gate_temperature: got 0.0, wanted a number > 0; 16 is"),
+        (GatedLinearAttention, dict(gate_rank=0), r"gate_rank: got 0, wanted a number >= 1"),
+        (GatedLinearAttention, dict(conv_size=0), r"conv_size: got 0, wanted a number >= 1"),
+        (GatedLinearAttention, dict(head_dim=0), r"head_dim: got 0, wanted a number >= 1"),
+        (DeltaNet, dict(value_dim=-1), r"value_dim: got -1, wanted a number >= 1"),
+        (DeltaNet, dict(conv_size=-1), r"conv_size: got -1, wanted a number >= 1"),
+        (DeltaNet, dict(decay=True, dt_range=(0.1, 1e-3)), r"dt_min: got 0.1 with dt_max=0.001, wanted 0 < dt_min"),
+        (DeltaNet, dict(decay=True, dt_range=(0.0, 0.1)), r"dt_min: got 0.0 with dt_max=0.1, wanted 0 < dt_min"),
+        (Mamba2, dict(state_dim=0), r"state_dim: got 0, wanted a number >= 1"),
+        (Mamba2, dict(conv_size=0), r"conv_size: got 0, wanted a number >= 1"),
+    ],
+)
+def test_layers_refuse_the_sizes_that_their_configs_do(layer, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        layer(DIM, num_heads=2, rngs=nnx.Rngs(0), **kwargs)
+
+
+def test_a_layer_may_have_a_convolution_of_the_token_itself():
+    layer = nnx.eval_shape(lambda: GatedLinearAttention(DIM, num_heads=2, conv_size=1, rngs=nnx.Rngs(0)))
+    assert layer.convolution.width == 1
+
+
+@pytest.mark.parametrize(
     ("config", "kwargs", "message"),
     [
         (LinearConfig, dict(num_heads=0), r"num_heads: got 0, wanted a number >= 1"),
@@ -601,6 +632,40 @@ def test_layer_refuses(kwargs, message):
 def test_config_refuses(config, kwargs, message):
     with pytest.raises(ValueError, match=message):
         config(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("made", "field", "value", "choices"),
+    [
+        (LinearConfig(num_heads=2), "feature_map", "gelu", "identity, elu1, relu, cosine, taylor2"),
+        (LinearConfig(num_heads=2), "gate", "silu", "identity, sigmoid, swish"),
+        (LightningConfig(num_heads=2), "slopes", "Linear", "geometric, linear"),
+        (LightningConfig(num_heads=2), "gate", "silu", "identity, sigmoid, swish"),
+        (DeltaConfig(num_heads=2), "feature_map", "gelu", "identity, elu1, relu, dpfp"),
+        (DeltaConfig(num_heads=2), "feature_norm", "l1", "l2, sum"),
+        (Pointwise("relu"), "function", "gelu", "identity, elu1, relu, swish"),
+        (BiasConfig(kind="alibi"), "kind", "alibl", "alibi, alibi_learned, t5, kerple_log, kerple_power"),
+    ],
+)
+def test_misspelt_choices_are_refused(made, field, value, choices):
+    misspelt = copy.copy(made)
+    object.__setattr__(misspelt, field, value)  # the types of constructors' arguments are checked in tests
+    with pytest.raises(ValueError, match=f"^{field}: got '{value}', wanted one of {choices}; choose one of these"):
+        misspelt.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("layer", "field", "value", "choices"),
+    [
+        (LinearAttention, "output_norm", "RMS", "rms, group"),
+        (LinearAttention, "gate", "silu", "identity, sigmoid, swish"),
+        (DeltaNet, "feature_norm", "l1", "l2, sum"),
+    ],
+)
+def test_misspelt_choices_of_layers_are_refused(layer, field, value, choices):
+    make = inspect.unwrap(layer.__init__)
+    with pytest.raises(ValueError, match=f"{field}: got '{value}', wanted one of {choices}; choose one of these"):
+        make(layer.__new__(layer), DIM, num_heads=2, rngs=nnx.Rngs(0), **{field: value})
 
 
 def test_state_shape_columns():

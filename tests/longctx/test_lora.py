@@ -98,6 +98,7 @@ def test_adapters_are_split_as_the_dims_of_their_matrices():
         (dict(rank=0, alpha=1.0), "rank: got 0, wanted a number >= 1"),
         (dict(rank=1, alpha=0.0), "alpha: got 0.0, wanted a number > 0"),
         (dict(rank=1, alpha=1.0, targets=()), "targets: got no names"),
+        (dict(rank=1, alpha=1.0, targets="gate"), r"targets: got 'gate', wanted a list of names; write \[gate\]"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -12,6 +12,7 @@ from longctx import (
     Attention,
     AttentionSharding,
     MeshConfig,
+    MobaAttention,
     MobaConfig,
     ModelConfig,
     TransformerLM,
@@ -181,6 +182,12 @@ def test_what_is_sent():
 def test_config_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [dict(chunk_size=0), dict(top_k=0)])
+def test_a_layer_refuses_the_sizes_that_the_config_does(kwargs):
+    with pytest.raises(ValueError, match=r": got 0, wanted a number of (tokens|chunks) >= 1"):
+        MobaAttention(DIM, num_heads=4, rngs=nnx.Rngs(0), **kwargs)
 
 
 def test_a_schedule_is_refused():

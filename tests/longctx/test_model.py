@@ -1,6 +1,7 @@
 """The language model: documents, decoding, periods, rematerialisation, initial values."""
 
 import collections
+import copy
 import dataclasses
 import functools
 
@@ -93,9 +94,22 @@ def test_padding_is_finite_and_changes_no_gradient():
     model = build(dataclasses.replace(CONFIG, num_layers=2))
     first = logits_and_gradient(model, tokens)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(first))
-    other_padding = jnp.where(segment_ids < 0, (tokens + 5) % CONFIG.vocab_size, tokens)
-    gradient, gradient_of_other = first[1], logits_and_gradient(model, other_padding)[1]
-    jax.tree.map(np.testing.assert_array_equal, gradient, gradient_of_other)
+    for other in ((tokens + 5) % CONFIG.vocab_size, -1, CONFIG.vocab_size):
+        other_padding = jnp.where(segment_ids < 0, other, tokens)
+        gradient, gradient_of_other = first[1], logits_and_gradient(model, other_padding)[1]
+        jax.tree.map(np.testing.assert_array_equal, gradient, gradient_of_other)
+
+
+def test_gradients_of_the_embedding_are_those_of_the_rows_that_are_read():
+    tokens, _, segment_ids = packed()
+    model = build()
+
+    def loss(x):
+        return jnp.sum(jnp.where((segment_ids >= 0)[..., None], jnp.sin(x), 0.0))
+
+    got = jax.grad(lambda model: loss(model._embed(tokens, segment_ids)))(model).embedding[...]
+    wanted = jax.grad(lambda table: loss(jnp.take(table, tokens, axis=0)))(model.embedding[...])
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_future_is_not_seen():
@@ -285,8 +299,11 @@ def test_tied_and_untied_embeddings():
     assert untied_size == tied_size + CONFIG.vocab_size * CONFIG.dim
 
 
-def test_an_unknown_token_is_loud():
-    assert jnp.all(jnp.isnan(call(build(), random_tokens(1, 8).at[0, 0].set(CONFIG.vocab_size))[0, 0]))
+@pytest.mark.parametrize("unknown", [CONFIG.vocab_size, -1])
+def test_an_unknown_token_is_loud(unknown):
+    tokens = random_tokens(1, 8).at[0, 0].set(unknown)
+    assert jnp.all(jnp.isnan(call(build(), tokens)[0, 0]))
+    assert jnp.all(jnp.isnan(decode(build(), tokens, build().init_cache(1, 8))[0][0, 0]))
 
 
 def test_fewer_layers_than_a_period():
@@ -355,6 +372,13 @@ def test_configs_compare_and_hash_by_value():
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_pattern_that_is_a_string_is_refused():
+    config = copy.copy(CONFIG)
+    object.__setattr__(config, "pattern", "local")  # the constructor's types are checked in tests
+    with pytest.raises(ValueError, match=r"pattern: got 'local', wanted a list of names; write \[local\]"):
+        config.__post_init__()
 
 
 def test_a_model_needs_its_vocabulary():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import AttentionSharding, MeshConfig, ModelConfig, NsaConfig, TransformerLM, make_mesh
+from longctx import AttentionSharding, MeshConfig, ModelConfig, NsaAttention, NsaConfig, TransformerLM, make_mesh
 from longctx.context_parallel import Layout
 from longctx.context_parallel.strategy import ShardedSchedule
 from longctx.rotary import RotaryConfig, apply_rotary
@@ -186,6 +186,11 @@ def test_what_is_sent():
 def test_config_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **kwargs)
+
+
+def test_a_layer_refuses_the_sizes_that_the_config_does():
+    with pytest.raises(ValueError, match=r"compress_dim: got 0, wanted a number >= 1"):
+        NsaAttention(DIM, num_heads=4, compress_dim=0, rngs=nnx.Rngs(0))
 
 
 def test_a_schedule_is_refused():

@@ -1,6 +1,7 @@
 """What a layer keeps by the names of its tensors: the same gradients, fewer bytes, and no attention run twice."""
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
@@ -258,3 +259,21 @@ class Unnamed(AttentionConfig):
 def test_wrong_settings_are_refused(mixer, remat, message):
     with pytest.raises(ValueError, match=message):
         config_of(mixer, remat=remat)
+
+
+@pytest.mark.parametrize(
+    ("remat", "message"),
+    [
+        (
+            "ful",
+            "remat: got 'ful', wanted one of none, dots, full, or save, offload or recompute by the name of a tensor",
+        ),
+        (None, "remat: got None, wanted one of none, dots, full"),
+        ({"qkv": "keep"}, "remat: got qkv='keep', wanted one of save, offload, recompute"),
+    ],
+)
+def test_misspelt_settings_are_refused(remat, message):
+    config = copy.copy(config_of(MIXERS["attention"]))
+    object.__setattr__(config, "remat", remat)  # the constructor's types are checked in tests
+    with pytest.raises(ValueError, match=message):
+        config.__post_init__()
