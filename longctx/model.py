@@ -546,6 +546,13 @@ def _schedule_key(mixer: MixerConfig) -> _ScheduleKey | None:
 
 
 def _block(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
+    try:
+        return _built(config, name, sharding, rngs)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"mixers.{name}: {error}") from error
+
+
+def _built(config: ModelConfig, name: str, sharding: AttentionSharding | None, rngs: nnx.Rngs) -> Block:
     block = Block(
         config.dim,
         mixer=config.mixers[name],

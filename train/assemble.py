@@ -82,6 +82,14 @@ def assemble(config: TrainConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int)
     )
 
 
+def check_layers(config: TrainConfig) -> None:
+    """Whether the layers can be built, before there is a tokenizer: in a moment, where data may take hours to read.
+
+    Raises: ConfigError, as `assemble`.
+    """
+    check_model(model_builder(resolved_model(config, config.model.vocab_size or 1), config.attention_sharding))
+
+
 def check_model(build: ModelBuilder) -> nnx.GraphDef:
     """The static half of a model.
 

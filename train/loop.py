@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from train.assemble import assemble, batch_placement, check_agreement, memory_in_use
+from train.assemble import assemble, batch_placement, check_agreement, check_layers, memory_in_use
 from train.checkpoint import CheckpointError, Checkpoints, Position, changed_settings, find_checkpoint, load_params
 from train.config import ConfigError, TrainConfig, config_text, load_config
 from train.data import Data, open_data
@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> None:
     started = time.monotonic()
     config, mesh, choices = start(config)
     with jax.set_mesh(mesh), ExitStack() as stack:
+        check_layers(config)
         display = stack.enter_context(Display(config.training.steps))
         data = open_data(config.data, seed=config.seed)
         for note in (*choices, *data.notes):
@@ -111,6 +112,8 @@ def train(config: TrainConfig) -> None:
         placement = batch_placement(config, mesh, batch_size=batch_size)
         eval_placement = batch_placement(config, mesh, batch_size=eval_batch_size)
         eval_every = config.evaluation.every if len(data.held_out) else None
+        if config.evaluation.every is not None and eval_every is None:
+            display.note("nothing is held out (data.held_out_fraction), so nothing is evaluated")
         held_out: dict[str, float] = {}
 
         def evaluate_now() -> None:

@@ -414,6 +414,11 @@ def test_a_run_that_was_copied_does_not_train_the_other(finished, tmp_path, caps
             "sample: prefill: star attention cuts a context into blocks",
         ),
         (["init_from=nothing"], 1, "nothing: holds no complete checkpoint"),
+        (
+            ["model.mixers.global.num_heads=3", "data.sources=[{kind: text, files: [none.txt]}]"],
+            2,
+            "model: mixers.global: head_dim: dim=16 is not a multiple of num_heads=3",
+        ),
     ],
 )
 def test_what_cannot_end_well_does_not_begin(run, tmp_path, capsys, overrides, code, message):
@@ -421,3 +426,9 @@ def test_what_cannot_end_well_does_not_begin(run, tmp_path, capsys, overrides, c
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_holds_nothing_out_says_so(run, tmp_path, capsys):
+    assert run(tmp_path, "data.held_out_fraction=0", "training.steps=1", "optimizer.warmup_steps=0") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "nothing is held out (data.held_out_fraction), so nothing is evaluated" in output
