@@ -50,7 +50,7 @@ def forward(
         row_max = jnp.maximum(row_max, carry.max)
     p = jnp.exp(s - finite_max(row_max)[..., None])
     row_sum = jnp.sum(p, axis=-1)
-    acc = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), _per_query_head(v, q))
+    acc = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), per_query_head(v, q))
     if carry is not None:
         carry = carry.whole(v.shape[3])
         rescale = jnp.exp(carry.max - finite_max(row_max))
@@ -72,7 +72,7 @@ def forward_with_sinks(
     column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (*s.shape[:3], 1))
     s = jnp.concatenate([s, column], axis=-1)
     p = jax.nn.softmax(s, axis=-1)[..., :-1]
-    out = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), _per_query_head(v, q))
+    out = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), per_query_head(v, q))
     return out.astype(q.dtype), jax.nn.logsumexp(s, axis=-1)
 
 
@@ -85,12 +85,12 @@ def backward(
     dout = dout.astype(jnp.float32)
     delta = delta_of(out, dout, dlse)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
-    dp = _dropped(einsum("BTNV,BSNV->BNTS", dout, _per_query_head(v, q)), tokens, dropout)
+    dp = _dropped(einsum("BTNV,BSNV->BNTS", dout, per_query_head(v, q)), tokens, dropout)
     dlogits = p * (dp - delta[..., None])
     ds = options.scale * cap_slope * dlogits
-    dq = einsum("BNTS,BSNH->BTNH", ds, _per_query_head(k, q))
-    dk = _per_kv_head(einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
-    dv = _per_kv_head(einsum("BNTS,BTNV->BSNV", _dropped(p, tokens, dropout), dout), v)
+    dq = einsum("BNTS,BSNH->BTNH", ds, per_query_head(k, q))
+    dk = per_kv_head(einsum("BNTS,BTNH->BSNH", ds, q.astype(jnp.float32)), k)
+    dv = per_kv_head(einsum("BNTS,BTNV->BSNV", _dropped(p, tokens, dropout), dout), v)
     gradients = zip(accumulate, (dq, dk, dv), (q, k, v), strict=True)
     gradients = tuple(g.astype(x.dtype) if running is None else running + g for running, g, x in gradients)
     if not options.bias_gradient:
@@ -104,7 +104,7 @@ def _logits(
     q, k, tokens, options: Options, schedule: Schedule | None, bias: Bias | None
 ) -> tuple[jax.Array, jax.Array]:
     """Masked logits `[B, N, T, S]`, and the derivative of the soft cap at each."""
-    s = options.scale * einsum("BTNH,BSNH->BNTS", q.astype(jnp.float32), _per_query_head(k, q))
+    s = options.scale * einsum("BTNH,BSNH->BNTS", q.astype(jnp.float32), per_query_head(k, q))
     slope = jnp.ones_like(s)
     if options.logits_soft_cap is not None:
         squashed = jnp.tanh(s / options.logits_soft_cap)
@@ -141,10 +141,12 @@ def _dropped(x_BNTS, tokens, dropout: Dropout | None):
     return x_BNTS if dropout is None else x_BNTS * dropout.dense(tokens, *x_BNTS.shape[2:])
 
 
-def _per_query_head(x_BSKH, q):
+def per_query_head(x_BSKH, q):
+    """What kv heads hold, in float32, for each head of q that reads them: `[B, S, N, H]`."""
     return jnp.repeat(x_BSKH.astype(jnp.float32), q.shape[2] // x_BSKH.shape[2], axis=2)
 
 
-def _per_kv_head(dx_BSNH, x_BSKH):
+def per_kv_head(dx_BSNH, x_BSKH):
+    """The sum over the heads of q that read each kv head of x."""
     batch_size, kv_len, num_kv_heads, head_dim = x_BSKH.shape
     return dx_BSNH.reshape(batch_size, kv_len, num_kv_heads, -1, head_dim).sum(axis=3)

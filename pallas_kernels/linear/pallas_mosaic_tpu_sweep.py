@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.linear.chunks import Chunks
 from pallas_kernels.linear.state import LinearState
 from pallas_kernels.linear.sweeps import Swept
+from pallas_kernels.mosaic_tpu import dot
 
 CHUNK = 128
 BLOCK_CHUNKS = 4
@@ -245,9 +246,9 @@ def _one_chunk(tokens, factors, state, outputs, head: int, chunk, *, scale: floa
         seen = _seen(reverse, strictly="dots" in outputs)
         if factors.shape[0] > 1:
             seen &= (own_document == document) & (document >= 0)
-        weights = _dot(q, k, (1, 1)) * jnp.exp(jnp.where(seen, decays.apart, -jnp.inf))
-        out = _dot(weights.astype(v.dtype), v, (1, 0))
-        out += _lanes(reads, out.shape[1]) * _dot(q, before.astype(v.dtype), (1, 0))
+        weights = dot(q, k, (1, 1)) * jnp.exp(jnp.where(seen, decays.apart, -jnp.inf))
+        out = dot(weights.astype(v.dtype), v, (1, 0))
+        out += _lanes(reads, out.shape[1]) * dot(q, before.astype(v.dtype), (1, 0))
         if "dots" in outputs:
             # A token reads itself undecayed: strong decays' gradient would drown in it.
             products = out * tokens("dot_with", head).astype(jnp.float32)
@@ -259,7 +260,7 @@ def _one_chunk(tokens, factors, state, outputs, head: int, chunk, *, scale: floa
         rows = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
         outputs["out"][0, head, rows, :] = (scale * out).astype(outputs["out"].dtype)
     written = (_lanes(writes, v.shape[1]) * v.astype(jnp.float32)).astype(v.dtype)
-    after = keeps * before + _dot(k, written, (0, 0))
+    after = keeps * before + dot(k, written, (0, 0))
     state[0, head] = after
     if "snapshots" in outputs:
         snapshot = before if reverse else after
@@ -292,7 +293,7 @@ def _decays(row: jax.Array, dtype, *, reverse: bool) -> _Decays:
     token, u = _reader_and_writer()
     until, after = jnp.where(u <= token, row, 0.0), jnp.where(u > token, row, 0.0)
     behind = (token <= u) if reverse else (token > u)
-    apart = _dot(after if reverse else until, behind.astype(jnp.float32), (1, 0))
+    apart = dot(after if reverse else until, behind.astype(jnp.float32), (1, 0))
     from_start, to_end = (
         jnp.broadcast_to(jnp.exp(jnp.sum(x, axis=1, keepdims=True)), (CHUNK, CHUNK)) for x in (until, after)
     )
@@ -318,13 +319,6 @@ def _column(row: jax.Array) -> jax.Array:
 def _lanes(x: jax.Array, num: int) -> jax.Array:
     """The same of `num` lanes, of the C of each sublane, which are equal."""
     return jnp.concatenate([x] * -(-num // CHUNK), axis=1)[:, :num]
-
-
-def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """A product in float32, of float32 by all of its bits."""
-    dims = (((contracted[0],), (contracted[1],)), ((), ()))
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _cost(inputs, shapes, num_heads: int, with_out: bool) -> pl.CostEstimate:

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.blockwise.reference import per_kv_head, per_query_head
 from pallas_kernels.online_softmax import MASK_VALUE, delta_of, finite_max
 
 # GPUs and TPUs would otherwise multiply float32 in TF32 and bfloat16.
@@ -26,7 +27,7 @@ def forward(q, k, v, choices, block_start, q_place, *, block_size, scale):
     total = jnp.sum(p, axis=-1)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    out = einsum("bnts,bsnv->btnv", p / total[..., None], _per_query_head(v, q))
+    out = einsum("bnts,bsnv->btnv", p / total[..., None], per_query_head(v, q))
     return out.astype(q.dtype), jnp.where(empty, -jnp.inf, row_max + jnp.log(total))
 
 
@@ -35,11 +36,11 @@ def backward(q, k, v, choices, block_start, q_place, out, lse, dout, dlse, *, bl
     s = _logits(q, k, choices, block_start, q_place, block_size, scale)
     dout = dout.astype(jnp.float32)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None])
-    dp = einsum("btnv,bsnv->bnts", dout, _per_query_head(v, q))
+    dp = einsum("btnv,bsnv->bnts", dout, per_query_head(v, q))
     ds = scale * p * (dp - delta_of(out, dout, dlse)[..., None])
-    dq = einsum("bnts,bsnh->btnh", ds, _per_query_head(k, q))
-    dk = _per_kv_head(einsum("bnts,btnh->bsnh", ds, q.astype(jnp.float32)), k)
-    dv = _per_kv_head(einsum("bnts,btnv->bsnv", p, dout), v)
+    dq = einsum("bnts,bsnh->btnh", ds, per_query_head(k, q))
+    dk = per_kv_head(einsum("bnts,btnh->bsnh", ds, q.astype(jnp.float32)), k)
+    dv = per_kv_head(einsum("bnts,btnv->bsnv", p, dout), v)
     return dq, dk, dv
 
 
@@ -57,15 +58,6 @@ def allowed_pairs(choices, block_start, q_place, *, kv_len, block_size):
 
 def _logits(q, k, choices, block_start, q_place, block_size, scale):
     """Masked logits `[B, N, T, S]`."""
-    s = scale * einsum("btnh,bsnh->bnts", q.astype(jnp.float32), _per_query_head(k, q))
+    s = scale * einsum("btnh,bsnh->bnts", q.astype(jnp.float32), per_query_head(k, q))
     allowed = allowed_pairs(choices, block_start, q_place, kv_len=k.shape[1], block_size=block_size)
     return jnp.where(jnp.repeat(allowed, q.shape[2] // k.shape[2], axis=1), s, MASK_VALUE)
-
-
-def _per_query_head(x_BSKH, q):
-    return jnp.repeat(x_BSKH.astype(jnp.float32), q.shape[2] // x_BSKH.shape[2], axis=2)
-
-
-def _per_kv_head(dx_BSNH, x_BSKH):
-    B, S, K, H = x_BSKH.shape
-    return dx_BSNH.reshape(B, S, K, -1, H).sum(axis=3)
