@@ -155,6 +155,9 @@ def train(config: TrainConfig) -> None:
         balance = placement.balance_of(data.train[rows])
         if balance is not None:
             display.note(f"balanced layout, the first row: {balance}")
+        first, last = config.profile.start, config.training.steps
+        if first is not None and not step < first <= last:
+            display.note(f"profile.start: got {first}, and steps {step + 1} to {last} are to come, so none is profiled")
         profiler = stack.enter_context(Profiler(config.run_dir, config.profile, display.note))
         signals = stack.enter_context(StopSignals())
 

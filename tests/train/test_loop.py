@@ -428,7 +428,9 @@ def test_what_cannot_end_well_does_not_begin(run, tmp_path, capsys, overrides, c
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_holds_nothing_out_says_so(run, tmp_path, capsys):
-    assert run(tmp_path, "data.held_out_fraction=0", "training.steps=1", "optimizer.warmup_steps=0") == 0
+def test_a_run_tells_what_was_asked_for_and_will_not_be(run, tmp_path, capsys):
+    never = "data.held_out_fraction=0", "profile.start=2"
+    assert run(tmp_path, *never, "training.steps=1", "optimizer.warmup_steps=0") == 0
     output = " ".join(capsys.readouterr().out.split())
+    assert "profile.start: got 2, and steps 1 to 1 are to come, so none is profiled" in output
     assert "nothing is held out (data.held_out_fraction), so nothing is evaluated" in output
