@@ -16,9 +16,7 @@ def check_folder(file: Path, config: TrainConfig, overrides: Sequence[str]) -> N
     Raises: ConfigError where it would train another run.
     """
     folder = file.parent
-    is_of_run = file.name == "config.yaml" and any(
-        (folder / name).exists() for name in ("checkpoints", "metrics.jsonl")
-    )
+    is_of_run = file.name == "config.yaml" and (folder / "metrics.jsonl").exists()
     told = any(override.startswith("run_dir=") for override in overrides)
     if is_of_run and not told and folder.resolve() != Path(config.run_dir).resolve():
         raise ConfigError(

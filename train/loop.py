@@ -16,13 +16,14 @@ import numpy as np
 
 from train.assemble import assemble, batch_placement, check_agreement, check_layers, memory_in_use
 from train.checkpoint import CheckpointError, Checkpoints, Position, changed_settings, find_checkpoint, load_params
-from train.config import ConfigError, TrainConfig, config_text, load_config
+from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
 from train.evaluation import evaluate, make_eval_step
 from train.files import write_text
 from train.in_flight import BadStep, Batches, StepsInFlight
 from train.metrics import MetricsLog, read_records
 from train.placement import one_a_device, same_everywhere
+from train.plain_yaml import dump_yaml, read_mapping
 from train.planning.auto import start
 from train.planning.startup import MemoryWatch
 from train.profiling import Profiler
@@ -307,11 +308,12 @@ def _put_aside(config: TrainConfig, *, fresh: bool) -> list[str]:
 
 
 def _is_generated(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """Whether the file holds its settings and nothing else, as a run writes them; maybe of an earlier version, with
+    other keys."""
     try:
-        return text == config_text(load_config(path))
-    except ConfigError:  # of an earlier version, say
-        return not any(line.lstrip().startswith("#") for line in text.splitlines())
+        return path.read_text(encoding="utf-8") == dump_yaml(read_mapping(path))
+    except (ConfigError, ValueError):
+        return False
 
 
 def _write_config(config: TrainConfig) -> None:

@@ -394,6 +394,16 @@ def test_a_config_that_somebody_wrote_is_kept(run, config_file, tmp_path):
     assert (tmp_path / "config.yaml.1").read_text() == text
 
 
+def test_a_config_of_an_earlier_version_is_replaced(finished, tmp_path):
+    config = tmp_path / "run" / "config.yaml"
+    shutil.copytree(finished, config.parent)
+    lines = config.read_text().splitlines(keepends=True)
+    lines.remove("deterministic: false\n")
+    config.write_text("".join(lines))
+    assert main([str(config), f"run_dir={config.parent}", "training.steps=21"]) == 0
+    assert "deterministic: false\n" in config.read_text() and not config.with_name("config.yaml.1").exists()
+
+
 def test_a_run_that_was_copied_does_not_train_the_other(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "copy")
     before = (finished / "metrics.jsonl").read_bytes()

@@ -280,7 +280,7 @@ def find_checkpoint(source: str | Path) -> tuple[Path, int]:
 def checkpoint_folders(path: Path) -> list[Path]:
     """Where the checkpoints may lie of a run in this folder, or that this is the folder of."""
     folders = [path / "checkpoints", path]
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+    with contextlib.suppress(OSError, yaml.YAMLError, ValueError, TypeError, AttributeError):
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         if elsewhere := (config.get("checkpoint") or {}).get("dir"):
             folders.insert(0, Path(elsewhere).resolve())
