@@ -13,7 +13,7 @@ from train.command import run_command
 from train.config import TrainConfig
 from train.data import open_tokenizer
 from train.planning.auto import start
-from train.sampling import sample_text
+from train.sampling import check_sample, sample_text
 from train.state import abstract_model, abstract_params
 
 
@@ -24,8 +24,9 @@ def generate(config: TrainConfig) -> str:
     with jax.set_mesh(mesh):
         tokenizer = open_tokenizer(config.data.tokenizer, end_token=config.data.end_token)
         build = model_builder(resolved_model(config, tokenizer.vocab_size), config.attention_sharding)
-        params = load_params(directory / str(step), abstract_params(build, mesh))
-        return sample_text(abstract_model(build)[0], params, tokenizer, config.sample)
+        graphdef, shapes = abstract_model(build)[0], abstract_params(build, mesh)
+        check_sample(graphdef, shapes, tokenizer, config.sample)
+        return sample_text(graphdef, load_params(directory / str(step), shapes), tokenizer, config.sample)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

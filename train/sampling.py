@@ -140,7 +140,8 @@ def _read_prompt(model: nnx.Module, prompt_BT: jax.Array, config: SampleConfig) 
 def check_sample(graphdef: nnx.GraphDef, abstract_params: Any, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Whether `sample_text` can do it, by the shapes alone.
 
-    Raises: ConfigError where the tokenizer does not take the prompt, or the model cannot read or continue it so.
+    Raises: DataError where the tokenizer does not take the prompt; ConfigError where the model cannot read it or go on
+      with it so.
     """
     prompt = _prompt(tokenizer, config)
     try:
@@ -157,11 +158,8 @@ def _prompt(tokenizer: Tokenizer, config: SampleConfig) -> np.ndarray:
 
 
 def sample_text(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, config: SampleConfig) -> str:
-    """The continuation of config.prompt, without the prompt, up to the end of the document.
-
-    Raises: as `check_sample`.
-    """
-    check_sample(graphdef, params, tokenizer, config)
+    """The continuation of config.prompt, which `check_sample` has passed: without the prompt, up to the end of the
+    document."""
     prompt = _prompt(tokenizer, config)
     sampled = sample_tokens(graphdef, params, prompt, jax.random.key(config.seed), config)
     tokens = multihost_utils.process_allgather(sampled, tiled=True)[0]

@@ -210,10 +210,10 @@ def sharded_decode(
             f"decode: value_dim={value_dim} with v, sinks, a bias or {k.shape[2]} kv heads, wanted keys of one head "
             "alone, whose first dims are the values; leave it out, or them"
         )
-    if (value_dim is None) == (v is None) or (value_dim is not None and options.get("scale") is None):
+    if v is None and (value_dim is None or options.get("scale") is None):
         raise ValueError(
-            f"decode: got v {'None' if v is None else 'given'}, value_dim={value_dim}, scale={options.get('scale')}; "
-            "wanted v alone, or value_dim and scale in its place"
+            f"decode: got v=None, value_dim={value_dim}, scale={options.get('scale')}; wanted v, or value_dim and "
+            "scale in its place"
         )
     num_new, num_slots = q.shape[1], cache.k.shape[1]
     if num_new > num_slots:

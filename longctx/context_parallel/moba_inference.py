@@ -92,7 +92,7 @@ def sharded_moba_decode(
             f"sharded_moba_decode: got {q.shape[1]} tokens for a cache with room for {cache.k.shape[1]}; make it with "
             "a larger max_length, or pass fewer tokens"
         )
-    decode = functools.partial(_decode, top_k=top_k, scale=scale)
+    decode = functools.partial(_decode, chunk_size=chunk_size, top_k=top_k, scale=scale)
     split = CacheSplit.of(sharding, batch_size=q.shape[0], num_kv_heads=k.shape[2])
     if split is not None:
         decode = jax.shard_map(
@@ -104,14 +104,12 @@ def sharded_moba_decode(
     return decode(q, k, v, cache)
 
 
-def _decode(q, k, v, cache: MobaCache, *, top_k: int, scale: float | None):
-    num_chunks = cache.sums.shape[1]
-    chunk_size = cache.k.shape[1] // num_chunks
+def _decode(q, k, v, cache: MobaCache, *, chunk_size: int, top_k: int, scale: float | None):
     positions = cache.length + jnp.arange(q.shape[1], dtype=jnp.int32)
     cache = MobaCache(
         k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache.length, axis=1),
         v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache.length, axis=1),
-        sums=cache.sums + chunk_sums(k, positions[None] // chunk_size, num_chunks),
+        sums=cache.sums + chunk_sums(k, positions[None] // chunk_size, cache.sums.shape[1]),
         length=cache.length + q.shape[1],
     )
     out = moba_decode(q, cache.k, cache.v, cache.sums, positions, chunk_size=chunk_size, top_k=top_k, scale=scale)
