@@ -4,8 +4,8 @@
     python scripts/ptxas_report.py [REGEX]
 
 compiles, for an H100 that need not be there, the kernels' conformance cases whose name the pattern matches: of each the
-forward pass without and with a carry, and the backward pass, deterministic and in any order. It needs ptxas, from a
-CUDA toolkit on the PATH or from the package nvidia-cuda-nvcc.
+forward pass without and with a carry, and the backward pass, deterministic and in any order, which also makes the
+gradient of a bias. It needs ptxas, from a CUDA toolkit on the PATH or from the package nvidia-cuda-nvcc.
 """
 
 import functools
@@ -54,25 +54,28 @@ def _compile_forward(case: Case, mesh, *, with_carry: bool) -> None:
         V = inputs["v"].shape[3]
         carry = jax.eval_shape(lambda: SoftmaxCarry.empty(batch_size=B, q_len=T, num_heads=N, value_dim=V))
 
-    def forward(q, k, v, carry):
+    def forward(q, k, v, bias, sinks, carry):
         return blockwise_attention_forward(
-            q, k, v, carry=carry, return_carry=with_carry, implementation="mosaic_gpu", **case.arguments()
-        )
+            q, k, v, bias=bias, sinks=sinks, carry=carry, return_carry=with_carry, implementation="mosaic_gpu",
+            **case.arguments(),
+        )  # fmt: skip
 
-    _compile(forward, *(inputs[x] for x in "qkv"), carry, mesh=mesh)
+    # A carry to go on from has the sinks already.
+    sinks = None if with_carry else inputs.get("sinks")
+    _compile(forward, *(inputs[x] for x in "qkv"), inputs.get("bias"), sinks, carry, mesh=mesh)
 
 
 def _compile_backward(case: Case, mesh, *, deterministic: bool) -> None:
     inputs = case.inputs("bfloat16")
 
-    def backward(q, k, v, out, lse, dout, dlse):
+    def backward(q, k, v, bias, out, lse, dout, dlse):
         return blockwise_attention_backward(
-            q, k, v, out, lse, dout, dlse,
+            q, k, v, out, lse, dout, dlse, bias=bias, bias_gradient=bias is not None,
             deterministic=deterministic, implementation="mosaic_gpu", **case.arguments(),
         )  # fmt: skip
 
     dout, dlse = inputs["dout"], inputs["dlse"]
-    _compile(backward, *(inputs[x] for x in "qkv"), dout, dlse, dout, dlse, mesh=mesh)
+    _compile(backward, *(inputs[x] for x in "qkv"), inputs.get("bias"), dout, dlse, dout, dlse, mesh=mesh)
 
 
 _KERNELS = {
