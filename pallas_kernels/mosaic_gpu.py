@@ -64,22 +64,25 @@ def take_turn(counters, index, turn, last) -> None:
     A turn ends when the copies to device memory that this warpgroup has started since are done, and adds 1 to its
     counter. Both waits are under way at the same time, and the turn ends first, so that nobody waits for each other.
 
+    What a turn is for are reductions by TMA. Those are done, in the second-level cache, when the wait for them is over,
+    and others are started behind the wait for their turn: no fence has to order anything else, and one would take the
+    time of a round trip, and empty the first-level cache, on the way of every turn to the next.
+
     Args:
       last: Index of the counter of the turn taken last; negative if none was.
     """
     _on_counters(
         """
-        ld.acquire.gpu.global.b32 seen, [at];
+        ld.relaxed.gpu.global.b32 seen, [at];
         cp.async.bulk.wait_group 0;
         bar.warp.sync 0xffffffff;
-        @ends red.release.gpu.global.add.s32 [at_last], 1;
+        @ends red.relaxed.gpu.global.add.s32 [at_last], 1;
         AGAIN:
         setp.eq.b32 ready, seen, $2;
         @ready bra READY;
-        ld.acquire.gpu.global.b32 seen, [at];
+        ld.relaxed.gpu.global.b32 seen, [at];
         bra AGAIN;
         READY:
-        fence.proxy.async;
         """,
         counters,
         index,
@@ -94,7 +97,7 @@ def end_turn(counters, last) -> None:
         """
         cp.async.bulk.wait_group 0;
         bar.warp.sync 0xffffffff;
-        @ends red.release.gpu.global.add.s32 [at_last], 1;
+        @ends red.relaxed.gpu.global.add.s32 [at_last], 1;
         """,
         counters,
         0,
@@ -153,8 +156,9 @@ def take_number(counter, cell) -> None:
     emit(counter, cell)
 
 
-def bring_near(*refs) -> None:
-    """Reads vectors in device memory, of 128 elements of 32 bits, so that the first-level cache holds them after.
+def bring_near(*refs, offsets: Sequence[int] = (0,)) -> None:
+    """Reads vectors in device memory, of 128 elements of 32 bits, so that the first-level cache holds them after: of
+    each reference those that are so many elements from its first.
 
     Hopper does nothing for PTX's `prefetch.global.L1`. A read whose result nobody wants would be left out, so a thread
     that finds one certain number sleeps for a nanosecond.
@@ -164,14 +168,17 @@ def bring_near(*refs) -> None:
     def emit(_, *refs):
         i64 = ir.IntegerType.get_signless(64)
         starts = [llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in refs]
+        number = len(offsets)
         reads = "\n".join(
-            f"mad.wide.u32 at, thread, 4, ${i}; ld.global.b32 found{i}, [at];" for i in range(len(starts))
+            f"mad.wide.u32 at, thread, 4, ${i};\n"
+            + "\n".join(f"ld.global.b32 found{number * i + j}, [at + {4 * x}];" for j, x in enumerate(offsets))
+            for i in range(len(starts))
         )
         uses = "\n".join(
-            f"setp.eq.s32 sleeps, found{i}, 0x80000001; @sleeps nanosleep.u32 1;" for i in range(len(starts))
+            f"setp.eq.s32 sleeps, found{i}, 0x80000001; @sleeps nanosleep.u32 1;" for i in range(len(starts) * number)
         )
         text = f"""{{
-        .reg .b32 thread, {", ".join(f"found{i}" for i in range(len(starts)))};
+        .reg .b32 thread, found<{len(starts) * number}>;
         .reg .b64 at;
         .reg .pred sleeps;
         mov.u32 thread, %tid.x;
