@@ -70,6 +70,12 @@ class DistanceBias(Bias):
         """From this distance on, on each side, the bias is one number; None where it is not."""
         return None
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the bias is, and its gradients are, a multiple of the absolute distance: a kernel then computes them
+        anew where others take the unit for exponentials."""
+        return False
+
     def pair(self, q_positions, kv_positions):
         return self.of_distance((q_positions - kv_positions).astype(jnp.float32))
 
@@ -99,6 +105,10 @@ class Alibi(DistanceBias):
         below = 2 ** int(math.log2(num_heads))
         slopes = of_power(below) + of_power(2 * below)[::2][: num_heads - below]
         return cls(slopes=np.array(slopes, np.float32))
+
+    @property
+    def is_linear(self):
+        return True
 
     def of_distance(self, distance):
         return -self.slopes * jnp.abs(distance)

@@ -346,6 +346,7 @@ KERNEL_CASES = (
                  bias="t5_bidirectional"),
     _kernel_case("bias_t5_bidirectional_soft_cap", Full(), 300, head_dim=128, kv_len=400, bias="t5_bidirectional",
                  logits_soft_cap=2.0),
+    _kernel_case("bias_t5_bidirectional_cross", Full(), 300, head_dim=128, kv_len=400, bias="t5_bidirectional"),
     _kernel_case("bias_kerple_log_sinks_dropout", Causal(offset=-20), 300, head_dim=128, kv_len=517, num_heads=4,
                  bias="kerple_log", sinks=True, dropout_rate=0.2),
     _kernel_case("bias_kerple_log", Causal(), 384, bias="kerple_log"),

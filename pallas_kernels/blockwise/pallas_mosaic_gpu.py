@@ -28,6 +28,7 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias_sums import MOST_REACH, makes_sums, slope_table
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import of_units, units_of
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import PairTest, band_of
@@ -180,14 +181,15 @@ def backward(
     )
     if head_dim > _WIDE:
         *gradients, sums = _differentiate_split(call, blocks)
+        near = None
     else:
-        *gradients, sums = _differentiate(call, blocks, num_cores)
+        *gradients, sums, near = _differentiate(call, blocks, num_cores)
     gradients = zip(gradients, (q, k, v), strict=True)
     gradients = tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
     if sums is None:
         return gradients
-    dbias = kernel_bias.gradient_of_sums(bias, sums[:, :, :, :kv_len])
-    if bias.reach is not None:
+    dbias = kernel_bias.gradient_of_sums(bias, sums[:, :, :, :kv_len], near)
+    if bias.reach is not None and near is None:
         within = near_bias.gradient(
             bias, q, k, v, lse=given_lse, delta=delta_of(out, dout, dlse), dout=dout, tokens=tokens, schedule=schedule,
             options=options, dropout=dropout,
@@ -235,11 +237,14 @@ class _Backward:
         }
 
     @property
+    def is_in_order(self) -> bool:
+        return self.operands["q_positions"] is None and self.operands["kv_positions"] is None
+
+    @property
     def span(self) -> Span | None:
         """The mask's, where tokens are in order and it has bounds."""
         span = self.options.mask.span
-        in_order = self.operands["q_positions"] is None and self.operands["kv_positions"] is None
-        return span if in_order and span != (None, None) else None
+        return span if self.is_in_order and span != (None, None) else None
 
     def in_whole_blocks(self, x_BNT: jax.Array) -> jax.Array:
         return jnp.pad(x_BNT, ((0, 0), (0, 0), (0, -self.q_len % backward_kernel.BLOCK)))
@@ -251,7 +256,7 @@ def _is_scattered(blocks: Schedule) -> bool:
 
 
 def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[jax.Array | None, ...]:
-    """dq, dk and dv, padded, and the sums for the bias or None, by the fused kernel."""
+    """dq, dk and dv, padded, and the sums for the bias and those by distance, or None, by the fused kernel."""
     options, sizes, q, k = call.options, blocks.block_sizes, call.operands["q"], call.operands["k"]
     batch_size, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -288,8 +293,14 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         # Zeros of each call's own: XLA would make those of all layers once and copy them, which takes twice the time.
         zero, _ = jax.lax.optimization_barrier((jnp.float32(0) if units is None else jnp.int32(0), delta))
         dq = jnp.full((batch_size, call.q_len, num_heads, head_dim), zero)
+    slopes, bias = None, call.operands["bias"]
+    adder_sums = options.bias_gradient and makes_sums(bias, head_dim, options.logits_soft_cap)
+    sums_near = adder_sums and call.is_in_order and bias.reach is not None and bias.reach <= MOST_REACH
+    if adder_sums and call.is_in_order and bias.reach is None and not bias.is_linear:
+        slopes = slope_table(bias, call.q_len, call.kv_len)
     inputs = backward_kernel.Inputs(
         **call.operands,
+        slopes=slopes,
         delta=delta,
         band=band_of(blocks.bands, of_queries=False, padding=-call.kv_len % backward_kernel.BLOCK),
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
@@ -307,6 +318,8 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
             **call.config,
             scales_dq=adds_to_running,
             bias_gradient=options.bias_gradient,
+            adder_sums=adder_sums,
+            sums_near=sums_near,
             shares=shares,
         ),
     )
@@ -320,7 +333,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
     if not adds_to_running:
         dq = dq * options.scale
         dq = dq.astype(q.dtype) if running_dq is None else dq[:, : call.q_len] + running_dq
-    return dq, dk, dv, sums[0] if sums else None
+    return dq, dk, dv, *(sums or (None, None))
 
 
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:

@@ -5,7 +5,8 @@ is a block of 128 keys of one kv head, or, where those are few, of it and a shar
 warpgroup copies its keys and values, and of each block of queries that its row of the schedule names the tiles of all
 its query heads, with their dout, lse and delta, into shared memory (TMA, two buffers). Two consumers, 64 keys each,
 keep dk and dv in registers over the whole item and hand a tile's dq, a step later, to a fourth warpgroup, the adder,
-through shared memory (two buffers); it adds them into dq in device memory by TMA reductions.
+through shared memory (two buffers); it adds them into dq in device memory by TMA reductions, and makes the sums of
+which the gradient of a bias is made.
 
 On chip: k, v, q and dout (two tiles each), dS (two, for dq) and dq (two, float32) in shared memory; logits, their
 gradients, dk and dv in registers.
@@ -46,6 +47,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias_sums import KeySums, near_type
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped, kept_pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import in_units, load_early
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
@@ -89,12 +91,16 @@ class Config(CallConfig):
       scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does, as in fixed point.
       bias_gradient: Whether sums are made for the gradient of the bias. Then the plan visits the heads of a group one
         after the other.
+      adder_sums: Whether the adder makes those, rather than consumers.
+      sums_near: Whether sums by distance are made too, by the adder.
       shares: Among how many items the query heads of a kv head are shared out. If several, dk and dv are of each of
         them, in float32, and nothing is running.
     """
 
     scales_dq: bool
     bias_gradient: bool = False
+    adder_sums: bool = False
+    sums_near: bool = False
     shares: int = 1
 
 
@@ -109,6 +115,7 @@ class Inputs(NamedTuple):
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       words: Dropout's, of queries and heads (two) and of keys.
       bias: Base 2.
+      slopes: Its `slope_table`, where the adder makes sums for it and it needs one.
       band: Of keys.
       turns: The plan's.
       per_unit: Reciprocals of the units of each query's dq, float32 `[B N T]`, where it is added up in fixed point.
@@ -128,6 +135,7 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     bias: KernelBias | None
+    slopes: Any
     band: Band | None
     turns: Turns | None
     per_unit: Any
@@ -139,7 +147,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
     blocks of keys.
 
     Where heads are shared out, dk and dv are `[B, S, K shares, H]`. With `bias_gradient` also the sums of which that is
-    made (`sums_type`).
+    made (`sums_type`), and those by distance or None (`near_type`).
     """
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
@@ -151,12 +159,17 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
     counters = None
     if inputs.turns is not None:
         counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
-    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, queue.new_notes(plan.deal.num_blocks)))
+    near = None
+    if config.sums_near:
+        near_zeros = near_type(inputs.bias, (B, N, config.kv_len))
+        near = jax.new_ref(jnp.zeros(near_zeros.shape, near_zeros.dtype))
+    leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, near, queue.new_notes(plan.deal.num_blocks)))
 
     def body(*refs):
         refs = iter(refs)
-        inputs, dq_ref, counters, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
-        outputs = _Outputs(dq_ref, counters, *itertools.islice(refs, 2), next(refs) if config.bias_gradient else None)
+        inputs, dq_ref, counters, near, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
+        dk, dv, sums = next(refs), next(refs), next(refs) if config.bias_gradient else None
+        outputs = _Outputs(dq=dq_ref, counters=counters, dk=dk, dv=dv, sums=sums, near=near)
         _Block(config, plan, inputs, notes, outputs, _Shared(*refs)).run()
 
     def smem(*shape):
@@ -164,7 +177,8 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
 
     out_types = [kv_type, kv_type]
     if config.bias_gradient:
-        out_types.append(sums_type(inputs.bias, (B, N, kv_shape[1])))
+        shape = B, N, kv_shape[1]
+        out_types.append(sums_type(inputs.bias, shape, parts=1) if config.adder_sums else sums_type(inputs.bias, shape))
     gradients = plgpu.kernel(
         body,
         out_type=out_types,
@@ -184,24 +198,27 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
             kv_full=plgpu.Barrier(num_arrivals=2),
             tile_full=plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
             ds_full=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
-            ds_free=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
+            ds_free=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS + config.adder_sums, num_barriers=_SLOTS),
             dq_free=plgpu.Barrier(num_barriers=_SLOTS),
             item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
+    if config.bias_gradient:
+        gradients.append(None if near is None else jax.freeze(near))
     return jax.freeze(dq_ref), *gradients
 
 
 class _Outputs(NamedTuple):
-    """What it writes; dq and the counters of its tiles' turns are read too."""
+    """What it writes; dq, the counters of its tiles' turns and sums by distance are read too."""
 
     dq: Any
     counters: Any
     dk: Any
     dv: Any
     sums: Any
+    near: Any
 
 
 class _Shared(NamedTuple):
@@ -363,14 +380,19 @@ class _Block:
     def add(self) -> None:
         for slot in range(_SLOTS):
             plgpu.barrier_arrive(self.shared.dq_free.at[slot])
+            if self.config.adder_sums:
+                plgpu.barrier_arrive(self.shared.ds_free.at[slot])
         counters, none = self.outputs.counters, jnp.int32(-1)
+        no_sums = self.key_sums.nothing() if self.config.adder_sums else ()
 
         def one_item(item: Item, state):
             def one_tile(tile: _Tile, state):
-                count, last = state
+                count, last, sums = state
                 slot = lax.rem(count, _SLOTS)
                 pair = item.batch * self.num_heads + tile.head
                 counter = pair * self.num_tiles + tile.index
+                if sums:
+                    sums, last = self.with_sums_of(item, tile, slot, sums, last)
                 if self.takes_turns:
                     turn = self.inputs.turns.at(item.batch, tile.which, item.row, tile.block)
                     take_turn(counters, counter, turn, last)
@@ -381,15 +403,50 @@ class _Block:
                 sync(self.dq_full + slot, self.consumers_and_one)
                 for piece in range(_NUM_CONSUMERS):
                     self.add_piece(item.batch, tile.head, tile.index, slot, piece)
-                return count + 1, counter
+                return count + 1, counter, sums
 
-            return self.for_each_tile(item, one_tile, state), lambda: None
+            def end_of_head(head, state):
+                count, last, sums = state
+                for i, x in enumerate(sums):
+                    self.outputs.sums.at[item.batch, head, i, pl.ds(item.row * BLOCK, BLOCK), 0][...] = x
+                return count, last, no_sums
+
+            end_of_heads = end_of_head if no_sums else None
+            state = self.for_each_tile(item, one_tile, (*state, no_sums), end_of_heads=end_of_heads)
+            return state[:2], lambda: None
 
         count, last = self.queue.take(one_item, (jnp.int32(0), none))
         if self.takes_turns:
             end_turn(counters, last)
         plgpu.wait_smem_to_gmem(0)
         pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[lax.rem(count - 1, _SLOTS)]))
+
+    @property
+    def key_sums(self) -> KeySums:
+        return KeySums(
+            bias=self.inputs.bias,
+            table=self.inputs.slopes,
+            near=self.outputs.near,
+            kv_len=self.config.kv_len,
+            ds=self.shared.ds,
+            interpret=bool(self.config.interpret),
+        )
+
+    def with_sums_of(self, item: Item, tile: _Tile, slot, sums, last):
+        """Sums for the bias with those of a tile, and `last`, none if that turn has ended."""
+        keys = Side(self.inputs.kv_positions, item.row * BLOCK)
+        queries = Side(self.inputs.q_positions, tile.index * self.tile_len)
+        self.key_sums.bring_near(tile.head, keys, queries)
+        plgpu.barrier_wait(self.shared.ds_full.at[slot])
+
+        def between():
+            # The turn is not kept until all sums are made, unless they read what its wait drives from the cache.
+            if self.takes_turns and self.inputs.slopes is None:
+                end_turn(self.outputs.counters, last)
+
+        sums = self.key_sums.added(sums, slot, tile.head, item.batch, keys, queries, between)
+        plgpu.barrier_arrive(self.shared.ds_free.at[slot])
+        return sums, last if self.inputs.slopes is not None else jnp.int32(-1)
 
     @property
     def takes_turns(self) -> bool:
@@ -421,7 +478,9 @@ class _Block:
         plgpu.barrier_wait(self.shared.kv_full)
         pairs, kept = self.pairs(item)
         nothing = plgpu.layout_cast(jnp.zeros((ROWS, self.head_dim), jnp.float32), MATRIX)
-        no_sums = nothing_summed(num_sums(self.inputs.bias)) if self.config.bias_gradient else ()
+        no_sums = ()
+        if self.config.bias_gradient and not self.config.adder_sums:
+            no_sums = nothing_summed(num_sums(self.inputs.bias))
 
         def one_tile(tile: _Tile, state):
             return self.step(item, tile, pairs, kept, state[0] == begin, state)
@@ -449,7 +508,8 @@ class _Block:
         """One tile of queries; dq of the tile before, if it is not the item's first.
 
         Args:
-          state: Of tiles so far, their number, dk and dv, the sums for the bias, and `per_unit` of the last.
+          state: Of tiles so far, their number, dk and dv, the sums for the bias that consumers make, and `per_unit` of
+            the last.
         """
         count, dk, dv, sums, per_unit_before = state
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
@@ -462,9 +522,10 @@ class _Block:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             # As precise as the tanh; with float32's registers beside those of p there would be spills.
             to_base_2, slope = config.soft_cap * _LOG2_E, (1.0 - s * s).astype(jnp.float16)
-        s = s * to_base_2
-        if self.inputs.bias is not None:
-            s = s + self.bias(self.tile_len).tile(tile.head, item.batch, *self.sides(item, tile))
+        if self.inputs.bias is None:
+            s = s * to_base_2
+        else:
+            s = self.bias(self.tile_len).added_to(s, to_base_2, tile.head, item.batch, *self.sides(item, tile))
         p = jnp.exp2(s - columns(lse, self.tile))
         if kept is not None:
             # Those that are dropped are negative from here on.

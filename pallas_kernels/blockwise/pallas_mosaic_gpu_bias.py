@@ -8,8 +8,10 @@ A bias whose parameters are a number a head is computed as its class says. One t
 of short distances; blocks of tokens in order that are further apart read one number.
 
 Backward, each key adds up over its queries `dlogit dbias/dparameter` of each parameter, in registers, until the query
-head changes; then they are written, `[B, N, parameters, S, 8]`, and XLA adds them up in a fixed order. Of a table
-these are the sums of both sides beyond the reach; the pairs within it are a pass of their own (near_bias.py).
+head changes; then they are written, `[B, N, parameters, S, parts]`, and XLA adds them up in a fixed order. Who computes
+gradients of logits has registers for that in the kernels of one gradient; in the fused one another warpgroup does it
+(pallas_mosaic_gpu_bias_sums.py). Of a table these are the sums of both sides beyond the reach; the pairs within it are
+a pass of their own (near_bias.py).
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -86,10 +89,11 @@ def num_sums(bias: KernelBias) -> int:
     return 2 if isinstance(bias, NearTable) else len(jax.tree.leaves(bias))
 
 
-def sums_type(bias: KernelBias, shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
-    """Of the sums of `[B, N, S]`, in 8 parts each: to add these up takes shared memory, of which there is none left."""
+def sums_type(bias: KernelBias, shape: tuple[int, int, int], *, parts: int = _GROUP) -> jax.ShapeDtypeStruct:
+    """Of the sums of `[B, N, S]`, in 8 parts each where they are `added` up: to add these up takes shared memory, of
+    which there is none left."""
     batch_size, num_heads, kv_len = shape
-    return jax.ShapeDtypeStruct((batch_size, num_heads, num_sums(bias), kv_len, _GROUP), jnp.float32)
+    return jax.ShapeDtypeStruct((batch_size, num_heads, num_sums(bias), kv_len, parts), jnp.float32)
 
 
 def store_sums(target, x: jax.Array, *, interpret: bool) -> None:
@@ -100,14 +104,22 @@ def store_sums(target, x: jax.Array, *, interpret: bool) -> None:
         store_registers(target, x)
 
 
-def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array) -> DistanceBias:
-    """The gradient of a bias' parameters, float32, given the sums of the backward pass; where the bias has a reach, of
-    the pairs beyond it."""
+def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array, near_BNCD: jax.Array | None) -> DistanceBias:
+    """The gradient of a bias' parameters, float32, given the sums of the backward pass.
+
+    Args:
+      near_BNCD: Of a bias that has a reach, the sums by distance of each block of keys, of all that the others do not
+        have; without them it is the gradient of the pairs beyond the reach.
+    """
     bias = bias.in_float32()
     sums = jnp.sum(sums_BNPS8, axis=(0, 3, 4))
     if bias.reach is not None:
         by_distance, vjp = jax.vjp(_by_distance, bias)
         cotangent = jnp.zeros_like(by_distance).at[:, -1].set(sums[:, 0]).at[:, 0].set(sums[:, 1])
+        if near_BNCD is not None:
+            near = jnp.sum(near_BNCD, axis=(0, 2))
+            distances = np.arange(near.shape[1]) - near.shape[1] // 2
+            cotangent = cotangent.at[:, np.clip(distances, -bias.reach, bias.reach) + bias.reach].add(near)
         return vjp(cotangent)[0]
     scaled, vjp = jax.vjp(lambda bias: bias.scaled(_LOG2_E), bias)
     of_scaled = jax.tree.unflatten(jax.tree.structure(scaled), list(sums.T / _LOG2_E))
@@ -117,6 +129,25 @@ def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array) -> DistanceBias:
 def _by_distance(bias: DistanceBias) -> jax.Array:
     distances = jnp.arange(-bias.reach, bias.reach + 1, dtype=jnp.float32)
     return jax.vmap(lambda head: head.of_distance(distances))(bias)
+
+
+def slopes_of(bias: KernelBias, head: ArrayLike) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
+    """Of distances, what to multiply gradients of a head's logits by to have those of each sum."""
+    if isinstance(bias, NearTable):
+        reach = float(bias.reach)
+        return lambda d: (jnp.where(d >= reach, 1.0, 0.0), jnp.where(d <= -reach, 1.0, 0.0))
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda ref: ref[head], bias))
+
+    def slopes(d):
+        def of_leaf(i: int) -> jax.Array:
+            def value(x):
+                return jax.tree.unflatten(tree, [*leaves[:i], x, *leaves[i + 1 :]]).of_distance(d)
+
+            return jax.jvp(value, (leaves[i],), (jnp.float32(1.0),))[1]
+
+        return tuple(map(of_leaf, range(len(leaves))))
+
+    return slopes
 
 
 class Side(NamedTuple):
@@ -143,49 +174,33 @@ class TileBias:
     rows_are_queries: bool
     interpret: bool
 
-    def tile(self, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side) -> jax.Array:
-        """The bias of a tile, base 2."""
-        if not isinstance(self.bias, NearTable):
-            of_head = jax.tree.map(lambda ref: ref[head], self.bias)
-            return self._evaluated(lambda d: (of_head.of_distance(d),), batch, of_rows, of_columns)[0]
-        read = functools.partial(self._read, head)
-        if not self._in_order(of_rows, of_columns):
-            return self._evaluated(lambda d: (read(d),), batch, of_rows, of_columns)[0]
+    def added_to(
+        self, logits: jax.Array, factor: float, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side
+    ) -> jax.Array:
+        """Logits of a tile times `factor`, which makes them base 2, with the bias."""
+        if isinstance(self.bias, NearTable):
+            of_distance = functools.partial(self._read, head)
+        else:
+            of_distance = jax.tree.map(lambda ref: ref[head], self.bias).of_distance
+
+        def of_each(logits):
+            return logits * factor + self._evaluated(lambda d: (of_distance(d),), batch, of_rows, of_columns)[0]
+
+        if not (isinstance(self.bias, NearTable) and self._in_order(of_rows, of_columns)):
+            return of_each(logits)
         least = self._first_distance(of_rows, of_columns) - (self.columns if self.rows_are_queries else ROWS)
         greatest = least + ROWS + self.columns
         reach, table = self.bias.reach, self.bias.by_distance
         is_far = (least >= reach) | (greatest <= -reach)
 
-        def far():
-            number = table[head, jnp.where(least >= reach, 2 * reach, 0)]
-            return plgpu.layout_cast(lax.broadcast_in_dim(number, (ROWS, self.columns), ()), MATRIX)
+        def of_all(logits):
+            return logits * factor + table[head, jnp.where(least >= reach, 2 * reach, 0)]
 
-        def near():
-            return self._evaluated(lambda d: (read(d),), batch, of_rows, of_columns)[0]
-
-        return lax.cond(is_far, far, near)
+        return lax.cond(is_far, of_all, of_each, logits)
 
     def slopes(self, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side) -> tuple[jax.Array, ...]:
         """What to multiply gradients of logits by to have those of each sum, tiles."""
-        bias = self.bias
-        if isinstance(bias, NearTable):
-
-            def slopes(d):
-                reach = float(bias.reach)
-                return jnp.where(d >= reach, 1.0, 0.0), jnp.where(d <= -reach, 1.0, 0.0)
-        else:
-            leaves, tree = jax.tree.flatten(jax.tree.map(lambda ref: ref[head], bias))
-
-            def slopes(d):
-                def of_leaf(i: int) -> jax.Array:
-                    def value(x):
-                        return jax.tree.unflatten(tree, [*leaves[:i], x, *leaves[i + 1 :]]).of_distance(d)
-
-                    return jax.jvp(value, (leaves[i],), (jnp.float32(1.0),))[1]
-
-                return tuple(map(of_leaf, range(len(leaves))))
-
-        return self._evaluated(slopes, batch, of_rows, of_columns)
+        return self._evaluated(slopes_of(self.bias, head), batch, of_rows, of_columns)
 
     def _in_order(self, of_rows: Side, of_columns: Side) -> bool:
         return of_rows.positions is None and of_columns.positions is None

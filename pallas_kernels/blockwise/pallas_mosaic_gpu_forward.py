@@ -479,7 +479,7 @@ class _Block:
             s = jnp.tanh(s * (self.config.scale / self.config.soft_cap))
             to_base_2 = self.config.soft_cap * _LOG2_E
         if bias is not None:
-            s, to_base_2 = s * to_base_2 + bias, 1.0
+            s, to_base_2 = bias(s, to_base_2), 1.0
         if bits is not None:
             s = jnp.where(bits, s, -jnp.inf)
         greatest = s.max(axis=1) * to_base_2
@@ -494,7 +494,8 @@ class _Block:
         return new_max, row_sum, p, rescale
 
     def bias(self, item: Item) -> Callable:
-        """bias(j): what is added to the logits of the item's queries and keys of block j, base 2; None for nothing."""
+        """bias(j)(s, factor): logits of the item's queries and keys of block j times `factor`, which makes them base 2,
+        with their bias; bias(j) is None for none."""
         inputs, block_kv = self.inputs, self.config.block_kv
         if inputs.bias is None:
             return lambda j: None
@@ -502,9 +503,9 @@ class _Block:
             bias=inputs.bias, columns=block_kv, rows_are_queries=True, interpret=bool(self.config.interpret)
         )
 
-        def bias(j) -> jax.Array:
-            of_q = Side(inputs.q_positions, self.q_start(item.row))
-            return tiles.tile(item.head, item.batch, of_q, Side(inputs.kv_positions, j * block_kv))
+        def bias(j) -> Callable:
+            sides = Side(inputs.q_positions, self.q_start(item.row)), Side(inputs.kv_positions, j * block_kv)
+            return lambda s, factor: tiles.added_to(s, factor, item.head, item.batch, *sides)
 
         return bias
 

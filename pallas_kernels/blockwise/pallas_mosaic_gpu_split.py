@@ -415,9 +415,10 @@ class _Block:
         if config.soft_cap is not None:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
-        s = s * to_base_2
-        if self.inputs.bias is not None:
-            s = s + self.bias.tile(tile.head, item.batch, *self.sides(item, tile))
+        if self.inputs.bias is None:
+            s = s * to_base_2
+        else:
+            s = self.bias.added_to(s, to_base_2, tile.head, item.batch, *self.sides(item, tile))
         p = jnp.exp2(s - of_queries(0, shared.lse))
         if kept is not None:
             # Those that are dropped are negative from here on.

@@ -1,0 +1,432 @@
+"""Sums for the gradient of a bias on Hopper, by a warpgroup that has nothing else to compute.
+
+Of each key and parameter, `sum over queries of dlogit dbias/dparameter` (pallas_mosaic_gpu_bias.py). Those who compute
+gradients of logits leave them in shared memory for dq, in 16 bits, and have no register left. So the warpgroup that
+adds up dq reads them there once more, a thread for each key of a block, which is one register a parameter, and no sum
+over threads. It has a step's time for that, and few registers.
+
+Where tokens are in order:
+- `dbias/dparameter`, unless it is linear, comes from a table by distance, which XLA makes (`slope_table`): computed
+  pair by pair it would take the unit for exponentials as long as everything else together.
+- Of a bias that has a reach it is a number in tiles beyond; of the few tiles within, the sum of each diagonal is made,
+  and added to sums by distance, which each block of keys has of its own (`near_type`).
+Where positions are given each pair's is computed, and the pairs within a reach are a pass of their own (near_bias.py).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import ArrayLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, math, vector
+
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, NearTable, Side, num_sums, slopes_of
+from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.mosaic_gpu import WARPGROUP, bring_near
+from pallas_kernels.wgmma import ROWS, SCALAR, TILE_BYTES, TRANSFORMS, as_int32
+
+_QUERIES = 8
+"""That a thread reads at a time, as 16 bytes."""
+_KEYS = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)
+_PAIRS = plgpu.Layout.WG_STRIDED((_QUERIES, WARPGROUP), vec_size=1)
+"""A thread has all queries of its key."""
+
+
+def makes_sums(bias: KernelBias, head_dim: int, soft_cap: float | None) -> bool:
+    """Whether that warpgroup makes the sums of a call, or those who compute gradients of logits.
+
+    In shared memory are those of logits before a cap, and a bias is added behind it. At head dim 64 a step has twice
+    the pairs in the same time: only numbers are added up fast enough.
+    """
+    return soft_cap is None and (head_dim > 64 or bias.reach is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeySums:
+    """Of a block of 128 keys.
+
+    Attributes:
+      bias: References, base 2.
+      table: `slope_table` of the bias, a reference, or None.
+      near: Of `near_type`, zeros before the first tile, a reference; or None.
+      kv_len: Keys that there are.
+      ds: Gradients of logits, `[slots, 2, 64 keys, queries of a tile]` in shared memory.
+      interpret: Whether in JAX's interpreter.
+    """
+
+    bias: KernelBias
+    table: Any
+    near: Any
+    kv_len: int
+    ds: Any
+    interpret: bool
+
+    def nothing(self) -> tuple[jax.Array, ...]:
+        return (_keys(0.0, self.interpret),) * num_sums(self.bias)
+
+    def bring_near(self, head: ArrayLike, keys: Side, queries: Side) -> None:
+        """What `added` will read of the table, to the first-level cache."""
+        if self.table is None or self.interpret:
+            return
+        first = queries.start - keys.start + self.table.shape[2] // 2 - WARPGROUP
+        _, num_sums, length = self.table.shape
+        offsets = [i * length + j * WARPGROUP for i in range(num_sums) for j in range(2)]
+        bring_near(self.table.at[head, 0, pl.ds(first, WARPGROUP)], offsets=offsets)
+
+    def added(
+        self,
+        sums: tuple[jax.Array, ...],
+        slot: ArrayLike,
+        head: ArrayLike,
+        batch: ArrayLike,
+        keys: Side,
+        queries: Side,
+        between: Callable[[], None],
+    ) -> tuple[jax.Array, ...]:
+        """Sums with those of a tile.
+
+        Args:
+          between: What to do when half of it is done.
+        """
+        slopes = slopes_of(self.bias, head)
+        num_queries = self.ds.shape[3]
+        of_block = None
+        if self.near is not None:
+            of_block = self.near.at[batch, head, lax.div(keys.start, WARPGROUP)]
+        if self.interpret:
+            return self._interpreted(sums, slot, slopes, batch, keys, queries, of_block)
+        rows = _rows_of_keys(self.ds, slot)
+
+        def for_some(add: Callable, sums):
+            """sums = add(i, sums) for the i-th 8 queries."""
+
+            def some(i, sums):
+                pl.when(i == num_queries // _QUERIES // 2)(between)
+                return add(i, sums)
+
+            return lax.fori_loop(0, num_queries // _QUERIES, some, sums)
+
+        def of_all(sums, weights):
+            """Where slopes are the same for all pairs."""
+            total = for_some(lambda i, total: _plus(total, _gradients(rows, i, self.ds.dtype)), _keys(0.0))
+            return tuple(x + total * weight for x, weight in zip(sums, weights, strict=True))
+
+        def of_each(sums, _):
+            def add(i, sums):
+                x = _gradients(rows, i, self.ds.dtype)
+                if self.table is None:
+                    of_sums = slopes(_distances(batch, keys, queries, i))
+                    return tuple(_plus(total, x, y) for total, y in zip(sums, of_sums, strict=True))
+                place = queries.start + i * _QUERIES - keys.start + self.table.shape[2] // 2
+                return tuple(
+                    _plus(total, x, _from_table(self.table.at[head, j], place)) for j, total in enumerate(sums)
+                )
+
+            return for_some(add, sums)
+
+        if of_block is None:
+            return of_each(sums, None)
+
+        def of_diagonals(sums, _):
+            between()
+            place = least + of_block.shape[0] // 2
+            _add_diagonals(of_block, place, self.ds, slot, jnp.minimum(self.kv_len - keys.start, WARPGROUP))
+            return sums
+
+        least = jnp.asarray(queries.start - keys.start, jnp.int32) - (WARPGROUP - 1)
+        greatest = least + (WARPGROUP - 1) + (num_queries - 1)
+        is_after, is_before = least >= self.bias.reach, greatest <= -self.bias.reach
+        weights = is_after.astype(jnp.float32), is_before.astype(jnp.float32)
+        return lax.cond(is_after | is_before, of_all, of_diagonals, sums, weights)
+
+    def _interpreted(self, sums, slot, slopes, batch, keys: Side, queries: Side, of_block) -> tuple[jax.Array, ...]:
+        num_queries = self.ds.shape[3]
+        ds = self.ds[slot].reshape(WARPGROUP, num_queries).astype(jnp.float32)
+        at_keys, at_queries = (
+            jnp.arange(length) + side.start
+            if side.positions is None
+            else side.positions[row_of_batch(side.positions, batch), pl.ds(side.start, length)]
+            for side, length in ((keys, WARPGROUP), (queries, num_queries))
+        )
+        distances = at_queries[None, :] - at_keys[:, None]
+        if of_block is not None:
+            is_far = jnp.min(jnp.abs(distances)) >= self.bias.reach
+            of_near = jnp.where((at_keys < self.kv_len)[:, None] & ~is_far, ds, 0.0)
+            places = jnp.clip(distances + of_block.shape[0] // 2, 0, of_block.shape[0] - 1)
+            of_block[...] = of_block[...].at[places].add(of_near)
+            ds = jnp.where(is_far, ds, 0.0)
+        distances = distances.astype(jnp.float32)
+        return tuple(total + jnp.sum(ds * y, axis=1) for total, y in zip(sums, slopes(distances), strict=True))
+
+
+MOST_REACH = 1024
+"""That there are sums by distance for: of more, most tiles would be within."""
+
+
+def near_type(bias: NearTable, shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    """Of the sums by distance of `[B, N, S]`, from the least to the greatest, float32
+    `[B, N, blocks of keys, 2 length]`: of the distances of all tiles that hold some within the reach."""
+    batch_size, num_heads, kv_len = shape
+    length = -(-bias.reach // WARPGROUP) * WARPGROUP + 2 * WARPGROUP
+    return jax.ShapeDtypeStruct((batch_size, num_heads, -(-kv_len // WARPGROUP), 2 * length), jnp.float32)
+
+
+def slope_table(bias: KernelBias, q_len: int, kv_len: int) -> jax.Array:
+    """`dbias/dparameter` by distance, from the least to the greatest, float32 `[N, parameters, 2 length]`.
+
+    Memory: 8 N max(T, S) bytes a parameter.
+    """
+    # Whole blocks are read, and behind the last some that nobody wants.
+    length = (-(-max(q_len, kv_len) // WARPGROUP) + 1) * WARPGROUP
+    distances = jnp.arange(-length, length, dtype=jnp.float32)
+    heads = jnp.arange(jax.tree.leaves(bias)[0].shape[0])
+    return jax.vmap(lambda head: jnp.stack(slopes_of(bias, head)(distances)))(heads)
+
+
+def _from_table(table, place: ArrayLike) -> jax.Array:
+    """Of 8 queries and 128 keys, float32 `[8, 128 keys]`.
+
+    Args:
+      table: Of a head and parameter.
+      place: In it, of the first pair.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((_QUERIES, WARPGROUP), jnp.float32, layout=_PAIRS),
+    )
+    def emit(_, table, place):
+        f32 = ir.F32Type.get()
+        lines = [
+            ".reg .b32 thread;",
+            ".reg .b64 at;",
+            "mov.u32 thread, %tid.x;",
+            f"and.b32 thread, thread, {WARPGROUP - 1};",
+            f"sub.s32 thread, ${_QUERIES + 1}, thread;",
+            f"mad.wide.s32 at, thread, 4, ${_QUERIES};",
+            *(f"ld.global.nc.f32 ${j}, [at + {4 * j}];" for j in range(_QUERIES)),
+        ]
+        address = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(table))
+        results = llvm.inline_asm(
+            llvm.StructType.get_literal([f32] * _QUERIES),
+            [address, place.registers.item()],
+            "{\n" + "\n".join(lines) + "\n}",
+            ",".join(["=&f"] * _QUERIES + ["l", "r"]),
+            has_side_effects=False,
+        )
+        return _of_pairs([llvm.extractvalue(f32, results, [j]) for j in range(_QUERIES)])
+
+    return emit(table, jnp.asarray(place, jnp.int32))
+
+
+def _add_diagonals(sums, place: ArrayLike, ds, slot: ArrayLike, num_keys: ArrayLike) -> None:
+    """Adds the sum of each diagonal of a tile, by distance.
+
+    Args:
+      sums: Of a block of keys.
+      place: In them, of the least distance.
+      num_keys: Of the tile's 128 those that there are.
+    """
+    tile = ds.shape[3]
+    is_bfloat16 = jnp.dtype(ds.dtype) == jnp.bfloat16
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TRANSFORMS), SCALAR, SCALAR, SCALAR))
+    def emit(_, sums, ds, *scalars):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        in_smem = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ds))
+        address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(sums))
+        lines = [
+            ".reg .b32 diagonal, first, query, key, part, at, column;",
+            ".reg .b16 half, none;",
+            ".reg .b64 to;",
+            ".reg .f32 total, x;",
+            ".reg .pred is_in, goes_on;",
+            "mov.b16 none, 0;",
+            "mov.u32 diagonal, %tid.x;",
+            f"and.b32 diagonal, diagonal, {WARPGROUP - 1};",
+            f"mad.lo.s32 first, $3, {2 * ROWS * tile * 2}, $1;",
+        ]
+        for i in range(2):  # a thread has two of them
+            lines += [
+                "mov.f32 total, 0f00000000;",
+                "mov.b32 query, 0;",
+                f"sub.s32 key, {WARPGROUP - 1}, diagonal;",
+                f"AGAIN{i}:",
+                '.pragma "nounroll";',
+                "setp.lt.u32 is_in, key, $4;",
+                # As _rows_of_keys says.
+                "shr.u32 at, key, 3;",
+                f"mad.lo.u32 at, at, {tile // ROWS * TILE_BYTES}, first;",
+                "shr.u32 part, query, 6;",
+                f"mad.lo.u32 at, part, {TILE_BYTES}, at;",
+                "and.b32 part, key, 7;",
+                "mad.lo.u32 at, part, 128, at;",
+                "shl.b32 part, part, 4;",
+                "shl.b32 column, query, 1;",
+                "and.b32 column, column, 127;",
+                "xor.b32 part, part, column;",
+                "add.u32 at, at, part;",
+                "mov.b16 half, none;",
+                "@is_in ld.shared.b16 half, [at];",
+                "mov.b32 x, {none, half};" if is_bfloat16 else "cvt.f32.f16 x, half;",
+                "add.f32 total, total, x;",
+                "add.s32 key, key, 1;",
+                "add.s32 query, query, 1;",
+                f"setp.lt.s32 goes_on, query, {tile};",
+                f"@goes_on bra AGAIN{i};",
+                f"setp.lt.s32 is_in, diagonal, {WARPGROUP - 1 + tile};",
+                "add.s32 at, diagonal, $2;",
+                "mad.wide.s32 to, at, 4, $0;",
+                "@is_in ld.global.f32 x, [to];",
+                "@is_in add.f32 total, total, x;",
+                "@is_in st.global.f32 [to], total;",
+                f"add.s32 diagonal, diagonal, {WARPGROUP};",
+            ]
+        place, slot, num_keys = (x.registers.item() for x in scalars)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [address, in_smem, place, slot, num_keys],
+            "{\n" + "\n".join(lines) + "\n}",
+            "l,r,r,r,r,~{memory}",
+            has_side_effects=True,
+        )
+
+    emit(sums, ds, *(jnp.asarray(x, jnp.int32) for x in (place, slot, num_keys)))
+
+
+def _keys(number: float, interpret: bool = False) -> jax.Array:
+    x = jnp.full((WARPGROUP,), number, jnp.float32)
+    return x if interpret else plgpu.layout_cast(x, _KEYS)
+
+
+def _rows_of_keys(ds, slot: ArrayLike) -> jax.Array:
+    """Where in shared memory each key's gradients of a tile are, int32 `[128 keys]`."""
+    tile = ds.shape[3]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(TRANSFORMS), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.int32, layout=_KEYS),
+    )
+    def emit(_, ds, slot):
+        i32 = ir.IntegerType.get_signless(32)
+        # A row of 64 queries has 128 bytes, in which pieces of 16 are swapped around by the row's number in its 8.
+        text = f"""{{
+        .reg .b32 key, row;
+        mov.u32 key, %tid.x;
+        and.b32 key, key, {WARPGROUP - 1};
+        and.b32 row, key, 7;
+        shr.u32 key, key, 3;
+        mad.lo.s32 $0, $2, {2 * ROWS * tile * 2}, $1;
+        mad.lo.u32 $0, key, {tile // ROWS * TILE_BYTES}, $0;
+        mad.lo.u32 $0, row, {128 + 16}, $0;
+        }}"""
+        address = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ds))
+        operands = [address, slot.registers.item()]
+        row = llvm.inline_asm(i32, operands, text, "=&r,r,r", has_side_effects=False)
+        registers = np.array([vector.broadcast(ir.VectorType.get((1,), i32), row)], dtype=object)
+        return mgpu.FragmentedArray(_registers=registers, _layout=_KEYS.to_mgpu(), _is_signed=True)
+
+    return emit(ds, jnp.asarray(slot, jnp.int32))
+
+
+def _gradients(rows: jax.Array, i: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """Those of the i-th 8 queries of a tile, float32 `[8, 128 keys]`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(_KEYS, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((_QUERIES, WARPGROUP), jnp.float32, layout=_PAIRS),
+    )
+    def emit(_, rows, i):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        text = f"""{{
+        .reg .b32 piece, at;
+        and.b32 piece, $5, 7;
+        shl.b32 piece, piece, 4;
+        xor.b32 at, $4, piece;
+        shr.u32 piece, $5, 3;
+        mad.lo.u32 at, piece, {TILE_BYTES}, at;
+        ld.shared.v4.b32 {{$0, $1, $2, $3}}, [at];
+        }}"""
+        words = llvm.inline_asm(
+            llvm.StructType.get_literal([i32] * 4),
+            [as_int32(rows.registers.item()), i.registers.item()],
+            text,
+            "=r,=r,=r,=r,r,r",
+            has_side_effects=True,
+        )
+        # Each word is taken apart where it is used: there are few registers.
+        halves = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
+        pairs = [llvm.bitcast(halves, llvm.extractvalue(i32, words, [j])) for j in range(4)]
+        floats = [arith.extf(ir.VectorType.get((2,), f32), pair) for pair in pairs]
+        return _of_pairs([vector.extract(x, dynamic_position=[], static_position=[j]) for x in floats for j in (0, 1)])
+
+    return emit(rows, jnp.asarray(i, jnp.int32))
+
+
+def _distances(batch: ArrayLike, keys: Side, queries: Side, i: ArrayLike) -> jax.Array:
+    """Of the i-th 8 queries of a tile, float32 `[8, 128 keys]`."""
+    starts = [jnp.asarray(x, jnp.int32) for x in (queries.start + i * _QUERIES, keys.start)]
+    given = [None if x is None else x.at[row_of_batch(x, batch)] for x in (queries.positions, keys.positions)]
+
+    @plgpu.inline_mgpu(
+        arg_types=(SCALAR, SCALAR, *(plgpu.RefType() for x in given if x is not None)),
+        return_type=plgpu.ShapeDtypeStruct((_QUERIES, WARPGROUP), jnp.float32, layout=_PAIRS),
+    )
+    def emit(_, query, key, *refs):
+        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
+        refs = iter(refs)
+
+        def read(ref, index: ir.Value) -> ir.Value:
+            text = "{ .reg .b64 at; mad.wide.s32 at, $1, 4, $2; ld.global.nc.b32 $0, [at]; }"
+            address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+            return llvm.inline_asm(i32, [index, address], text, "=r,r,l", has_side_effects=False)
+
+        def position(ref, start, offset: ir.Value) -> ir.Value:
+            index = arith.addi(start.registers.item(), offset)
+            return index if ref is None else read(ref, index)
+
+        of_query, of_key = (None if x is None else next(refs) for x in given)
+        thread = llvm.inline_asm(
+            i32, [], f"{{ mov.u32 $0, %tid.x; and.b32 $0, $0, {WARPGROUP - 1}; }}", "=r", has_side_effects=False
+        )
+        at_key = position(of_key, key, thread)
+        if of_query is None:  # conversions have a quarter of the rate of additions
+            first = arith.sitofp(f32, arith.subi(query.registers.item(), at_key))
+            return _of_pairs([arith.addf(first, mgpu.utils.c(float(j), f32)) for j in range(_QUERIES)])
+        at_queries = [position(of_query, query, mgpu.utils.c(j, i32)) for j in range(_QUERIES)]
+        return _of_pairs([arith.sitofp(f32, arith.subi(x, at_key)) for x in at_queries])
+
+    return emit(*starts, *(x for x in given if x is not None))
+
+
+def _plus(total: jax.Array, *factors: jax.Array) -> jax.Array:
+    """`[128 keys]`, with the sum over queries of one `[8, 128 keys]`, or of the product of two."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(_KEYS, *(_PAIRS,) * len(factors)),
+        return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=_KEYS),
+    )
+    def emit(_, total, *factors):
+        (register,) = total.registers.flat
+        one = mgpu.utils.c(1.0, register.type)
+        for x, *y in zip(*(factor.registers.flat for factor in factors), strict=True):
+            register = math.fma(x, y[0] if y else one, register)
+        return mgpu.FragmentedArray(
+            _registers=np.array([register], dtype=object), _layout=_KEYS.to_mgpu(), _is_signed=None
+        )
+
+    return emit(total, *factors)
+
+
+def _of_pairs(values: list[ir.Value]) -> mgpu.FragmentedArray:
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    registers = np.array([vector.broadcast(one, x) for x in values], dtype=object)
+    return mgpu.FragmentedArray(_registers=registers, _layout=_PAIRS.to_mgpu(), _is_signed=None)
