@@ -14,7 +14,6 @@ from benchmarks.peers import Candidate, Peer
 from benchmarks.results import Row
 from benchmarks.side_by_side import measure_side_by_side, peer_candidates
 from pallas_kernels import (
-    Alibi,
     SoftmaxCarry,
     blockwise_attention,
     blockwise_attention_backward,
@@ -128,10 +127,10 @@ def all_candidates(
         if case.hop:
             yield hop_candidate(case, name)
             yield from hop_backward_candidates(case, name)
-    if case.position_bias is None:
+    if not (case.constants or case.learned):
         yield from peer_candidates(case, peers)
     else:
-        problem = "it has no bias of positions"
+        problem = "peers are not called with options"
         yield from (
             Row(case=case.name, which="both passes", implementation=name, ours=False, problem=problem) for name in peers
         )
@@ -144,7 +143,7 @@ def our_candidates(case: AttentionCase, implementation: str) -> Iterator[Candida
     """
 
     def attend(q, k, v, extra, *, deterministic):
-        tokens, schedule, bias = extra
+        tokens, schedule, learned = extra
         return blockwise_attention(
             q,
             k,
@@ -152,16 +151,15 @@ def our_candidates(case: AttentionCase, implementation: str) -> Iterator[Candida
             mask=case.mask,
             tokens=tokens,
             schedule=schedule,
-            bias=case.position_bias if bias is None else bias,
             implementation=implementation,
             deterministic=deterministic,
+            **case.constants,
+            **learned,
         )
 
     def extra():
         tokens = case.tokens
-        # Constants are no arguments.
-        bias = None if isinstance(case.position_bias, Alibi) else case.position_bias
-        return tokens, make_schedule(case.mask, tokens, q_len=case.length, kv_len=case.length), bias
+        return tokens, make_schedule(case.mask, tokens, q_len=case.length, kv_len=case.length), case.learned
 
     passes_by_order: dict[bool, list[Pass]] = {True: ["forward"], False: []}
     for deterministic in DETERMINISTIC.get(implementation, (True, False)):
@@ -247,11 +245,11 @@ def _lower(candidate: AnyCandidate, case: AttentionCase, which: Pass, dtype: str
         return (candidate.attend(q, k, v, extra),)
 
     def forward_and_backward(q, k, v, dout, extra):
-        if case.position_bias is None or extra[-1] is None:
+        if not case.learned:
             out, vjp = jax.vjp(lambda q, k, v: candidate.attend(q, k, v, extra), q, k, v)
-        else:  # whose parameters are learned
-            *others, bias = extra
-            out, vjp = jax.vjp(lambda q, k, v, bias: candidate.attend(q, k, v, (*others, bias)), q, k, v, bias)
+        else:
+            *others, learned = extra
+            out, vjp = jax.vjp(lambda q, k, v, learned: candidate.attend(q, k, v, (*others, learned)), q, k, v, learned)
         return out, *vjp(dout)
 
     program = forward if which == "forward" else forward_and_backward

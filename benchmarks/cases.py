@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Alibi, Bias, KerpleLog, KerplePower, Mask, T5Buckets, Tokens
+from pallas_kernels import Alibi, Dropout, KerpleLog, KerplePower, Mask, T5Buckets, Tokens
 from pallas_kernels.mask import Causal, Full, SameDocument, Window
 from pallas_kernels.mask_patterns import Table
 from pallas_kernels.testing import packed_tokens
@@ -18,6 +18,8 @@ WHOLE_PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 PASSES: tuple[Pass, ...] = (*WHOLE_PASSES, "backward")
 # Two matmuls a pair forward, and five backward.
 MATMULS: dict[Pass, int] = {"forward": 2, "forward+backward": 7, "backward": 5}
+Option = Literal["alibi", "alibi_learned", "t5", "kerple_log", "kerple_power", "soft_cap", "sinks", "dropout"]
+OPTIONS: tuple[Option, ...] = Option.__args__
 BLOCK = 128  # edge of the blocks of random block masks
 
 
@@ -56,9 +58,14 @@ class AttentionCase(Batch):
     head_dim: int
 
     @property
-    def position_bias(self) -> Bias | None:
-        """What is added to the logits."""
-        return None
+    def constants(self) -> dict[str, Any]:
+        """What else the op is called with."""
+        return {}
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The same, of which gradients are timed too."""
+        return {}
 
     @property
     def shape_name(self) -> str:
@@ -91,14 +98,15 @@ class Case(AttentionCase):
       one_block_in: If given, a query sees only some blocks of BLOCK keys, one in so many drawn at random.
       hop: Whether this project's implementations are also timed as a hop of a ring: forward with a carry in and out,
         and the backward pass alone, without and with running gradients.
-      bias: Of the logits. ALiBi's slopes are constants, of the others the gradient of the parameters is timed too.
+      option: Of the op. The gradients of sinks, and of a bias' parameters unless they are constants ("alibi"), are
+        timed too.
     """
 
     causal: bool = True
     window: int | None = None
     one_block_in: int | None = None
     hop: bool = False
-    bias: Literal["alibi", "t5", "kerple_log", "kerple_power"] | None = None
+    option: Option | None = None
 
     def __post_init__(self):
         if self.one_block_in is not None and (self.causal or self.length % BLOCK):
@@ -118,24 +126,38 @@ class Case(AttentionCase):
             kind = f"blocks 1/{self.one_block_in}"
         if self.hop:
             kind = f"hop, {kind}"
-        if self.bias is not None:
-            kind = f"{self.bias}, {kind}"
+        if self.option is not None:
+            kind = f"{self.option}, {kind}"
         return f"{kind} {self.shape_name}"
 
     @property
-    def position_bias(self) -> Bias | None:
+    def constants(self) -> dict[str, Any]:
+        B, N = self.batch_size, self.num_heads
+        match self.option:
+            case "alibi":
+                return {"bias": Alibi.geometric(N)}
+            case "soft_cap":
+                return {"logits_soft_cap": 30.0}
+            case "dropout":
+                return {"dropout": Dropout.of_key(0.1, jax.random.key(3), batch_size=B, num_heads=N)}
+        return {}
+
+    @property
+    def learned(self) -> dict[str, Any]:
         N = self.num_heads
         first, second = (jnp.asarray(np.linspace(*ends, N), jnp.float32) for ends in ((0.1, 1.0), (0.9, 0.3)))
-        match self.bias:
-            case "alibi":
-                return Alibi.geometric(N)
+        match self.option:
+            case "alibi_learned":
+                return {"bias": Alibi.geometric(N)}
             case "t5":
-                return T5Buckets(table=jax.random.normal(jax.random.key(2), (N, 32)))
+                return {"bias": T5Buckets(table=jax.random.normal(jax.random.key(2), (N, 32)))}
             case "kerple_log":
-                return KerpleLog(r1=first, r2=second)
+                return {"bias": KerpleLog(r1=first, r2=second)}
             case "kerple_power":
-                return KerplePower(r1=first / 10, r2=second)
-        return None
+                return {"bias": KerplePower(r1=first / 10, r2=second)}
+            case "sinks":
+                return {"sinks": first}
+        return {}
 
     @property
     def mask(self) -> Mask:
@@ -218,9 +240,9 @@ CASES = (
     _case(1, 8192, "16/16", 128, causal=False, hop=True),
     *(_case(1, 32768, "16/16", 128, causal=False, one_block_in=one_in) for one_in in (2, 4, 8, 16)),
     *(
-        _case(batch_size, length, "16/16", 128, bias=bias)
-        for batch_size, length in ((2, 8192), (1, 32768))
-        for bias in ("alibi", "t5", "kerple_log", "kerple_power")
+        _case(batch_size, length, "16/16", head_dim, option=option)
+        for batch_size, length, head_dim in ((2, 8192, 128), (1, 32768, 128), (1, 32768, 64))
+        for option in OPTIONS
     ),
 )
 
@@ -230,5 +252,6 @@ SMOKE = (
     _case(1, 96, "4/2", 8, window=24),
     _case(1, 96, "2/1", 16, documents=(40, 1, 55)),
     _case(1, 384, "2/1", 16, causal=False, one_block_in=4),
-    _case(1, 96, "2/1", 16, bias="t5"),
+    _case(1, 96, "2/1", 16, option="t5"),
+    *(_case(2, 96, "2/1", 16, option=option) for option in ("soft_cap", "sinks", "dropout")),
 )

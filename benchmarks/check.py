@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cases import AttentionCase
-from pallas_kernels import Bias, Mask, Tokens
+from pallas_kernels import Bias, Dropout, Mask, Tokens
+from pallas_kernels.dropout import key_words
 from pallas_kernels.testing import TOLERANCE
 
 NUM_ROWS = 256
@@ -37,13 +38,17 @@ class Check:
         """The first and the last row, and others drawn at random.
 
         Memory: one `[N / K, R, S]` array of logits and the few that its gradient takes; a bool `[N, R, S]` where the
-        mask differs between heads, and a float32 `[N, R, S]` where there is a bias.
+        mask differs between heads, a float32 `[N, R, S]` where there is a bias, and a `[B, N, R, S]` where there is
+        dropout.
         """
         drawn = np.random.default_rng(seed).choice(case.length, min(num_rows, case.length), replace=False)
         rows = jnp.asarray(np.unique([0, case.length - 1, *drawn]), jnp.int32)
         allowed = _allowed(case.mask, rows, case.tokens or Tokens(), k.shape[1], q.shape[2])
-        bias = _bias(case.position_bias, rows, case.tokens or Tokens(), k.shape[1])
-        want = _formula(allowed, bias, q[:, rows], k, v, dout[:, rows])
+        options = {**case.constants, **case.learned}
+        bias = _bias(options.get("bias"), rows, case.tokens or Tokens(), k.shape[1])
+        multipliers = _multipliers(options.get("dropout"), rows, case.tokens or Tokens(), k.shape[1])
+        others = options.get("logits_soft_cap"), options.get("sinks"), multipliers
+        want = _formula(allowed, bias, *others, q[:, rows], k, v, dout[:, rows])
         sampled = jnp.zeros((1, case.length, 1, 1), dout.dtype).at[:, rows].set(1)
         return cls(rows=rows, dout=dout * sampled, want=want)
 
@@ -96,9 +101,20 @@ def _bias(bias: Bias | None, rows, tokens: Tokens, length: int) -> jax.Array | N
     return bias.of_heads(q_positions[:, :, None], kv_positions[:, None, :])[0]
 
 
-@jax.jit
-def _formula(allowed, bias, q, k, v, dout) -> tuple[jax.Array, ...]:
-    """softmax(q k^T / sqrt(H) + bias) v over the keys that rows may attend to, and JAX's derivative of it, float32."""
+def _multipliers(dropout: Dropout | None, rows, tokens: Tokens, length: int) -> jax.Array | None:
+    """Of the probabilities of the rows and all keys, `[B, N, R, S]`."""
+    if dropout is None:
+        return None
+    words = tuple(x[:, :, rows, None] for x in dropout.query_words(tokens.queries(length)))
+    return dropout.multipliers(words, key_words(tokens.keys(length))[:, None, None, :])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _formula(allowed, bias, soft_cap: float | None, sinks, multipliers, q, k, v, dout) -> tuple[jax.Array, ...]:
+    """softmax(q k^T / sqrt(H) + bias) v over the keys that rows may attend to, and JAX's derivative of it, float32.
+
+    The logits before the bias are capped, a sink takes part in the softmax, and probabilities are multiplied, if given.
+    """
     B, R, N, H = q.shape
     K = k.shape[2]
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -108,15 +124,26 @@ def _formula(allowed, bias, q, k, v, dout) -> tuple[jax.Array, ...]:
 
     bias_KGRS = jnp.zeros((1, 1, 1, 1)) if bias is None else bias.reshape(K, N // K, R, -1)
 
-    def one_kv_head(allowed_GRS, bias_GRS, q_RGH, k_SH, v_SH):
-        logits = H**-0.5 * einsum("RGH,SH->GRS", q_RGH, k_SH) + bias_GRS
-        logits = jnp.where(allowed_GRS, logits, -jnp.inf)
-        return einsum("GRS,SH->RGH", jax.nn.softmax(logits, axis=-1), v_SH)
+    sinks_KG = jnp.full((K, N // K), -jnp.inf) if sinks is None else sinks.reshape(K, N // K)
+
+    def one_kv_head(allowed_GRS, bias_GRS, sinks_G, multipliers_GRS, q_RGH, k_SH, v_SH):
+        logits = H**-0.5 * einsum("RGH,SH->GRS", q_RGH, k_SH)
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        logits = jnp.where(allowed_GRS, logits + bias_GRS, -jnp.inf)
+        of_sinks = jnp.broadcast_to(sinks_G[:, None, None], (*logits.shape[:2], 1))
+        probabilities = jax.nn.softmax(jnp.concatenate([logits, of_sinks], axis=-1), axis=-1)[..., :-1]
+        return einsum("GRS,SH->RGH", probabilities * multipliers_GRS, v_SH)
 
     def one_head_and_gradients(operands):
         head, *arrays = operands
         *qkv, dout_RGH = (x.astype(jnp.float32) for x in arrays)
-        of_head = allowed_KGRS[head % len(allowed_KGRS)], bias_KGRS[head % len(bias_KGRS)]
+        of_head = (
+            allowed_KGRS[head % len(allowed_KGRS)],
+            bias_KGRS[head % len(bias_KGRS)],
+            sinks_KG[head % K],
+            1.0 if multipliers is None else multipliers.reshape(B * K, N // K, R, -1)[head],
+        )
         out, vjp = jax.vjp(functools.partial(one_kv_head, *of_head), *qkv)
         return out, *vjp(dout_RGH)
 

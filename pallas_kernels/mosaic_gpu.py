@@ -58,31 +58,31 @@ def _bar(operation: str, num_threads: int, index) -> None:
     llvm.inline_asm(void, [index.registers.item()], text, "r", has_side_effects=True)
 
 
-def take_turn(counters, index, turn, last) -> None:
+def take_turn(counters, index, turn, last, *, by_copies: bool) -> None:
     """Waits until `counters[index]`, int32 in device memory, is `turn`; before, ends the turn taken last.
 
-    A turn ends when the copies to device memory that this warpgroup has started since are done, and adds 1 to its
-    counter. Both waits are under way at the same time, and the turn ends first, so that nobody waits for each other.
-
-    What a turn is for are reductions by TMA. Those are done, in the second-level cache, when the wait for them is over,
-    and others are started behind the wait for their turn: no fence has to order anything else, and one would take the
-    time of a round trip, and empty the first-level cache, on the way of every turn to the next.
+    A turn ends when what this warpgroup has started since, to add to device memory, is done, and adds 1 to its counter.
+    Both waits are under way at the same time, and the turn ends first, so that nobody waits for each other.
 
     Args:
       last: Index of the counter of the turn taken last; negative if none was.
+      by_copies: Whether all that is done in a turn are reductions by TMA. Those are done, in the second-level cache,
+        when the wait for them is over, and others are started behind the wait for their turn: no fence has to order
+        anything else, and one would take the time of a round trip, and empty the first-level cache, on the way of every
+        turn to the next. What threads themselves add has to be fenced.
     """
+    acquire, fence = ("relaxed", "") if by_copies else ("acquire", "fence.proxy.async;")
     _on_counters(
-        """
-        ld.relaxed.gpu.global.b32 seen, [at];
-        cp.async.bulk.wait_group 0;
-        bar.warp.sync 0xffffffff;
-        @ends red.relaxed.gpu.global.add.s32 [at_last], 1;
+        f"""
+        ld.{acquire}.gpu.global.b32 seen, [at];
+        {_end_of_turn(by_copies)}
         AGAIN:
         setp.eq.b32 ready, seen, $2;
         @ready bra READY;
-        ld.relaxed.gpu.global.b32 seen, [at];
+        ld.{acquire}.gpu.global.b32 seen, [at];
         bra AGAIN;
         READY:
+        {fence}
         """,
         counters,
         index,
@@ -91,19 +91,17 @@ def take_turn(counters, index, turn, last) -> None:
     )
 
 
-def end_turn(counters, last) -> None:
+def end_turn(counters, last, *, by_copies: bool) -> None:
     """Ends the turn taken last, as `take_turn` does."""
-    _on_counters(
-        """
+    _on_counters(_end_of_turn(by_copies), counters, 0, 0, last)
+
+
+def _end_of_turn(by_copies: bool) -> str:
+    return f"""
         cp.async.bulk.wait_group 0;
         bar.warp.sync 0xffffffff;
-        @ends red.relaxed.gpu.global.add.s32 [at_last], 1;
-        """,
-        counters,
-        0,
-        0,
-        last,
-    )
+        @ends red.{"relaxed" if by_copies else "release"}.gpu.global.add.s32 [at_last], 1;
+        """
 
 
 def _on_counters(lines: str, counters, index, turn, last) -> None:

@@ -395,7 +395,7 @@ class _Block:
                     sums, last = self.with_sums_of(item, tile, slot, sums, last)
                 if self.takes_turns:
                     turn = self.inputs.turns.at(item.batch, tile.which, item.row, tile.block)
-                    take_turn(counters, counter, turn, last)
+                    take_turn(counters, counter, turn, last, by_copies=True)
                 else:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 # What was added last need no longer be kept.
@@ -417,7 +417,7 @@ class _Block:
 
         count, last = self.queue.take(one_item, (jnp.int32(0), none))
         if self.takes_turns:
-            end_turn(counters, last)
+            end_turn(counters, last, by_copies=True)
         plgpu.wait_smem_to_gmem(0)
         pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[lax.rem(count - 1, _SLOTS)]))
 
@@ -442,7 +442,7 @@ class _Block:
         def between():
             # The turn is not kept until all sums are made, unless they read what its wait drives from the cache.
             if self.takes_turns and self.inputs.slopes is None:
-                end_turn(self.outputs.counters, last)
+                end_turn(self.outputs.counters, last, by_copies=True)
 
         sums = self.key_sums.added(sums, slot, tile.head, item.batch, keys, queries, between)
         plgpu.barrier_arrive(self.shared.ds_free.at[slot])

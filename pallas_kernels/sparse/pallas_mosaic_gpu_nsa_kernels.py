@@ -455,7 +455,7 @@ class _Backward(_Block):
         is_first = self.warpgroup == 0
         halves = self.add_up(*(x for x, _ in targets))
         counter = item.block + self.warpgroup * (counters.shape[0] // 2)
-        take_turn(counters, counter, item.turn, -1)
+        take_turn(counters, counter, item.turn, -1, by_copies=False)
         for is_mine, (_, target) in zip((is_first, ~is_first), targets, strict=True):
 
             @pl.when(is_mine)
@@ -466,7 +466,7 @@ class _Backward(_Block):
                     scattered_rows.add(piece, self.shared.stage, target, keys, **where)
 
         self.meet()
-        end_turn(counters, counter)
+        end_turn(counters, counter, by_copies=False)
 
     def add_up(self, dk, dv) -> list[jax.Array]:
         """Of the first consumer dk, of the second dv: the sum of what both have, 64 columns at a time."""

@@ -23,8 +23,8 @@ def test_a_window_inside_documents_counts_both():
 
 def test_the_cases_are_those_that_peers_were_measured_on():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 31
-    assert names[0] == "causal B8 S2048 16/16 D128" and names[-1] == "kerple_power, causal B1 S32768 16/16 D128"
+    assert len(set(names)) == len(names) == 47
+    assert names[0] == "causal B8 S2048 16/16 D128" and names[-1] == "dropout, causal B1 S32768 16/16 D64"
     dense = {f"causal {size} {heads} D{dim}" for size in ("B2 S8192", "B1 S32768") for heads in ("16/16", "16/4")
              for dim in (64, 128)}  # fmt: skip
     assert dense <= set(names)

@@ -43,14 +43,14 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
         "longctx xla with carry",
         "longctx xla with accumulate",
     }
-    assert len(timed) == 15
+    assert len(timed) == 21
     refused = {row["implementation"]: row["problem"] for row in saved["rows"] if row["problem"]}
     of_tpu = {name: refused.pop(name) for name in list(refused) if "mosaic_tpu" in name}
     assert len(of_tpu) == 5 and all("the platform is cpu, wanted tpu" in reason for reason in of_tpu.values())
     for order in ("", ", any order"):
         assert refused.pop(f"longctx mosaic_gpu with accumulate{order}").startswith("refused: ")
     assert refused == {
-        "cudnn": "it has no bias of positions",  # of the last case
+        "cudnn": "peers are not called with options",  # of the last case
         "longctx mosaic_gpu": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx mosaic_gpu with carry": "refused: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200)",
         "longctx cudnn with carry": (
@@ -66,7 +66,7 @@ def test_smoke_cases_end_to_end(tmp_path, little_time, capsys):
     assert "# blockwise: cpu" in page and "## forward+backward" in page and "Commit abc." in page
     assert "| documents 3 B1 S96 2/1 D16 | longctx xla | **" in page
     printed = capsys.readouterr().out
-    assert "[1/76] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
+    assert "[1/106] causal B2 S64 2/1 D16, forward, longctx mosaic_gpu: refused" in printed and "TFLOP/s" in printed
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ import pytest
 
 from pallas_kernels import Alibi, Bias, BlockSizes, KerpleLog, KerplePower, T5Buckets, Tokens, blockwise_attention
 from pallas_kernels.blockwise import api, near_bias
+from pallas_kernels.blockwise import pallas_mosaic_gpu_bias as kernel_bias
+from pallas_kernels.blockwise import pallas_mosaic_gpu_bias_sums as bias_sums
 from pallas_kernels.blockwise.options import Options
 from pallas_kernels.mask import Causal, Full
 from pallas_kernels.online_softmax import delta_of
@@ -134,3 +136,41 @@ def test_gradients_of_near_pairs_are_of_the_chosen_blocks():
         dropout=None,
     )  # fmt: skip
     assert_close("dtable", got.table, want.table, "float32")
+
+
+@pytest.mark.parametrize("kind", [KerpleLog, KerplePower])
+def test_slopes_by_distance_are_derivatives(kind):
+    """Of what a Hopper kernel reads: base 2, for whole blocks and one more."""
+    r1, r2 = jnp.array([0.3, 0.7]), jnp.array([0.5, 1.2])
+    of_kernel = kernel_bias.of_call(kind(r1=r1, r2=r2))
+    table = bias_sums.slope_table(of_kernel, 130, 300)
+    assert table.shape == (2, 2, 2 * 512)
+    distances = jnp.arange(-512.0, 512.0)
+
+    def slope(name, head, distance):
+        def of_parameter(x):
+            return dataclasses.replace(jax.tree.map(lambda y: y[head], of_kernel), **{name: x}).of_distance(distance)
+
+        return jax.grad(of_parameter)(getattr(of_kernel, name)[head])
+
+    for head in range(2):
+        want = [jax.vmap(lambda d, at=(name, head): slope(*at, d))(distances) for name in ("r1", "r2")]
+        np.testing.assert_allclose(table[head], want, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_by_distance_give_the_whole_gradient_of_a_table():
+    """Whatever a tile within the reach has beyond it counts as beyond."""
+    rng, N, S = np.random.default_rng(0), 2, 300
+    bias = T5Buckets(table=jnp.zeros((N, 32)), bidirectional=True)
+    shape = bias_sums.near_type(kernel_bias.of_call(bias), (1, N, S)).shape
+    assert shape == (1, N, 3, 2 * 384)
+    near = rng.standard_normal(shape).astype(np.float32)
+    far = rng.standard_normal((1, N, 2, S, 1)).astype(np.float32)
+    got = kernel_bias.gradient_of_sums(bias, jnp.asarray(far), jnp.asarray(near)).table
+    want = np.zeros((N, 32))
+    for head in range(N):
+        for place, x in enumerate(near[0, head].sum(axis=0)):
+            want[head, bucket_of(place - 384, buckets=32, max_distance=128, bidirectional=True)] += x
+        for distance, x in zip((1000, -1000), far[0, head, :, :, 0].sum(axis=1), strict=True):
+            want[head, bucket_of(distance, buckets=32, max_distance=128, bidirectional=True)] += x
+    np.testing.assert_allclose(got, want, atol=1e-3)

@@ -195,7 +195,10 @@ INTERPRETED_BACKWARD = {
     "bias_alibi_documents_D64": False,
     "bias_t5_gqa_D64": False,
     "bias_t5_bidirectional_documents_D128": False,
+    "bias_t5_bidirectional_cross_D128": True,
+    "bias_t5_bidirectional_soft_cap_D128": False,
     "bias_kerple_log_D64": True,
+    "bias_kerple_log_sinks_dropout_D128": False,
     "bias_kerple_power_gqa_D256": False,
 }
 
