@@ -1,5 +1,6 @@
 """What layers ask of the arrays that they are called with."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -27,8 +28,8 @@ def check_positive(**numbers: float | None) -> None:
 
 def check_soft_cap(name: str, soft_cap: float | None) -> None:
     """Raises ValueError, naming the option, unless it is None or a number that can bound logits."""
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"{name}: got {soft_cap}, wanted null or a number > 0")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"{name}: got {soft_cap}, wanted null or a finite number > 0")
 
 
 def check_features(layer: str, x: jax.Array, dim: int) -> None:

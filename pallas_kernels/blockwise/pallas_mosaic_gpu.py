@@ -28,7 +28,7 @@ from pallas_kernels.blockwise import pallas_mosaic_gpu_decode as decode
 from pallas_kernels.blockwise import pallas_mosaic_gpu_forward as forward_kernel
 from pallas_kernels.blockwise import pallas_mosaic_gpu_split as split_kernel
 from pallas_kernels.blockwise.options import Options
-from pallas_kernels.blockwise.pallas_mosaic_gpu_bias_sums import MOST_REACH, makes_sums, slope_table
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias_sums import makes_sums, slope_table
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import of_units, units_of
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import PairTest, band_of
@@ -294,9 +294,9 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         zero, _ = jax.lax.optimization_barrier((jnp.float32(0) if units is None else jnp.int32(0), delta))
         dq = jnp.full((batch_size, call.q_len, num_heads, head_dim), zero)
     slopes, bias = None, call.operands["bias"]
-    adder_sums = options.bias_gradient and makes_sums(bias, head_dim, options.logits_soft_cap)
-    sums_near = adder_sums and call.is_in_order and bias.reach is not None and bias.reach <= MOST_REACH
-    if adder_sums and call.is_in_order and bias.reach is None and not bias.is_linear:
+    adder_sums = options.bias_gradient and call.is_in_order
+    adder_sums = adder_sums and makes_sums(bias, head_dim, options.logits_soft_cap)
+    if adder_sums and bias.reach is None and not bias.is_linear:
         slopes = slope_table(bias, call.q_len, call.kv_len)
     inputs = backward_kernel.Inputs(
         **call.operands,
@@ -319,7 +319,6 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
             scales_dq=adds_to_running,
             bias_gradient=options.bias_gradient,
             adder_sums=adder_sums,
-            sums_near=sums_near,
             shares=shares,
         ),
     )

@@ -91,8 +91,7 @@ class Config(CallConfig):
       scales_dq: Whether dq is to be multiplied with `scale` as it is added; else the caller does, as in fixed point.
       bias_gradient: Whether sums are made for the gradient of the bias. Then the plan visits the heads of a group one
         after the other.
-      adder_sums: Whether the adder makes those, rather than consumers.
-      sums_near: Whether sums by distance are made too, by the adder.
+      adder_sums: Whether the adder makes those, rather than consumers; of a bias that has a reach those within it too.
       shares: Among how many items the query heads of a kv head are shared out. If several, dk and dv are of each of
         them, in float32, and nothing is running.
     """
@@ -100,7 +99,6 @@ class Config(CallConfig):
     scales_dq: bool
     bias_gradient: bool = False
     adder_sums: bool = False
-    sums_near: bool = False
     shares: int = 1
 
 
@@ -160,7 +158,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
     if inputs.turns is not None:
         counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
     near = None
-    if config.sums_near:
+    if config.adder_sums and inputs.bias.reach is not None:
         near_zeros = near_type(inputs.bias, (B, N, config.kv_len))
         near = jax.new_ref(jnp.zeros(near_zeros.shape, near_zeros.dtype))
     leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, near, queue.new_notes(plan.deal.num_blocks)))
@@ -434,9 +432,8 @@ class _Block:
 
     def with_sums_of(self, item: Item, tile: _Tile, slot, sums, last):
         """Sums for the bias with those of a tile, and `last`, none if that turn has ended."""
-        keys = Side(self.inputs.kv_positions, item.row * BLOCK)
-        queries = Side(self.inputs.q_positions, tile.index * self.tile_len)
-        self.key_sums.bring_near(tile.head, keys, queries)
+        distance = jnp.asarray(tile.index * self.tile_len - item.row * BLOCK, jnp.int32)
+        self.key_sums.bring_near(tile.head, distance)
         plgpu.barrier_wait(self.shared.ds_full.at[slot])
 
         def between():
@@ -444,7 +441,7 @@ class _Block:
             if self.takes_turns and self.inputs.slopes is None:
                 end_turn(self.outputs.counters, last, by_copies=True)
 
-        sums = self.key_sums.added(sums, slot, tile.head, item.batch, keys, queries, between)
+        sums = self.key_sums.added(sums, slot, tile.head, item.batch, item.row, distance, between)
         plgpu.barrier_arrive(self.shared.ds_free.at[slot])
         return sums, last if self.inputs.slopes is not None else jnp.int32(-1)
 

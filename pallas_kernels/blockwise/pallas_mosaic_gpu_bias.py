@@ -8,10 +8,10 @@ A bias whose parameters are a number a head is computed as its class says. One t
 of short distances; blocks of tokens in order that are further apart read one number.
 
 Backward, each key adds up over its queries `dlogit dbias/dparameter` of each parameter, in registers, until the query
-head changes; then they are written, `[B, N, parameters, S, parts]`, and XLA adds them up in a fixed order. Who computes
-gradients of logits has registers for that in the kernels of one gradient; in the fused one another warpgroup does it
-(pallas_mosaic_gpu_bias_sums.py). Of a table these are the sums of both sides beyond the reach; the pairs within it are
-a pass of their own (near_bias.py).
+head changes; then they are written, `[B, N, parameters, S, parts]`, and XLA adds them up in a fixed order. Of a table
+these are the sums of both sides beyond the reach; the pairs within it are a pass of their own (near_bias.py). Where
+tokens are in order, another warpgroup of the fused kernel makes the sums, of a table those within the reach too
+(pallas_mosaic_gpu_bias_sums.py): those who compute gradients of logits have not the registers.
 """
 
 import dataclasses

@@ -3,14 +3,12 @@
 Of each key and parameter, `sum over queries of dlogit dbias/dparameter` (pallas_mosaic_gpu_bias.py). Those who compute
 gradients of logits leave them in shared memory for dq, in 16 bits, and have no register left. So the warpgroup that
 adds up dq reads them there once more, a thread for each key of a block, which is one register a parameter, and no sum
-over threads. It has a step's time for that, and few registers.
+over threads. It has a step's time for that, and few registers. It does so where tokens are in order:
 
-Where tokens are in order:
 - `dbias/dparameter`, unless it is linear, comes from a table by distance, which XLA makes (`slope_table`): computed
   pair by pair it would take the unit for exponentials as long as everything else together.
 - Of a bias that has a reach it is a number in tiles beyond; of the few tiles within, the sum of each diagonal is made,
   and added to sums by distance, which each block of keys has of its own (`near_type`).
-Where positions are given each pair's is computed, and the pairs within a reach are a pass of their own (near_bias.py).
 """
 
 import dataclasses
@@ -28,11 +26,12 @@ from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, vector
 
-from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, NearTable, Side, num_sums, slopes_of
-from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, NearTable, num_sums, slopes_of
 from pallas_kernels.mosaic_gpu import WARPGROUP, bring_near
 from pallas_kernels.wgmma import ROWS, SCALAR, TILE_BYTES, TRANSFORMS, as_int32
 
+_MOST_REACH = 1024
+"""That there are sums by distance for: of more, most tiles would be within."""
 _QUERIES = 8
 """That a thread reads at a time, as 16 bytes."""
 _KEYS = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)
@@ -41,12 +40,12 @@ _PAIRS = plgpu.Layout.WG_STRIDED((_QUERIES, WARPGROUP), vec_size=1)
 
 
 def makes_sums(bias: KernelBias, head_dim: int, soft_cap: float | None) -> bool:
-    """Whether that warpgroup makes the sums of a call, or those who compute gradients of logits.
+    """Whether that warpgroup makes the sums of a call on tokens in order, or those who compute gradients of logits.
 
     In shared memory are those of logits before a cap, and a bias is added behind it. At head dim 64 a step has twice
     the pairs in the same time: only numbers are added up fast enough.
     """
-    return soft_cap is None and (head_dim > 64 or bias.reach is not None)
+    return soft_cap is None and (head_dim > 64 if bias.reach is None else bias.reach <= _MOST_REACH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +54,8 @@ class KeySums:
 
     Attributes:
       bias: References, base 2.
-      table: `slope_table` of the bias, a reference, or None.
-      near: Of `near_type`, zeros before the first tile, a reference; or None.
+      table: `slope_table` of the bias, a reference; None where it is linear or has a reach.
+      near: Of `near_type`, zeros before the first tile, a reference; None where it has no reach.
       kv_len: Keys that there are.
       ds: Gradients of logits, `[slots, 2, 64 keys, queries of a tile]` in shared memory.
       interpret: Whether in JAX's interpreter.
@@ -72,11 +71,11 @@ class KeySums:
     def nothing(self) -> tuple[jax.Array, ...]:
         return (_keys(0.0, self.interpret),) * num_sums(self.bias)
 
-    def bring_near(self, head: ArrayLike, keys: Side, queries: Side) -> None:
+    def bring_near(self, head: ArrayLike, distance: ArrayLike) -> None:
         """What `added` will read of the table, to the first-level cache."""
         if self.table is None or self.interpret:
             return
-        first = queries.start - keys.start + self.table.shape[2] // 2 - WARPGROUP
+        first = distance + self.table.shape[2] // 2 - WARPGROUP
         _, num_sums, length = self.table.shape
         offsets = [i * length + j * WARPGROUP for i in range(num_sums) for j in range(2)]
         bring_near(self.table.at[head, 0, pl.ds(first, WARPGROUP)], offsets=offsets)
@@ -87,22 +86,25 @@ class KeySums:
         slot: ArrayLike,
         head: ArrayLike,
         batch: ArrayLike,
-        keys: Side,
-        queries: Side,
+        block: ArrayLike,
+        distance: ArrayLike,
         between: Callable[[], None],
     ) -> tuple[jax.Array, ...]:
         """Sums with those of a tile.
 
         Args:
+          block: Of keys.
+          distance: From its first key to the tile's first query.
           between: What to do when half of it is done.
         """
         slopes = slopes_of(self.bias, head)
         num_queries = self.ds.shape[3]
         of_block = None
         if self.near is not None:
-            of_block = self.near.at[batch, head, lax.div(keys.start, WARPGROUP)]
+            of_block = self.near.at[batch, head, block]
+        num_keys = jnp.minimum(self.kv_len - block * WARPGROUP, WARPGROUP)
         if self.interpret:
-            return self._interpreted(sums, slot, slopes, batch, keys, queries, of_block)
+            return self._interpreted(sums, slot, slopes, distance, of_block, num_keys)
         rows = _rows_of_keys(self.ds, slot)
 
         def for_some(add: Callable, sums):
@@ -122,10 +124,10 @@ class KeySums:
         def of_each(sums, _):
             def add(i, sums):
                 x = _gradients(rows, i, self.ds.dtype)
+                first = distance + i * _QUERIES
                 if self.table is None:
-                    of_sums = slopes(_distances(batch, keys, queries, i))
-                    return tuple(_plus(total, x, y) for total, y in zip(sums, of_sums, strict=True))
-                place = queries.start + i * _QUERIES - keys.start + self.table.shape[2] // 2
+                    return tuple(_plus(total, x, y) for total, y in zip(sums, slopes(_distances(first)), strict=True))
+                place = first + self.table.shape[2] // 2
                 return tuple(
                     _plus(total, x, _from_table(self.table.at[head, j], place)) for j, total in enumerate(sums)
                 )
@@ -138,37 +140,27 @@ class KeySums:
         def of_diagonals(sums, _):
             between()
             place = least + of_block.shape[0] // 2
-            _add_diagonals(of_block, place, self.ds, slot, jnp.minimum(self.kv_len - keys.start, WARPGROUP))
+            _add_diagonals(of_block, place, self.ds, slot, num_keys)
             return sums
 
-        least = jnp.asarray(queries.start - keys.start, jnp.int32) - (WARPGROUP - 1)
-        greatest = least + (WARPGROUP - 1) + (num_queries - 1)
+        least, greatest = distance - (WARPGROUP - 1), distance + (num_queries - 1)
         is_after, is_before = least >= self.bias.reach, greatest <= -self.bias.reach
         weights = is_after.astype(jnp.float32), is_before.astype(jnp.float32)
         return lax.cond(is_after | is_before, of_all, of_diagonals, sums, weights)
 
-    def _interpreted(self, sums, slot, slopes, batch, keys: Side, queries: Side, of_block) -> tuple[jax.Array, ...]:
+    def _interpreted(self, sums, slot, slopes, distance, of_block, num_keys) -> tuple[jax.Array, ...]:
         num_queries = self.ds.shape[3]
         ds = self.ds[slot].reshape(WARPGROUP, num_queries).astype(jnp.float32)
-        at_keys, at_queries = (
-            jnp.arange(length) + side.start
-            if side.positions is None
-            else side.positions[row_of_batch(side.positions, batch), pl.ds(side.start, length)]
-            for side, length in ((keys, WARPGROUP), (queries, num_queries))
-        )
-        distances = at_queries[None, :] - at_keys[:, None]
+        keys = jnp.arange(WARPGROUP)
+        distances = distance + jnp.arange(num_queries)[None, :] - keys[:, None]
         if of_block is not None:
             is_far = jnp.min(jnp.abs(distances)) >= self.bias.reach
-            of_near = jnp.where((at_keys < self.kv_len)[:, None] & ~is_far, ds, 0.0)
             places = jnp.clip(distances + of_block.shape[0] // 2, 0, of_block.shape[0] - 1)
+            of_near = jnp.where((keys < num_keys)[:, None] & ~is_far, ds, 0.0)
             of_block[...] = of_block[...].at[places].add(of_near)
             ds = jnp.where(is_far, ds, 0.0)
-        distances = distances.astype(jnp.float32)
-        return tuple(total + jnp.sum(ds * y, axis=1) for total, y in zip(sums, slopes(distances), strict=True))
-
-
-MOST_REACH = 1024
-"""That there are sums by distance for: of more, most tiles would be within."""
+        of_sums = slopes(distances.astype(jnp.float32))
+        return tuple(total + jnp.sum(ds * y, axis=1) for total, y in zip(sums, of_sums, strict=True))
 
 
 def near_type(bias: NearTable, shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
@@ -371,40 +363,22 @@ def _gradients(rows: jax.Array, i: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     return emit(rows, jnp.asarray(i, jnp.int32))
 
 
-def _distances(batch: ArrayLike, keys: Side, queries: Side, i: ArrayLike) -> jax.Array:
-    """Of the i-th 8 queries of a tile, float32 `[8, 128 keys]`."""
-    starts = [jnp.asarray(x, jnp.int32) for x in (queries.start + i * _QUERIES, keys.start)]
-    given = [None if x is None else x.at[row_of_batch(x, batch)] for x in (queries.positions, keys.positions)]
+def _distances(first: ArrayLike) -> jax.Array:
+    """Of 8 queries and 128 keys, the first of which are so far apart, float32 `[8, 128 keys]`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(SCALAR, SCALAR, *(plgpu.RefType() for x in given if x is not None)),
+        arg_types=(SCALAR,),
         return_type=plgpu.ShapeDtypeStruct((_QUERIES, WARPGROUP), jnp.float32, layout=_PAIRS),
     )
-    def emit(_, query, key, *refs):
-        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
-        refs = iter(refs)
+    def emit(_, first):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        text = f"{{ mov.u32 $0, %tid.x; and.b32 $0, $0, {WARPGROUP - 1}; }}"
+        thread = llvm.inline_asm(i32, [], text, "=r", has_side_effects=False)
+        # Conversions have a quarter of the rate of additions.
+        distance = arith.sitofp(f32, arith.subi(first.registers.item(), thread))
+        return _of_pairs([arith.addf(distance, mgpu.utils.c(float(j), f32)) for j in range(_QUERIES)])
 
-        def read(ref, index: ir.Value) -> ir.Value:
-            text = "{ .reg .b64 at; mad.wide.s32 at, $1, 4, $2; ld.global.nc.b32 $0, [at]; }"
-            address = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-            return llvm.inline_asm(i32, [index, address], text, "=r,r,l", has_side_effects=False)
-
-        def position(ref, start, offset: ir.Value) -> ir.Value:
-            index = arith.addi(start.registers.item(), offset)
-            return index if ref is None else read(ref, index)
-
-        of_query, of_key = (None if x is None else next(refs) for x in given)
-        thread = llvm.inline_asm(
-            i32, [], f"{{ mov.u32 $0, %tid.x; and.b32 $0, $0, {WARPGROUP - 1}; }}", "=r", has_side_effects=False
-        )
-        at_key = position(of_key, key, thread)
-        if of_query is None:  # conversions have a quarter of the rate of additions
-            first = arith.sitofp(f32, arith.subi(query.registers.item(), at_key))
-            return _of_pairs([arith.addf(first, mgpu.utils.c(float(j), f32)) for j in range(_QUERIES)])
-        at_queries = [position(of_query, query, mgpu.utils.c(j, i32)) for j in range(_QUERIES)]
-        return _of_pairs([arith.sitofp(f32, arith.subi(x, at_key)) for x in at_queries])
-
-    return emit(*starts, *(x for x in given if x is not None))
+    return emit(jnp.asarray(first, jnp.int32))
 
 
 def _plus(total: jax.Array, *factors: jax.Array) -> jax.Array:

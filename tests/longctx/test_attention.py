@@ -202,7 +202,7 @@ def test_dropout_without_a_random_source_is_refused():
         (dict(num_heads=4, head_dim=5), r"head_dim: got 5, wanted an even number for rotary positions; use 6"),
         (dict(num_heads=4, num_kv_heads=0), r"num_kv_heads: got 0, wanted a number >= 1"),
         (dict(num_heads=0), r"num_heads: got 0, wanted a number >= 1"),
-        (dict(num_heads=4, logits_soft_cap=0.0), r"logits_soft_cap: got 0.0, wanted null or a number > 0"),
+        (dict(num_heads=4, logits_soft_cap=0.0), r"logits_soft_cap: got 0.0, wanted null or a finite number > 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(kwargs, message):

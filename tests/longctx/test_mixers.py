@@ -177,7 +177,7 @@ def test_every_option_reaches_the_layer():
         (dict(num_heads=4, chunk=0), r"chunk: got 0, wanted null or a number of tokens >= 1"),
         (dict(num_heads=4, chunk=4, window=2), r"chunk: got 4 with window=2, wanted one of them; leave one out"),
         (dict(num_heads=4, rope_theta=0.0), r"rope_theta: got 0.0, wanted null or a number > 1; 10000 is customary"),
-        (dict(num_heads=4, logits_soft_cap=0.0), r"logits_soft_cap: got 0.0, wanted null or a number > 0"),
+        (dict(num_heads=4, logits_soft_cap=0.0), r"logits_soft_cap: got 0.0, wanted null or a finite number > 0"),
         (dict(num_heads=4, dropout=1.0), r"dropout: got 1.0, wanted 0 <= dropout < 1; 0 drops nothing"),
         (dict(num_heads=4, block_q=8), r"block_kv: got null although block_q is set, .* set block_kv"),
         (dict(num_heads=4, block_kv=8), r"block_q: got null although block_kv is set, .* set block_q"),

@@ -365,7 +365,8 @@ def test_configs_compare_and_hash_by_value():
             dict(edge_layers=2, edge_mixer="local"),
             r"edge_layers: got 2 at either end of num_layers=4, which leaves none for the pattern; take fewer",
         ),
-        (dict(logits_soft_cap=-1.0), r"logits_soft_cap: got -1.0, wanted null or a number > 0"),
+        (dict(logits_soft_cap=-1.0), r"logits_soft_cap: got -1.0, wanted null or a finite number > 0"),
+        (dict(logits_soft_cap=float("inf")), r"logits_soft_cap: got inf, wanted null or a finite number > 0"),
         (dict(norm_eps=0.0), r"norm_eps: got 0.0, wanted a number > 0; 1e-6 is customary"),
     ],
 )
