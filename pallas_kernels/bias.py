@@ -273,8 +273,12 @@ def check_bias(op: str, bias: object, num_heads: int) -> Bias | None:
         return None
     if not isinstance(bias, Bias):
         raise ValueError(f"{op}: bias={bias!r}, wanted None or a Bias, such as Alibi.geometric({num_heads})")
-    for path, x in jax.tree.leaves_with_path(bias):
+    for path, x in jax.tree.leaves_with_path(bias, is_leaf=lambda x: x is None):
         name = "bias" + jax.tree_util.keystr(path)
+        if not hasattr(x, "dtype"):
+            raise ValueError(
+                f"{op}: {name} is {x!r}, wanted an array of floats [{num_heads}, ...]; make it with jnp.asarray"
+            )
         if x.ndim < 1 or x.shape[0] != num_heads or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"{op}: {name} is {x.dtype}{list(x.shape)}, wanted floats [{num_heads}, ...], of each query head"

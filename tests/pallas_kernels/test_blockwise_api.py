@@ -83,6 +83,8 @@ def test_mixed_dtypes_are_refused():
         (jnp.zeros((4, 8, 8)), "wanted None or a Bias, such as Alibi.geometric"),
         (Alibi.geometric(2), r"bias.slopes is float32\[2\], wanted floats \[4, ...\], of each query head"),
         (Alibi(slopes=np.ones(4, np.int32)), "bias.slopes is int32"),
+        (Alibi(slopes=[0.1] * 4), r"bias.slopes\[0\] is 0.1, wanted an array of floats \[4, ...\]; make it with jnp"),
+        (Alibi(slopes=None), "bias.slopes is None, wanted an array"),
     ],
 )
 def test_wrong_biases_are_refused(op, bias, message):
