@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ PASSES: tuple[Pass, ...] = (*WHOLE_PASSES, "backward")
 # Two matmuls a pair forward, and five backward.
 MATMULS: dict[Pass, int] = {"forward": 2, "forward+backward": 7, "backward": 5}
 Option = Literal["alibi", "alibi_learned", "t5", "kerple_log", "kerple_power", "soft_cap", "sinks", "dropout"]
-OPTIONS: tuple[Option, ...] = Option.__args__
+OPTIONS: tuple[Option, ...] = get_args(Option)
 BLOCK = 128  # edge of the blocks of random block masks
 
 
