@@ -294,8 +294,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         zero, _ = jax.lax.optimization_barrier((jnp.float32(0) if units is None else jnp.int32(0), delta))
         dq = jnp.full((batch_size, call.q_len, num_heads, head_dim), zero)
     slopes, bias = None, call.operands["bias"]
-    adder_sums = options.bias_gradient and call.is_in_order
-    adder_sums = adder_sums and makes_sums(bias, head_dim, options.logits_soft_cap)
+    adder_sums = options.bias_gradient and call.is_in_order and makes_sums(bias, head_dim, options.logits_soft_cap)
     if adder_sums and bias.reach is None and not bias.is_linear:
         slopes = slope_table(bias, call.q_len, call.kv_len)
     inputs = backward_kernel.Inputs(

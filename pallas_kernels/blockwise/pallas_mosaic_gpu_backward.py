@@ -47,7 +47,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     store_sums,
     sums_type,
 )
-from pallas_kernels.blockwise.pallas_mosaic_gpu_bias_sums import KeySums, near_type
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias_sums import KeySums, near_zeros
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import KeptPairs, Words, dropped, kept_pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_fixed_point import in_units, load_early
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
@@ -145,7 +145,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
     blocks of keys.
 
     Where heads are shared out, dk and dv are `[B, S, K shares, H]`. With `bias_gradient` also the sums of which that is
-    made (`sums_type`), and those by distance or None (`near_type`).
+    made (`sums_type`), and those by distance or None (`near_zeros`).
     """
     B, T, N, H = inputs.q.shape
     S, K = inputs.k.shape[1:3]
@@ -159,8 +159,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
         counters = jax.new_ref(jnp.zeros((B * N * -(-T // BLOCK) * (BLOCK // tile),), jnp.int32))
     near = None
     if config.adder_sums and inputs.bias.reach is not None:
-        near_zeros = near_type(inputs.bias, (B, N, config.kv_len))
-        near = jax.new_ref(jnp.zeros(near_zeros.shape, near_zeros.dtype))
+        near = jax.new_ref(near_zeros(inputs.bias, (B, N, config.kv_len)))
     leaves, tree = jax.tree.flatten((inputs, dq_ref, counters, near, queue.new_notes(plan.deal.num_blocks)))
 
     def body(*refs):
@@ -435,15 +434,16 @@ class _Block:
         distance = jnp.asarray(tile.index * self.tile_len - item.row * BLOCK, jnp.int32)
         self.key_sums.bring_near(tile.head, distance)
         plgpu.barrier_wait(self.shared.ds_full.at[slot])
+        # The turn is not kept until all sums are made, unless they read what its wait drives from the cache.
+        ends_turn = self.takes_turns and self.inputs.slopes is None
 
         def between():
-            # The turn is not kept until all sums are made, unless they read what its wait drives from the cache.
-            if self.takes_turns and self.inputs.slopes is None:
+            if ends_turn:
                 end_turn(self.outputs.counters, last, by_copies=True)
 
         sums = self.key_sums.added(sums, slot, tile.head, item.batch, item.row, distance, between)
         plgpu.barrier_arrive(self.shared.ds_free.at[slot])
-        return sums, last if self.inputs.slopes is not None else jnp.int32(-1)
+        return sums, jnp.int32(-1) if ends_turn else last
 
     @property
     def takes_turns(self) -> bool:

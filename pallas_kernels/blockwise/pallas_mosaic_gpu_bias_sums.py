@@ -8,7 +8,7 @@ over threads. It has a step's time for that, and few registers. It does so where
 - `dbias/dparameter`, unless it is linear, comes from a table by distance, which XLA makes (`slope_table`): computed
   pair by pair it would take the unit for exponentials as long as everything else together.
 - Of a bias that has a reach it is a number in tiles beyond; of the few tiles within, the sum of each diagonal is made,
-  and added to sums by distance, which each block of keys has of its own (`near_type`).
+  and added to sums by distance, which each block of keys has of its own (`near_zeros`).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, NearTable, num_sums, slopes_of
 from pallas_kernels.mosaic_gpu import WARPGROUP, bring_near
-from pallas_kernels.wgmma import ROWS, SCALAR, TILE_BYTES, TRANSFORMS, as_int32
+from pallas_kernels.wgmma import ROWS, SCALAR, TILE_BYTES, TRANSFORMS, array_type, as_int32
 
 _MOST_REACH = 1024
 """That there are sums by distance for: of more, most tiles would be within."""
@@ -55,7 +55,7 @@ class KeySums:
     Attributes:
       bias: References, base 2.
       table: `slope_table` of the bias, a reference; None where it is linear or has a reach.
-      near: Of `near_type`, zeros before the first tile, a reference; None where it has no reach.
+      near: Of `near_zeros`, zeros before the first tile, a reference; None where it has no reach.
       kv_len: Keys that there are.
       ds: Gradients of logits, `[slots, 2, 64 keys, queries of a tile]` in shared memory.
       interpret: Whether in JAX's interpreter.
@@ -97,58 +97,56 @@ class KeySums:
           distance: From its first key to the tile's first query.
           between: What to do when half of it is done.
         """
-        slopes = slopes_of(self.bias, head)
         num_queries = self.ds.shape[3]
-        of_block = None
-        if self.near is not None:
-            of_block = self.near.at[batch, head, block]
+        of_block = None if self.near is None else self.near.at[batch, head, block]
         num_keys = jnp.minimum(self.kv_len - block * WARPGROUP, WARPGROUP)
         if self.interpret:
-            return self._interpreted(sums, slot, slopes, distance, of_block, num_keys)
+            return self._interpreted(sums, slot, head, distance, of_block, num_keys)
         rows = _rows_of_keys(self.ds, slot)
 
         def for_some(add: Callable, sums):
-            """sums = add(i, sums) for the i-th 8 queries."""
+            """sums = add(i, gradients, sums) for the i-th 8 queries."""
 
             def some(i, sums):
                 pl.when(i == num_queries // _QUERIES // 2)(between)
-                return add(i, sums)
+                return add(i, _gradients(rows, i, self.ds.dtype), sums)
 
             return lax.fori_loop(0, num_queries // _QUERIES, some, sums)
 
-        def of_all(sums, weights):
-            """Where slopes are the same for all pairs."""
-            total = for_some(lambda i, total: _plus(total, _gradients(rows, i, self.ds.dtype)), _keys(0.0))
-            return tuple(x + total * weight for x, weight in zip(sums, weights, strict=True))
+        if self.table is not None:
 
-        def of_each(sums, _):
-            def add(i, sums):
-                x = _gradients(rows, i, self.ds.dtype)
-                first = distance + i * _QUERIES
-                if self.table is None:
-                    return tuple(_plus(total, x, y) for total, y in zip(sums, slopes(_distances(first)), strict=True))
-                place = first + self.table.shape[2] // 2
+            def from_table(i, x, sums):
+                place = distance + i * _QUERIES + self.table.shape[2] // 2
                 return tuple(
                     _plus(total, x, _from_table(self.table.at[head, j], place)) for j, total in enumerate(sums)
                 )
 
-            return for_some(add, sums)
+            return for_some(from_table, sums)
 
         if of_block is None:
-            return of_each(sums, None)
+            slopes = slopes_of(self.bias, head)
 
-        def of_diagonals(sums, _):
+            def of_each(i, x, sums):
+                of_sums = slopes(_distances(distance + i * _QUERIES))
+                return tuple(_plus(total, x, y) for total, y in zip(sums, of_sums, strict=True))
+
+            return for_some(of_each, sums)
+
+        def beyond(sums, weights):
+            total = for_some(lambda i, x, total: _plus(total, x), _keys(0.0))
+            return tuple(x + total * weight for x, weight in zip(sums, weights, strict=True))
+
+        def within(sums, _):
             between()
-            place = least + of_block.shape[0] // 2
-            _add_diagonals(of_block, place, self.ds, slot, num_keys)
+            _add_diagonals(of_block, least + of_block.shape[0] // 2, self.ds, slot, num_keys)
             return sums
 
         least, greatest = distance - (WARPGROUP - 1), distance + (num_queries - 1)
         is_after, is_before = least >= self.bias.reach, greatest <= -self.bias.reach
         weights = is_after.astype(jnp.float32), is_before.astype(jnp.float32)
-        return lax.cond(is_after | is_before, of_all, of_diagonals, sums, weights)
+        return lax.cond(is_after | is_before, beyond, within, sums, weights)
 
-    def _interpreted(self, sums, slot, slopes, distance, of_block, num_keys) -> tuple[jax.Array, ...]:
+    def _interpreted(self, sums, slot, head, distance, of_block, num_keys) -> tuple[jax.Array, ...]:
         num_queries = self.ds.shape[3]
         ds = self.ds[slot].reshape(WARPGROUP, num_queries).astype(jnp.float32)
         keys = jnp.arange(WARPGROUP)
@@ -159,16 +157,16 @@ class KeySums:
             of_near = jnp.where((keys < num_keys)[:, None] & ~is_far, ds, 0.0)
             of_block[...] = of_block[...].at[places].add(of_near)
             ds = jnp.where(is_far, ds, 0.0)
-        of_sums = slopes(distances.astype(jnp.float32))
+        of_sums = slopes_of(self.bias, head)(distances.astype(jnp.float32))
         return tuple(total + jnp.sum(ds * y, axis=1) for total, y in zip(sums, of_sums, strict=True))
 
 
-def near_type(bias: NearTable, shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
-    """Of the sums by distance of `[B, N, S]`, from the least to the greatest, float32
+def near_zeros(bias: NearTable, shape: tuple[int, int, int]) -> jax.Array:
+    """Zeros for the sums by distance of `[B, N, S]`, from the least to the greatest, float32
     `[B, N, blocks of keys, 2 length]`: of the distances of all tiles that hold some within the reach."""
     batch_size, num_heads, kv_len = shape
     length = -(-bias.reach // WARPGROUP) * WARPGROUP + 2 * WARPGROUP
-    return jax.ShapeDtypeStruct((batch_size, num_heads, -(-kv_len // WARPGROUP), 2 * length), jnp.float32)
+    return jnp.zeros((batch_size, num_heads, -(-kv_len // WARPGROUP), 2 * length), jnp.float32)
 
 
 def slope_table(bias: KernelBias, q_len: int, kv_len: int) -> jax.Array:
@@ -193,7 +191,7 @@ def _from_table(table, place: ArrayLike) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((_QUERIES, WARPGROUP), jnp.float32, layout=_PAIRS),
+        return_type=array_type((_QUERIES, WARPGROUP), _PAIRS),
     )
     def emit(_, table, place):
         f32 = ir.F32Type.get()
@@ -214,7 +212,7 @@ def _from_table(table, place: ArrayLike) -> jax.Array:
             ",".join(["=&f"] * _QUERIES + ["l", "r"]),
             has_side_effects=False,
         )
-        return _of_pairs([llvm.extractvalue(f32, results, [j]) for j in range(_QUERIES)])
+        return _of_threads([llvm.extractvalue(f32, results, [j]) for j in range(_QUERIES)], _PAIRS)
 
     return emit(table, jnp.asarray(place, jnp.int32))
 
@@ -323,8 +321,7 @@ def _rows_of_keys(ds, slot: ArrayLike) -> jax.Array:
         address = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ds))
         operands = [address, slot.registers.item()]
         row = llvm.inline_asm(i32, operands, text, "=&r,r,r", has_side_effects=False)
-        registers = np.array([vector.broadcast(ir.VectorType.get((1,), i32), row)], dtype=object)
-        return mgpu.FragmentedArray(_registers=registers, _layout=_KEYS.to_mgpu(), _is_signed=True)
+        return _of_threads([row], _KEYS, is_signed=True)
 
     return emit(ds, jnp.asarray(slot, jnp.int32))
 
@@ -334,7 +331,7 @@ def _gradients(rows: jax.Array, i: ArrayLike, dtype: jnp.dtype) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(_KEYS, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((_QUERIES, WARPGROUP), jnp.float32, layout=_PAIRS),
+        return_type=array_type((_QUERIES, WARPGROUP), _PAIRS),
     )
     def emit(_, rows, i):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
@@ -358,7 +355,9 @@ def _gradients(rows: jax.Array, i: ArrayLike, dtype: jnp.dtype) -> jax.Array:
         halves = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
         pairs = [llvm.bitcast(halves, llvm.extractvalue(i32, words, [j])) for j in range(4)]
         floats = [arith.extf(ir.VectorType.get((2,), f32), pair) for pair in pairs]
-        return _of_pairs([vector.extract(x, dynamic_position=[], static_position=[j]) for x in floats for j in (0, 1)])
+        return _of_threads(
+            [vector.extract(x, dynamic_position=[], static_position=[j]) for x in floats for j in (0, 1)], _PAIRS
+        )
 
     return emit(rows, jnp.asarray(i, jnp.int32))
 
@@ -368,7 +367,7 @@ def _distances(first: ArrayLike) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(SCALAR,),
-        return_type=plgpu.ShapeDtypeStruct((_QUERIES, WARPGROUP), jnp.float32, layout=_PAIRS),
+        return_type=array_type((_QUERIES, WARPGROUP), _PAIRS),
     )
     def emit(_, first):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
@@ -376,7 +375,7 @@ def _distances(first: ArrayLike) -> jax.Array:
         thread = llvm.inline_asm(i32, [], text, "=r", has_side_effects=False)
         # Conversions have a quarter of the rate of additions.
         distance = arith.sitofp(f32, arith.subi(first.registers.item(), thread))
-        return _of_pairs([arith.addf(distance, mgpu.utils.c(float(j), f32)) for j in range(_QUERIES)])
+        return _of_threads([arith.addf(distance, mgpu.utils.c(float(j), f32)) for j in range(_QUERIES)], _PAIRS)
 
     return emit(jnp.asarray(first, jnp.int32))
 
@@ -386,21 +385,23 @@ def _plus(total: jax.Array, *factors: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(_KEYS, *(_PAIRS,) * len(factors)),
-        return_type=plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.float32, layout=_KEYS),
+        return_type=array_type((WARPGROUP,), _KEYS),
     )
     def emit(_, total, *factors):
-        (register,) = total.registers.flat
+        register = total.registers.item()
         one = mgpu.utils.c(1.0, register.type)
         for x, *y in zip(*(factor.registers.flat for factor in factors), strict=True):
             register = math.fma(x, y[0] if y else one, register)
-        return mgpu.FragmentedArray(
-            _registers=np.array([register], dtype=object), _layout=_KEYS.to_mgpu(), _is_signed=None
-        )
+        return _of_threads([register], _KEYS)
 
     return emit(total, *factors)
 
 
-def _of_pairs(values: list[ir.Value]) -> mgpu.FragmentedArray:
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    registers = np.array([vector.broadcast(one, x) for x in values], dtype=object)
-    return mgpu.FragmentedArray(_registers=registers, _layout=_PAIRS.to_mgpu(), _is_signed=None)
+def _of_threads(values: list[ir.Value], layout, *, is_signed: bool | None = None) -> mgpu.FragmentedArray:
+    """Of numbers, or vectors of one, that each thread has of an array."""
+    registers = [
+        x if isinstance(x.type, ir.VectorType) else vector.broadcast(ir.VectorType.get((1,), x.type), x) for x in values
+    ]
+    return mgpu.FragmentedArray(
+        _registers=np.array(registers, dtype=object), _layout=layout.to_mgpu(), _is_signed=is_signed
+    )

@@ -162,7 +162,7 @@ def test_sums_by_distance_give_the_whole_gradient_of_a_table():
     """Whatever a tile within the reach has beyond it counts as beyond."""
     rng, N, S = np.random.default_rng(0), 2, 300
     bias = T5Buckets(table=jnp.zeros((N, 32)), bidirectional=True)
-    shape = bias_sums.near_type(kernel_bias.of_call(bias), (1, N, S)).shape
+    shape = bias_sums.near_zeros(kernel_bias.of_call(bias), (1, N, S)).shape
     assert shape == (1, N, 3, 2 * 384)
     near = rng.standard_normal(shape).astype(np.float32)
     far = rng.standard_normal((1, N, 2, S, 1)).astype(np.float32)
