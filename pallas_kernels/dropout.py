@@ -5,22 +5,24 @@ pair is kept is a function of a seed of the row and query head, of the query's p
 key's. So any block size, order of the tokens, sharding and implementation draws the same Z, and the backward pass draws
 it again instead of keeping it.
 
-  c = mix(mix(s_k) + p_k)                                          a word a key
-  a = mix(mix(seed + mix(s_q)) + p_q),  b = the same of ~seed      two words a query and head
-  keep iff  h >= rate 2^32,  h = mix_b(c ^ a)                      per pair: 2 multiplications and 6 cheaper operations
+  c = mix(mix(s_k) + p_k)                                                        a word a key
+  w = mix(mix(seed + mix(s_q)) + p_q) ^ the same of ~seed                        a word a query and head
+  keep iff  h >= rate 2^32,  h = w' c' modulo 2^32                               a multiplication and a comparison
 
-s are segment ids, p positions, mix is the finalizer below, and mix_b is the same with b added in its middle. What of
-mix_b is linear in a and c, or a multiple of b, is done to the words and not to each pair. For one
-query h is a permutation of the words of keys, which all differ within a document, and 64 bits pick that permutation:
-the draws of two queries are related only where both words agree. Of billions of seeds, which have 32 bits, some agree.
+s are segment ids, p positions, mix is the finalizer below, and x' is x with its last bit set. What is costly is done to
+tokens, and two instructions are left to a pair. Odd numbers have inverses modulo 2^32, so that h is spread as evenly
+over the keys of a query, and over the queries of a key, as words are: and those are as good as random. The draws of two
+queries w and v are related only where i w' = j v' modulo 2^32 with small i and j, and likewise those of two keys: of
+2^31 pairs of them, some.
 
 Reference: Srivastava et al. 2014, Dropout: a simple way to prevent neural networks from overfitting, JMLR 15. Counters
 instead of a state: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3. The finalizer and its avalanche:
-Wellons 2018, Prospecting for hash functions, `lowbias32`. Two words around a mixing: Even and Mansour 1997, A
-construction of a cipher from a single pseudorandom permutation.
+Wellons 2018, Prospecting for hash functions, `lowbias32`. Hashing by an odd factor, of which the highest bits are read:
+Dietzfelbinger et al. 1997, A reliable randomized algorithm for the closest-pair problem, section 2.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +30,6 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from pallas_kernels.tokens import Leaf, TokenAxis, Tokens
-
-_FIRST_FACTOR, _SECOND_FACTOR = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 
 
 @jax.tree_util.register_dataclass
@@ -70,13 +70,13 @@ class Dropout:
             return cls(rate=rate, seeds=jax.random.bits(key, (batch_size, num_heads), jnp.uint32))
         return cls(rate=rate, seeds=jax.vmap(lambda key: jax.random.bits(key, (num_heads,), jnp.uint32))(key))
 
-    def query_words(self, queries: TokenAxis) -> tuple[jax.Array, jax.Array]:
-        """The two words of each query, as `is_kept` takes them: uint32 `[B or 1, N, T]`, of tokens `[B or 1, T]`."""
+    def query_words(self, queries: TokenAxis) -> jax.Array:
+        """The word of each query, odd: uint32 `[B or 1, N, T]`, of tokens `[B or 1, T]`."""
         segments, positions = (x[:, None, :].astype(jnp.uint32) for x in (queries.segment_ids, queries.positions))
-        a, b = (_mix(_mix(seeds[:, :, None] + _mix(segments)) + positions) for seeds in (self.seeds, ~self.seeds))
-        return _opened(a), b * _SECOND_FACTOR
+        halves = (_mix(_mix(seeds[:, :, None] + _mix(segments)) + positions) for seeds in (self.seeds, ~self.seeds))
+        return functools.reduce(jnp.bitwise_xor, halves) | np.uint32(1)
 
-    def multipliers(self, query_words: tuple[jax.Array, jax.Array], kv_words: jax.Array) -> jax.Array:
+    def multipliers(self, query_words: jax.Array, kv_words: jax.Array) -> jax.Array:
         """Z: float32, 0 or 1 / (1 - rate), of words that broadcast against each other."""
         kept = is_kept(self.rate, query_words, kv_words)
         return jnp.where(kept, np.float32(1 / (1 - self.rate)), np.float32(0))
@@ -84,20 +84,18 @@ class Dropout:
     def dense(self, tokens: Tokens | None, q_len: int, kv_len: int) -> jax.Array:
         """Z of all pairs, float32 `[B or 1, N, T, S]`: for references and tests."""
         tokens = tokens or Tokens()
-        query_words = self.query_words(tokens.queries(q_len))
-        kv_words = key_words(tokens.keys(kv_len))[:, None, None, :]
-        return self.multipliers(tuple(x[..., None] for x in query_words), kv_words)
+        query_words = self.query_words(tokens.queries(q_len))[..., None]
+        return self.multipliers(query_words, key_words(tokens.keys(kv_len))[:, None, None, :])
 
 
 def key_words(keys: TokenAxis) -> UInt32[Array, "B S"]:
-    """The word of each key, for all seeds, as `is_kept` takes it."""
-    return _opened(_mix(_mix(keys.segment_ids.astype(jnp.uint32)) + keys.positions.astype(jnp.uint32)))
+    """The word of each key, for all seeds, odd."""
+    return _mix(_mix(keys.segment_ids.astype(jnp.uint32)) + keys.positions.astype(jnp.uint32)) | np.uint32(1)
 
 
-def is_kept(rate: float, query_words: tuple[jax.Array, jax.Array], kv_words: jax.Array) -> jax.Array:
+def is_kept(rate: float, query_words: jax.Array, kv_words: jax.Array) -> jax.Array:
     """Whether pairs are kept, of words that broadcast against each other; also inside kernels."""
-    first, second = query_words
-    return _closed(first ^ kv_words, second) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return query_words * kv_words >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def check_rate(name: str, rate: float) -> None:
@@ -108,17 +106,8 @@ def check_rate(name: str, rate: float) -> None:
 
 def _mix(x: jax.Array) -> jax.Array:
     """A bijection of uint32 whose every output bit depends on every input bit."""
-    return _closed(_opened(x), np.uint32(0))
-
-
-def _opened(x: jax.Array) -> jax.Array:
-    """The first step of a mix; of an exclusive or it is that of its sides."""
-    return x ^ (x >> np.uint32(16))
-
-
-def _closed(x: jax.Array, between: jax.Array | np.uint32) -> jax.Array:
-    """The other steps; `between` is what was added in the middle, times the second factor."""
-    x = x * _FIRST_FACTOR
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> np.uint32(15))
-    x = x * _SECOND_FACTOR + between
+    x = x * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))

@@ -93,7 +93,7 @@ def gradient(
                 allowed &= chosen(i * block_q + jnp.arange(block_q), j * block_kv + jnp.arange(block_kv))
             dp = _product("bqkgv,bskv->bkgqs", dout_i, v_j)
             if dropout is not None:
-                words = tuple(x[..., None] for x in dropout.query_words(tokens_i))
+                words = dropout.query_words(tokens_i)[..., None]
                 dp *= dropout.multipliers(words, key_words(tokens_j)[:, None, None, :]).reshape(-1, *s.shape[1:])
             dlogits = (jnp.exp(s - lse_i[..., None]) * (dp - delta_i[..., None])).reshape(B, N, *s.shape[3:])
             dlogits = jnp.where(allowed, dlogits, 0.0)

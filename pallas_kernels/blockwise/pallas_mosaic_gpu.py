@@ -154,7 +154,10 @@ def backward(
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
     rows, given_lse = ((0, 0), (0, 0), (0, padding_q)), lse
     # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
-    lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)), rows, constant_values=jnp.inf)
+    dropout_rate = 0.0 if dropout is None else dropout.rate
+    # Kernels compute p / (1 - rate), and for what multiplies it (1 - rate) delta: no multiplication a pair.
+    base_2 = lse * math.log2(math.e) + math.log2(1 - dropout_rate)
+    lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, base_2), rows, constant_values=jnp.inf)
     head_dim, value_dim = dims_of(q, v)
     dims = head_dim, head_dim, value_dim
     call = _Backward(
@@ -175,7 +178,7 @@ def backward(
         q_len=q_len,
         kv_len=kv_len,
         options=options,
-        dropout_rate=0.0 if dropout is None else dropout.rate,
+        dropout_rate=dropout_rate,
         pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
         interpret=interpret,
     )
@@ -300,7 +303,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
     inputs = backward_kernel.Inputs(
         **call.operands,
         slopes=slopes,
-        delta=delta,
+        delta=delta * (1 - call.dropout_rate),
         band=band_of(blocks.bands, of_queries=False, padding=-call.kv_len % backward_kernel.BLOCK),
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
         turns=jax.tree.map(jnp.asarray, plan.turns),
@@ -337,7 +340,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
-    delta = call.delta()
+    delta = call.delta() * (1 - call.dropout_rate)
 
     def gradient(name: str, ranges: BlockRanges, running) -> tuple[jax.Array, ...]:
         if call.kv_len < split_kernel.BLOCK:
@@ -536,8 +539,8 @@ def _words(
     """Dropout's words of tokens, as kernels take them; whatever pairs of tokens that are not there come to."""
     if dropout is None:
         return None
-    queries = (jnp.pad(x, ((0, 0), (0, 0), (0, padding_q))) for x in dropout.query_words(tokens.queries(q_len)))
-    return Words(*queries, jnp.pad(key_words(tokens.keys(kv_len)), ((0, 0), (0, padding_kv))))
+    queries = jnp.pad(dropout.query_words(tokens.queries(q_len)), ((0, 0), (0, 0), (0, padding_q)))
+    return Words(queries, jnp.pad(key_words(tokens.keys(kv_len)), ((0, 0), (0, padding_kv))))
 
 
 def _padded_carry(carry: SoftmaxCarry, padding: int, value_dim: int) -> SoftmaxCarry:

@@ -108,10 +108,11 @@ class Inputs(NamedTuple):
     q, k, v and dout are of lengths that are multiples of 8, the others of whole blocks of the schedule.
 
     Attributes:
-      lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
-      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
+      lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`; with dropout log2(1 - rate) more, so that
+        probabilities come as 1 / (1 - rate) of what they are.
+      delta: rowsum(dout out) - dlse, times 1 - rate, float32 `[B, N, T]`.
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
-      words: Dropout's, of queries and heads (two) and of keys.
+      words: Dropout's.
       bias: Base 2.
       slopes: Its `slope_table`, where the adder makes sums for it and it needs one.
       band: Of keys.
@@ -167,11 +168,30 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
         inputs, dq_ref, counters, near, notes = jax.tree.unflatten(tree, itertools.islice(refs, tree.num_leaves))
         dk, dv, sums = next(refs), next(refs), next(refs) if config.bias_gradient else None
         outputs = _Outputs(dq=dq_ref, counters=counters, dk=dk, dv=dv, sums=sums, near=near)
-        _Block(config, plan, inputs, notes, outputs, _Shared(*refs)).run()
+        _Block(config, plan, inputs, notes, outputs, jax.tree.unflatten(shared_tree, refs)).run()
 
     def smem(*shape):
         return plgpu.SMEM(shape, inputs.q.dtype, transforms=TRANSFORMS)
 
+    # With tiles of 128 queries barriers find no room beside them.
+    stages_words = config.dropout_rate > 0 and tile == ROWS
+    shared = _Shared(
+        k=smem(BLOCK, H),
+        v=smem(BLOCK, H),
+        q=smem(_SLOTS, tile, H),
+        dout=smem(_SLOTS, tile, H),
+        lse_and_delta=plgpu.SMEM((2, _SLOTS, tile), jnp.float32),  # an array takes whole kilobytes
+        words=plgpu.SMEM((_SLOTS, tile), jnp.uint32) if stages_words else None,
+        ds=smem(_SLOTS, _NUM_CONSUMERS, ROWS, tile),
+        dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, PIECE, PIECE), dq.dtype, transforms=_DQ_TRANSFORMS),
+        kv_full=plgpu.Barrier(num_arrivals=2),
+        tile_full=plgpu.Barrier(num_arrivals=5 if stages_words else 4, num_barriers=_SLOTS),
+        ds_full=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
+        ds_free=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS + config.adder_sums, num_barriers=_SLOTS),
+        dq_free=plgpu.Barrier(num_barriers=_SLOTS),
+        item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
+    )
+    shared_leaves, shared_tree = jax.tree.flatten(shared)
     out_types = [kv_type, kv_type]
     if config.bias_gradient:
         shape = B, N, kv_shape[1]
@@ -183,22 +203,7 @@ def differentiate(inputs: Inputs, dq: jax.Array, plan: Plan, config: Config) -> 
         grid_names=("block",),
         num_threads=_NUM_CONSUMERS + 2,
         thread_name="warpgroup",
-        scratch_types=_Shared(
-            k=smem(BLOCK, H),
-            v=smem(BLOCK, H),
-            q=smem(_SLOTS, tile, H),
-            dout=smem(_SLOTS, tile, H),
-            lse=plgpu.SMEM((_SLOTS, tile), jnp.float32),
-            delta=plgpu.SMEM((_SLOTS, tile), jnp.float32),
-            ds=smem(_SLOTS, _NUM_CONSUMERS, ROWS, tile),
-            dq=plgpu.SMEM((_SLOTS, _NUM_CONSUMERS, PIECE, PIECE), dq.dtype, transforms=_DQ_TRANSFORMS),
-            kv_full=plgpu.Barrier(num_arrivals=2),
-            tile_full=plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
-            ds_full=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS, num_barriers=_SLOTS),
-            ds_free=plgpu.Barrier(num_arrivals=_NUM_CONSUMERS + config.adder_sums, num_barriers=_SLOTS),
-            dq_free=plgpu.Barrier(num_barriers=_SLOTS),
-            item_full=plgpu.Barrier(num_barriers=queue.SLOTS),
-        ),
+        scratch_types=shared_leaves,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=config.interpret,
     )(*leaves)
@@ -219,7 +224,8 @@ class _Outputs(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barriers that say when a buffer is full.
+    """Shared memory, and the barriers that say when a buffer is full; words are None where nothing is dropped, or there
+    is no room for them.
 
     Those that say when one of ds or dq may be filled again are here too: at a named barrier consumers would wait for
     each other as well.
@@ -229,8 +235,8 @@ class _Shared(NamedTuple):
     v: Any
     q: Any
     dout: Any
-    lse: Any
-    delta: Any
+    lse_and_delta: Any
+    words: Any
     ds: Any
     dq: Any
     kv_full: Any
@@ -354,8 +360,12 @@ class _Block:
                 for source, target in ((inputs.q, shared.q), (inputs.dout, shared.dout)):
                     at = item.batch, queries, tile.head
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
-                for source, target in ((inputs.lse, shared.lse), (inputs.delta, shared.delta)):
-                    at = item.batch, tile.head, queries
+                lse, delta = shared.lse_and_delta.at[0], shared.lse_and_delta.at[1]
+                vectors = [(inputs.lse, lse), (inputs.delta, delta)]
+                if shared.words is not None:
+                    vectors.append((inputs.words.queries, shared.words))
+                for source, target in vectors:
+                    at = row_of_batch(source, item.batch), tile.head, queries
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
                 self.bring_tokens_near(item.batch, tile.block, tile.is_full)
                 return count + 1
@@ -497,8 +507,6 @@ class _Block:
         count, dk, dv, _, per_unit = self.for_each_tile(item, one_tile, state, end_of_heads=end_of_heads)
         pl.when(count > begin)(lambda: self.hand_over_last(lax.rem(count - 1, _SLOTS), per_unit))
         arrive(self.kv_free, self.consumers_and_one)
-        if self.config.dropout_rate:
-            dv = dv * (1 / (1 - self.config.dropout_rate))
         return count, functools.partial(self.write, item, dk * self.config.scale, dv)
 
     def step(self, item: Item, tile: _Tile, pairs: Pairs, kept: KeptPairs | None, is_first, state):
@@ -513,7 +521,7 @@ class _Block:
         per_unit = None if self.inputs.per_unit is None else self.per_unit(item, tile)
         plgpu.barrier_wait(shared.tile_full.at[slot])
         s, dp = self.matmuls.scores(slot)
-        lse = plgpu.load(shared.lse.at[slot], layout=COLUMN, optimized=False)
+        lse = plgpu.load(shared.lse_and_delta.at[0, slot], layout=COLUMN, optimized=False)
         to_base_2, slope = config.scale * _LOG2_E, None
         if config.soft_cap is not None:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
@@ -526,16 +534,21 @@ class _Block:
         p = jnp.exp2(s - columns(lse, self.tile))
         if kept is not None:
             # Those that are dropped are negative from here on.
-            p = jnp.where(kept.of_tile(tile.head, tile.index * self.tile_len), p, -p)
+            if shared.words is None:
+                is_kept = kept.of_tile(tile.head, tile.index * self.tile_len)
+            else:
+                is_kept = kept.of_columns(plgpu.load(shared.words.at[slot], layout=COLUMN, optimized=False))
+            p = jnp.where(is_kept, p, -p)
         dp, p = self.matmuls.settle(dp, p)
 
         summed = list(sums)
 
         def gradient_of_logits(p, dp, part: int):
             """Of the part-th 64 queries."""
-            delta = plgpu.load(shared.delta.at[slot, pl.ds(part * ROWS, ROWS)], layout=COLUMN, optimized=False)
+            of_part = shared.lse_and_delta.at[1, slot, pl.ds(part * ROWS, ROWS)]
+            delta = plgpu.load(of_part, layout=COLUMN, optimized=False)
             if kept is not None:
-                p, dp = dropped(p, dp, config.dropout_rate)
+                p, dp = dropped(p, dp)
             ds = p * (dp - columns(delta, p.shape))
             if summed:
                 sides = self.sides(item, tile, part)

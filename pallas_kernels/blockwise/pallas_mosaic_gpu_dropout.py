@@ -18,12 +18,11 @@ class Words(NamedTuple):
     """Dropout's words of tokens, uint32, in whole blocks of the schedule.
 
     Attributes:
-      first, second: Of each query and head, `[B or 1, N, T]`.
+      queries: Of each query and head, `[B or 1, N, T]`.
       keys: `[B or 1, S]`.
     """
 
-    first: Any
-    second: Any
+    queries: Any
     keys: Any
 
 
@@ -49,21 +48,23 @@ class KeptPairs:
         """
         self.words, self.rate, self.batch = words, rate, batch
         self.shape, self.rows_are_queries = (ROWS, num_columns), rows_are_queries
-        self.own = self._words_of(head, start, of_rows=True)
+        self.own = rows(self._read(head, start, of_rows=True), self.shape)
 
     def of_tile(self, head: ArrayLike, column: ArrayLike) -> jax.Array:
         """Of the tile whose first column has this number, with queries of this head; bool `[64, columns]`."""
-        others = self._words_of(head, column, of_rows=False)
-        query_words, (kv_words,) = (self.own, others) if self.rows_are_queries else (others, self.own)
-        return is_kept(self.rate, tuple(query_words), kv_words)
+        return self.of_columns(self._read(head, column, of_rows=False))
 
-    def _words_of(self, head, start, *, of_rows: bool) -> list[jax.Array]:
+    def of_columns(self, words: jax.Array) -> jax.Array:
+        """Of a tile of columns that have these words; bool `[64, columns]`."""
+        pair = self.own, columns(words, self.shape)
+        return is_kept(self.rate, *(pair if self.rows_are_queries else reversed(pair)))
+
+    def _read(self, head, start, *, of_rows: bool) -> jax.Array:
+        length, layout = (self.shape[0], ROW) if of_rows else (self.shape[1], COLUMN)
         of_queries = of_rows == self.rows_are_queries
-        length, layout, spread = (self.shape[0], ROW, rows) if of_rows else (self.shape[1], COLUMN, columns)
-        arrays = (self.words.first, self.words.second) if of_queries else (self.words.keys,)
+        array = self.words.queries if of_queries else self.words.keys
         at = (head, pl.ds(start, length)) if of_queries else (pl.ds(start, length),)
-        refs = [x.at[row_of_batch(x, self.batch), *at] for x in arrays]
-        return [spread(plgpu.load(ref, layout=layout, optimized=False), self.shape) for ref in refs]
+        return plgpu.load(array.at[row_of_batch(array, self.batch), *at], layout=layout, optimized=False)
 
 
 def kept_pairs(words: Words | None, rate: float, **of_rows) -> KeptPairs | None:
@@ -71,6 +72,6 @@ def kept_pairs(words: Words | None, rate: float, **of_rows) -> KeptPairs | None:
     return None if words is None else KeptPairs(words, rate, **of_rows)
 
 
-def dropped(p: jax.Array, dp: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
+def dropped(p: jax.Array, dp: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Probabilities, of which those that dropout drops came with a minus, and the gradients of what is left of them."""
-    return jnp.abs(p), jnp.where(p > 0, dp * (1 / (1 - rate)), 0.0)
+    return jnp.abs(p), jnp.where(p > 0, dp, 0.0)

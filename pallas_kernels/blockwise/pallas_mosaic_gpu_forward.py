@@ -103,8 +103,7 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values. The words are dropout's, of queries and heads (two) and of keys. The bias is base 2,
-    the band that of queries.
+    is None has seen no values. The words are dropout's. The bias is base 2, the band that of queries.
     """
 
     q: Any
@@ -509,23 +508,22 @@ class _Block:
 
         return bias
 
-    def query_words(self, item: Item) -> list | None:
+    def query_words(self, item: Item) -> jax.Array | None:
         """Dropout's words of this warpgroup's queries; None where nothing is dropped."""
         words = self.inputs.words
         if words is None:
             return None
-        at = row_of_batch(words.first, item.batch), item.head, pl.ds(self.q_start(item.row), ROWS)
-        return [plgpu.load(x.at[at], layout=ROW, optimized=False) for x in (words.first, words.second)]
+        at = row_of_batch(words.queries, item.batch), item.head, pl.ds(self.q_start(item.row), ROWS)
+        return plgpu.load(words.queries.at[at], layout=ROW, optimized=False)
 
-    def kept(self, running: _Running, words: list | None) -> jax.Array | None:
+    def kept(self, running: _Running, words: jax.Array | None) -> jax.Array | None:
         """Which pairs with the next block of keys dropout keeps; the words of keys are given back with the values."""
         if words is None:
             return None
         slot = lax.rem(running.num_blocks, NUM_STAGES)
         plgpu.barrier_wait(self.shared.kv_words_full.at[slot])
         kv_words = columns(plgpu.load(self.shared.kv_words.at[slot], layout=COLUMN, optimized=False), self.tile)
-        first, second = (rows(x, self.tile) for x in words)
-        return is_kept(self.config.dropout_rate, (first, second), kv_words)
+        return is_kept(self.config.dropout_rate, rows(words, self.tile), kv_words)
 
     def q_start(self, row) -> ArrayLike:
         """Where this warpgroup's queries begin. From a row each time: a loop that carried it would forget that it is a

@@ -100,10 +100,9 @@ class Inputs(NamedTuple):
     q, k, v and dout are of lengths that are multiples of 8, the others of whole blocks of the schedule.
 
     Attributes:
-      lse: Base 2, infinite for queries that see nothing, float32 `[B, N, T]`.
-      delta: rowsum(dout out) - dlse, float32 `[B, N, T]`.
+      lse, delta: As the fused kernel has them (pallas_mosaic_gpu_backward.py).
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
-      words: Dropout's, of queries and heads (two) and of keys.
+      words: Dropout's.
       bias: Base 2.
       band: Of the rows.
       running: What to add the gradient to, float32, or None.
@@ -437,7 +436,7 @@ class _Block:
             gradient = self.product(gradient, p if kept is None else jnp.maximum(p, 0.0), shared.b_2, slot_2)
         else:
             if kept is not None:
-                p, dp = dropped(p, dp, config.dropout_rate)
+                p, dp = dropped(p, dp)
             x = p * (dp - of_queries(1, shared.delta))
             if sums:
                 sums = added(sums, self.bias.slopes(tile.head, item.batch, *self.sides(item, tile)), x)
@@ -519,8 +518,8 @@ class _Block:
     def write(self, item: Item, start, gradient) -> None:
         """Writes the gradient of 64 rows, added to what is running."""
         at = item.batch, pl.ds(start, ROWS), item.head
-        is_dv = self.config.gradient == "dv"
-        gradient = gradient * (1 / (1 - self.config.dropout_rate) if is_dv else self.config.scale)
+        if self.config.gradient != "dv":
+            gradient = gradient * self.config.scale
         if self.inputs.running is not None:
             gradient = gradient + plgpu.load(self.inputs.running.at[at], layout=MATRIX, optimized=False)
         store_tile(self.output.at[at], gradient, interpret=bool(self.config.interpret))

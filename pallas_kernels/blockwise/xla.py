@@ -291,7 +291,7 @@ class _Tiles:
         if self.dropout is None:
             return lambda j, x: x
         query_words = self.dropout.query_words(TokenAxis(*(x[i] for x in self.q_tokens)))
-        query_words = tuple(x.reshape(x.shape[0], self.num_kv_heads, -1, self.block_q, 1) for x in query_words)
+        query_words = query_words.reshape(query_words.shape[0], self.num_kv_heads, -1, self.block_q, 1)
 
         def dropped(j, x):
             kv_words = key_words(TokenAxis(*(x[j] for x in self.kv_tokens)))
