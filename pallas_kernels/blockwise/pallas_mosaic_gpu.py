@@ -75,7 +75,7 @@ def forward(
     tokens = tokens or Tokens()
     # A head dim that has to be filled up would have the keys copied.
     is_whole = q.shape[3] == v.shape[3] and q.shape[3] in decode.BLOCK
-    of_bias = kernel_bias.of_call(bias)
+    of_bias = kernel_bias.of_call(bias, _unit(options))
     if is_whole and dropout is None and bias is None and decode.serves(q.shape[1], schedule, options):
         arguments = {"tokens": tokens, "carry": carry, "return_carry": return_carry, "options": options}
         return decode.forward(q, k, v, **arguments, num_cores=num_cores, interpret=interpret)
@@ -169,7 +169,7 @@ def backward(
             "lse": lse,
             **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
             "words": _words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
-            "bias": kernel_bias.of_call(bias),
+            "bias": kernel_bias.of_call(bias, _unit(options)),
         },
         out=out,
         dout=dout,
@@ -191,7 +191,7 @@ def backward(
     gradients = tuple(gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in gradients)
     if sums is None:
         return gradients
-    dbias = kernel_bias.gradient_of_sums(bias, sums[:, :, :, :kv_len], near)
+    dbias = kernel_bias.gradient_of_sums(bias, sums[:, :, :, :kv_len], near, _unit(options))
     if bias.reach is not None and near is None:
         within = near_bias.gradient(
             bias, q, k, v, lse=given_lse, delta=delta_of(out, dout, dlse), dout=dout, tokens=tokens, schedule=schedule,
@@ -531,6 +531,11 @@ def _padded_tokens(tokens: Tokens, mask: Mask, padding_q: int, padding_kv: int) 
         "q_segment_ids": repeat_last(tokens.q_segment_ids, padding_q) if uses_segments else None,
         "kv_segment_ids": repeat_last(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
     }
+
+
+def _unit(options: Options) -> float:
+    """By what kernels multiply q.k, or what a soft cap makes of it, to have logits."""
+    return options.scale if options.logits_soft_cap is None else options.logits_soft_cap
 
 
 def _words(

@@ -113,7 +113,6 @@ class Inputs(NamedTuple):
       delta: rowsum(dout out) - dlse, times 1 - rate, float32 `[B, N, T]`.
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       words: Dropout's.
-      bias: Base 2.
       slopes: Its `slope_table`, where the adder makes sums for it and it needs one.
       band: Of keys.
       turns: The plan's.
@@ -527,11 +526,10 @@ class _Block:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             # As precise as the tanh; with float32's registers beside those of p there would be spills.
             to_base_2, slope = config.soft_cap * _LOG2_E, (1.0 - s * s).astype(jnp.float16)
-        if self.inputs.bias is None:
-            s = s * to_base_2
-        else:
-            s = self.bias(self.tile_len).added_to(s, to_base_2, tile.head, item.batch, *self.sides(item, tile))
-        p = jnp.exp2(s - columns(lse, self.tile))
+        if self.inputs.bias is not None:
+            s, of_all = self.bias(self.tile_len).added_to(s, tile.head, item.batch, *self.sides(item, tile))
+            lse = lse if of_all is None else lse - of_all * to_base_2
+        p = jnp.exp2(s * to_base_2 - columns(lse, self.tile))
         if kept is not None:
             # Those that are dropped are negative from here on.
             if shared.words is None:

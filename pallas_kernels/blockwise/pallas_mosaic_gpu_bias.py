@@ -5,7 +5,10 @@ thread holds rows that are 8 apart. So of a tile of 128 columns a thread compute
 other group of 8 columns, which the groups between them share (`_shared_out`). Where positions are given, each pair's.
 
 A bias whose parameters are a number a head is computed as its class says. One that has a `reach` is read from a table
-of short distances; blocks of tokens in order that are further apart read one number.
+of short distances. Where blocks of tokens in order are further apart than that, it is one number, which is taken from
+what logits are measured against and is not added to each pair.
+
+Kernels have biases in the unit of what they multiply to make logits: of q.k, or of what a soft cap makes of it.
 
 Backward, each key adds up over its queries `dlogit dbias/dparameter` of each parameter, in registers, until the query
 head changes; then they are written, `[B, N, parameters, S, parts]`, and XLA adds them up in a fixed order. Of a table
@@ -16,7 +19,6 @@ tokens are in order, another warpgroup of the fused kernel makes the sums, of a 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +47,6 @@ from pallas_kernels.mosaic_gpu import refuse, store_registers
 from pallas_kernels.tokens import Leaf
 from pallas_kernels.wgmma import IN_FLIGHT, ROWS, array_type, as_int32, fragmented
 
-_LOG2_E = math.log2(math.e)
 _GROUP = 8
 """Columns of which a thread holds two, in each of two rows that are as many apart."""
 
@@ -53,7 +54,7 @@ _GROUP = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NearTable:
-    """A bias by distance, base 2: float32 `[N, 2 reach + 1]`, of the distances -reach ... reach."""
+    """A bias by distance: float32 `[N, 2 reach + 1]`, of the distances -reach ... reach."""
 
     by_distance: Leaf
 
@@ -63,11 +64,11 @@ class NearTable:
 
 
 type KernelBias = DistanceBias | NearTable
-"""What kernels read of a bias, base 2; in a kernel its leaves are references."""
+"""What kernels read of a bias, in their unit; in a kernel its leaves are references."""
 
 
-def of_call(bias: Bias | None) -> KernelBias | None:
-    """What kernels read of a bias.
+def of_call(bias: Bias | None, unit: float) -> KernelBias | None:
+    """What kernels read of a bias, whose unit this is.
 
     Raises: NotImplementedError with the reason where they cannot compute it.
     """
@@ -78,10 +79,10 @@ def of_call(bias: Bias | None) -> KernelBias | None:
         refuse(f"the bias {name} is not of the distance alone; it computes those that are")
     bias = bias.in_float32()
     if bias.reach is not None:
-        return NearTable(_by_distance(bias) * _LOG2_E)
+        return NearTable(_by_distance(bias) / unit)
     if any(x.ndim != 1 for x in jax.tree.leaves(bias)):
         refuse(f"the bias {name} has more than a number a head, and no reach; it reads no such parameters")
-    return bias.scaled(_LOG2_E)
+    return bias.scaled(1 / unit)
 
 
 def num_sums(bias: KernelBias) -> int:
@@ -104,12 +105,15 @@ def store_sums(target, x: jax.Array, *, interpret: bool) -> None:
         store_registers(target, x)
 
 
-def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array, near_BNCD: jax.Array | None) -> DistanceBias:
+def gradient_of_sums(
+    bias: DistanceBias, sums_BNPS8: jax.Array, near_BNCD: jax.Array | None, unit: float
+) -> DistanceBias:
     """The gradient of a bias' parameters, float32, given the sums of the backward pass.
 
     Args:
       near_BNCD: Of a bias that has a reach, the sums by distance of each block of keys, of all that the others do not
         have; without them it is the gradient of the pairs beyond the reach.
+      unit: The kernels'.
     """
     bias = bias.in_float32()
     sums = jnp.sum(sums_BNPS8, axis=(0, 3, 4))
@@ -121,8 +125,8 @@ def gradient_of_sums(bias: DistanceBias, sums_BNPS8: jax.Array, near_BNCD: jax.A
             distances = np.arange(near.shape[1]) - near.shape[1] // 2
             cotangent = cotangent.at[:, np.clip(distances, -bias.reach, bias.reach) + bias.reach].add(near)
         return vjp(cotangent)[0]
-    scaled, vjp = jax.vjp(lambda bias: bias.scaled(_LOG2_E), bias)
-    of_scaled = jax.tree.unflatten(jax.tree.structure(scaled), list(sums.T / _LOG2_E))
+    scaled, vjp = jax.vjp(lambda bias: bias.scaled(1 / unit), bias)
+    of_scaled = jax.tree.unflatten(jax.tree.structure(scaled), list(sums.T * unit))
     return vjp(of_scaled)[0]
 
 
@@ -175,28 +179,25 @@ class TileBias:
     interpret: bool
 
     def added_to(
-        self, logits: jax.Array, factor: float, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side
-    ) -> jax.Array:
-        """Logits of a tile times `factor`, which makes them base 2, with the bias."""
+        self, logits: jax.Array, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Logits of a tile with their bias, but for what is the same for all pairs, and that; None for none."""
         if isinstance(self.bias, NearTable):
             of_distance = functools.partial(self._read, head)
         else:
             of_distance = jax.tree.map(lambda ref: ref[head], self.bias).of_distance
 
         def of_each(logits):
-            return logits * factor + self._evaluated(lambda d: (of_distance(d),), batch, of_rows, of_columns)[0]
+            return logits + self._evaluated(lambda d: (of_distance(d),), batch, of_rows, of_columns)[0]
 
         if not (isinstance(self.bias, NearTable) and self._in_order(of_rows, of_columns)):
-            return of_each(logits)
+            return of_each(logits), None
         least = self._first_distance(of_rows, of_columns) - (self.columns if self.rows_are_queries else ROWS)
         greatest = least + ROWS + self.columns
         reach, table = self.bias.reach, self.bias.by_distance
         is_far = (least >= reach) | (greatest <= -reach)
-
-        def of_all(logits):
-            return logits * factor + table[head, jnp.where(least >= reach, 2 * reach, 0)]
-
-        return lax.cond(is_far, of_all, of_each, logits)
+        of_all = jnp.where(is_far, table[head, jnp.where(least >= reach, 2 * reach, 0)], 0.0)
+        return lax.cond(is_far, lambda logits: logits, of_each, logits), of_all
 
     def slopes(self, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side) -> tuple[jax.Array, ...]:
         """What to multiply gradients of logits by to have those of each sum, tiles."""

@@ -103,7 +103,7 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values. The words are dropout's. The bias is base 2, the band that of queries.
+    is None has seen no values. The words are dropout's, the band is that of queries.
     """
 
     q: Any
@@ -477,14 +477,19 @@ class _Block:
         if self.config.soft_cap is not None:
             s = jnp.tanh(s * (self.config.scale / self.config.soft_cap))
             to_base_2 = self.config.soft_cap * _LOG2_E
+        of_all = None
         if bias is not None:
-            s, to_base_2 = bias(s, to_base_2), 1.0
+            s, of_all = bias(s)
         if bits is not None:
             s = jnp.where(bits, s, -jnp.inf)
-        greatest = s.max(axis=1) * to_base_2
+        greatest = s.max(axis=1)
+        if of_all is not None:
+            greatest = greatest + of_all
+        greatest = greatest * to_base_2
         new_max = jnp.where(greatest > row_max + SLACK, greatest, row_max)
         rescale = jnp.exp2(row_max - new_max)
-        p = jnp.exp2(s * to_base_2 - rows(new_max, self.tile))
+        against = new_max if of_all is None else new_max - of_all * to_base_2
+        p = jnp.exp2(s * to_base_2 - rows(against, self.tile))
         row_sum = row_sum * rows(rescale, row_sum.shape)
         for i in range(0, self.config.block_kv, 8):
             row_sum = row_sum + p[:, i : i + 8]
@@ -493,8 +498,8 @@ class _Block:
         return new_max, row_sum, p, rescale
 
     def bias(self, item: Item) -> Callable:
-        """bias(j)(s, factor): logits of the item's queries and keys of block j times `factor`, which makes them base 2,
-        with their bias; bias(j) is None for none."""
+        """bias(j)(s): logits of the item's queries and keys of block j with their bias, but for what is the same for
+        all pairs, and that (`TileBias.added_to`); bias(j) is None for none."""
         inputs, block_kv = self.inputs, self.config.block_kv
         if inputs.bias is None:
             return lambda j: None
@@ -504,7 +509,7 @@ class _Block:
 
         def bias(j) -> Callable:
             sides = Side(inputs.q_positions, self.q_start(item.row)), Side(inputs.kv_positions, j * block_kv)
-            return lambda s, factor: tiles.added_to(s, factor, item.head, item.batch, *sides)
+            return lambda s: tiles.added_to(s, item.head, item.batch, *sides)
 
         return bias
 

@@ -103,7 +103,6 @@ class Inputs(NamedTuple):
       lse, delta: As the fused kernel has them (pallas_mosaic_gpu_backward.py).
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's.
-      bias: Base 2.
       band: Of the rows.
       running: What to add the gradient to, float32, or None.
     """
@@ -405,20 +404,23 @@ class _Block:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
         s, dp = self.scores(slot_a, slot, slot_2)
 
+        # Along which queries are.
+        spread = columns if lse_and_delta is None else rows
+
         def of_queries(number: int, ref):
             if lse_and_delta is not None:
-                return rows(lse_and_delta[number], s.shape)
-            return columns(plgpu.load(ref.at[slot], layout=COLUMN, optimized=False), s.shape)
+                return lse_and_delta[number]
+            return plgpu.load(ref.at[slot], layout=COLUMN, optimized=False)
 
         to_base_2, slope = config.scale * _LOG2_E, None
         if config.soft_cap is not None:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
-        if self.inputs.bias is None:
-            s = s * to_base_2
-        else:
-            s = self.bias.added_to(s, to_base_2, tile.head, item.batch, *self.sides(item, tile))
-        p = jnp.exp2(s - of_queries(0, shared.lse))
+        lse = of_queries(0, shared.lse)
+        if self.inputs.bias is not None:
+            s, of_all = self.bias.added_to(s, tile.head, item.batch, *self.sides(item, tile))
+            lse = lse if of_all is None else lse - of_all * to_base_2
+        p = jnp.exp2(s * to_base_2 - spread(lse, s.shape))
         if kept is not None:
             # Those that are dropped are negative from here on.
             p = jnp.where(kept.of_tile(tile.head, tile.index * TILE), p, -p)
@@ -437,7 +439,7 @@ class _Block:
         else:
             if kept is not None:
                 p, dp = dropped(p, dp)
-            x = p * (dp - of_queries(1, shared.delta))
+            x = p * (dp - spread(of_queries(1, shared.delta), s.shape))
             if sums:
                 sums = added(sums, self.bias.slopes(tile.head, item.batch, *self.sides(item, tile)), x)
             gradient = self.product(gradient, x if slope is None else x * slope, shared.b, slot)

@@ -140,9 +140,9 @@ def test_gradients_of_near_pairs_are_of_the_chosen_blocks():
 
 @pytest.mark.parametrize("kind", [KerpleLog, KerplePower])
 def test_slopes_by_distance_are_derivatives(kind):
-    """Of what a Hopper kernel reads: base 2, for whole blocks and one more."""
+    """Of what a Hopper kernel reads: in its unit, for whole blocks and one more."""
     r1, r2 = jnp.array([0.3, 0.7]), jnp.array([0.5, 1.2])
-    of_kernel = kernel_bias.of_call(kind(r1=r1, r2=r2))
+    of_kernel = kernel_bias.of_call(kind(r1=r1, r2=r2), unit=0.25)
     table = bias_sums.slope_table(of_kernel, 130, 300)
     assert table.shape == (2, 2, 2 * 512)
     distances = jnp.arange(-512.0, 512.0)
@@ -162,11 +162,11 @@ def test_sums_by_distance_give_the_whole_gradient_of_a_table():
     """Whatever a tile within the reach has beyond it counts as beyond."""
     rng, N, S = np.random.default_rng(0), 2, 300
     bias = T5Buckets(table=jnp.zeros((N, 32)), bidirectional=True)
-    shape = bias_sums.near_zeros(kernel_bias.of_call(bias), (1, N, S)).shape
+    shape = bias_sums.near_zeros(kernel_bias.of_call(bias, unit=0.25), (1, N, S)).shape
     assert shape == (1, N, 3, 2 * 384)
     near = rng.standard_normal(shape).astype(np.float32)
     far = rng.standard_normal((1, N, 2, S, 1)).astype(np.float32)
-    got = kernel_bias.gradient_of_sums(bias, jnp.asarray(far), jnp.asarray(near)).table
+    got = kernel_bias.gradient_of_sums(bias, jnp.asarray(far), jnp.asarray(near), unit=0.25).table
     want = np.zeros((N, 32))
     for head in range(N):
         for place, x in enumerate(near[0, head].sum(axis=0)):
