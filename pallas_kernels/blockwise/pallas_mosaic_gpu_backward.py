@@ -518,6 +518,9 @@ class _Block:
         count, dk, dv, sums, per_unit_before = state
         config, shared, slot = self.config, self.shared, lax.rem(count, _SLOTS)
         per_unit = None if self.inputs.per_unit is None else self.per_unit(item, tile)
+        add_bias = None
+        if self.inputs.bias is not None:
+            add_bias = self.bias(self.tile_len).adding(tile.head, item.batch, *self.sides(item, tile))
         plgpu.barrier_wait(shared.tile_full.at[slot])
         s, dp = self.matmuls.scores(slot)
         lse = plgpu.load(shared.lse_and_delta.at[0, slot], layout=COLUMN, optimized=False)
@@ -526,8 +529,8 @@ class _Block:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             # As precise as the tanh; with float32's registers beside those of p there would be spills.
             to_base_2, slope = config.soft_cap * _LOG2_E, (1.0 - s * s).astype(jnp.float16)
-        if self.inputs.bias is not None:
-            s, of_all = self.bias(self.tile_len).added_to(s, tile.head, item.batch, *self.sides(item, tile))
+        if add_bias is not None:
+            s, of_all = add_bias(s)
             lse = lse if of_all is None else lse - of_all * to_base_2
         p = jnp.exp2(s * to_base_2 - columns(lse, self.tile))
         if kept is not None:

@@ -178,26 +178,27 @@ class TileBias:
     rows_are_queries: bool
     interpret: bool
 
-    def added_to(
-        self, logits: jax.Array, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Logits of a tile with their bias, but for what is the same for all pairs, and that; None for none."""
-        if isinstance(self.bias, NearTable):
-            of_distance = functools.partial(self._read, head)
-        else:
-            of_distance = jax.tree.map(lambda ref: ref[head], self.bias).of_distance
+    def adding(
+        self, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]:
+        """A function of a tile's logits: those with their bias, but for what is the same for all pairs, and that; None
+        for none. What is the same is read here: early, where the logits are still to come."""
 
         def of_each(logits):
+            if isinstance(self.bias, NearTable):
+                of_distance = functools.partial(self._read, head)
+            else:
+                of_distance = jax.tree.map(lambda ref: ref[head], self.bias).of_distance
             return logits + self._evaluated(lambda d: (of_distance(d),), batch, of_rows, of_columns)[0]
 
         if not (isinstance(self.bias, NearTable) and self._in_order(of_rows, of_columns)):
-            return of_each(logits), None
+            return lambda logits: (of_each(logits), None)
         least = self._first_distance(of_rows, of_columns) - (self.columns if self.rows_are_queries else ROWS)
         greatest = least + ROWS + self.columns
         reach, table = self.bias.reach, self.bias.by_distance
         is_far = (least >= reach) | (greatest <= -reach)
         of_all = jnp.where(is_far, table[head, jnp.where(least >= reach, 2 * reach, 0)], 0.0)
-        return lax.cond(is_far, lambda logits: logits, of_each, logits), of_all
+        return lambda logits: (lax.cond(is_far, lambda logits: logits, of_each, logits), of_all)
 
     def slopes(self, head: ArrayLike, batch: ArrayLike, of_rows: Side, of_columns: Side) -> tuple[jax.Array, ...]:
         """What to multiply gradients of logits by to have those of each sum, tiles."""

@@ -354,9 +354,10 @@ class _Block:
         previous = self.previous_slot(running)
         pl.when(running.started)(lambda: plgpu.barrier_wait(self.shared.v_full.at[previous]))
         j = self.walk.first_block(item)
+        add_bias = bias(j)
         s, acc = self.start(q_slot, running)
         kept = self.kept(running, words)
-        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j), kept, bias(j))
+        row_max, row_sum, p, _ = self.softmax(s, nothing.row_max, nothing.row_sum, allowed(j), kept, add_bias)
         acc, p = self.finish(acc, p, None, None)
 
         @pl.when(running.started)
@@ -382,10 +383,11 @@ class _Block:
         """Logits of block j, beside the product of the block before."""
         previous = self.previous_slot(running)
         plgpu.barrier_wait(self.shared.v_full.at[previous])
+        add_bias = bias(j)
         s, acc = self.start(q_slot, running)
         bits = None if allowed is None else allowed(j)
         kept = self.kept(running, words)
-        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits, kept, bias(j))
+        row_max, row_sum, p, rescale = self.softmax(s, running.row_max, running.row_sum, bits, kept, add_bias)
         acc, p = self.finish(acc, p, rescale, Arrival(self.v_free + previous, self.everyone))
         return running._replace(
             num_blocks=running.num_blocks + 1,
@@ -471,15 +473,15 @@ class _Block:
         plgpu.commit_smem()
         return result
 
-    def softmax(self, s, row_max, row_sum, bits, kept, bias):
+    def softmax(self, s, row_max, row_sum, bits, kept, add_bias):
         """What logits are measured against now, parts of the sums, probabilities, and by what to rescale acc."""
         to_base_2 = self.config.scale * _LOG2_E
         if self.config.soft_cap is not None:
             s = jnp.tanh(s * (self.config.scale / self.config.soft_cap))
             to_base_2 = self.config.soft_cap * _LOG2_E
         of_all = None
-        if bias is not None:
-            s, of_all = bias(s)
+        if add_bias is not None:
+            s, of_all = add_bias(s)
         if bits is not None:
             s = jnp.where(bits, s, -jnp.inf)
         greatest = s.max(axis=1)
@@ -498,20 +500,16 @@ class _Block:
         return new_max, row_sum, p, rescale
 
     def bias(self, item: Item) -> Callable:
-        """bias(j)(s): logits of the item's queries and keys of block j with their bias, but for what is the same for
-        all pairs, and that (`TileBias.added_to`); bias(j) is None for none."""
+        """bias(j): what adds the bias to logits of the item's queries and keys of block j (`TileBias.adding`); None for
+        none."""
         inputs, block_kv = self.inputs, self.config.block_kv
         if inputs.bias is None:
             return lambda j: None
         tiles = TileBias(
             bias=inputs.bias, columns=block_kv, rows_are_queries=True, interpret=bool(self.config.interpret)
         )
-
-        def bias(j) -> Callable:
-            sides = Side(inputs.q_positions, self.q_start(item.row)), Side(inputs.kv_positions, j * block_kv)
-            return lambda s: tiles.added_to(s, item.head, item.batch, *sides)
-
-        return bias
+        of_queries = Side(inputs.q_positions, self.q_start(item.row))
+        return lambda j: tiles.adding(item.head, item.batch, of_queries, Side(inputs.kv_positions, j * block_kv))
 
     def query_words(self, item: Item) -> jax.Array | None:
         """Dropout's words of this warpgroup's queries; None where nothing is dropped."""

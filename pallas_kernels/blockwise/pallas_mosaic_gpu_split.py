@@ -418,7 +418,7 @@ class _Block:
             to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
         lse = of_queries(0, shared.lse)
         if self.inputs.bias is not None:
-            s, of_all = self.bias.added_to(s, tile.head, item.batch, *self.sides(item, tile))
+            s, of_all = self.bias.adding(tile.head, item.batch, *self.sides(item, tile))(s)
             lse = lse if of_all is None else lse - of_all * to_base_2
         p = jnp.exp2(s * to_base_2 - spread(lse, s.shape))
         if kept is not None:
