@@ -43,6 +43,7 @@ from longctx.model_flops import forward_flops
 from longctx.norms import RMSNorm, SimpleRMSNorm
 from longctx.nsa import NsaAttention
 from longctx.position_bias import BiasConfig
+from longctx.rope_scaling import LinearRopeScaling, Llama3RopeScaling, RopeScaling, YarnRopeScaling
 from longctx.rotary import RotaryConfig, apply_rotary
 from longctx.sharding import MeshConfig, batch_sharding, constrain, make_mesh, param_shardings
 from longctx.unembedding import logits_of
@@ -68,6 +69,8 @@ __all__ = [
     "LinearAttention",
     "LinearCache",
     "LinearConfig",
+    "LinearRopeScaling",
+    "Llama3RopeScaling",
     "LoraConfig",
     "LossSums",
     "Mamba2",
@@ -89,12 +92,14 @@ __all__ = [
     "RMSNorm",
     "ReglaConfig",
     "RetentionConfig",
+    "RopeScaling",
     "RotaryConfig",
     "SimpleRMSNorm",
     "SwiGLU",
     "Taylor2",
     "TokenScores",
     "TransformerLM",
+    "YarnRopeScaling",
     "__version__",
     "add_adapters",
     "apply_rotary",

@@ -97,6 +97,7 @@ class GroupedQueryLayer(nnx.Module):
         head_dim: int | None,
         rotary: RotaryConfig | None,
         qk_norm: bool,
+        qkv_bias: bool = False,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         norm_eps: float,
@@ -116,9 +117,9 @@ class GroupedQueryLayer(nnx.Module):
 
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        self.q = projection(dim, (num_heads, head_dim), logical_axes=q_axes, **kwargs)
-        self.k = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
-        self.v = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, **kwargs)
+        self.q = projection(dim, (num_heads, head_dim), logical_axes=q_axes, use_bias=qkv_bias, **kwargs)
+        self.k = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, use_bias=qkv_bias, **kwargs)
+        self.v = projection(dim, (num_kv_heads, head_dim), logical_axes=kv_axes, use_bias=qkv_bias, **kwargs)
         self.out = projection(
             (num_heads, head_dim),
             dim,
@@ -156,7 +157,7 @@ class GroupedQueryLayer(nnx.Module):
 class Attention(GroupedQueryLayer):
     """Multi-head softmax attention with grouped queries.
 
-    q, k, v = x W_q, x W_k, x W_v   (then normalised if qk_norm, then rotated if rotary)
+    q, k, v = x W_q, x W_k, x W_v   (plus biases if qkv_bias, then normalised if qk_norm, then rotated if rotary)
     y = blockwise_attention(q, k, v, mask) W_o
 
     Args:
@@ -167,6 +168,7 @@ class Attention(GroupedQueryLayer):
       mask: Which pairs of tokens may attend. `& documents()` makes it read segment ids.
       rotary: Rotary position embedding, default theta 10000; None leaves q and k as they are.
       qk_norm: RMSNorm over head_dim on each head of q and k, one gain for all heads.
+      qkv_bias: Whether learned vectors, which start at zero, are added to q, k and v.
       logits_soft_cap: Logits become cap * tanh(logits / cap); None leaves them.
       bias: What is added to the logits for the distance of a pair of tokens, after the cap; its models have no rotary
         positions, `rotary=None`.
@@ -202,6 +204,7 @@ class Attention(GroupedQueryLayer):
         mask: Mask = _CAUSAL,
         rotary: RotaryConfig | None = _ROTARY,
         qk_norm: bool = False,
+        qkv_bias: bool = False,
         logits_soft_cap: float | None = None,
         bias: BiasConfig | None = None,
         sinks: bool = False,
@@ -224,6 +227,7 @@ class Attention(GroupedQueryLayer):
             head_dim=head_dim,
             rotary=rotary,
             qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             norm_eps=norm_eps,

@@ -1,4 +1,4 @@
-"""The bias-free linear maps that the layers are made of."""
+"""The linear maps that the layers are made of."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ class Projection(nnx.LinearGeneral):
     """A linear map over the last dims of x, with or without a low-rank adapter beside it (longctx/lora.py).
 
     Args:
-      As of `flax.nnx.LinearGeneral`, without bias.
+      As of `flax.nnx.LinearGeneral`, without bias unless asked for.
     """
 
     # Of the class, for Flax to know them as parameters once they are.
@@ -20,8 +20,8 @@ class Projection(nnx.LinearGeneral):
     lora_b: nnx.LoRAParam | None = None
     lora_scale = 0.0
 
-    def __init__(self, in_dims, out_dims, **options):
-        super().__init__(in_dims, out_dims, use_bias=False, **options)
+    def __init__(self, in_dims, out_dims, *, use_bias: bool = False, **options):
+        super().__init__(in_dims, out_dims, use_bias=use_bias, **options)
 
     def adapt(self, *, rank: int, scale: float, key: jax.Array) -> None:
         """Adds an adapter of this rank, whose part of the result is scaled: A drawn, B zero, float32."""
@@ -43,7 +43,8 @@ class Projection(nnx.LinearGeneral):
         return y + jnp.asarray(self.lora_scale, y.dtype) * jnp.tensordot(narrow, b, axes=1)
 
     def matrix(self, dtype: DTypeLike) -> Float[Array, "..."]:
-        """The map as one array like the kernel, its adapter added, for what takes the place of a call."""
+        """The map, one without bias, as one array like the kernel, its adapter added: for what takes the place of a
+        call."""
         kernel = self.kernel[...]
         if self.lora_a is not None:
             a, b = (param[...].astype(jnp.float32) for param in (self.lora_a, self.lora_b))
@@ -60,10 +61,11 @@ def projection(
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
     init_scale: float = 1.0,
+    use_bias: bool = False,
 ) -> Projection:
-    """A linear map from the last dims of x, without bias, computed in `dtype`.
+    """A linear map from the last dims of x, computed in `dtype`.
 
-    The kernel starts truncated normal with standard deviation init_scale / sqrt(fan_in).
+    The kernel starts truncated normal with standard deviation init_scale / sqrt(fan_in), a bias at zero.
 
     Args:
       in_dims: The trailing dims of x that are summed over.
@@ -74,6 +76,7 @@ def projection(
       param_dtype: Dtype of the kernel.
       rngs: Source of the kernel's initial values.
       init_scale: Multiplies the initial standard deviation.
+      use_bias: Whether a learned vector is added, of the dims that come out.
     """
     num_in_dims = 1 if isinstance(in_dims, int) else len(in_dims)
     return Projection(
@@ -83,6 +86,8 @@ def projection(
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=jax.nn.initializers.variance_scaling(init_scale**2, "fan_in", "truncated_normal"),
+        use_bias=use_bias,
         kernel_metadata={"logical_axes": logical_axes},
+        bias_metadata={"logical_axes": logical_axes[num_in_dims:]},
         rngs=rngs,
     )

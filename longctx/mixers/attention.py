@@ -29,6 +29,8 @@ class AttentionConfig(GroupedQueryConfig):
     chunk: int | None = None
     """Tokens of the blocks that each document is cut into, by position: a token sees those before it in its own block
     alone (the diagonal attention of TransNormer, the chunked of Llama 4); null cuts nothing. Not with window."""
+    qkv_bias: bool = False
+    """Whether learned vectors are added to queries, keys and values."""
     logits_soft_cap: float | None = None
     """Attention logits become cap * tanh(logits / cap); null leaves them."""
     bias: BiasConfig | None = None
@@ -94,6 +96,7 @@ class AttentionConfig(GroupedQueryConfig):
             dim,
             **self.layer_options,
             mask=self.mask,
+            qkv_bias=self.qkv_bias,
             logits_soft_cap=self.logits_soft_cap,
             bias=self.bias,
             sinks=self.sinks,

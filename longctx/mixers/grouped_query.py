@@ -6,6 +6,7 @@ from typing import Any
 from longctx.attention import check_heads
 from longctx.mixers.registry import MixerConfig
 from longctx.remat import ATTENTION, BLOCK_NAMES, QKV
+from longctx.rope_scaling import RopeScaling
 from longctx.rotary import RotaryConfig
 from pallas_kernels import Implementation
 
@@ -22,6 +23,9 @@ class GroupedQueryConfig(MixerConfig):
     """Dims of a head; null means dim / num_heads."""
     rope_theta: float | None = 10_000.0
     """Base of the rotary frequencies; null leaves out rotary positions."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are made slower, for contexts longer than those that a model was trained on; null
+    leaves them."""
     qk_norm: bool = False
     """Whether to normalise each head of the queries and keys (RMSNorm with a learned gain)."""
     implementation: Implementation | None = None
@@ -34,6 +38,11 @@ class GroupedQueryConfig(MixerConfig):
         check_heads(self.num_heads, num_kv_heads, self.head_dim, rotary=self.rope_theta is not None)
         if self.rope_theta is not None and not self.rope_theta > 1:
             raise ValueError(f"rope_theta: got {self.rope_theta}, wanted null or a number > 1; 10000 is customary")
+        if self.rope_scaling is not None and self.rope_theta is None:
+            raise ValueError(
+                f"rope_scaling: got {self.rope_scaling.kind} with rope_theta=null, which has no rotary positions; "
+                "leave one of them out"
+            )
 
     def resolved(self, dim: int) -> "GroupedQueryConfig":
         """The same with num_kv_heads and head_dim as they are for this model dim, neither None."""
@@ -46,11 +55,13 @@ class GroupedQueryConfig(MixerConfig):
     @property
     def layer_options(self) -> dict[str, Any]:
         """These options as arguments of the layer."""
+        theta, scaling = self.rope_theta, self.rope_scaling
+        rotary = None if theta is None else RotaryConfig(theta=theta, scaling=scaling)
         return dict(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            rotary=None if self.rope_theta is None else RotaryConfig(theta=self.rope_theta),
+            rotary=rotary,
             qk_norm=self.qk_norm,
             implementation=self.implementation,
             deterministic=self.deterministic,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import Attention, BiasConfig, RotaryConfig, apply_rotary, masks
+from longctx import Attention, BiasConfig, RotaryConfig, YarnRopeScaling, apply_rotary, masks
 from pallas_kernels import BlockSizes, Tokens, make_schedule
 
 DIM, LENGTH = 16, 11
@@ -22,6 +22,12 @@ VARIANTS = {
     "alibi": dict(num_heads=4, num_kv_heads=2, bias=BiasConfig(kind="alibi"), rotary=None, mask=WINDOW),
     "t5": dict(num_heads=2, bias=BiasConfig(kind="t5", buckets=8, max_distance=6), rotary=None),
     "kerple, learned": dict(num_heads=2, bias=BiasConfig(kind="kerple_log"), rotary=None),
+    "biases, scaled rotary": dict(
+        num_heads=4,
+        num_kv_heads=2,
+        qkv_bias=True,
+        rotary=RotaryConfig(theta=50.0, scaling=YarnRopeScaling(factor=4.0, original_length=64)),
+    ),
     "theta": dict(num_heads=2, rotary=RotaryConfig(theta=50.0), block_sizes=BlockSizes(block_q=4, block_kv=4)),
 }
 
@@ -36,6 +42,9 @@ def _build(kwargs):
     for norm in (layer.q_norm, layer.k_norm):
         if norm is not None:
             norm.scale[...] = 1 + jax.random.normal(jax.random.key(9), norm.scale.shape, norm.scale.dtype)
+    for number, project in enumerate((layer.q, layer.k, layer.v)):
+        if project.bias is not None:
+            project.bias[...] = jax.random.normal(jax.random.key(number), project.bias.shape, project.bias.dtype)
     if layer.sinks is not None:
         layer.sinks[...] = jax.random.normal(jax.random.key(8), layer.sinks.shape, layer.sinks.dtype)
     return layer
@@ -52,6 +61,8 @@ def inputs(batch_size=2):
 def textbook(layer, x, positions, segment_ids, *, num_heads, **_):
     """Plain attention in jnp: expanded heads, one [T, T] softmax."""
     q, k, v = (jnp.einsum("btd,dnh->btnh", x, p.kernel[...]) for p in (layer.q, layer.k, layer.v))
+    if layer.q.bias is not None:
+        q, k, v = (y + p.bias[...] for y, p in zip((q, k, v), (layer.q, layer.k, layer.v), strict=True))
     if layer.q_norm is not None:
         q, k = layer.q_norm(q), layer.k_norm(k)
     if layer.rotary is not None:

@@ -16,6 +16,7 @@ from longctx import (
     GlaConfig,
     LightningConfig,
     LinearConfig,
+    LinearRopeScaling,
     Mamba2Config,
     MixerConfig,
     MlaConfig,
@@ -24,6 +25,7 @@ from longctx import (
     NsaConfig,
     ReglaConfig,
     RetentionConfig,
+    RotaryConfig,
     TransformerLM,
     forward_flops,
     masks,
@@ -148,7 +150,9 @@ def test_every_option_reaches_the_layer():
         head_dim=6,
         window=3,
         rope_theta=77.0,
+        rope_scaling=LinearRopeScaling(factor=2.0),
         qk_norm=True,
+        qkv_bias=True,
         logits_soft_cap=5.0,
         sinks=True,
         dropout=0.25,
@@ -160,12 +164,16 @@ def test_every_option_reaches_the_layer():
     layer = config.build(16, dtype=jnp.bfloat16, param_dtype=jnp.float16, norm_eps=0.1, rngs=nnx.Rngs(0))
     assert layer.q.kernel.shape == (16, 4, 6) and layer.k.kernel.shape == (16, 2, 6)
     assert layer.mask == config.mask and layer.block_sizes == config.block_sizes
-    assert layer.rotary.theta == 77.0 and layer.logits_soft_cap == 5.0 and layer.implementation == "reference"
+    assert layer.rotary == RotaryConfig(theta=77.0, scaling=config.rope_scaling)
+    assert (
+        layer.q.bias.shape == (4, 6) and layer.k.bias.shape == layer.v.bias.shape == (2, 6) and layer.out.bias is None
+    )
+    assert layer.logits_soft_cap == 5.0 and layer.implementation == "reference"
     assert not layer.deterministic_gradients
     assert layer.sinks.shape == (4,) and layer.dropout.rate == 0.25 and config.is_stochastic
     assert layer.q_norm.eps == 0.1 and layer.k_norm.eps == 0.1
     assert layer.dtype == jnp.bfloat16 and layer.q.kernel.dtype == jnp.float16
-    assert dataclasses.replace(config, rope_theta=None).build(16, rngs=nnx.Rngs(0)).rotary is None
+    assert dataclasses.replace(config, rope_theta=None, rope_scaling=None).build(16, rngs=nnx.Rngs(0)).rotary is None
 
 
 @pytest.mark.parametrize(
