@@ -8,6 +8,8 @@ from train.checkpoint.store import (
     changed_settings,
     find_checkpoint,
     load_params,
+    load_position,
+    save_params,
     tell_faults_once,
 )
 
@@ -19,5 +21,7 @@ __all__ = [
     "changed_settings",
     "find_checkpoint",
     "load_params",
+    "load_position",
+    "save_params",
     "tell_faults_once",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,8 +69,10 @@ def verify(checkpoint: Listed, *, progress: Callable[[str], None] = lambda name:
     if checkpoint.problem is not None:
         return count, checkpoint.problem
     for item in _ARRAY_ITEMS:
+        if not (checkpoint.path / item).is_dir():  # of weights alone
+            continue
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            for name, read in _readers(reader, checkpoint.path / item):
+            for name, _, read in array_readers(reader, checkpoint.path / item):
                 progress(f"{item}.{name}")
                 try:
                     read()
@@ -117,15 +120,17 @@ def _time(path: Path) -> datetime.datetime:
 
 
 def _problem(path: Path) -> str | None:
-    for item in (*_ARRAY_ITEMS, "position"):
-        if not (path / item).is_dir():
-            return f"not a checkpoint of this trainer: it holds no {item}"
+    missing = [item for item in (*_ARRAY_ITEMS, "position") if not (path / item).is_dir()]
+    if missing not in ([], ["training"]):
+        return f"not a checkpoint of this trainer: it holds no {missing[0]}"
     try:
         with closing(ocp.Checkpointer(ocp.JsonCheckpointHandler())) as reader:
-            Position(**reader.restore(path / "position"))
+            position = Position(**reader.restore(path / "position"))
     except Exception as error:  # as in verify
         return f"its position cannot be read: {brief(error)}"
-    for item in _ARRAY_ITEMS:
+    if missing and not position.weights_only:
+        return f"not a checkpoint of this trainer: it holds no {missing[0]}"
+    for item in (item for item in _ARRAY_ITEMS if item not in missing):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             if not _tree(reader, path / item):
                 return f"the description of its {item} cannot be read"
@@ -141,11 +146,17 @@ def _tree(reader: ocp.Checkpointer, path: Path):
     return None if metadata is None else metadata.tree
 
 
-def _readers(reader: ocp.Checkpointer, path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The name of each array of an item, and what reads it alone."""
+def array_readers(
+    reader: ocp.Checkpointer, path: Path
+) -> Iterator[tuple[str, jax.ShapeDtypeStruct, Callable[[], Any]]]:
+    """The dotted name of each array of an item, its shape and dtype, and what reads it alone into host memory."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(_tree(reader, path))
     for index, (keys, leaf) in enumerate(leaves):
         one = structure.unflatten([ocp.PLACEHOLDER] * index + [leaf] + [ocp.PLACEHOLDER] * (len(leaves) - index - 1))
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), one)
         args = ocp.args.PyTreeRestore(item=one, restore_args=as_numpy)
-        yield jax.tree_util.keystr(keys, simple=True, separator="."), lambda args=args: reader.restore(path, args=args)
+        yield (
+            jax.tree_util.keystr(keys, simple=True, separator="."),
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            lambda index=index, args=args: jax.tree.leaves(reader.restore(path, args=args))[index],
+        )

@@ -25,6 +25,10 @@ from train.files import storage_problem
 from train.state import TrainState, frozen
 
 
+_CHUNK_BYTES = 64 * 2**20
+_CONCURRENT_GB = 96  # Orbax's default for what it has in memory of a save
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, on one line, with the remedy."""
 
@@ -72,6 +76,8 @@ class Position:
     """The resolved config of the run that saved it, as plain data."""
     losses: Sequence[tuple[int, float]] = ()
     """The recent (step, loss) by which the next steps are judged; none where spikes are ignored."""
+    weights_only: bool = False
+    """Whether the checkpoint holds parameters and nothing to resume from."""
 
 
 class Checkpoints:
@@ -224,6 +230,48 @@ def tell_faults_once() -> None:
     previous, sys.unraisablehook = sys.unraisablehook, hook
 
 
+def save_params(directory: Path, params: Any, position: Position) -> None:
+    """Writes parameters alone as a checkpoint of step 0: for `load_params`, not to resume from.
+
+    Args:
+      directory: The folder of checkpoints, not there yet.
+      params: Nested dicts of arrays of this process.
+      position: What else to save, `weights_only`.
+    Raises: CheckpointError where the disk does not take it.
+    Memory: beside the parameters, once or twice the largest of them, or 1 GB.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    # In chunks, so that a process reads little beside its own shards; one array is one chunk otherwise.
+    in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    args = ocp.args.Composite(
+        params=ocp.args.StandardSave(params, save_args=in_chunks),
+        position=ocp.args.JsonSave(dataclasses.asdict(position)),
+    )
+    manager = _open(directory, CheckpointConfig(), write=True, concurrent_gb=1 + largest // 10**9)
+    try:
+        manager.save(0, args=args)
+        manager.wait_until_finished()
+    except Exception as error:  # as in Checkpoints
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        raise CheckpointError(f"{directory}: cannot be written: {problem}, then run the same command again") from error
+    finally:
+        manager.close()
+
+
+def load_position(directory: Path, step: int) -> Position:
+    """What a checkpoint holds beside arrays.
+
+    Raises: CheckpointError when it cannot be read.
+    """
+    try:
+        with contextlib.closing(ocp.Checkpointer(ocp.JsonCheckpointHandler())) as reader:
+            return Position(**reader.restore(directory.resolve() / str(step) / "position"))
+    except Exception as error:  # as in Checkpoints.check
+        raise CheckpointError(f"{directory / str(step)}: its position cannot be read ({brief(error)})") from error
+
+
 def load_params(source: str | Path, abstract_params: Any, *, may_lack_adapters: bool = False) -> Any:
     """The weights alone of another run's latest checkpoint, laid out as `abstract_params` asks.
 
@@ -318,7 +366,9 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
     ]
 
 
-def _open(directory: Path, config: CheckpointConfig, *, write: bool) -> ocp.CheckpointManager:
+def _open(
+    directory: Path, config: CheckpointConfig, *, write: bool, concurrent_gb: int = _CONCURRENT_GB
+) -> ocp.CheckpointManager:
     policies: list[Any] = [checkpoint_managers.LatestN(config.keep_last)]
     if config.keep_every is not None:
         policies.append(checkpoint_managers.EveryNSteps(config.keep_every))
@@ -330,7 +380,7 @@ def _open(directory: Path, config: CheckpointConfig, *, write: bool) -> ocp.Chec
             cleanup_tmp_directories=write,
         ),
         item_handlers={
-            "params": ocp.StandardCheckpointHandler(),
+            "params": ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gb),
             "training": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         },

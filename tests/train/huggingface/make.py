@@ -3,9 +3,9 @@
     python -m venv /tmp/hf && /tmp/hf/bin/pip install torch transformers==5.23.0
     /tmp/hf/bin/python tests/train/huggingface/make.py
 
-Each folder is what `save_pretrained` writes of a model with random parameters, and `golden.npz`: `tokens` int32 [2, 40],
-rows that begin with the last id, and `logits` float32 [2, 40, 64], computed in float32 from the parameters as they are
-stored. Made with torch 2.14.1 and transformers 5.23.0.
+Each folder is what `save_pretrained` writes of a model with random parameters, and `golden.npz`: `tokens`
+int32 [2, 40], rows that begin with the last id, and `logits` float32 [2, 40, 64], computed in float32 from the
+parameters as they are stored. Made with torch 2.14.1 and transformers 5.23.0.
 """
 
 from pathlib import Path
