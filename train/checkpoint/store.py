@@ -24,7 +24,6 @@ from longctx.lora import is_adapter
 from train.files import storage_problem
 from train.state import TrainState, frozen
 
-
 _CHUNK_BYTES = 64 * 2**20
 _CONCURRENT_GB = 96  # Orbax's default for what it has in memory of a save
 

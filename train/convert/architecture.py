@@ -98,7 +98,7 @@ def _shared_mixer(model: ModelConfig) -> AttentionConfig:
                 problems.append(f"model.mixers.{name}.{option}: got {got}, wanted {json.dumps(absent)}; {_LEAVE}")
         if mixer.rope_theta is None:
             problems.append(
-                f"model.mixers.{name}.rope_theta: got null, wanted a number: all of the known architectures have rotary "
+                f"model.mixers.{name}.rope_theta: got null, wanted a number: the known architectures have rotary "
                 "positions in all layers; train a model with them to hand it on"
             )
     if problems:

@@ -12,10 +12,11 @@ from train.schema import ConfigError
 # What a config.json holds beside the model's maths.
 _SAYS_NOTHING = frozenset({
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "keys_to_ignore_at_inference", "label2id", "name_or_path", "num_labels", "output_attentions", "output_hidden_states",
-    "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
+    "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id", "max_length", "model_type",
+    "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "problem_type", "return_dict", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
 })  # fmt: skip
 
 # Fields with the only values at which they leave the maths to what `model:` can say.
@@ -172,7 +173,7 @@ def parse_family(data: Mapping[str, Any], *, source: str) -> Family:
                     f"{source}: {name}: got {json.dumps(value)}, wanted {wanted}; `model:` cannot say another, convert "
                     "a model without it"
                 )
-        elif name not in _SAYS_NOTHING and name != "model_type":
+        elif name not in _SAYS_NOTHING:
             fields[name] = value
     family = FAMILIES[model_type]
     try:
@@ -225,7 +226,7 @@ def model_section(family: Family, *, dtype: str, source: str) -> dict[str, Any]:
 
 
 def _rotary(family: Family, source: str) -> tuple[float, dict[str, Any] | None]:
-    """Base and `rope_scaling`, of either way to write them: by `rope_theta` and `rope_scaling`, or `rope_parameters`."""
+    """Base and `rope_scaling`, written either way: as `rope_theta` and `rope_scaling`, or as `rope_parameters`."""
     if family.rope_scaling and family.rope_parameters:
         raise ConfigError(f"{source}: got rope_scaling and rope_parameters, wanted one of them; leave one out")
     name = "rope_parameters" if family.rope_parameters else "rope_scaling"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.nnx import traversals
+from rich.console import Console
 
 from longctx.model import ModelConfig
 from train import schema
@@ -14,7 +15,7 @@ from train.checkpoint import CheckpointError, Position, save_params
 from train.convert.config_json import model_section, parse_family, read_json
 from train.convert.safetensors_files import DTYPES, Weights, listing
 from train.convert.tensors import ParamPath, Tensor, dotted, layout, shape_of
-from train.convert.tokenizer_files import copy_tokenizer
+from train.convert.tokenizer_files import copy_tokenizer, given_ids, write_generation
 from train.data.progress import ByteProgress
 from train.files import new_folder
 from train.plain_yaml import dump_yaml
@@ -36,7 +37,8 @@ def from_hf(source: Path, output: Path) -> str:
     Memory: the parameters once, as they are stored, and the largest of them (of all layers) once or twice more.
     """
     config_file = source / "config.json"
-    family = parse_family(read_json(config_file), source=str(config_file))
+    content = read_json(config_file)
+    family = parse_family(content, source=str(config_file))
     with Weights(source) as weights:
         dtype = _compute_dtype(weights)
         section = model_section(family, dtype=dtype, source=str(config_file))
@@ -45,11 +47,14 @@ def from_hf(source: Path, output: Path) -> str:
         _check_tensors(weights, tensors, source, tied=model.tie_embeddings)
         with new_folder(output) as folder:
             copied = copy_tokenizer(source, folder / "tokenizer")
+            if copied:
+                write_generation(folder / "tokenizer", given_ids(content))
             data = {"tokenizer": str(output.resolve() / "tokenizer")} if copied else {}
             params = _read_params(weights, tensors)
             recorded = {"model": section, "data": data | {"seq_len": family.max_position_embeddings}}
             position = Position(rows=0, data="", config=recorded, weights_only=True)
-            save_params(folder / "checkpoints", params, position)
+            with Console(stderr=True).status("writing the checkpoint"):
+                save_params(folder / "checkpoints", params, position)
             run = {"init_from": str(output.resolve()), "model": section} | ({"data": data} if data else {})
             (folder / RUN_CONFIG).write_text(_head(source, family.max_position_embeddings) + dump_yaml(run), "utf-8")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

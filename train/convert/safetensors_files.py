@@ -39,7 +39,7 @@ class Weights:
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         for name in names:
             file = self._open.enter_context(_opened(folder / name))
-            for tensor in file.keys():  # noqa: SIM118  not a mapping
+            for tensor in file.keys():
                 if tensor in self._files:
                     raise CheckpointError(
                         f"{folder / name}: holds {tensor}, which another of the files holds too; download them again"

@@ -142,8 +142,8 @@ def _check_arrays(stored: dict[str, _Stored], tensors: dict[ParamPath, list[Tens
     )
     if odd:
         raise CheckpointError(
-            f"{path}: its parameters are not those of the config that was saved with them: {listing(odd)}; pass another "
-            "checkpoint"
+            f"{path}: its parameters are not those of the config that was saved with them: {listing(odd)}; "
+            "pass another checkpoint"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,17 @@ def special_ids(name: str | None, end_token: str | None) -> dict[str, Any]:
         return {}
     folder = tokenizer_folder(name)
     if folder is not None and (folder / GENERATION).is_file():
-        given = read_json(folder / GENERATION)
-        if found := {key: given[key] for key in _SPECIAL_IDS if given.get(key) is not None}:
+        if found := given_ids(read_json(folder / GENERATION)):
             return found
     try:
         return {"eos_token_id": open_tokenizer(name, end_token=end_token).end_id}
     except DataError as error:
         raise ConfigError(f"--tokenizer: {error}") from error
+
+
+def given_ids(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the special ids that a config.json or generation_config.json gives."""
+    return {key: content[key] for key in _SPECIAL_IDS if content.get(key) is not None}
 
 
 def write_generation(folder: Path, ids: dict[str, Any]) -> None:

@@ -53,11 +53,12 @@ def main() -> None:
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if is_gain else 0.2) + (1.0 if is_gain else 0.0))
         tokens = np.random.default_rng(number).integers(0, VOCAB_SIZE - 1, (2, 40), dtype=np.int32)
         tokens[:, 0] = VOCAB_SIZE - 1
-        model = model.to(dtype)
         folder = Path(__file__).parent / name
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZES.get(name, "5GB"))
+        model.to(dtype).save_pretrained(folder, max_shard_size=SHARD_SIZES.get(name, "5GB"))
+        # Read again: `to` has rounded the frequencies of the rotary positions as well.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():
-            logits = model.float()(torch.from_numpy(tokens).long()).logits.numpy()
+            logits = model(torch.from_numpy(tokens).long()).logits.numpy()
         np.savez_compressed(folder / "golden.npz", tokens=tokens, logits=logits.astype(np.float32))
         print(name, float(np.abs(logits).mean()))
 
