@@ -39,7 +39,11 @@ def config_json(
     candidates = FAMILIES if model_type is None else [model_type]
     chosen = next((name for name in candidates if not refusals[name]), None)
     if chosen is None:
-        raise ConfigError(*(f"{name}: {reason}" for name in candidates for reason in refusals[name]))
+        others = [name for name in FAMILIES if not refusals[name]]
+        what = "model: no Hugging Face architecture that is known here computes what its layers do; train one of these"
+        if others:
+            what = f"--architecture: got {model_type}, which does not compute what the model does, wanted {others[0]}"
+        raise ConfigError(what, *(f"{name}: {reason}" for name in candidates for reason in refusals[name]))
     family = FAMILIES[chosen]
     config = {
         "architectures": [f"{CLASSES[chosen]}ForCausalLM"],

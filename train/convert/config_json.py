@@ -239,10 +239,12 @@ def _rotary(family: Family, source: str) -> tuple[float, dict[str, Any] | None]:
             "another, convert a model without it"
         )
     scaling = _scaling(_ROPE_KINDS[kind], given, default_length=family.max_position_embeddings)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0 or given:
+    if given.get("partial_rotary_factor") in _NEUTRAL["partial_rotary_factor"]:
+        given.pop("partial_rotary_factor", None)
+    if given:
         raise ConfigError(
-            f"{source}: {name}: got {json.dumps(given or 'partial_rotary_factor')}, which rope_type {kind} has no use "
-            "for here; `model:` cannot say it, convert a model without it"
+            f"{source}: {name}: got {json.dumps(given)}, which rope_type {kind} has no use for here; `model:` cannot say "
+            "it, convert a model without it"
         )
     return DEFAULT_THETA if theta is None else theta, scaling
 
