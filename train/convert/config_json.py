@@ -243,8 +243,8 @@ def _rotary(family: Family, source: str) -> tuple[float, dict[str, Any] | None]:
         given.pop("partial_rotary_factor", None)
     if given:
         raise ConfigError(
-            f"{source}: {name}: got {json.dumps(given)}, which rope_type {kind} has no use for here; `model:` cannot say "
-            "it, convert a model without it"
+            f"{source}: {name}: got {json.dumps(given)}, which rope_type {kind} has no use for here; `model:` cannot "
+            "say it, convert a model without it"
         )
     return DEFAULT_THETA if theta is None else theta, scaling
 
