@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from longctx.model import FloatDType, ModelConfig
 from train import schema
 from train.checkpoint import CheckpointError, find_checkpoint, load_position
 from train.checkpoint.inspection import array_readers, list_checkpoints
+from train.checkpoint.store import brief
 from train.convert.architecture import config_json
 from train.convert.safetensors_files import ShardWriter, listing
 from train.convert.tensors import ParamPath, Tensor, dotted, layout, shape_of
@@ -45,13 +47,20 @@ class Export:
     """Bytes of a file at most, unless one tensor has more."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """An array of a checkpoint."""
+    """An array of a checkpoint, not read yet."""
 
+    where: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    restore: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        try:
+            return self.restore()
+        except Exception as error:  # as in _stored_arrays
+            raise CheckpointError(f"{self.where} cannot be read: {brief(error)}; pass another checkpoint") from error
 
 
 def to_hf(source: Path, output: Path, options: Export) -> str:
@@ -95,7 +104,7 @@ def to_hf(source: Path, output: Path, options: Export) -> str:
                 copy_tokenizer(tokenizer_path, folder)
             write_generation(folder, ids)
             sizes = {
-                tensor.name: int(np.prod(tensor.shape)) * dtypes[dotted(path)].itemsize
+                tensor.name: math.prod(tensor.shape) * dtypes[dotted(path)].itemsize
                 for path, parts in tensors.items()
                 for tensor in parts
             }
@@ -130,7 +139,10 @@ def _stored_arrays(path: Path) -> Iterator[dict[str, _Stored]]:
             raise CheckpointError(
                 f"{path}: its parameters cannot be read; see `python -m train.checkpoint verify {path}`"
             ) from error
-        yield {name: _Stored(tuple(leaf.shape), np.dtype(leaf.dtype), read) for name, leaf, read in readers}
+        yield {
+            name: _Stored(where=f"{path}: {name}", shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype), restore=restore)
+            for name, leaf, restore in readers
+        }
 
 
 def _check_arrays(stored: dict[str, _Stored], tensors: dict[ParamPath, list[Tensor]], path: Path) -> None:
