@@ -13,6 +13,8 @@ from train.checkpoint import (
     changed_settings,
     find_checkpoint,
     load_params,
+    load_position,
+    save_params,
 )
 from train.checkpoint.inspection import list_checkpoints
 from train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -182,6 +184,22 @@ def test_init_from_a_run_a_folder_or_a_step(tmp_path, stand_in, state):
     assert find_checkpoint(directory / "2") == (directory, 2)
     with pytest.raises(CheckpointError, match="nowhere: holds no complete checkpoint; pass a run's folder"):
         load_params(tmp_path / "nowhere", abstract_params(stand_in, mesh))
+
+
+def test_weights_alone_are_loaded_and_not_resumed_from(tmp_path, stand_in, mesh, state):
+    directory = tmp_path / "checkpoints"
+    params = jax.device_get(state.params)
+    save_params(directory, params, Position(rows=0, data="", config={"seed": 3}, weights_only=True))
+    assert_same(load_params(tmp_path, abstract_params(stand_in, mesh)), state.params)
+    assert load_position(directory, 0).config == {"seed": 3}
+    assert [(listed.step, listed.problem) for listed in list_checkpoints(tmp_path)] == [(0, None)]
+    checkpoints = Checkpoints(directory, CheckpointConfig())
+    message = r"0: holds weights alone, from which no run can resume; choose another run_dir, with init_from="
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.check(abstract_state(stand_in, OPTIMIZER, mesh))
+    (directory / "0" / "position" / "metadata").write_text("{")
+    with pytest.raises(CheckpointError, match=r"0: its position cannot be read"):
+        load_position(directory, 0)
 
 
 def test_init_from_casts_to_the_parameters_dtype(tmp_path, stand_in, mesh, state):

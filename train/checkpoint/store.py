@@ -138,6 +138,11 @@ class Checkpoints:
                 stored = _stored_shapes(self._manager, step, item)
             except Exception as error:  # Orbax and tensorstore raise many types for damaged files
                 raise self._unreadable(step, brief(error)) from error
+            if stored is None and item == "training" and load_position(self.directory, step).weights_only:
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: holds weights alone, from which no run can resume; choose another "
+                    f"run_dir, with init_from={self.directory} to start from them"
+                )
             if stored is None:
                 raise self._unreadable(step, f"it holds no {item}")
             difference = _first_difference(stored, _shapes(wanted))

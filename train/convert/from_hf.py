@@ -1,6 +1,7 @@
 """A Hugging Face model as a checkpoint that runs start from (`init_from`), and the config that it needs."""
 
 import collections
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from longctx.model import ModelConfig
 from train import schema
 from train.checkpoint import CheckpointError, Position, save_params
 from train.convert.config_json import model_section, parse_family, read_json
-from train.convert.safetensors_files import DTYPES, Weights, listing
+from train.convert.safetensors_files import DTYPES, Weights, listing, open_weights
 from train.convert.tensors import ParamPath, Tensor, dotted, layout, shape_of
 from train.convert.tokenizer_files import copy_tokenizer, given_ids, write_generation
 from train.data.progress import ByteProgress
 from train.files import new_folder
-from train.plain_yaml import dump_yaml
+from train.plain_yaml import ConfigError, dump_yaml
 
 RUN_CONFIG = "run.yaml"
-_TIED = "lm_head.weight"
+_TIED, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # old checkpoints hold the frequencies of rotary positions
 
 
@@ -39,12 +40,10 @@ def from_hf(source: Path, output: Path) -> str:
     config_file = source / "config.json"
     content = read_json(config_file)
     family = parse_family(content, source=str(config_file))
-    with Weights(source) as weights:
-        dtype = _compute_dtype(weights)
-        section = model_section(family, dtype=dtype, source=str(config_file))
-        model = schema.parse(ModelConfig, section)
-        tensors = layout(model)
-        _check_tensors(weights, tensors, source, tied=model.tie_embeddings)
+    with open_weights(source) as weights:
+        section = model_section(family, dtype=_compute_dtype(weights), source=str(config_file))
+        tensors = _layout_of(section, config_file)
+        _check_tensors(weights, tensors, source, tied=family.tie_word_embeddings)
         with new_folder(output) as folder:
             copied = copy_tokenizer(source, folder / "tokenizer")
             if copied:
@@ -62,11 +61,19 @@ def from_hf(source: Path, output: Path) -> str:
     return f"{count:,} parameters in {output}; start a run from {output / RUN_CONFIG}{missing}"
 
 
+def _layout_of(section: dict[str, Any], config_file: Path) -> dict[ParamPath, list[Tensor]]:
+    try:
+        return layout(schema.parse(ModelConfig, section))
+    except (ValueError, NotImplementedError) as error:  # ConfigErrors, and what a layer refuses
+        lines = str(error).splitlines()
+        raise ConfigError(*(f"{config_file}: `model:` would be made of it, but {line}" for line in lines)) from error
+
+
 def _compute_dtype(weights: Weights) -> str:
     """The dtype of most of the values."""
     counts: collections.Counter[str] = collections.Counter()
     for name in weights.names:
-        counts[weights.dtype(name)] += int(np.prod(weights.shape(name)))
+        counts[weights.dtype(name)] += math.prod(weights.shape(name))
     return DTYPES.get(counts.most_common(1)[0][0], "float32") if counts else "float32"
 
 
@@ -76,9 +83,9 @@ def _check_tensors(weights: Weights, tensors: dict[ParamPath, list[Tensor]], sou
     extra = {name for name in weights.names - wanted.keys() if not name.endswith(_RECOMPUTED)}
     if tied and _TIED in extra:
         extra.remove(_TIED)
-        if not np.array_equal(weights.read(_TIED), weights.read("model.embed_tokens.weight")):
+        if _EMBEDDING in weights.names and not np.array_equal(weights.read(_TIED), weights.read(_EMBEDDING)):
             raise CheckpointError(
-                f"{source}: config.json says tie_word_embeddings, but {_TIED} is not model.embed_tokens.weight; set "
+                f"{source}: config.json says tie_word_embeddings, but {_TIED} is not {_EMBEDDING}; set "
                 "tie_word_embeddings to false there if the files are right"
             )
     problems = []
@@ -116,7 +123,7 @@ def _read_params(weights: Weights, tensors: dict[ParamPath, list[Tensor]]) -> di
     flat: dict[ParamPath, jax.Array] = {}
     sizes = {path: shape_of(parts) for path, parts in tensors.items()}
     dtypes = {path: np.dtype(DTYPES[weights.dtype(parts[0].name)]) for path, parts in tensors.items()}
-    total = sum(int(np.prod(shape)) * dtypes[path].itemsize for path, shape in sizes.items())
+    total = sum(math.prod(shape) * dtypes[path].itemsize for path, shape in sizes.items())
     with ByteProgress("reading tensors", total) as progress:
         for path, parts in tensors.items():
             values = np.empty(sizes[path], dtypes[path])

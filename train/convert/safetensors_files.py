@@ -21,43 +21,14 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 class Weights:
-    """The tensors of a folder: those of model.safetensors, or of the files that its index names.
+    """Tensors of safetensors files by their names.
 
-    Raises: CheckpointError where a file is missing or broken, or the files do not hold what the index says.
+    Args:
+      files: The open file that holds each.
     """
 
-    def __init__(self, folder: Path):
-        self._open = contextlib.ExitStack()
-        self._files: dict[str, Any] = {}
-        with contextlib.ExitStack() as on_error:
-            on_error.enter_context(self._open)
-            self._find(folder)
-            on_error.pop_all()
-
-    def _find(self, folder: Path) -> None:
-        weight_map = _weight_map(folder)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
-        for name in names:
-            file = self._open.enter_context(_opened(folder / name))
-            for tensor in file.keys():
-                if tensor in self._files:
-                    raise CheckpointError(
-                        f"{folder / name}: holds {tensor}, which another of the files holds too; download them again"
-                    )
-                self._files[tensor] = file
-        if weight_map is None:
-            return
-        absent = sorted(weight_map.keys() - self._files.keys())
-        if absent:
-            raise CheckpointError(
-                f"{folder / INDEX}: names tensors that its files do not hold: {listing(absent)}; download them again"
-            )
-
-    def __enter__(self) -> "Weights":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._open.close()
+    def __init__(self, files: Mapping[str, Any]):
+        self._files = files
 
     @property
     def names(self) -> set[str]:
@@ -76,6 +47,32 @@ class Weights:
             return self._files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{name} cannot be read: {error}; download the files again") from error
+
+
+@contextlib.contextmanager
+def open_weights(folder: Path) -> Iterator[Weights]:
+    """The tensors of a folder: those of model.safetensors, or of the files that its index names.
+
+    Raises: CheckpointError where a file is missing or broken, or the files do not hold what the index says.
+    """
+    weight_map = _weight_map(folder)
+    names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    files: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            file = stack.enter_context(_opened(folder / name))
+            for tensor in file.keys():
+                if tensor in files:
+                    raise CheckpointError(
+                        f"{folder / name}: holds {tensor}, which another of the files holds too; download them again"
+                    )
+                files[tensor] = file
+        absent = sorted((weight_map or {}).keys() - files.keys())
+        if absent:
+            raise CheckpointError(
+                f"{folder / INDEX}: names tensors that its files do not hold: {listing(absent)}; download them again"
+            )
+        yield Weights(files)
 
 
 def listing(names: Sequence[str], most: int = 8) -> str:

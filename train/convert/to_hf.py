@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def to_hf(source: Path, output: Path, options: Export) -> str:
                         writer.add(tensor.name, tensor.from_own(values))
                         progress.advance(sizes[tensor.name])
             writer.finish()
+            for file in folder.glob("*.safetensors"):
+                shutil.copymode(folder / "config.json", file)  # that library lets nobody else read what it writes
     merged_too = "" if trained.lora is None else ", adapters merged"
     return f"step {step} of {directory.parent} is in {output}: {as_json['architectures'][0]}{merged_too}"
 

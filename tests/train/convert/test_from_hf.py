@@ -80,7 +80,7 @@ def test_a_run_starts_at_the_loss_of_hugging_face(golden, converted, tmp_path, n
     assert read_records(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_checkpoint_is_listed_verified_and_not_resumed_from(converted, tmp_path, capsys, monkeypatch):
+def test_the_checkpoint_is_listed_and_verified(converted, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     folder = converted("llama3")
     assert checkpoint_main(["verify", str(folder)]) == 0
@@ -115,6 +115,19 @@ def test_what_old_and_tied_checkpoints_hold_beside(copied, tmp_path):
 
     edit(folder, change)
     assert main(["from-hf", str(folder), str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(rope_scaling={"type": "linear"}), "but mixers.attention.rope_scaling.factor: missing; wanted float"),
+        (dict(num_attention_heads=6), "but mixers.attention: head_dim: dim=32 is not a multiple of num_heads=6"),
+    ],
+)
+def test_values_that_model_refuses(copied, tmp_path, capsys, fields, message):
+    folder = copied("llama", rope_parameters=None, head_dim=None, **fields)
+    assert main(["from-hf", str(folder), str(tmp_path / "out")]) == 2
+    assert f"{folder / 'config.json'}: `model:` would be made of it, {message}" in capsys.readouterr().err
 
 
 def renamed(tensors):

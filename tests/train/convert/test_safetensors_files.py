@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from train.checkpoint import CheckpointError
-from train.convert.safetensors_files import INDEX, SINGLE, Weights, listing
+from train.convert.safetensors_files import INDEX, SINGLE, listing, open_weights
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def folder(golden, tmp_path):
 
 
 def test_every_tensor_of_an_index(folder):
-    with Weights(folder) as weights:
+    with open_weights(folder) as weights:
         assert weights.names == json.loads((folder / INDEX).read_text())["weight_map"].keys()
         assert weights.shape("lm_head.weight") == weights.read("lm_head.weight").shape == (64, 32)
         assert weights.dtype("lm_head.weight") == "F32"
@@ -63,13 +63,15 @@ def cut_off(folder):
 def test_files_that_are_not_whole(folder, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        Weights(folder)
+        with open_weights(folder):
+            pass
 
 
 def test_files_of_another_format(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"\(pytorch_model.bin are of another format: load and save them once"):
-        Weights(tmp_path)
+        with open_weights(tmp_path):
+            pass
 
 
 def test_long_listings_are_cut():

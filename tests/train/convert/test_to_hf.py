@@ -19,14 +19,14 @@ from train.checkpoint import load_params
 from train.config import load_config
 from train.convert.__main__ import main
 from train.convert.config_json import model_section, parse_family, read_json
-from train.convert.safetensors_files import Weights
+from train.convert.safetensors_files import open_weights
 from train.state import abstract_model, abstract_params
 
 NAMES = ("llama", "llama3", "llama_linear", "mistral", "qwen2", "qwen2_windows", "qwen3", "qwen3_yarn")
 
 
 def tensors_of(folder):
-    with Weights(folder) as weights:
+    with open_weights(folder) as weights:
         return {name: weights.read(name) for name in weights.names}
 
 
