@@ -121,7 +121,7 @@ class YarnRopeScaling(RopeScaling):
         half = len(frequencies)
 
         def pair(turns: float) -> float:
-            return half * math.log(self.original_length / (2 * math.pi * turns)) / math.log(theta)
+            return half * (math.log(self.original_length) - math.log(2 * math.pi * turns)) / math.log(theta)
 
         first = max(math.floor(pair(self.high_turns)), 0)
         last = min(math.ceil(pair(self.low_turns)), 2 * half - 1)

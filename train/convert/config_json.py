@@ -32,12 +32,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 DEFAULT_THETA = 10_000.0  # where no field says another, in all families
-_ROPE_KINDS = {None: None, "default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+_PLAIN_ROPE = (None, "default")
+_SCALED_ROPE = ("linear", "llama3", "yarn")
 _YARN_TURNS = {"beta_slow": 1.0, "beta_fast": 32.0}
 
 
 class Family(pydantic.BaseModel):
-    """The fields of a config.json that say what is computed; `variants` has a class for each `model_type`."""
+    """The fields of a config.json that say what is computed; FAMILIES has a class for each `model_type`."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -159,7 +160,7 @@ def parse_family(data: Mapping[str, Any], *, source: str) -> Family:
     Raises: ConfigError, a line a problem: fields that are not known, or say what `model:` cannot.
     """
     model_type = data.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in list(FAMILIES):
         raise ConfigError(
             f"{source}: model_type: got {model_type!r}, wanted one of {', '.join(FAMILIES)}; only their maths is what "
             "`model:` can say, convert a model of these"
@@ -233,12 +234,12 @@ def _rotary(family: Family, source: str) -> tuple[float, dict[str, Any] | None]:
     given = dict(family.rope_parameters or family.rope_scaling or {})
     theta = given.pop("rope_theta", family.rope_theta)
     kind = given.pop("rope_type", given.pop("type", None))
-    if kind not in _ROPE_KINDS:
+    if kind not in _PLAIN_ROPE + _SCALED_ROPE:
         raise ConfigError(
             f"{source}: {name}: got rope_type {kind!r}, wanted default, linear, llama3 or yarn; `model:` cannot say "
             "another, convert a model without it"
         )
-    scaling = _scaling(_ROPE_KINDS[kind], given, default_length=family.max_position_embeddings)
+    scaling = None if kind in _PLAIN_ROPE else _scaling(kind, given, default_length=family.max_position_embeddings)
     if given.get("partial_rotary_factor") in _NEUTRAL["partial_rotary_factor"]:
         given.pop("partial_rotary_factor", None)
     if given:
@@ -249,11 +250,11 @@ def _rotary(family: Family, source: str) -> tuple[float, dict[str, Any] | None]:
     return DEFAULT_THETA if theta is None else theta, scaling
 
 
-def _scaling(kind: str | None, given: dict[str, Any], *, default_length: int) -> dict[str, Any] | None:
-    """The section of a kind; takes what it needs out of `given`. A field that is missing is left out."""
-    if kind is None:
-        return None
-    section = {"kind": kind} | {name: given.pop(name) for name in ("factor",) if name in given}
+def _scaling(kind: str, given: dict[str, Any], *, default_length: int) -> dict[str, Any]:
+    """The `rope_scaling` of a kind; takes what it reads out of `given`, and leaves out what is not there."""
+    section = {"kind": kind}
+    if "factor" in given:
+        section["factor"] = given.pop("factor")
     if kind == "linear":
         return section
     section["original_length"] = given.pop("original_max_position_embeddings", default_length)

@@ -28,6 +28,7 @@ from train.data.progress import ByteProgress
 from train.files import new_folder
 
 NO_TOKENIZER = "none"
+_EMBEDDING = "embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class _Stored:
     def read(self) -> np.ndarray:
         try:
             return self.restore()
-        except Exception as error:  # as in _stored_arrays
+        except Exception as error:  # Orbax and tensorstore raise many types for damaged files
             raise CheckpointError(f"{self.where} cannot be read: {brief(error)}; pass another checkpoint") from error
 
 
@@ -80,9 +81,7 @@ def to_hf(source: Path, output: Path, options: Export) -> str:
     config = load_position(directory, step).config
     trained = schema.parse(ModelConfig, config["model"])
     with _stored_arrays(directory / str(step)) as stored:
-        if "embedding" not in stored:
-            raise CheckpointError(f"{directory / str(step)}: holds no embedding; pass a checkpoint of this trainer")
-        model = dataclasses.replace(trained, lora=None, vocab_size=stored["embedding"].shape[0])
+        model = dataclasses.replace(trained, lora=None, vocab_size=stored[_EMBEDDING].shape[0])
         tokenizer = config.get("data", {}).get("tokenizer") if options.tokenizer is None else options.tokenizer
         tokenizer = None if tokenizer == NO_TOKENIZER else tokenizer
         ids = special_ids(tokenizer, config.get("data", {}).get("end_token"))
@@ -91,7 +90,7 @@ def to_hf(source: Path, output: Path, options: Export) -> str:
         }
         as_json = config_json(
             model,
-            dtype=dtypes["embedding"].name,
+            dtype=dtypes[_EMBEDDING].name,
             max_positions=options.max_positions or config["data"]["seq_len"],
             special_ids=ids,
             model_type=options.model_type,
@@ -136,16 +135,15 @@ def _checkpoint(source: Path, step: int | None) -> tuple[Path, int]:
 def _stored_arrays(path: Path) -> Iterator[dict[str, _Stored]]:
     """The parameters of a checkpoint by their dotted names, none of them read yet."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        try:
-            readers = list(array_readers(reader, path / "params"))
-        except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-            raise CheckpointError(
-                f"{path}: its parameters cannot be read; see `python -m train.checkpoint verify {path}`"
-            ) from error
-        yield {
+        stored = {
             name: _Stored(where=f"{path}: {name}", shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype), restore=restore)
-            for name, leaf, restore in readers
+            for name, leaf, restore in array_readers(reader, path / "params")
         }
+        if _EMBEDDING not in stored:
+            raise CheckpointError(
+                f"{path}: the description of its parameters cannot be read; pass another checkpoint of this trainer"
+            )
+        yield stored
 
 
 def _check_arrays(stored: dict[str, _Stored], tensors: dict[ParamPath, list[Tensor]], path: Path) -> None:

@@ -43,13 +43,13 @@ def tokenizer_folder(name: str) -> Path | None:
     if name == "bytes" or name.startswith("ids:"):
         return None
     path = Path(name)
-    folder = path if path.is_dir() else path.parent
-    if not (folder / _TOKENIZER).is_file() or (path.is_file() and path.name != _TOKENIZER):
+    file = path / _TOKENIZER if path.is_dir() else path
+    if file.name != _TOKENIZER or not file.is_file():
         raise ConfigError(
-            f"data.tokenizer: got {name} in the run's config, wanted a folder with a {_TOKENIZER}; say where it is now "
-            "with --tokenizer, or --tokenizer none"
+            f"data.tokenizer: got {name}, wanted a {_TOKENIZER} that is there, or its folder; say where it is now with "
+            "--tokenizer, or --tokenizer none"
         )
-    return folder
+    return file.parent
 
 
 def special_ids(name: str | None, end_token: str | None) -> dict[str, Any]:

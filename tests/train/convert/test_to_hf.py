@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -156,7 +157,7 @@ def test_a_run_with_its_tokenizer(adapted, tmp_path, capsys):
     ("options", "code", "message"),
     [
         (["--step", "7"], 1, r"--step: got 7, wanted a step that .*checkpoints holds: 1, 2"),
-        (["--tokenizer", "nowhere"], 2, r"data.tokenizer: got nowhere .* say where it is now with --tokenizer"),
+        (["--tokenizer", "nowhere"], 2, r"data.tokenizer: got nowhere, .* say where it is now with --tokenizer"),
         (["--architecture", "llama"], 2, r"llama: qk_norm: got true, wanted false, which is how this architecture is"),
     ],
 )
@@ -169,6 +170,22 @@ def test_options_that_do_not_fit(adapted, tmp_path, capsys, options, code, messa
 def test_a_folder_without_checkpoints(tmp_path, capsys):
     assert main(["to-hf", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "holds no complete checkpoint; pass a run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ("d/*", r"checkpoints/0: \w[\w.]* cannot be read: .*; pass another checkpoint"),
+        ("_METADATA", r"checkpoints/0: the description of its parameters cannot be read; pass another"),
+    ],
+)
+def test_a_damaged_checkpoint(converted, tmp_path, capfd, damaged, message):
+    folder = shutil.copytree(converted("llama3"), tmp_path / "in")
+    found = (folder / "checkpoints" / "0" / "params").rglob(damaged)
+    max(found, key=lambda path: path.stat().st_size).write_bytes(b"")
+    assert main(["to-hf", str(folder), str(tmp_path / "out")]) == 1
+    assert re.search(message, capfd.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_the_goldens_are_small():
