@@ -80,8 +80,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
     try:
-        temporary.mkdir()
         yield temporary
         with naming(path):
             os.replace(temporary, path)

@@ -11,8 +11,6 @@ from longctx.rope_scaling import LinearRopeScaling, Llama3RopeScaling, RopeScali
 from train.convert.config_json import FAMILIES, Family, Llama, Mistral
 from train.schema import ConfigError
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
 # Options of a mixer that no architecture has, with the only value that leaves them out.
 _ABSENT = {"chunk": None, "logits_soft_cap": None, "bias": None, "sinks": False}
 # Those that all layers of an architecture share.
@@ -46,7 +44,7 @@ def config_json(
         raise ConfigError(what, *(f"{name}: {reason}" for name in candidates for reason in refusals[name]))
     family = FAMILIES[chosen]
     config = {
-        "architectures": [f"{CLASSES[chosen]}ForCausalLM"],
+        "architectures": [f"{family.__name__}ForCausalLM"],
         "model_type": chosen,
         "vocab_size": model.vocab_size,
         "hidden_size": model.dim,

@@ -38,7 +38,8 @@ _YARN_TURNS = {"beta_slow": 1.0, "beta_fast": 32.0}
 
 
 class Family(pydantic.BaseModel):
-    """The fields of a config.json that say what is computed; FAMILIES has a class for each `model_type`."""
+    """The fields of a config.json that say what is computed; FAMILIES has a class, of Hugging Face's name, for each
+    `model_type`."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True)
 

@@ -167,6 +167,12 @@ def test_options_that_do_not_fit(adapted, tmp_path, capsys, options, code, messa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_size_of_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["to-hf", str(tmp_path), str(tmp_path / "out"), "--shard-gb", "0"])
+    assert "--shard-gb: got 0, wanted a number >= 1; leave it out" in capsys.readouterr().err
+
+
 def test_a_folder_without_checkpoints(tmp_path, capsys):
     assert main(["to-hf", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "holds no complete checkpoint; pass a run's folder" in capsys.readouterr().err
