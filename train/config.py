@@ -41,7 +41,8 @@ class TrainConfig:
     """Whether two runs on the same machine, mesh and versions must give the same bits: refuses mixers that allow other
     orders of sums, and compiles for it on GPUs, where steps may get slower. docs/reliability.md says what it covers."""
     init_from: str | None = None
-    """A run folder whose weights a new run starts from. Optimizer, step and data position start afresh."""
+    """A run folder whose weights a new run starts from, or a published model that `python -m train.convert` read.
+    Optimizer, step and data position start afresh."""
     model: ModelConfig
     """The transformer."""
     data: DataConfig
