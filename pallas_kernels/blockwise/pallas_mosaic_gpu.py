@@ -99,6 +99,7 @@ def forward(
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
         bias=of_bias,
+        bias_values=kernel_bias.value_table(of_bias, q_len, kv_len) if _is_in_order(tokens) else None,
         band=band_of(blocks.bands, of_queries=True, padding=padding_q),
         carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
@@ -244,6 +245,11 @@ class _Backward:
         return self.operands["q_positions"] is None and self.operands["kv_positions"] is None
 
     @property
+    def bias_values(self) -> jax.Array | None:
+        """The bias by distance, where kernels read it so."""
+        return kernel_bias.value_table(self.operands["bias"], self.q_len, self.kv_len) if self.is_in_order else None
+
+    @property
     def span(self) -> Span | None:
         """The mask's, where tokens are in order and it has bounds."""
         span = self.options.mask.span
@@ -298,10 +304,11 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         dq = jnp.full((batch_size, call.q_len, num_heads, head_dim), zero)
     slopes, bias = None, call.operands["bias"]
     adder_sums = options.bias_gradient and call.is_in_order and makes_sums(bias, head_dim, options.logits_soft_cap)
-    if adder_sums and bias.reach is None and not bias.is_linear:
+    if adder_sums and kernel_bias.has_tables(bias):
         slopes = slope_table(bias, call.q_len, call.kv_len)
     inputs = backward_kernel.Inputs(
         **call.operands,
+        bias_values=call.bias_values,
         slopes=slopes,
         delta=delta * (1 - call.dropout_rate),
         band=band_of(blocks.bands, of_queries=False, padding=-call.kv_len % backward_kernel.BLOCK),
@@ -340,7 +347,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
-    delta = call.delta() * (1 - call.dropout_rate)
+    delta, bias_values = call.delta() * (1 - call.dropout_rate), call.bias_values
 
     def gradient(name: str, ranges: BlockRanges, running) -> tuple[jax.Array, ...]:
         if call.kv_len < split_kernel.BLOCK:
@@ -349,6 +356,7 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
         padding = -(call.q_len if of_queries else call.kv_len) % split_kernel.BLOCK
         inputs = split_kernel.Inputs(
             **call.operands,
+            bias_values=bias_values,
             delta=delta,
             band=band_of(blocks.bands, of_queries=of_queries, padding=padding),
             ranges=jax.tree.map(jnp.asarray, ranges),
@@ -531,6 +539,10 @@ def _padded_tokens(tokens: Tokens, mask: Mask, padding_q: int, padding_kv: int) 
         "q_segment_ids": repeat_last(tokens.q_segment_ids, padding_q) if uses_segments else None,
         "kv_segment_ids": repeat_last(tokens.kv_segment_ids, padding_kv) if uses_segments else None,
     }
+
+
+def _is_in_order(tokens: Tokens) -> bool:
+    return tokens.q_positions is None and tokens.kv_positions is None
 
 
 def _unit(options: Options) -> float:

@@ -113,6 +113,7 @@ class Inputs(NamedTuple):
       delta: rowsum(dout out) - dlse, times 1 - rate, float32 `[B, N, T]`.
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       words: Dropout's.
+      bias_values: Its `value_table`, where there is one.
       slopes: Its `slope_table`, where the adder makes sums for it and it needs one.
       band: Of keys.
       turns: The plan's.
@@ -133,6 +134,7 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     bias: KernelBias | None
+    bias_values: Any
     slopes: Any
     band: Band | None
     turns: Turns | None
@@ -367,6 +369,7 @@ class _Block:
                     at = row_of_batch(source, item.batch), tile.head, queries
                     plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], shared.tile_full.at[slot])
                 self.bring_tokens_near(item.batch, tile.block, tile.is_full)
+                self.bring_bias_near(item, tile)
                 return count + 1
 
             return self.for_each_tile(item, load, count), ahead
@@ -380,6 +383,14 @@ class _Block:
             return
         at = [x.at[row_of_batch(x, batch), pl.ds(block * BLOCK, BLOCK)] for x in given]
         pl.when(jnp.logical_not(is_full))(lambda: bring_near(*at))
+
+    def bring_bias_near(self, item: Item, tile: _Tile) -> None:
+        """What consumers will read of the table of biases."""
+        if self.inputs.bias_values is None or self.config.interpret:
+            return
+        values, distance = self.inputs.bias_values, tile.index * self.tile_len - item.row * BLOCK
+        first = distance + values.shape[1] // 2 - BLOCK
+        bring_near(values.at[tile.head, pl.ds(first, BLOCK)], offsets=[i * BLOCK for i in range(2)])
 
     # The adder.
 
@@ -611,8 +622,14 @@ class _Block:
 
     def bias(self, num_queries: int) -> TileBias:
         """Of tiles of this warpgroup's keys and so many queries."""
-        interpret = bool(self.config.interpret)
-        return TileBias(bias=self.inputs.bias, columns=num_queries, rows_are_queries=False, interpret=interpret)
+        return TileBias(
+            bias=self.inputs.bias,
+            values=self.inputs.bias_values,
+            reads_early=True,
+            columns=num_queries,
+            rows_are_queries=False,
+            interpret=bool(self.config.interpret),
+        )
 
     def sides(self, item: Item, tile: _Tile, part: int = 0) -> tuple[Side, Side]:
         """This warpgroup's keys, and a tile's queries from its part-th 64 on."""

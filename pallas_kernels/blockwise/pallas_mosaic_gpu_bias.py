@@ -6,7 +6,8 @@ other group of 8 columns, which the groups between them share (`_shared_out`). W
 
 A bias whose parameters are a number a head is computed as its class says. One that has a `reach` is read from a table
 of short distances. Where blocks of tokens in order are further apart than that, it is one number, which is taken from
-what logits are measured against and is not added to each pair.
+what logits are measured against and is not added to each pair. Any other that takes the unit for exponentials is read
+from a table of all distances (`value_table`) where tokens are in order.
 
 Kernels have biases in the unit of what they multiply to make logits: of q.k, or of what a soft cap makes of it.
 
@@ -19,6 +20,7 @@ tokens are in order, another warpgroup of the fused kernel makes the sums, of a 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,9 +45,9 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     rows,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
-from pallas_kernels.mosaic_gpu import refuse, store_registers
+from pallas_kernels.mosaic_gpu import WARPGROUP, refuse, store_registers
 from pallas_kernels.tokens import Leaf
-from pallas_kernels.wgmma import IN_FLIGHT, ROWS, array_type, as_int32, fragmented
+from pallas_kernels.wgmma import IN_FLIGHT, ROWS, SCALAR, array_type, as_int32, fragmented
 
 _GROUP = 8
 """Columns of which a thread holds two, in each of two rows that are as many apart."""
@@ -135,6 +137,30 @@ def _by_distance(bias: DistanceBias) -> jax.Array:
     return jax.vmap(lambda head: head.of_distance(distances))(bias)
 
 
+def has_tables(bias: KernelBias) -> bool:
+    """Whether kernels read it, and its derivatives, from tables by distance where tokens are in order."""
+    return not isinstance(bias, NearTable) and not bias.is_linear
+
+
+def distances_of_table(q_len: int, kv_len: int) -> jax.Array:
+    """Those of a table by distance, from the least to the greatest, float32 `[2 length]`: of all tiles that have a
+    pair, and of some that nobody wants."""
+    length = (-(-max(q_len, kv_len) // WARPGROUP) + 2) * WARPGROUP
+    return jnp.arange(-length, length, dtype=jnp.float32)
+
+
+def value_table(bias: KernelBias | None, q_len: int, kv_len: int) -> jax.Array | None:
+    """The bias by distance, from the least to the greatest, float32 `[N, 2 length]`; None where kernels read none.
+
+    Memory: 8 N max(T, S) bytes.
+    """
+    if bias is None or not has_tables(bias):
+        return None
+    return jax.vmap(lambda head, distances: head.of_distance(distances), (0, None))(
+        bias, distances_of_table(q_len, kv_len)
+    )
+
+
 def slopes_of(bias: KernelBias, head: ArrayLike) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
     """Of distances, what to multiply gradients of a head's logits by to have those of each sum."""
     if isinstance(bias, NearTable):
@@ -168,12 +194,16 @@ class TileBias:
 
     Attributes:
       bias: References.
+      values: Its `value_table`, a reference; None where there is none.
+      reads_early: Whether there are registers for values that are asked for before the logits come.
       columns: A multiple of 16.
       rows_are_queries: Or keys.
       interpret: Whether in JAX's interpreter.
     """
 
     bias: KernelBias
+    values: Any
+    reads_early: bool
     columns: int
     rows_are_queries: bool
     interpret: bool
@@ -191,6 +221,9 @@ class TileBias:
                 of_distance = jax.tree.map(lambda ref: ref[head], self.bias).of_distance
             return logits + self._evaluated(lambda d: (of_distance(d),), batch, of_rows, of_columns)[0]
 
+        if self.values is not None:
+            read = self._reading(head, of_rows, of_columns)
+            return lambda logits: (logits + read(), None)
         if not (isinstance(self.bias, NearTable) and self._in_order(of_rows, of_columns)):
             return lambda logits: (of_each(logits), None)
         least = self._first_distance(of_rows, of_columns) - (self.columns if self.rows_are_queries else ROWS)
@@ -235,6 +268,23 @@ class TileBias:
         groups = [functions(distance - float(sign * 2 * _GROUP * i)) for i in range(self.columns // (2 * _GROUP) + 1)]
         return tuple(_shared_out(group) for group in zip(*groups, strict=True))
 
+    def _reading(self, head: ArrayLike, of_rows: Side, of_columns: Side) -> Callable[[], jax.Array]:
+        """What returns the table at the distances of a tile of tokens in order."""
+        values, first = self.values.at[head], self._first_distance(of_rows, of_columns)
+        middle = self.values.shape[1] // 2
+        if not self.interpret:
+            sign = 1 if self.rows_are_queries else -1
+            read = functools.partial(_diagonals, values, first + middle, sign, self.columns, early=self.reads_early)
+            if not self.reads_early:
+                return read
+            found = read()
+            return lambda: found
+
+        def at(distance):
+            return (jnp.take(values[...], distance.astype(jnp.int32) + middle),)
+
+        return lambda: self._evaluated(at, None, of_rows, of_columns)[0]
+
     def _read(self, head: ArrayLike, distance: jax.Array) -> jax.Array:
         """The table at these distances."""
         reach, table = float(self.bias.reach), self.bias.by_distance
@@ -269,20 +319,73 @@ def added(sums: Sequence[jax.Array], slopes: Sequence[jax.Array], dlogits: jax.A
 
 
 def _shared_out(groups: Sequence[jax.Array]) -> jax.Array:
-    """`[64, columns]` of which every other group of 8 columns is computed, and one more, the others being equal to what
-    stands 8 rows down in the next, or 8 rows up in the last."""
+    """`[64, columns]` of which every other group of 8 columns is computed, and one more (`_of_whole_tile`)."""
     shape = ROWS, 2 * _GROUP * (len(groups) - 1)
 
     @plgpu.inline_mgpu(arg_types=(MATRIX,) * len(groups), return_type=array_type(shape, MATRIX))
     def emit(_, *groups):
-        # Of a thread, two of a row and two of the row 8 below.
         registers = [list(x.to_layout(IN_FLIGHT.to_mgpu()).registers.flat) for x in groups]
-        shared = []
-        for i in range(len(groups) - 1):
-            shared += registers[i] + registers[i + 1][2:] + registers[i][:2]
-        return fragmented(shared, shape).to_layout(MATRIX.to_mgpu())
+        return fragmented(_of_whole_tile(registers), shape).to_layout(MATRIX.to_mgpu())
 
     return emit(*groups)
+
+
+def _diagonals(table, place: ArrayLike, sign: int, num_columns: int, *, early: bool) -> jax.Array:
+    """table[place + sign (row - column)] of a tile, float32 `[64, columns]`: each value read once a thread.
+
+    Args:
+      table: A vector in device memory.
+      early: Whether to ask for it where this stands, rather than where it is needed.
+    """
+    num_groups = num_columns // (2 * _GROUP) + 1
+    # Of a group of 8 columns: two of a row, then two of the row 8 below.
+    steps = [
+        sign * (row - column - 2 * _GROUP * group)
+        for group in range(num_groups)
+        for row in (0, _GROUP)
+        for column in (0, 1)
+    ]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=array_type((ROWS, num_columns), MATRIX))
+    def emit(_, table, place):
+        f32 = ir.F32Type.get()
+        count = len(steps)
+        text = f"""{{
+        .reg .b32 thread, row, column;
+        .reg .b64 at;
+        mov.u32 thread, %tid.x;
+        bfe.u32 row, thread, 2, 3;
+        bfe.u32 column, thread, 5, 2;
+        mad.lo.u32 row, column, 16, row;
+        bfe.u32 column, thread, 0, 2;
+        mad.lo.s32 row, column, -2, row;
+        mad.lo.s32 row, row, {sign}, ${count + 1};
+        mad.wide.s32 at, row, 4, ${count};
+        {" ".join(f"ld.global.nc.f32 ${i}, [at + {4 * step}];" for i, step in enumerate(steps))}
+        }}"""
+        start = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(table))
+        read = llvm.inline_asm(
+            llvm.StructType.get_literal([f32] * count),
+            [start, place.registers.item()],
+            text,
+            ",".join(["=&f"] * count + ["l", "r"]),
+            has_side_effects=early,
+        )
+        of_element = ir.VectorType.get((1,), f32)
+        values = [vector.broadcast(of_element, llvm.extractvalue(f32, read, [i])) for i in range(count)]
+        groups = [values[4 * i : 4 * i + 4] for i in range(num_groups)]
+        return fragmented(_of_whole_tile(groups), (ROWS, num_columns)).to_layout(MATRIX.to_mgpu())
+
+    return emit(table, jnp.asarray(place, jnp.int32))
+
+
+def _of_whole_tile(groups: Sequence[list]) -> list:
+    """The registers of a tile of tokens in order, of those of every other group of 8 columns and one more: the others
+    are what stands 8 rows down in the next, or 8 rows up in the last."""
+    shared = []
+    for this, following in itertools.pairwise(groups):
+        shared += this + following[2:] + this[:2]
+    return shared
 
 
 def _gathered(ref, at: jax.Array) -> jax.Array:

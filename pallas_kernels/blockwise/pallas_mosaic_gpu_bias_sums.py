@@ -26,7 +26,13 @@ from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, vector
 
-from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, NearTable, num_sums, slopes_of
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
+    KernelBias,
+    NearTable,
+    distances_of_table,
+    num_sums,
+    slopes_of,
+)
 from pallas_kernels.mosaic_gpu import WARPGROUP, bring_near
 from pallas_kernels.wgmma import ROWS, SCALAR, TILE_BYTES, TRANSFORMS, array_type, as_int32
 
@@ -174,9 +180,7 @@ def slope_table(bias: KernelBias, q_len: int, kv_len: int) -> jax.Array:
 
     Memory: 8 N max(T, S) bytes a parameter.
     """
-    # Whole blocks are read, and behind the last some that nobody wants.
-    length = (-(-max(q_len, kv_len) // WARPGROUP) + 1) * WARPGROUP
-    distances = jnp.arange(-length, length, dtype=jnp.float32)
+    distances = distances_of_table(q_len, kv_len)
     heads = jnp.arange(jax.tree.leaves(bias)[0].shape[0])
     return jax.vmap(lambda head: jnp.stack(slopes_of(bias, head)(distances)))(heads)
 

@@ -53,7 +53,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
 from pallas_kernels.dropout import is_kept
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, bring_near, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
@@ -103,7 +103,8 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values. The words are dropout's, the band is that of queries.
+    is None has seen no values. The words are dropout's, the band is that of queries, and the
+    values of the bias are its `value_table`, where there is one.
     """
 
     q: Any
@@ -116,6 +117,7 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     bias: KernelBias | None
+    bias_values: Any
     band: Band | None
     carry: SoftmaxCarry | None
 
@@ -283,11 +285,21 @@ class _Block:
                     words = inputs.words.keys
                     words = words.at[row_of_batch(words, item.batch), pl.ds(j * block_kv, block_kv)]
                     plgpu.copy_gmem_to_smem(words, shared.kv_words.at[slot], shared.kv_words_full.at[slot])
+                self.bring_bias_near(item, j)
                 return num_blocks + 1
 
             return self.walk.visit(item, load, load, num_blocks, skip=0)
 
         self.walk.for_each_item(one_item, jnp.int32(0))
+
+    def bring_bias_near(self, item: Item, j) -> None:
+        """What consumers will read of the table of biases, at the distances of the item's queries and block j."""
+        if self.inputs.bias_values is None or self.config.interpret:
+            return
+        values, block_q, block_kv = self.inputs.bias_values, self.config.block_q, self.config.block_kv
+        first = item.row * block_q - j * block_kv + values.shape[1] // 2 - block_kv
+        offsets = range(0, block_q + block_kv, WARPGROUP)
+        bring_near(values.at[item.head, pl.ds(first, WARPGROUP)], offsets=list(offsets))
 
     # A consumer.
 
@@ -506,7 +518,12 @@ class _Block:
         if inputs.bias is None:
             return lambda j: None
         tiles = TileBias(
-            bias=inputs.bias, columns=block_kv, rows_are_queries=True, interpret=bool(self.config.interpret)
+            bias=inputs.bias,
+            values=inputs.bias_values,
+            reads_early=self.config.num_consumers == 2,
+            columns=block_kv,
+            rows_are_queries=True,
+            interpret=bool(self.config.interpret),
         )
         of_queries = Side(inputs.q_positions, self.q_start(item.row))
         return lambda j: tiles.adding(item.head, item.batch, of_queries, Side(inputs.kv_positions, j * block_kv))

@@ -103,6 +103,7 @@ class Inputs(NamedTuple):
       lse, delta: As the fused kernel has them (pallas_mosaic_gpu_backward.py).
       ranges: The schedule's `kv_blocks` for dq, its `q_blocks` for dk and dv.
       words: Dropout's.
+      bias_values: The bias' `value_table`, where there is one.
       band: Of the rows.
       running: What to add the gradient to, float32, or None.
     """
@@ -120,6 +121,7 @@ class Inputs(NamedTuple):
     kv_segment_ids: Any
     words: Words | None
     bias: KernelBias | None
+    bias_values: Any
     band: Band | None
     running: Any
 
@@ -402,6 +404,9 @@ class _Block:
         plgpu.barrier_wait(shared.b_full.at[slot])
         if config.needs_dp:
             plgpu.barrier_wait(shared.b_2_full.at[slot_2])
+        add_bias = None
+        if self.inputs.bias is not None:
+            add_bias = self.bias.adding(tile.head, item.batch, *self.sides(item, tile))
         s, dp = self.scores(slot_a, slot, slot_2)
 
         # Along which queries are.
@@ -417,8 +422,8 @@ class _Block:
             s = jnp.tanh(s * (config.scale / config.soft_cap))
             to_base_2, slope = config.soft_cap * _LOG2_E, 1.0 - s * s
         lse = of_queries(0, shared.lse)
-        if self.inputs.bias is not None:
-            s, of_all = self.bias.adding(tile.head, item.batch, *self.sides(item, tile))(s)
+        if add_bias is not None:
+            s, of_all = add_bias(s)
             lse = lse if of_all is None else lse - of_all * to_base_2
         p = jnp.exp2(s * to_base_2 - spread(lse, s.shape))
         if kept is not None:
@@ -471,6 +476,8 @@ class _Block:
         """Of tiles of this warpgroup's rows."""
         return TileBias(
             bias=self.inputs.bias,
+            values=self.inputs.bias_values,
+            reads_early=True,
             columns=TILE,
             rows_are_queries=self.config.rows_are_queries,
             interpret=bool(self.config.interpret),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -139,13 +140,14 @@ def test_gradients_of_near_pairs_are_of_the_chosen_blocks():
 
 
 @pytest.mark.parametrize("kind", [KerpleLog, KerplePower])
-def test_slopes_by_distance_are_derivatives(kind):
-    """Of what a Hopper kernel reads: in its unit, for whole blocks and one more."""
+def test_tables_by_distance_are_values_and_derivatives(kind):
+    """Of what a Hopper kernel reads: in its unit, for whole blocks and two more."""
     r1, r2 = jnp.array([0.3, 0.7]), jnp.array([0.5, 1.2])
     of_kernel = kernel_bias.of_call(kind(r1=r1, r2=r2), unit=0.25)
     table = bias_sums.slope_table(of_kernel, 130, 300)
-    assert table.shape == (2, 2, 2 * 512)
-    distances = jnp.arange(-512.0, 512.0)
+    assert table.shape == (2, 2, 2 * 640)
+    distances = jnp.arange(-640.0, 640.0)
+    values = kernel_bias.value_table(of_kernel, 130, 300)
 
     def slope(name, head, distance):
         def of_parameter(x):
@@ -156,6 +158,8 @@ def test_slopes_by_distance_are_derivatives(kind):
     for head in range(2):
         want = [jax.vmap(lambda d, at=(name, head): slope(*at, d))(distances) for name in ("r1", "r2")]
         np.testing.assert_allclose(table[head], want, rtol=1e-4, atol=1e-5)
+        of_head = jax.tree.map(operator.itemgetter(head), of_kernel)
+        np.testing.assert_allclose(values[head], of_head.of_distance(distances), rtol=1e-5)
 
 
 def test_sums_by_distance_give_the_whole_gradient_of_a_table():
