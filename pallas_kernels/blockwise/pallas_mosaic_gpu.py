@@ -309,7 +309,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
     inputs = backward_kernel.Inputs(
         **call.operands,
         bias_values=call.bias_values,
-        slopes=slopes,
+        slopes=None if slopes is None else slopes.words,
         delta=delta * (1 - call.dropout_rate),
         band=band_of(blocks.bands, of_queries=False, padding=-call.kv_len % backward_kernel.BLOCK),
         ranges=jax.tree.map(jnp.asarray, dataclasses.replace(ranges, order=plan.order)),
@@ -331,6 +331,8 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
             shares=shares,
         ),
     )
+    if slopes is not None:
+        sums[0] = sums[0] * slopes.units[None, :, :, None, None]
     if shares > 1:
         dk, dv = (
             _sum_of_shares(x, shares, before, k.dtype)

@@ -114,7 +114,7 @@ class Inputs(NamedTuple):
       ranges: The schedule's `q_blocks`, from which the plan was made, in the plan's order.
       words: Dropout's.
       bias_values: Its `value_table`, where there is one.
-      slopes: Its `slope_table`, where the adder makes sums for it and it needs one.
+      slopes: The words of its `SlopeTable`, where the adder makes sums for it and it needs one.
       band: Of keys.
       turns: The plan's.
       per_unit: Reciprocals of the units of each query's dq, float32 `[B N T]`, where it is added up in fixed point.

@@ -5,15 +5,17 @@ gradients of logits leave them in shared memory for dq, in 16 bits, and have no 
 adds up dq reads them there once more, a thread for each key of a block, which is one register a parameter, and no sum
 over threads. It has a step's time for that, and few registers. It does so where tokens are in order:
 
-- `dbias/dparameter`, unless it is linear, comes from a table by distance, which XLA makes (`slope_table`): computed
-  pair by pair it would take the unit for exponentials as long as everything else together.
+- `dbias/dparameter`, unless it is linear, comes from a table by distance, which XLA makes (`SlopeTable`): computed
+  pair by pair it would take the unit for exponentials as long as everything else together. Those of two parameters
+  stand in one word, in 16 bits each, as gradients of logits do: every 8 queries there is a wait for 8 words, and no
+  register to ask for the next ones meanwhile.
 - Of a bias that has a reach it is a number in tiles beyond; of the few tiles within, the sum of each diagonal is made,
   and added to sums by distance, which each block of keys has of its own (`near_zeros`).
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +62,7 @@ class KeySums:
 
     Attributes:
       bias: References, base 2.
-      table: `slope_table` of the bias, a reference; None where it is linear or has a reach.
+      table: The words of the bias' `SlopeTable`, a reference; None where it is linear or has a reach.
       near: Of `near_zeros`, zeros before the first tile, a reference; None where it has no reach.
       kv_len: Keys that there are.
       ds: Gradients of logits, `[slots, 2, 64 keys, queries of a tile]` in shared memory.
@@ -82,8 +84,8 @@ class KeySums:
         if self.table is None or self.interpret:
             return
         first = distance + self.table.shape[2] // 2 - WARPGROUP
-        _, num_sums, length = self.table.shape
-        offsets = [i * length + j * WARPGROUP for i in range(num_sums) for j in range(2)]
+        _, num_words, length = self.table.shape
+        offsets = [i * length + j * WARPGROUP for i in range(num_words) for j in range(2)]
         bring_near(self.table.at[head, 0, pl.ds(first, WARPGROUP)], offsets=offsets)
 
     def added(
@@ -123,9 +125,8 @@ class KeySums:
 
             def from_table(i, x, sums):
                 place = distance + i * _QUERIES + self.table.shape[2] // 2
-                return tuple(
-                    _plus(total, x, _from_table(self.table.at[head, j], place)) for j, total in enumerate(sums)
-                )
+                slopes = (y for j in range(self.table.shape[1]) for y in _from_table(self.table.at[head, j], place))
+                return tuple(_plus(total, x, y) for total, y in zip(sums, slopes, strict=False))
 
             return for_some(from_table, sums)
 
@@ -163,7 +164,12 @@ class KeySums:
             of_near = jnp.where((keys < num_keys)[:, None] & ~is_far, ds, 0.0)
             of_block[...] = of_block[...].at[places].add(of_near)
             ds = jnp.where(is_far, ds, 0.0)
-        of_sums = slopes_of(self.bias, head)(distances.astype(jnp.float32))
+        if self.table is None:
+            of_sums = slopes_of(self.bias, head)(distances.astype(jnp.float32))
+        else:
+            words = jnp.take(self.table[head], distances + self.table.shape[2] // 2, axis=1)
+            halves = lax.bitcast_convert_type(words, jnp.float16).astype(jnp.float32)
+            of_sums = jnp.moveaxis(halves, -1, 1).reshape(-1, *distances.shape)[: len(sums)]
         return tuple(total + jnp.sum(ds * y, axis=1) for total, y in zip(sums, of_sums, strict=True))
 
 
@@ -175,30 +181,44 @@ def near_zeros(bias: NearTable, shape: tuple[int, int, int]) -> jax.Array:
     return jnp.zeros((batch_size, num_heads, -(-kv_len // WARPGROUP), 2 * length), jnp.float32)
 
 
-def slope_table(bias: KernelBias, q_len: int, kv_len: int) -> jax.Array:
-    """`dbias/dparameter` by distance, from the least to the greatest, float32 `[N, parameters, 2 length]`.
+class SlopeTable(NamedTuple):
+    """`dbias/dparameter` by distance, from the least to the greatest.
 
-    Memory: 8 N max(T, S) bytes a parameter.
+    Attributes:
+      words: Those of two parameters in one word, float16, int32 `[N, half of the parameters, 2 length]`.
+      units: What they are in, the greatest of each parameter, float32 `[N, parameters]`.
     """
-    distances = distances_of_table(q_len, kv_len)
+
+    words: jax.Array
+    units: jax.Array
+
+
+def slope_table(bias: KernelBias, q_len: int, kv_len: int) -> SlopeTable:
+    """Memory: 8 N max(T, S) bytes for two parameters; while it is made, three times as much."""
     heads = jnp.arange(jax.tree.leaves(bias)[0].shape[0])
-    return jax.vmap(lambda head: jnp.stack(slopes_of(bias, head)(distances)))(heads)
+    distances = distances_of_table(q_len, kv_len)
+    slopes = jax.vmap(lambda head: jnp.stack(slopes_of(bias, head)(distances)))(heads)
+    units = jnp.max(jnp.abs(slopes), axis=2)
+    units = jnp.where(units == 0, 1.0, units)
+    halves = (slopes / units[:, :, None]).astype(jnp.float16)
+    num_heads, num_slopes, length = slopes.shape
+    halves = jnp.pad(halves, ((0, 0), (0, num_slopes % 2), (0, 0)))
+    pairs = jnp.moveaxis(halves.reshape(num_heads, -1, 2, length), 2, 3)
+    return SlopeTable(lax.bitcast_convert_type(pairs, jnp.int32), units)
 
 
-def _from_table(table, place: ArrayLike) -> jax.Array:
-    """Of 8 queries and 128 keys, float32 `[8, 128 keys]`.
+def _from_table(table, place: ArrayLike) -> Sequence[jax.Array]:
+    """Of 8 queries and 128 keys, both slopes of a word, float32 `[8, 128 keys]` each.
 
     Args:
-      table: Of a head and parameter.
+      table: Words of a head.
       place: In it, of the first pair.
     """
+    tile = array_type((_QUERIES, WARPGROUP), _PAIRS)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SCALAR),
-        return_type=array_type((_QUERIES, WARPGROUP), _PAIRS),
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=(tile, tile))
     def emit(_, table, place):
-        f32 = ir.F32Type.get()
+        i32 = ir.IntegerType.get_signless(32)
         lines = [
             ".reg .b32 thread;",
             ".reg .b64 at;",
@@ -206,19 +226,28 @@ def _from_table(table, place: ArrayLike) -> jax.Array:
             f"and.b32 thread, thread, {WARPGROUP - 1};",
             f"sub.s32 thread, ${_QUERIES + 1}, thread;",
             f"mad.wide.s32 at, thread, 4, ${_QUERIES};",
-            *(f"ld.global.nc.f32 ${j}, [at + {4 * j}];" for j in range(_QUERIES)),
+            *(f"ld.global.nc.b32 ${j}, [at + {4 * j}];" for j in range(_QUERIES)),
         ]
         address = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(table))
         results = llvm.inline_asm(
-            llvm.StructType.get_literal([f32] * _QUERIES),
+            llvm.StructType.get_literal([i32] * _QUERIES),
             [address, place.registers.item()],
             "{\n" + "\n".join(lines) + "\n}",
-            ",".join(["=&f"] * _QUERIES + ["l", "r"]),
+            ",".join(["=&r"] * _QUERIES + ["l", "r"]),
             has_side_effects=False,
         )
-        return _of_threads([llvm.extractvalue(f32, results, [j]) for j in range(_QUERIES)], _PAIRS)
+        words = [llvm.extractvalue(i32, results, [j]) for j in range(_QUERIES)]
+        floats = [_taken_apart(word, jnp.float16) for word in words]
+        return tuple(_of_threads([pair[i] for pair in floats], _PAIRS) for i in range(2))
 
     return emit(table, jnp.asarray(place, jnp.int32))
+
+
+def _taken_apart(word: ir.Value, dtype: jnp.dtype) -> list[ir.Value]:
+    """Both floats of 16 bits that a word holds, in 32: where they are used, as there are few registers."""
+    halves = llvm.bitcast(ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype)), word)
+    floats = arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), halves)
+    return [vector.extract(floats, dynamic_position=[], static_position=[i]) for i in (0, 1)]
 
 
 def _add_diagonals(sums, place: ArrayLike, ds, slot: ArrayLike, num_keys: ArrayLike) -> None:
@@ -338,7 +367,7 @@ def _gradients(rows: jax.Array, i: ArrayLike, dtype: jnp.dtype) -> jax.Array:
         return_type=array_type((_QUERIES, WARPGROUP), _PAIRS),
     )
     def emit(_, rows, i):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        i32 = ir.IntegerType.get_signless(32)
         text = f"""{{
         .reg .b32 piece, at;
         and.b32 piece, $5, 7;
@@ -355,12 +384,8 @@ def _gradients(rows: jax.Array, i: ArrayLike, dtype: jnp.dtype) -> jax.Array:
             "=r,=r,=r,=r,r,r",
             has_side_effects=True,
         )
-        # Each word is taken apart where it is used: there are few registers.
-        halves = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
-        pairs = [llvm.bitcast(halves, llvm.extractvalue(i32, words, [j])) for j in range(4)]
-        floats = [arith.extf(ir.VectorType.get((2,), f32), pair) for pair in pairs]
         return _of_threads(
-            [vector.extract(x, dynamic_position=[], static_position=[j]) for x in floats for j in (0, 1)], _PAIRS
+            [x for j in range(4) for x in _taken_apart(llvm.extractvalue(i32, words, [j]), dtype)], _PAIRS
         )
 
     return emit(rows, jnp.asarray(i, jnp.int32))
