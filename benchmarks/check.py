@@ -105,7 +105,7 @@ def _multipliers(dropout: Dropout | None, rows, tokens: Tokens, length: int) -> 
     """Of the probabilities of the rows and all keys, `[B, N, R, S]`."""
     if dropout is None:
         return None
-    words = tuple(x[:, :, rows, None] for x in dropout.query_words(tokens.queries(length)))
+    words = dropout.query_words(tokens.queries(length))[:, :, rows, None]
     return dropout.multipliers(words, key_words(tokens.keys(length))[:, None, None, :])
 
 
