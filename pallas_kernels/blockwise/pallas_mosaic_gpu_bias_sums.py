@@ -186,7 +186,8 @@ class SlopeTable(NamedTuple):
 
     Attributes:
       words: Those of two parameters in one word, float16, int32 `[N, half of the parameters, 2 length]`.
-      units: What they are in, the greatest of each parameter, float32 `[N, parameters]`.
+      units: What they are in, float32 `[N, parameters]`: the greatest of each parameter is 2^15 of them, so that those
+        down to 2^-29 of it have all 11 bits. That is one token's of 32,768, squared.
     """
 
     words: jax.Array
@@ -198,8 +199,8 @@ def slope_table(bias: KernelBias, q_len: int, kv_len: int) -> SlopeTable:
     heads = jnp.arange(jax.tree.leaves(bias)[0].shape[0])
     distances = distances_of_table(q_len, kv_len)
     slopes = jax.vmap(lambda head: jnp.stack(slopes_of(bias, head)(distances)))(heads)
-    units = jnp.max(jnp.abs(slopes), axis=2)
-    units = jnp.where(units == 0, 1.0, units)
+    greatest = jnp.max(jnp.where(jnp.isfinite(slopes), jnp.abs(slopes), 0.0), axis=2)
+    units = jnp.where(greatest == 0, 1.0, greatest * 2.0**-15)
     halves = (slopes / units[:, :, None]).astype(jnp.float16)
     num_heads, num_slopes, length = slopes.shape
     halves = jnp.pad(halves, ((0, 0), (0, num_slopes % 2), (0, 0)))

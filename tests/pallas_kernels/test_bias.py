@@ -158,10 +158,18 @@ def test_tables_by_distance_are_values_and_derivatives(kind):
 
     for head in range(2):
         want = [jax.vmap(lambda d, at=(name, head): slope(*at, d))(distances) for name in ("r1", "r2")]
-        for got, slopes in zip(table[head], want, strict=True):
-            np.testing.assert_allclose(got, slopes, rtol=1e-3, atol=1e-6 * np.abs(slopes).max())
+        np.testing.assert_allclose(table[head], want, rtol=1e-3, atol=1e-6)
         of_head = jax.tree.map(operator.itemgetter(head), of_kernel)
         np.testing.assert_allclose(values[head], of_head.of_distance(distances), rtol=1e-5)
+
+
+def test_slopes_in_16_bits_reach_from_the_next_token_to_the_farthest():
+    """The steepest that KERPLE allows: near keys, which have the attention, are not lost beside far ones."""
+    bias = KerplePower(r1=jnp.array([1.0]), r2=jnp.array([2.0]))
+    words, units = bias_sums.slope_table(bias, 32_768, 32_768)
+    middle = words.shape[2] // 2
+    of_r1 = np.asarray(words[0, 0, middle + 1 :]).view(np.float16)[::2].astype(np.float64) * float(units[0, 0])
+    np.testing.assert_allclose(of_r1, -(np.arange(1.0, middle) ** 2), rtol=2e-3)
 
 
 def test_sums_by_distance_give_the_whole_gradient_of_a_table():
