@@ -16,7 +16,7 @@ from pallas_kernels import dispatch
 from train.assemble import Parts, assemble, batch_placement, memory_in_use
 from train.config import TrainConfig, load_config
 from train.data import open_data
-from train.devices import model_flops_utilization
+from train.devices import device_table, model_flops_utilization
 from train.loop import MAX_STEPS_IN_FLIGHT
 from train.planning.auto import start
 from train.state import create_state
@@ -111,7 +111,8 @@ def measure_prepared(
     tokens = np.mean([np.sum(of_batch) for of_batch in lengths])
     flops = float(np.mean([forward_flops(parts.model, of_batch) for of_batch in lengths]))
     device_kind = mesh.devices.flat[0].device_kind
-    mfu = model_flops_utilization(flops, timing.median, device_kind=device_kind, num_devices=mesh.size)
+    table = device_table(config.device_table)
+    mfu = model_flops_utilization(flops, timing.median, device_kind=device_kind, num_devices=mesh.size, table=table)
     details = {"tokens/s": float(tokens / timing.median), "tokens a step": float(tokens)}
     if mfu is not None:
         details["MFU %"] = 100 * mfu

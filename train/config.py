@@ -56,8 +56,8 @@ class TrainConfig:
     context_parallel: ContextParallelConfig = dataclasses.field(default_factory=ContextParallelConfig)
     """How a sequence is split over the context axes of the mesh, where they have more than one device."""
     device_table: str | None = None
-    """Speeds of devices, a file that `python -m train.calibrate` writes: what `strategy: auto` and `train.plan` go by.
-    null takes those that come with the package, of GPUs and TPUs."""
+    """Speeds of devices, a file that `python -m train.calibrate` writes: what `strategy: auto`, `train.plan`, MFU and
+    the warning of too little memory go by. null takes those that come with the package, of GPUs and TPUs."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """The processes and devices of the run."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

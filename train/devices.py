@@ -104,12 +104,12 @@ def _own_table() -> DeviceTable:
 
 
 def model_flops_utilization(
-    forward_flops: float, seconds: float, *, device_kind: str, num_devices: int
+    forward_flops: float, seconds: float, *, device_kind: str, num_devices: int, table: DeviceTable
 ) -> float | None:
     """MFU = 3 x forward FLOPs / seconds / (devices x peak); None where the table does not list the device.
 
     The backward pass counts twice the forward one; recomputation (remat) counts nothing.
     Reference: Chowdhery et al., PaLM, arXiv:2204.02311, Appendix B.
     """
-    found = device_table().of_kind(device_kind)
+    found = table.of_kind(device_kind)
     return None if found is None else 3 * forward_flops / seconds / (num_devices * found[1].peak_flops)

@@ -18,6 +18,7 @@ from train.assemble import assemble, batch_placement, check_agreement, check_lay
 from train.checkpoint import CheckpointError, Checkpoints, Position, changed_settings, find_checkpoint, load_params
 from train.config import ConfigError, TrainConfig, config_text
 from train.data import Data, open_data
+from train.devices import device_table
 from train.evaluation import evaluate, make_eval_step
 from train.files import write_text
 from train.in_flight import BadStep, Batches, StepsInFlight
@@ -99,7 +100,7 @@ def train(config: TrainConfig) -> None:
         _write_config(config)
         settings = to_dict(_recorded(config))
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step, settings=settings)))
-        watch = Watch(mesh, parts.model)
+        watch = Watch(mesh, parts.model, device_table(config.device_table))
         in_flight = StepsInFlight(config.training, config.metrics, data, watch, log, display)
         in_flight.losses = RecentLosses(config.training.spikes, position.losses)
         eval_step = make_eval_step(

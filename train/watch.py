@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from longctx.model import ModelConfig
 from longctx.model_flops import forward_flops
-from train.devices import model_flops_utilization
+from train.devices import DeviceTable, model_flops_utilization
 
 _RECENT_STEPS = 100
 _HOST_NAME_BYTES = 64
@@ -33,8 +33,8 @@ class Watch:
     wait for each other in every step, so durations are the same everywhere; host times tell which process is late.
     """
 
-    def __init__(self, mesh: Mesh, model: ModelConfig):
-        self._mesh, self._model = mesh, model
+    def __init__(self, mesh: Mesh, model: ModelConfig, table: DeviceTable):
+        self._mesh, self._model, self._table = mesh, model, table
         self._durations: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._running: _Sums | None = None
         self._last_end = 0.0
@@ -93,6 +93,7 @@ class Watch:
                 seconds,
                 device_kind=self._mesh.devices.flat[0].device_kind,
                 num_devices=self._mesh.size,
+                table=self._table,
             )
             if mfu is not None:
                 found["mfu"] = mfu

@@ -90,6 +90,13 @@ def finished(run, tmp_path_factory):
     return run_dir
 
 
+def test_a_table_of_devices_that_is_not_there_is_told_before_anything_is_written(run, tmp_path, capsys):
+    table = tmp_path / "speeds.yaml"
+    assert run(tmp_path / "run", f"device_table={table}") == 2
+    assert f"{table}: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def losses(run_dir):
     return [(r["step"], r["loss"], r["grad_norm"]) for r in read_records(run_dir / "metrics.jsonl") if "loss" in r]
 

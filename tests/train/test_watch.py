@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from longctx import MeshConfig, ModelConfig, make_mesh
+from longctx import MeshConfig, ModelConfig, forward_flops, make_mesh
 from longctx.mixers.attention import AttentionConfig
+from train.devices import DeviceSpec, DeviceTable, device_table
 from train.watch import Watch
 
 
@@ -29,7 +30,7 @@ def watch(clock):
 
     mixers = {"global": AttentionConfig(num_heads=2)}
     model = ModelConfig(vocab_size=8, dim=8, num_layers=1, mlp_dim=8, mixers=mixers, pattern=("global",))
-    return Watch(make_mesh(MeshConfig(), jax.devices()[:1]), model)
+    return Watch(make_mesh(MeshConfig(), jax.devices()[:1]), model, device_table())
 
 
 def steps(watch, clock, durations, reading=0.0):
@@ -57,6 +58,19 @@ def test_figures_of_time(watch, clock):
     assert figures["tokens_per_second"] == pytest.approx(20 * 8 / 30.0)
     assert figures["host_memory_gib"] > 0.01
     assert watch.host_seconds == pytest.approx(0.25)
+
+
+def test_mfu_is_of_the_table_at_hand(watch, clock):
+    """A table of the config's may know devices that ours does not."""
+    watch.restart()
+    steps(watch, clock, [2.0])
+    assert "mfu" not in watch.figures()
+    spec = DeviceSpec(device_kinds=("cpu",), peak_tflops=1e-9)
+    known = Watch(watch._mesh, watch._model, DeviceTable(devices={"ours": spec}))
+    known.restart()
+    steps(known, clock, [2.0])
+    flops = forward_flops(watch._model, np.array([5, 3]))
+    assert known.figures()["mfu"] == pytest.approx(3 * flops / (2.0 * 1e3))
 
 
 def test_a_pause_counts_for_nothing_and_a_record_for_what_is_before_it(watch, clock):

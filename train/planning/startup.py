@@ -29,7 +29,7 @@ class MemoryWatch:
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, parts: Parts):
-        target = local_target(mesh.local_devices, device_table())
+        target = local_target(mesh.local_devices, device_table(config.device_table))
         self._run = Run(config=config, target=target, mesh=mesh, parts=parts)
 
     def warning(self) -> str | None:
