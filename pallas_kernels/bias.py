@@ -5,8 +5,9 @@
 A bias is a pytree whose leaves, `[N, ...]`, are its parameters; they are split over devices as heads are. Positions are
 those of `Tokens`, within a document, and pairs that the mask forbids do not count. A kind is one class here: what a
 pair's bias is, `of_distance` for those that depend on the distance alone. Gradients of parameters are JAX's of that.
-XLA evaluates the class as it is. A kernel does so for a `DistanceBias`: elementwise where each parameter is one number
-a head, and by a table of short distances where the bias has a `reach`, beyond which it is one number on each side.
+XLA evaluates the class as it is. A kernel does so for a `DistanceBias`: elementwise, or by a table of distances, where
+each parameter is one number a head, and by a table of short distances where the bias has a `reach`, beyond which it is
+one number on each side.
 
 Reference: `Alibi` Press, Smith and Lewis 2022, arXiv:2108.12409; `T5Buckets` Raffel et al. 2020, arXiv:1910.10683;
 `KerpleLog` and `KerplePower` Chi et al. 2022, arXiv:2205.09921.

@@ -65,7 +65,8 @@ def train(config: TrainConfig) -> None:
         directory = config.checkpoint.directory(config.run_dir)
         if config.init_from and not _has_checkpoint(directory):
             find_checkpoint(config.init_from)
-        memory = MemoryWatch(config, mesh, parts)
+        table = device_table(config.device_table)
+        memory = MemoryWatch(config, mesh, parts, table)
         stack.enter_context(memory.helping())
         checkpoints = stack.enter_context(closing(Checkpoints(directory, config.checkpoint)))
         for note in checkpoints.notes:
@@ -100,7 +101,7 @@ def train(config: TrainConfig) -> None:
         _write_config(config)
         settings = to_dict(_recorded(config))
         log = stack.enter_context(closing(MetricsLog(config.run_dir, config.metrics, step=step, settings=settings)))
-        watch = Watch(mesh, parts.model, device_table(config.device_table))
+        watch = Watch(mesh, parts.model, table)
         in_flight = StepsInFlight(config.training, config.metrics, data, watch, log, display)
         in_flight.losses = RecentLosses(config.training.spikes, position.losses)
         eval_step = make_eval_step(

@@ -75,7 +75,6 @@ def forward(
     tokens = tokens or Tokens()
     # A head dim that has to be filled up would have the keys copied.
     is_whole = q.shape[3] == v.shape[3] and q.shape[3] in decode.BLOCK
-    of_bias = kernel_bias.of_call(bias, _unit(options))
     if is_whole and dropout is None and bias is None and decode.serves(q.shape[1], schedule, options):
         arguments = {"tokens": tokens, "carry": carry, "return_carry": return_carry, "options": options}
         return decode.forward(q, k, v, **arguments, num_cores=num_cores, interpret=interpret)
@@ -98,8 +97,7 @@ def forward(
         ranges=jax.tree.map(jnp.asarray, ranges),
         **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
         words=_words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
-        bias=of_bias,
-        bias_values=kernel_bias.value_table(of_bias, q_len, kv_len) if _is_in_order(tokens) else None,
+        **_bias_operands(bias, tokens, q_len, kv_len, options),
         band=band_of(blocks.bands, of_queries=True, padding=padding_q),
         carry=None if carry is None else _padded_carry(carry, padding_q, value_dim),
     )
@@ -154,10 +152,10 @@ def backward(
     blocks = _schedule(q_len, kv_len, tokens, schedule, sizes, options)
     padding_q, padding_kv = -q_len % sizes.block_q, -kv_len % sizes.block_kv
     rows, given_lse = ((0, 0), (0, 0), (0, padding_q)), lse
-    # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
     dropout_rate = 0.0 if dropout is None else dropout.rate
     # Kernels compute p / (1 - rate), and for what multiplies it (1 - rate) delta: no multiplication a pair.
     base_2 = lse * math.log2(math.e) + math.log2(1 - dropout_rate)
+    # Queries that see nothing, and those that are not there: 2^(logit - inf) = 0.
     lse = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, base_2), rows, constant_values=jnp.inf)
     head_dim, value_dim = dims_of(q, v)
     dims = head_dim, head_dim, value_dim
@@ -170,7 +168,7 @@ def backward(
             "lse": lse,
             **_padded_tokens(tokens, options.mask, padding_q, padding_kv),
             "words": _words(dropout, tokens, q_len, kv_len, padding_q, padding_kv),
-            "bias": kernel_bias.of_call(bias, _unit(options)),
+            **_bias_operands(bias, tokens, q_len, kv_len, options),
         },
         out=out,
         dout=dout,
@@ -245,11 +243,6 @@ class _Backward:
         return self.operands["q_positions"] is None and self.operands["kv_positions"] is None
 
     @property
-    def bias_values(self) -> jax.Array | None:
-        """The bias by distance, where kernels read it so."""
-        return kernel_bias.value_table(self.operands["bias"], self.q_len, self.kv_len) if self.is_in_order else None
-
-    @property
     def span(self) -> Span | None:
         """The mask's, where tokens are in order and it has bounds."""
         span = self.options.mask.span
@@ -308,7 +301,6 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         slopes = slope_table(bias, call.q_len, call.kv_len)
     inputs = backward_kernel.Inputs(
         **call.operands,
-        bias_values=call.bias_values,
         slopes=None if slopes is None else slopes.words,
         delta=delta * (1 - call.dropout_rate),
         band=band_of(blocks.bands, of_queries=False, padding=-call.kv_len % backward_kernel.BLOCK),
@@ -349,7 +341,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
 def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array | None, ...]:
     """dq, dk and dv, padded, and the sums for the bias or None, by kernels that each add up their own."""
     num_cores = hopper_cores(call.interpret, interpreted=4)
-    delta, bias_values = call.delta() * (1 - call.dropout_rate), call.bias_values
+    delta = call.delta() * (1 - call.dropout_rate)
 
     def gradient(name: str, ranges: BlockRanges, running) -> tuple[jax.Array, ...]:
         if call.kv_len < split_kernel.BLOCK:
@@ -358,7 +350,6 @@ def _differentiate_split(call: _Backward, blocks: Schedule) -> tuple[jax.Array |
         padding = -(call.q_len if of_queries else call.kv_len) % split_kernel.BLOCK
         inputs = split_kernel.Inputs(
             **call.operands,
-            bias_values=bias_values,
             delta=delta,
             band=band_of(blocks.bands, of_queries=of_queries, padding=padding),
             ranges=jax.tree.map(jnp.asarray, ranges),
@@ -543,8 +534,14 @@ def _padded_tokens(tokens: Tokens, mask: Mask, padding_q: int, padding_kv: int) 
     }
 
 
-def _is_in_order(tokens: Tokens) -> bool:
-    return tokens.q_positions is None and tokens.kv_positions is None
+def _bias_operands(
+    bias: Bias | None, tokens: Tokens, q_len: int, kv_len: int, options: Options
+) -> dict[str, kernel_bias.KernelBias | jax.Array | None]:
+    """What kernels read of a bias; by distance where tokens are in order."""
+    of_call = kernel_bias.of_call(bias, _unit(options))
+    has_no_positions = tokens.q_positions is None and tokens.kv_positions is None
+    values = kernel_bias.value_table(of_call, q_len, kv_len) if has_no_positions else None
+    return {"bias": of_call, "bias_values": values}
 
 
 def _unit(options: Options) -> float:

@@ -42,6 +42,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     Side,
     TileBias,
     added,
+    bring_distances_near,
     nothing_summed,
     num_sums,
     store_sums,
@@ -388,9 +389,8 @@ class _Block:
         """What consumers will read of the table of biases."""
         if self.inputs.bias_values is None or self.config.interpret:
             return
-        values, distance = self.inputs.bias_values, tile.index * self.tile_len - item.row * BLOCK
-        first = distance + values.shape[1] // 2 - BLOCK
-        bring_near(values.at[tile.head, pl.ds(first, BLOCK)], offsets=[i * BLOCK for i in range(2)])
+        distance = tile.index * self.tile_len - item.row * BLOCK
+        bring_distances_near([self.inputs.bias_values.at[tile.head]], distance - BLOCK, 2 * BLOCK)
 
     # The adder.
 

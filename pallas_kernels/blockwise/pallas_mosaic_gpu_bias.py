@@ -45,7 +45,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
     rows,
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import row_of_batch
-from pallas_kernels.mosaic_gpu import WARPGROUP, refuse, store_registers
+from pallas_kernels.mosaic_gpu import WARPGROUP, bring_near, refuse, store_registers
 from pallas_kernels.tokens import Leaf
 from pallas_kernels.wgmma import IN_FLIGHT, ROWS, SCALAR, array_type, as_int32, fragmented
 
@@ -159,6 +159,12 @@ def value_table(bias: KernelBias | None, q_len: int, kv_len: int) -> jax.Array |
     return jax.vmap(lambda head, distances: head.of_distance(distances), (0, None))(
         bias, distances_of_table(q_len, kv_len)
     )
+
+
+def bring_distances_near(tables: Sequence, least: ArrayLike, count: int) -> None:
+    """So many of tables by distance, vectors in device memory, from the least on, to the first-level cache."""
+    at = pl.ds(least + tables[0].shape[0] // 2, WARPGROUP)
+    bring_near(*(table.at[at] for table in tables), offsets=range(0, count, WARPGROUP))
 
 
 def slopes_of(bias: KernelBias, head: ArrayLike) -> Callable[[jax.Array], tuple[jax.Array, ...]]:

@@ -31,11 +31,12 @@ from jaxlib.mlir.dialects import arith, llvm, math, vector
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import (
     KernelBias,
     NearTable,
+    bring_distances_near,
     distances_of_table,
     num_sums,
     slopes_of,
 )
-from pallas_kernels.mosaic_gpu import WARPGROUP, bring_near
+from pallas_kernels.mosaic_gpu import WARPGROUP
 from pallas_kernels.wgmma import ROWS, SCALAR, TILE_BYTES, TRANSFORMS, array_type, as_int32
 
 _MOST_REACH = 1024
@@ -61,7 +62,7 @@ class KeySums:
     """Of a block of 128 keys.
 
     Attributes:
-      bias: References, base 2.
+      bias: References.
       table: The words of the bias' `SlopeTable`, a reference; None where it is linear or has a reach.
       near: Of `near_zeros`, zeros before the first tile, a reference; None where it has no reach.
       kv_len: Keys that there are.
@@ -83,10 +84,8 @@ class KeySums:
         """What `added` will read of the table, to the first-level cache."""
         if self.table is None or self.interpret:
             return
-        first = distance + self.table.shape[2] // 2 - WARPGROUP
-        _, num_words, length = self.table.shape
-        offsets = [i * length + j * WARPGROUP for i in range(num_words) for j in range(2)]
-        bring_near(self.table.at[head, 0, pl.ds(first, WARPGROUP)], offsets=offsets)
+        tables = [self.table.at[head, i] for i in range(self.table.shape[1])]
+        bring_distances_near(tables, distance - WARPGROUP, 2 * WARPGROUP)
 
     def added(
         self,

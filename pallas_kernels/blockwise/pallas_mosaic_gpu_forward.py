@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 
 from pallas_kernels import wgmma_forward
-from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, Side, TileBias
+from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias, Side, TileBias, bring_distances_near
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig, Pairs
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
@@ -53,7 +53,7 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import (
 )
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Walk, row_of_batch
 from pallas_kernels.dropout import is_kept
-from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, bring_near, sync
+from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, Deal, arrive, sync
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.schedule import BlockRanges
 from pallas_kernels.wgmma import ROWS, TRANSFORMS, Arrival
@@ -103,8 +103,8 @@ class Inputs(NamedTuple):
     """What the kernel reads; None where there is nothing to read.
 
     q, k and v are of lengths that are multiples of 8, tokens and carry of whole tiles of the kernel. A carry whose acc
-    is None has seen no values. The words are dropout's, the band is that of queries, and the
-    values of the bias are its `value_table`, where there is one.
+    is None has seen no values. The words are dropout's, the band is that of queries, and the values of
+    the bias are its `value_table`, where there is one.
     """
 
     q: Any
@@ -296,10 +296,9 @@ class _Block:
         """What consumers will read of the table of biases, at the distances of the item's queries and block j."""
         if self.inputs.bias_values is None or self.config.interpret:
             return
-        values, block_q, block_kv = self.inputs.bias_values, self.config.block_q, self.config.block_kv
-        first = item.row * block_q - j * block_kv + values.shape[1] // 2 - block_kv
-        offsets = range(0, block_q + block_kv, WARPGROUP)
-        bring_near(values.at[item.head, pl.ds(first, WARPGROUP)], offsets=list(offsets))
+        block_q, block_kv = self.config.block_q, self.config.block_kv
+        least = item.row * block_q - j * block_kv - block_kv
+        bring_distances_near([self.inputs.bias_values.at[item.head]], least, block_q + block_kv)
 
     # A consumer.
 

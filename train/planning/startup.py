@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from train.assemble import Parts
 from train.config import TrainConfig
-from train.devices import device_table
+from train.devices import DeviceTable
 from train.planning.analysis import estimate_memory
 from train.planning.program import Run
 from train.planning.target import local_target
@@ -26,10 +26,11 @@ class MemoryWatch:
 
     Args:
       config, mesh, parts: Of the run.
+      table: Of its devices.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, parts: Parts):
-        target = local_target(mesh.local_devices, device_table(config.device_table))
+    def __init__(self, config: TrainConfig, mesh: Mesh, parts: Parts, table: DeviceTable):
+        target = local_target(mesh.local_devices, table)
         self._run = Run(config=config, target=target, mesh=mesh, parts=parts)
 
     def warning(self) -> str | None:
