@@ -48,6 +48,9 @@ def forward(
     row_max = jnp.max(s, axis=-1)
     if carry is not None:
         row_max = jnp.maximum(row_max, carry.max)
+    # Out and lse are the same whatever it is. JAX would divide its gradient by the count of logits that equal it, which
+    # is 0 where XLA computes the logits again and they round otherwise: a bias is added with an FMA in one place only.
+    row_max = jax.lax.stop_gradient(row_max)
     p = jnp.exp(s - finite_max(row_max)[..., None])
     row_sum = jnp.sum(p, axis=-1)
     acc = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), per_query_head(v, q))
