@@ -129,13 +129,26 @@ def _repeated(function: Callable, times: int) -> Callable:
 
 def _difference(function: Callable, x: jax.Array, few: int = 2, many: int = 10) -> float:
     """Seconds of one application of `x -> function(x)`, without what a program takes to start."""
-    seconds = [_seconds(_repeated(function, times), x) for times in (few, many)]
-    return max(seconds[1] - seconds[0], 1e-9) / (many - few)
+    return _of_one(lambda times: _seconds(_repeated(function, times), x), few, many)
+
+
+def _seconds_queued(function: Callable, *arguments, few: int = 2, many: int = 10) -> float:
+    """Of one call of a compiled program of many that follow each other on the device, as layers of a step do."""
+
+    def calls(times):
+        return [function(*arguments) for _ in range(times)][-1]
+
+    return _of_one(lambda times: _seconds(calls, times), few, many)
+
+
+def _of_one(seconds_of: Callable[[int], float], few: int, many: int) -> float:
+    return max(seconds_of(many) - seconds_of(few), 1e-9) / (many - few)
 
 
 def _matmul_flops(sizes: _Sizes) -> float:
+    """Of random numbers: equal ones take less power, and a device at its limit of power is the faster for it."""
     size = sizes.matmul
-    x = jnp.full((size, size), 1 / size, sizes.dtype)
+    x = (jax.random.normal(jax.random.key(0), (size, size)) * size**-0.5).astype(sizes.dtype)
     return 2 * size**3 / _difference(lambda y: x @ y, x)
 
 
@@ -156,8 +169,8 @@ def _attention_flops(sizes: _Sizes, head_dim: int) -> tuple[str, float, float]:
         return vjp(out)
 
     with dispatch.record() as taken:
-        forward = _seconds(jax.jit(attend), q, k, v)
-    backward = max(_seconds(jax.jit(both), q, k, v) - forward, 1e-9)
+        forward = _seconds_queued(jax.jit(attend), q, k, v)
+    backward = max(_seconds_queued(jax.jit(both), q, k, v) - forward, 1e-9)
     return dict(taken)["blockwise_attention_forward"], flops / forward, BACKWARD_MATMULS * flops / backward
 
 
