@@ -58,11 +58,13 @@ class Held(NamedTuple):
 
 
 class Spaced(NamedTuple):
-    """Rows first, first + step, first + 2 step, ...; `count` of them, and none beyond."""
+    """Rows first, first + 1, ..., first + run - 1, and as many from first + step on, from first + 2 step on, ...;
+    `count` of them, and none beyond. `run` is a power of two."""
 
     first: ArrayLike
     step: int
     count: ArrayLike
+    run: int = 1
 
 
 class Numbers(NamedTuple):
@@ -120,12 +122,13 @@ class _RowNumbers:
 
     def __init__(self, asm: _Asm, rows: Held | Spaced, operands: Sequence):
         self.asm, self.step = asm, None if isinstance(rows, Held) else rows.step
+        self.run = getattr(rows, "run", 1)
         if self.step is None:
             self.held = asm.operand("r", as_int32(operands[0].registers.item()))
             asm.lines += [".reg .b32 holder;"]
         else:
             self.first, self.count = (asm.scalar(x) for x in operands)
-            asm.lines += [".reg .b32 of_64;", ".reg .pred is_row;"]
+            asm.lines += [".reg .b32 of_64, of_run;", ".reg .pred is_row;"]
 
     def read(self, registers: Sequence[str], index: str) -> None:
         """The numbers of rows index, index + 1, ... of the 64, among the 16 of this warp; negative for none."""
@@ -141,7 +144,10 @@ class _RowNumbers:
             lines += [
                 f"add.s32 of_64, {index}, {i};",
                 f"setp.lt.s32 is_row, of_64, {self.count};",
-                f"mad.lo.s32 {register}, of_64, {self.step}, {self.first};",
+                f"shr.u32 of_run, of_64, {self.run.bit_length() - 1};",
+                f"mad.lo.s32 {register}, of_run, {self.step}, {self.first};",
+                f"and.b32 of_run, of_64, {self.run - 1};",
+                f"add.s32 {register}, {register}, of_run;",
                 f"selp.b32 {register}, {register}, -1, is_row;",
             ]
 
@@ -476,4 +482,5 @@ def interpret_add(x: jax.Array, target, rows: Spaced, column: int) -> None:
 def _row_number(rows: Listed | Spaced, i):
     if isinstance(rows, Listed):
         return rows.numbers[rows.at, i]
-    return jnp.where(i < rows.count, rows.first + i * rows.step, -1)
+    number = rows.first + i // rows.run * rows.step + i % rows.run
+    return jnp.where(i < rows.count, number, -1)

@@ -26,13 +26,17 @@ from pallas_kernels.wgmma import (
 _SMEM = plgpu.RefType(TRANSFORMS)
 
 
-def logits(a_smem, b_smem, *, slot: jax.typing.ArrayLike, part: jax.typing.ArrayLike = 0) -> jax.Array:
-    """a[slot] b^T of the part-th 64 rows of a[slot]: float32 `[64, C]`, of `[slots, R, H]` and `[1, C, H]`."""
+def logits(
+    a_smem, b_smem, *, slot: jax.typing.ArrayLike, part: jax.typing.ArrayLike = 0, b_slot: jax.typing.ArrayLike = 0
+) -> jax.Array:
+    """a[slot] b[b_slot]^T of the part-th 64 rows of a[slot]: float32 `[64, C]`, of slots of `[R, H]` and `[C, H]`."""
     (rows, head_dim), num_columns = a_smem.shape[1:], b_smem.shape[1]
     dtype = PTX_DTYPES[a_smem.dtype.name]
 
-    @plgpu.inline_mgpu(arg_types=(_SMEM, _SMEM, SCALAR, SCALAR), return_type=array_type((ROWS, num_columns), MATRIX))
-    def emit(_, a_smem, b_smem, slot, part):
+    @plgpu.inline_mgpu(
+        arg_types=(_SMEM, _SMEM, SCALAR, SCALAR, SCALAR), return_type=array_type((ROWS, num_columns), MATRIX)
+    )
+    def emit(_, a_smem, b_smem, slot, part, b_slot):
         row_of_tiles = head_dim // 64 * TILE_BYTES
         ptx = Ptx()
         s = ptx.write(num_columns // 2)
@@ -41,7 +45,7 @@ def logits(a_smem, b_smem, *, slot: jax.typing.ArrayLike, part: jax.typing.Array
             "l",
             (
                 descriptor(a_smem, *at, leading=0, stride=row_of_tiles),
-                descriptor(b_smem, leading=0, stride=row_of_tiles),
+                descriptor(b_smem, (b_slot, num_columns * head_dim * 2), leading=0, stride=row_of_tiles),
             ),
         )
         ptx.begin()
@@ -50,7 +54,7 @@ def logits(a_smem, b_smem, *, slot: jax.typing.ArrayLike, part: jax.typing.Array
         ptx.wait(0)
         return fragmented(ptx.emit(), (ROWS, num_columns)).to_layout(MATRIX.to_mgpu())
 
-    return emit(a_smem, b_smem, *int32s((slot, part)))
+    return emit(a_smem, b_smem, *int32s((slot, part, b_slot)))
 
 
 def weighted(p: jax.Array, v_smem) -> jax.Array:

@@ -95,11 +95,12 @@ class Problem(NamedTuple):
     """Some queries, and the whole blocks that they choose from besides those that they always have.
 
     Attributes:
-      q, lse, first, stop, k, whole_compressed: As of `scores_of_queries`.
+      begin: The number of the first query of a row, int32; some of the last Q may be beyond the row.
+      lse, first, stop, k, whole_compressed: As of `scores_of_queries`.
       after, end: Blocks strictly between these numbers among whole ones may be chosen, `[F, Q]`.
     """
 
-    q: jax.Array
+    begin: jax.Array
     lse: jax.Array
     first: jax.Array
     stop: jax.Array
@@ -112,31 +113,38 @@ class Problem(NamedTuple):
 def _by_xla(q, k, lse, tables, queries, *, sizes: NsaSizes, scale: float):
     """`choose_blocks` on any platform."""
 
+    (B, T, N, H), K = q.shape, k.shape[2]
+    group = _group_of(T, _MOST_SCORES_AT_ONCE // (B * N * k.shape[1]))
+    folded = fold_queries(q, K).reshape(B * K, T, N // K, H)
+    folded = jnp.pad(folded, ((0, 0), (0, -T % group), (0, 0), (0, 0)))
+
     def best(problem: Problem, count: int) -> jax.Array:
-        arrays = problem.q, problem.k, problem.lse, problem.first, problem.stop, problem.whole_compressed
+        of_group = jax.lax.dynamic_slice_in_dim(folded, problem.begin, group, axis=1)
+        arrays = of_group, problem.k, problem.lse, problem.first, problem.stop, problem.whole_compressed
         scores = scores_of_queries(*arrays, sizes=sizes, scale=scale)
         column = jnp.arange(scores.shape[2], dtype=jnp.int32)
         is_free = (problem.after[..., None] < column) & (column < problem.end[..., None])
         score, chosen = jax.lax.top_k(jnp.where(is_free, scores, -jnp.inf), count)
         return jnp.where(score > -jnp.inf, chosen, -1)
 
-    group = _MOST_SCORES_AT_ONCE // (q.shape[0] * q.shape[2] * k.shape[1])
     return _choose(best, group, q, k, lse, tables, queries, sizes)
 
 
 def _by_mosaic_gpu(q, k, lse, tables, queries, *, sizes: NsaSizes, scale: float):
     """`choose_blocks` on a Hopper GPU: scores are summed over the heads of a group before they are in memory."""
-    B, _, N, _ = q.shape
+    B, T, N, _ = q.shape
     K, W = k.shape[2], tables.whole_number.shape[1]
     pallas_mosaic_gpu_nsa_choose.check(q, N // K, W, sizes.num_blocks - ALWAYS_CHOSEN)
     fold = pallas_mosaic_gpu_nsa_choose.Fold(1 - sizes.compress_block // sizes.compress_stride, _times(sizes))
 
     def best(problem: Problem, count: int) -> jax.Array:
-        p = pallas_mosaic_gpu_nsa_choose.probabilities(*problem[:1], problem.k, *problem[1:4], scale=scale)
+        # Of q as it is: no part of it is copied.
+        queries = problem.begin, problem.lse, problem.first, problem.stop
+        p = pallas_mosaic_gpu_nsa_choose.probabilities(q, problem.k, *queries, scale=scale)
         bounds = problem.whole_compressed, problem.after, problem.end
         return pallas_mosaic_gpu_nsa_choose.choose(p, *bounds, count, fold)
 
-    group = _MOST_SCORES_AT_ONCE // (B * K * k.shape[1])
+    group = _group_of(T, _MOST_SCORES_AT_ONCE // (B * K * k.shape[1]))
     return _choose(best, group, q, k, lse, tables, queries, sizes)
 
 
@@ -150,9 +158,14 @@ def _times(sizes: NsaSizes) -> tuple[int, ...]:
     return tuple(sum(0 <= shift + n < of_block for n in range(of_compressed)) for shift in shifts)
 
 
+def _group_of(length: int, most: int) -> int:
+    """How many queries of a row are taken at a time."""
+    return max(1, min(length, most))
+
+
 def _choose(best: Callable, group: int, q, k, lse, tables: BlockTables, queries: TokenBlocks, sizes: NsaSizes):
-    """`choose_blocks`, at most `group` queries at a time, of which `best(problem, count)` are the best whole blocks."""
-    (B, T, N, H), K = q.shape, k.shape[2]
+    """`choose_blocks`, `group` queries at a time, of which `best(problem, count)` are the best whole blocks."""
+    (B, T, N, _), K = q.shape, k.shape[2]
     F, W = B * K, tables.whole_number.shape[1]
     num_scored = min(sizes.num_blocks - ALWAYS_CHOSEN, W)
 
@@ -164,11 +177,11 @@ def _choose(best: Callable, group: int, q, k, lse, tables: BlockTables, queries:
     keys = fold_keys(k)[:, :, 0]
 
     def of_group(args):
-        q, lse, first, stop, place, own, whole_first = args
+        begin, lse, first, stop, place, own, whole_first = args
         own_in_document = place // sizes.block_size
         # Behind the first, and before the two that are always there.
         end = jnp.where(own >= 0, whole_first + own_in_document - 1, 0)
-        chosen = best(Problem(q, lse, first, stop, whole_first, end, keys, whole_compressed), num_scored)
+        chosen = best(Problem(begin, lse, first, stop, whole_first, end, keys, whole_compressed), num_scored)
         number = jax.vmap(lambda number, chosen: number[chosen])(whole_number, jnp.maximum(chosen, 0))
         always = [
             jnp.where((own >= 0) & is_another, own - back, -1)
@@ -181,14 +194,13 @@ def _choose(best: Callable, group: int, q, k, lse, tables: BlockTables, queries:
         return jnp.concatenate([jnp.stack(always, axis=-1), jnp.where(chosen >= 0, number, -1)], axis=-1)
 
     per_query = (
-        fold_queries(q, K).reshape(F, T, N // K, H),
         fold_lse(lse, K).reshape(F, T, N // K),
         *map(
             folded,
             (queries.compressed_first, queries.compressed_stop, queries.place, queries.own, queries.whole_first),
         ),
     )
-    group = max(1, min(T, group))
-    chosen = jax.lax.map(of_group, tuple(in_groups(x, group) for x in per_query))
+    begins = jnp.arange(0, T, group, dtype=jnp.int32)
+    chosen = jax.lax.map(of_group, (begins, *(in_groups(x, group) for x in per_query)))
     chosen = jnp.moveaxis(chosen, 0, 1).reshape(B, K, -1, ALWAYS_CHOSEN + num_scored)
     return chosen[:, :, :T].swapaxes(1, 2)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels import wgmma_chosen
+from pallas_kernels import scattered_rows, wgmma_chosen
 from pallas_kernels.blockwise.pallas_mosaic_gpu_tiles import COLUMN, columns
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP, arrive, hopper_cores, refuse, sync
 from pallas_kernels.wgmma import IN_FLIGHT, MATRIX, ROWS, SCALAR, TRANSFORMS, int32s, ptx_float
@@ -34,6 +34,7 @@ TILE = 128
 """Rows of queries, and compressed keys, of a step."""
 
 _SLOTS = 4
+_Q_SLOTS = 2
 _NUM_CONSUMERS = 2
 _LOG2_E = math.log2(math.e)
 _KEYS_OF_CHECK = 4  # that a thread counts before it looks whether there are more
@@ -52,21 +53,23 @@ def check(q, group: int, num_blocks: int, num_chosen: int) -> None:
         refuse(f"{num_chosen} blocks to choose, it takes at most 32")
 
 
-def probabilities(q: jax.Array, k: jax.Array, lse: jax.Array, first: jax.Array, stop: jax.Array, *, scale: float):
-    """The probability of each compressed key for each query, summed over the heads of its group.
+def probabilities(
+    q: jax.Array, k: jax.Array, begin: jax.Array, lse: jax.Array, first: jax.Array, stop: jax.Array, *, scale: float
+) -> jax.Array:
+    """The probability of each compressed key for each of Q queries, summed over the heads of its group.
 
     Args:
-      q: `[F, Q, G, H]`.
+      q: All queries, `[B, T, N, H]`.
       k: `[F, M, H]`.
+      begin: Which is the first of the Q; some of the last may be beyond T.
       lse: Of the attention to the compressed keys, float32 `[F, Q, G]`.
       first, stop: The keys that a query sees, int32 `[F, Q]`.
     Returns: float32 `[F, Q', M']`, of at least Q queries and M keys; anything for keys that are not seen.
     """
-    (F, Q, G, H), M = q.shape, k.shape[1]
+    (B, T, _, H), (F, Q, G), M = q.shape, lse.shape, k.shape[1]
     queries = TILE // G
     num_tiles = -(-Q // queries)
     more = (0, 0), (0, num_tiles * queries - Q)
-    q = jnp.pad(q, (*more, (0, 0), (0, 0))).reshape(F, -1, H)
     lse = jnp.pad(lse * _LOG2_E, (*more, (0, 0))).reshape(F, -1)
     k = jnp.pad(k, ((0, 0), (0, -M % TILE), (0, 0)))
     first, stop = (x.reshape(F, num_tiles, queries) for x in (jnp.pad(first, more, mode="edge"), jnp.pad(stop, more)))
@@ -78,32 +81,33 @@ def probabilities(q: jax.Array, k: jax.Array, lse: jax.Array, first: jax.Array, 
         return plgpu.SMEM(shape, q.dtype, transforms=TRANSFORMS)
 
     return plgpu.kernel(
-        lambda *refs: _Scores(num_blocks, G, scale, *refs).run(),
+        lambda *refs: _Scores((T, F // B, G), num_blocks, scale, *refs).run(),
         out_type=jax.ShapeDtypeStruct((F, num_tiles * queries, k.shape[1]), jnp.float32),
         grid=(num_blocks,),
         grid_names=("block",),
         num_threads=_NUM_CONSUMERS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            smem(1, TILE, H),
+            smem(_Q_SLOTS, TILE, H),
             smem(_SLOTS, TILE, H),
-            plgpu.Barrier(num_arrivals=1),
+            plgpu.Barrier(num_arrivals=1, num_barriers=_Q_SLOTS),
             plgpu.Barrier(num_arrivals=1, num_barriers=_SLOTS),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(q, k, lse, *bounds)
+    )(q.reshape(-1, H), k, begin[None], lse, *bounds)
 
 
 class _Scores:
     """What one block of threads does in the first kernel."""
 
-    def __init__(self, num_blocks: int, group: int, scale: float, q, k, lse, first, stop, out, q_smem, k_smem, *full):
-        self.num_blocks, self.group, self.scale = num_blocks, group, scale
-        self.q, self.k, self.lse, self.first, self.stop, self.out = q, k, lse, first, stop, out
-        self.q_smem, self.k_smem = q_smem, k_smem
-        self.q_full, self.k_full = full
+    def __init__(self, shape: tuple[int, int, int], num_blocks: int, scale: float, *refs):
+        """`shape` is tokens of a row, its kv heads, and heads that share one."""
+        self.length, self.num_kv_heads, self.group = shape
+        self.num_blocks, self.scale = num_blocks, scale
+        self.q, self.k, self.begin, self.lse, self.first, self.stop, self.out, *shared = refs
+        self.q_smem, self.k_smem, self.q_full, self.k_full = shared
         self.warpgroup = lax.axis_index("warpgroup")
-        self.q_free, self.k_free = NAMED_BARRIERS[:2]
+        self.q_free, self.k_free = NAMED_BARRIERS[0], NAMED_BARRIERS[_Q_SLOTS]
         self.everyone = (_NUM_CONSUMERS + 1) * WARPGROUP
 
     def run(self) -> None:
@@ -118,48 +122,74 @@ class _Scores:
             self.produce()
 
     def for_each_item(self, body) -> None:
-        """count = body(row and kv head, tile of queries, tiles of keys, count): those with most keys first."""
+        """count = body(row and kv head, tile of queries, tiles of keys, slot of q, count): those with most keys first.
+
+        `count` is of tiles of keys before the item.
+        """
         F, num_tiles = self.first.shape
 
-        def one_round(i, count):
+        def one_round(i, counts):
             number = i * self.num_blocks + lax.axis_index("block")
             there = jnp.minimum(number, F * num_tiles - 1)
             f, tile = lax.rem(there, F), num_tiles - 1 - lax.div(there, F)
             first, stop = self.first[f, tile], self.stop[f, tile]
             exists = (number < F * num_tiles) & (first < stop)
-            return lax.cond(exists, lambda count: body(f, tile, first, stop, count), lambda count: count, count)
 
-        lax.fori_loop(0, -(-F * num_tiles // self.num_blocks), one_round, jnp.int32(0))
+            def one_item(items, count):
+                return items + 1, body(f, tile, first, stop, lax.rem(items, _Q_SLOTS), count)
+
+            return lax.cond(exists, one_item, lambda *counts: counts, *counts)
+
+        lax.fori_loop(0, -(-F * num_tiles // self.num_blocks), one_round, (jnp.int32(0), jnp.int32(0)))
 
     def produce(self) -> None:
-        def one_item(f, tile, first, stop, count):
-            sync(self.q_free, self.everyone)
-            plgpu.copy_gmem_to_smem(self.q.at[f, pl.ds(tile * TILE, TILE)], self.q_smem.at[0], self.q_full)
+        def one_item(f, tile, first, stop, q_slot, count):
+            sync(self.q_free + q_slot, self.everyone)
+            self.gather_queries(f, tile, q_slot)
 
             def one_tile(j, count):
                 slot = lax.rem(count, _SLOTS)
                 sync(self.k_free + slot, self.everyone)
                 keys = self.k.at[f, pl.ds(j * TILE, TILE)]
                 plgpu.copy_gmem_to_smem(keys, self.k_smem.at[slot], self.k_full.at[slot])
+                pl.when(j == first)(lambda: self.announce_queries(q_slot))
                 return count + 1
 
             return lax.fori_loop(first, stop, one_tile, count)
 
         self.for_each_item(one_item)
 
+    def gather_queries(self, f, tile, q_slot) -> None:
+        """Starts to copy the heads of a group of some queries, from where they are among all `[B T N]`."""
+        num_heads, queries = self.num_kv_heads * self.group, ROWS // self.group
+        for half in range(TILE // ROWS):
+            token = self.begin[0] + (tile * (TILE // ROWS) + half) * queries
+            first = (lax.div(f, self.num_kv_heads) * self.length + token) * num_heads
+            first += lax.rem(f, self.num_kv_heads) * self.group
+            there = jnp.maximum(self.length - token, 0) * self.group
+            rows = scattered_rows.Spaced(first, num_heads, there, run=self.group)
+            scattered_rows.gather([(self.q, self.q_smem)], [], rows, q_slot * (TILE // ROWS) + half)
+
+    def announce_queries(self, q_slot) -> None:
+        """Tells the consumers that they are there."""
+        scattered_rows.wait(0)
+        plgpu.commit_smem()  # for its barrier
+        plgpu.barrier_arrive(self.q_full.at[q_slot])
+
     def consume(self) -> None:
-        arrive(self.q_free, self.everyone)
+        for slot in range(_Q_SLOTS):
+            arrive(self.q_free + slot, self.everyone)
         for slot in range(_SLOTS):
             arrive(self.k_free + slot, self.everyone)
 
-        def one_item(f, tile, first, stop, count):
-            plgpu.barrier_wait(self.q_full)
+        def one_item(f, tile, first, stop, q_slot, count):
             lse = plgpu.load(self.lse.at[f, pl.ds(tile * TILE, TILE)], layout=COLUMN, optimized=False)
+            plgpu.barrier_wait(self.q_full.at[q_slot])
 
             def one_tile(j, count):
                 slot = lax.rem(count, _SLOTS)
                 plgpu.barrier_wait(self.k_full.at[slot])
-                s = wgmma_chosen.logits(self.k_smem, self.q_smem, slot=slot, part=self.warpgroup)
+                s = wgmma_chosen.logits(self.k_smem, self.q_smem, slot=slot, part=self.warpgroup, b_slot=q_slot)
                 arrive(self.k_free + slot, self.everyone)
                 p = jnp.exp2(s * (self.scale * _LOG2_E) - columns(lse, s.shape))
                 key = j * TILE + self.warpgroup * ROWS
@@ -167,7 +197,7 @@ class _Scores:
                 return count + 1
 
             count = lax.fori_loop(first, stop, one_tile, count)
-            arrive(self.q_free, self.everyone)
+            arrive(self.q_free + q_slot, self.everyone)
             return count
 
         self.for_each_item(one_item)
