@@ -206,7 +206,8 @@ def test_a_sample_of_rows_gives_every_gradient(case):
     """With fewer rows than the sequence has: the cotangent is zero elsewhere."""
     q, k, v, dout = case.inputs("bfloat16")
     check = Check.of(case, q, k, v, dout, num_rows=10)
-    assert len(check.rows) <= 12 and check.rows[0] == 0 and check.rows[-1] == case.length - 1
+    first = 1 if case.option == "dropout" else 0
+    assert len(check.rows) <= 12 and check.rows[0] == first and check.rows[-1] == case.length - 1
     out, vjp = jax.vjp(lambda *x: attend_with(case)(*x, None), q, k, v)
     assert check.problem((out, *vjp(check.dout))) is None
     assert "dk" in check.problem((out, *vjp(dout))[:3])
