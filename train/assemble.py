@@ -1,8 +1,9 @@
 """The parts of a run that training, evaluation and generation share, made from its config."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -99,6 +100,23 @@ def check_model(build: ModelBuilder) -> nnx.GraphDef:
         return abstract_model(build)[0]
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"model: {error}") from error
+
+
+@contextlib.contextmanager
+def telling_refusals(config: TrainConfig) -> Iterator[None]:
+    """What an op refuses while a program of the config is traced becomes an error of the config.
+
+    Raises: ConfigError, which names the mixers whose implementation it is that refuses.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        asked_for = {name: getattr(mixer, "implementation", None) for name, mixer in config.model.mixers.items()}
+        named = [
+            f"model.mixers.{name}.implementation" for name, which in asked_for.items() if which and which in str(error)
+        ]
+        remedy = f"; leave out {', '.join(named)} to take one that serves" if named else ""
+        raise ConfigError(f"model: {error}{remedy}") from error
 
 
 def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> BatchPlacement:

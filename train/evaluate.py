@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from train.assemble import batch_placement, config_of, model_builder, resolved_model
+from train.assemble import batch_placement, config_of, model_builder, resolved_model, telling_refusals
 from train.checkpoint import find_checkpoint, load_params
 from train.command import run_command
 from train.config import TrainConfig
@@ -39,7 +39,8 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
             loss_tile=config.training.loss_tile,
             deterministic=config.deterministic,
         )
-        values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
+        with telling_refusals(config):
+            values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
         return {"step": step} | values
 
 

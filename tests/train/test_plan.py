@@ -135,6 +135,12 @@ def test_a_mesh_that_does_not_use_the_devices(capsys):
     assert "does not use exactly the 16 devices" in capsys.readouterr().err
 
 
+def test_an_implementation_that_does_not_serve_the_devices(capsys):
+    assert plan.main([RING, *SMALL, "model.mixers.global.implementation=cudnn"]) == 2
+    error = capsys.readouterr().err
+    assert "model: cudnn: it takes and returns no running softmax" in error and "Traceback" not in error
+
+
 def test_another_table_of_devices(capsys, tmp_path):
     table = tmp_path / "devices.yaml"
     table.write_text(
