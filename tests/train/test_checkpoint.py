@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +164,12 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path, state, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/checkpoints: cannot be written: Not a directory; choose another"):
         Checkpoints(tmp_path / "file" / "checkpoints", CheckpointConfig())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, where nobody makes folders")
+def test_a_folder_that_cannot_be_made_is_told():
+    with pytest.raises(CheckpointError, match="cannot be written: /proc/run cannot be made; choose another run_dir"):
+        Checkpoints(Path("/proc/run/checkpoints"), CheckpointConfig())
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path, stand_in, mesh):

@@ -344,9 +344,14 @@ def _locked(directory: Path) -> int | None:
 
     None on file systems that know no locks.
 
-    Raises: CheckpointError where another process holds it.
+    Raises: CheckpointError where another process holds it, or the folder cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # by file systems on which nobody makes folders, such as /proc or automounts
+        raise CheckpointError(
+            f"{directory}: cannot be written: {error.filename} cannot be made; choose another run_dir or checkpoint.dir"
+        ) from error
     lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
