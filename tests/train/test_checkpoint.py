@@ -228,6 +228,7 @@ def test_changed_settings():
     [
         ({"every": 0}, "every: got 0, wanted 1 or more, or null"),
         ({"keep_last": 0}, "keep_last: got 0, wanted 1 or more"),
+        ({"every": None, "keep_every": 15}, "keep_every: got 15 with every=null, which saves the last step alone"),
         ({"every": 10, "keep_every": 15}, "keep_every: got 15, which is no multiple of every=10"),
     ],
 )

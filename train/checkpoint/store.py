@@ -52,6 +52,11 @@ class CheckpointConfig:
                 raise ValueError(f"{name}: got {value}, wanted 1 or more, or null")
         if self.keep_last < 1:
             raise ValueError(f"keep_last: got {self.keep_last}, wanted 1 or more")
+        if self.every is None and self.keep_every is not None:
+            raise ValueError(
+                f"keep_every: got {self.keep_every} with every=null, which saves the last step alone; set both or "
+                "neither"
+            )
         if self.every is not None and self.keep_every is not None and self.keep_every % self.every:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, which is no multiple of every={self.every}, so no such step would "
