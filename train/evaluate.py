@@ -14,6 +14,7 @@ from train.config import TrainConfig
 from train.data import open_data
 from train.evaluation import evaluate, make_eval_step
 from train.planning.auto import start
+from train.progress import counted
 from train.state import abstract_model, abstract_params
 
 
@@ -39,6 +40,8 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
             loss_tile=config.training.loss_tile,
             deterministic=config.deterministic,
         )
+        total = data.num_held_out_batches(batch_size, config.evaluation.max_batches)
+        batches = counted(batches, total, "evaluating")
         with telling_refusals(config):
             values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
         return {"step": step} | values
