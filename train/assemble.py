@@ -176,6 +176,8 @@ def config_of(source: str, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises: ConfigError when there is none.
     """
     path = Path(source)
+    if not path.exists() and path.suffix != ".yaml":
+        raise ConfigError(f"{source}: is not there; pass the folder of a run or a config file")
     if not path.is_dir():
         return load_config(path, overrides)
     if not (path / "config.yaml").is_file():

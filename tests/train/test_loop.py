@@ -293,6 +293,8 @@ def test_the_generate_command(finished, capsys):
     assert capsys.readouterr().out == text
     assert generate_main([str(finished.parent)]) == 2
     assert "holds no config.yaml, so it is no run's folder" in capsys.readouterr().err
+    assert generate_main([str(finished.parent / "rum")]) == 2
+    assert "rum: is not there; pass the folder of a run or a config file" in capsys.readouterr().err
 
 
 def test_a_non_finite_step_stops_the_run(run, tmp_path, capsys):
