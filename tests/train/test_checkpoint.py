@@ -135,6 +135,10 @@ def test_a_truncated_checkpoint_names_the_one_before(tmp_path, stand_in, mesh, s
     with pytest.raises(CheckpointError, match="4: cannot be read .*; delete that folder to go on from step 2"):
         checkpoints.check(abstract)
         checkpoints.restore(abstract)
+    with pytest.raises(
+        CheckpointError, match="4: cannot be read .*; where .* shows an earlier one, delete that folder"
+    ):
+        load_params(tmp_path, abstract.params)
 
 
 @pytest.mark.parametrize(("steps", "kept"), [([2, 4], "step 2 is the last complete one"), ([4], "none is complete")])

@@ -310,7 +310,10 @@ def load_params(source: str | Path, abstract_params: Any, *, may_lack_adapters: 
     except CheckpointError:
         raise
     except Exception as error:  # as in Checkpoints.check
-        raise CheckpointError(f"{directory / str(step)}: cannot be read ({brief(error)})") from error
+        raise CheckpointError(
+            f"{directory / str(step)}: cannot be read ({brief(error)}); where `python -m train.checkpoint ls` shows an "
+            "earlier one, delete that folder to take it"
+        ) from error
     finally:
         manager.close()
 
