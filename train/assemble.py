@@ -1,8 +1,9 @@
 """The parts of a run that training, evaluation and generation share, made from its config."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -101,6 +102,23 @@ def check_model(build: ModelBuilder) -> nnx.GraphDef:
         raise ConfigError(f"model: {error}") from error
 
 
+@contextlib.contextmanager
+def telling_refusals(config: TrainConfig) -> Iterator[None]:
+    """What an op refuses while a program of the config is traced becomes an error of the config.
+
+    Raises: ConfigError, which names the mixers whose implementation it is that refuses.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        asked_for = {name: getattr(mixer, "implementation", None) for name, mixer in config.model.mixers.items()}
+        named = [
+            f"model.mixers.{name}.implementation" for name, which in asked_for.items() if which and which in str(error)
+        ]
+        remedy = f"; leave out {', '.join(named)} to take one that serves" if named else ""
+        raise ConfigError(f"model: {error}{remedy}") from error
+
+
 def batch_placement(config: TrainConfig, mesh: Mesh, *, batch_size: int) -> BatchPlacement:
     """The placement of batches of this many rows, with their tokens in the layout of the run."""
     return BatchPlacement(mesh, batch_size=batch_size, order=config.row_order(mesh.shape))
@@ -158,6 +176,8 @@ def config_of(source: str, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises: ConfigError when there is none.
     """
     path = Path(source)
+    if not path.exists() and path.suffix != ".yaml":
+        raise ConfigError(f"{source}: is not there; pass the folder of a run or a config file")
     if not path.is_dir():
         return load_config(path, overrides)
     if not (path / "config.yaml").is_file():

@@ -204,6 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", required=True, help="where the table is written, such as speeds.yaml")
     parser.add_argument("--virtual-cpu-devices", metavar="N", type=int, help="measure N virtual CPU devices")
     options = parser.parse_args(arguments)
+    if options.virtual_cpu_devices is not None and options.virtual_cpu_devices < 1:
+        parser.error(
+            f"--virtual-cpu-devices: got {options.virtual_cpu_devices}, wanted 1 or more; leave it out to measure the "
+            "machine's devices"
+        )
 
     def run() -> None:
         check_output("--out", options.out)

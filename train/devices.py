@@ -2,15 +2,27 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from train import schema
+from train.plain_yaml import ConfigError, read_mapping
 
 ASSUMED_MATMUL_SHARE = 0.85  # of the peak, where no matmul was measured
 NARROW_HEAD_DIM = 64
 """Heads up to this have as many exponentials as wide ones for half of the matmuls."""
+
+
+_DIVISORS = ("peak_tflops", "matmul_tflops", "memory_gb_per_s", "host_gb_per_s", "link_gb_per_s", "network_gb_per_s")
+"""Figures of a device that something is divided by."""
+
+
+def _check_positive(entry: object, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(entry, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}: got {value}, wanted a number above 0; measure it by train.calibrate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +36,9 @@ class AttentionSpeed:
     backward: float | None = None
     forward_narrow: float | None = None
     backward_narrow: float | None = None
+
+    def __post_init__(self):
+        _check_positive(self, ("forward", "backward", "forward_narrow", "backward_narrow"))
 
     def of(self, phase: Literal["forward", "backward"], head_dim: int) -> float | None:
         """TFLOP/s of a pass with heads of `head_dim`."""
@@ -48,6 +63,9 @@ class DeviceSpec:
     network_gb_per_s: float | None = None
     latency_us: float = 0.0
     network_latency_us: float | None = None
+
+    def __post_init__(self):
+        _check_positive(self, _DIVISORS)
 
     @property
     def peak_flops(self) -> float:
@@ -93,9 +111,15 @@ class DeviceTable:
 def device_table(path: str | None = None) -> DeviceTable:
     """The table of a file, or the one that comes with the package.
 
-    Raises: ConfigError with one line a problem.
+    Raises: ConfigError with one line a problem, each of which names the file.
     """
-    return _own_table() if path is None else schema.load(DeviceTable, path)
+    if path is None:
+        return _own_table()
+    data = read_mapping(path)
+    try:
+        return schema.parse(DeviceTable, data)
+    except ConfigError as error:
+        raise ConfigError(*(f"{path}: {problem}" for problem in error.args)) from None
 
 
 @functools.cache

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import jax
 
-from train.assemble import batch_placement, config_of, model_builder, resolved_model
+from train.assemble import batch_placement, config_of, model_builder, resolved_model, telling_refusals
 from train.checkpoint import find_checkpoint, load_params
 from train.command import run_command
 from train.config import TrainConfig
 from train.data import open_data
 from train.evaluation import evaluate, make_eval_step
 from train.planning.auto import start
+from train.progress import counted
 from train.state import abstract_model, abstract_params
 
 
@@ -39,7 +40,10 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
             loss_tile=config.training.loss_tile,
             deterministic=config.deterministic,
         )
-        values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
+        total = data.num_held_out_batches(batch_size, config.evaluation.max_batches)
+        batches = counted(batches, total, "evaluating")
+        with telling_refusals(config):
+            values = evaluate(eval_step, params, batches, placement, answer_groups=data.answer_groups)
         return {"step": step} | values
 
 

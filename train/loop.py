@@ -26,6 +26,7 @@ from train.metrics import MetricsLog, read_records
 from train.placement import one_a_device, same_everywhere
 from train.plain_yaml import dump_yaml, read_mapping
 from train.planning.auto import start
+from train.planning.program import trace_step
 from train.planning.startup import MemoryWatch
 from train.profiling import Profiler
 from train.progress import Display, duration
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> None:
         abstract = parts.abstract
         if config.sample.num_tokens:
             check_sample(parts.graphdef, abstract.params, data.tokenizer, config.sample)
+        trace_step(config, mesh, parts)
         directory = config.checkpoint.directory(config.run_dir)
         if config.init_from and not _has_checkpoint(directory):
             find_checkpoint(config.init_from)

@@ -10,6 +10,7 @@ import optax
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
+_FINAL_LR_RATIO = 0.1
 _SLOWEST_IN_BFLOAT16 = 0.99  # half a unit in the last place is at most 2^-8 of a number
 
 UNDECAYED_NAMES = ("bias", "slopes", "table", "r1", "r2", "scale", "sinks", "theta", "dt_bias", "a_log", "skip")
@@ -28,7 +29,7 @@ class OptimizerConfig:
     warmup_steps."""
     decay_steps: int | None = None
     """Length of the decay. Default: cosine, from the warm-up to the end of the run; wsd, its last tenth."""
-    final_lr_ratio: float = 0.1
+    final_lr_ratio: float = _FINAL_LR_RATIO
     """Learning rate after the decay, as a fraction of the peak."""
     b1: float = 0.9
     """Decay rate of the running mean of the gradients."""
@@ -70,6 +71,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"decay_steps: got {self.decay_steps} with schedule=constant, which does not decay; remove decay_steps "
                 "or choose schedule=cosine or wsd"
+            )
+        if self.final_lr_ratio != _FINAL_LR_RATIO and self.schedule == "constant":
+            raise ValueError(
+                f"final_lr_ratio: got {self.final_lr_ratio} with schedule=constant, which does not decay; remove "
+                "final_lr_ratio or choose schedule=cosine or wsd"
             )
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"decay_steps: got {self.decay_steps}, wanted 1 or more, or null for the default")

@@ -1,11 +1,11 @@
 """What a run shows: a live bar on a terminal, plain lines elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Display:
@@ -66,6 +66,21 @@ class Display:
         """Prints a line above the bar."""
         if not self._silent:
             self._console.print(text, markup=False, highlight=False)
+
+
+def counted[T](items: Iterable[T], total: int, label: str, *, console: Console | None = None) -> Iterator[T]:
+    """The items, with a bar of how many were taken while more are to come; on a terminal of process 0 alone.
+
+    Args:
+      items: Of which there are `total`.
+      label: What stands before the bar.
+      console: Where to; default the process's stderr, since stdout carries the result.
+    """
+    console = Console(stderr=True) if console is None else console
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    silent = jax.process_index() != 0 or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        yield from bar.track(items, total=total, description=label)
 
 
 def summary(values: Mapping[str, Any]) -> str:

@@ -26,6 +26,12 @@ def test_the_table_it_writes_is_read(small, tmp_path, capsys):
     assert "links between 8 devices of a host" in capsys.readouterr().out
 
 
+def test_a_number_of_devices_that_cannot_be(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        calibrate.main(["--out", str(tmp_path / "speeds.yaml"), "--virtual-cpu-devices", "0"])
+    assert "--virtual-cpu-devices: got 0, wanted 1 or more" in capsys.readouterr().err
+
+
 def test_a_link_is_a_latency_and_a_bandwidth(monkeypatch):
     """Of messages that take 5 us and 2 GB/s, whatever was sent."""
 

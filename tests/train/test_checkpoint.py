@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,10 @@ def test_a_truncated_checkpoint_names_the_one_before(tmp_path, stand_in, mesh, s
     with pytest.raises(CheckpointError, match="4: cannot be read .*; delete that folder to go on from step 2"):
         checkpoints.check(abstract)
         checkpoints.restore(abstract)
+    with pytest.raises(
+        CheckpointError, match="4: cannot be read .*; where .* shows an earlier one, delete that folder"
+    ):
+        load_params(tmp_path, abstract.params)
 
 
 @pytest.mark.parametrize(("steps", "kept"), [([2, 4], "step 2 is the last complete one"), ([4], "none is complete")])
@@ -162,6 +168,12 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path, state, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/checkpoints: cannot be written: Not a directory; choose another"):
         Checkpoints(tmp_path / "file" / "checkpoints", CheckpointConfig())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, where nobody makes folders")
+def test_a_folder_that_cannot_be_made_is_told():
+    with pytest.raises(CheckpointError, match="cannot be written: /proc/run cannot be made; choose another run_dir"):
+        Checkpoints(Path("/proc/run/checkpoints"), CheckpointConfig())
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path, stand_in, mesh):
@@ -220,6 +232,7 @@ def test_changed_settings():
     [
         ({"every": 0}, "every: got 0, wanted 1 or more, or null"),
         ({"keep_last": 0}, "keep_last: got 0, wanted 1 or more"),
+        ({"every": None, "keep_every": 15}, "keep_every: got 15 with every=null, which saves the last step alone"),
         ({"every": 10, "keep_every": 15}, "keep_every: got 15, which is no multiple of every=10"),
     ],
 )

@@ -278,6 +278,9 @@ def test_the_evaluate_command_repeats_the_last_evaluation(finished, capsys):
     record = [r for r in read_records(finished / "metrics.jsonl") if "eval/loss" in r][-1]
     assert values == {name: pytest.approx(record[name], rel=1e-6) for name in values}
     assert values["step"] == 20
+    assert evaluate_main([str(finished), "model.mixers.global.implementation=mosaic_gpu"]) == 2
+    error = capsys.readouterr().err
+    assert "model: mosaic_gpu: it needs an NVIDIA Hopper GPU" in error and "Traceback" not in error
 
 
 def test_the_generate_command(finished, capsys):
@@ -290,6 +293,8 @@ def test_the_generate_command(finished, capsys):
     assert capsys.readouterr().out == text
     assert generate_main([str(finished.parent)]) == 2
     assert "holds no config.yaml, so it is no run's folder" in capsys.readouterr().err
+    assert generate_main([str(finished.parent / "rum")]) == 2
+    assert "rum: is not there; pass the folder of a run or a config file" in capsys.readouterr().err
 
 
 def test_a_non_finite_step_stops_the_run(run, tmp_path, capsys):
@@ -435,6 +440,16 @@ def test_a_run_that_was_copied_does_not_train_the_other(finished, tmp_path, caps
             ["model.mixers.global.num_heads=3", "data.sources=[{kind: text, files: [none.txt]}]"],
             2,
             "model: mixers.global: head_dim: dim=16 is not a multiple of num_heads=3",
+        ),
+        (
+            ["model.mixers.global.implementation=mosaic_gpu"],
+            2,
+            "model: mosaic_gpu: it needs an NVIDIA Hopper GPU (H100, H200); leave out model.mixers.global.implem",
+        ),
+        (
+            ["mesh.data=1", "mesh.context_inner=2", "context_parallel.strategy=ring_dma"],
+            2,
+            "model: sharded_attention: ring_dma runs on tpu, got cpu; choose strategy=ring",
         ),
     ],
 )

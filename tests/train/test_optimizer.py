@@ -91,6 +91,7 @@ def test_adamw_step_by_hand():
         ({"final_lr_ratio": 1.5}, "final_lr_ratio: got 1.5, wanted a fraction"),
         ({"clip_norm": 0.0}, "clip_norm: got 0.0, wanted a number above 0, or null"),
         ({"schedule": "constant", "decay_steps": 3}, "decay_steps: got 3 with schedule=constant"),
+        ({"schedule": "constant", "final_lr_ratio": 0.5}, "final_lr_ratio: got 0.5 with schedule=constant"),
         ({"decay_steps": 0}, "decay_steps: got 0, wanted 1 or more"),
     ],
 )

@@ -36,7 +36,7 @@ def test_the_devices_at_hand(capsys, tmp_path):
     assert sum(c["count"] for c in hops) == (7 + 7 + 8) + (4 + 4 + 5)
     assert data["memory_total"] == sum(data["memory"].values())
     assert out.splitlines()[-1].startswith("fits: ")
-    assert "note: no times: train/devices.yaml has no speeds for cpu" in out
+    assert "note: no times: the table of devices has no speeds for cpu" in out
 
 
 @pytest.mark.slow
@@ -135,6 +135,12 @@ def test_a_mesh_that_does_not_use_the_devices(capsys):
     assert "does not use exactly the 16 devices" in capsys.readouterr().err
 
 
+def test_an_implementation_that_does_not_serve_the_devices(capsys):
+    assert plan.main([RING, *SMALL, "model.mixers.global.implementation=cudnn"]) == 2
+    error = capsys.readouterr().err
+    assert "model: cudnn: it takes and returns no running softmax" in error and "Traceback" not in error
+
+
 def test_another_table_of_devices(capsys, tmp_path):
     table = tmp_path / "devices.yaml"
     table.write_text(
@@ -145,7 +151,10 @@ def test_another_table_of_devices(capsys, tmp_path):
     assert "of 0.75 GiB a device" in capsys.readouterr().out
     table.write_text("devices:\n  h100: {device_kind: [H100], peak_tflops: 100}\n")
     assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--device-table", str(table)]) == 2
-    assert "device_kinds" in capsys.readouterr().err
+    assert f"{table}: devices.h100.device_kind: unknown key" in capsys.readouterr().err
+    table.write_text("devices:\n  h100: {device_kinds: [H100], peak_tflops: 0}\n")
+    assert plan.main([GPUS, "--devices", "h100:8", "--formula", "--device-table", str(table)]) == 2
+    assert f"{table}: devices.h100.peak_tflops: got 0.0, wanted a number above 0" in capsys.readouterr().err
 
 
 def test_the_table_lacks_the_device(capsys, tmp_path):

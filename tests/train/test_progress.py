@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from train.progress import Display, duration, summary
+from train.progress import Display, counted, duration, summary
 
 VALUES = {"loss": 1.2345, "bits_per_byte": 1.781, "tokens_per_second": 12345.6, "mfu": 0.4321}
 
@@ -38,6 +38,16 @@ def test_elsewhere_it_prints_lines(capsys):
         "step 11/20 loss 1.000 bits/byte - tokens/s - MFU - left -",
         "a line that is not wrapped however long it is: " + "x" * 200,
     ]
+
+
+def test_items_are_counted_on_a_terminal_and_in_silence_elsewhere():
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=is_terminal, width=80)
+        items = counted(iter("abc"), 3, "evaluating", console=console)
+        assert "".join(items) == "abc"
+        assert ("evaluating" in stream.getvalue() and "3/3" in stream.getvalue()) == is_terminal
+    assert stream.getvalue() == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])

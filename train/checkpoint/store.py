@@ -52,6 +52,11 @@ class CheckpointConfig:
                 raise ValueError(f"{name}: got {value}, wanted 1 or more, or null")
         if self.keep_last < 1:
             raise ValueError(f"keep_last: got {self.keep_last}, wanted 1 or more")
+        if self.every is None and self.keep_every is not None:
+            raise ValueError(
+                f"keep_every: got {self.keep_every} with every=null, which saves the last step alone; set both or "
+                "neither"
+            )
         if self.every is not None and self.keep_every is not None and self.keep_every % self.every:
             raise ValueError(
                 f"keep_every: got {self.keep_every}, which is no multiple of every={self.every}, so no such step would "
@@ -305,7 +310,10 @@ def load_params(source: str | Path, abstract_params: Any, *, may_lack_adapters: 
     except CheckpointError:
         raise
     except Exception as error:  # as in Checkpoints.check
-        raise CheckpointError(f"{directory / str(step)}: cannot be read ({brief(error)})") from error
+        raise CheckpointError(
+            f"{directory / str(step)}: cannot be read ({brief(error)}); where `python -m train.checkpoint ls` shows an "
+            "earlier one, delete that folder to take it"
+        ) from error
     finally:
         manager.close()
 
@@ -344,9 +352,14 @@ def _locked(directory: Path) -> int | None:
 
     None on file systems that know no locks.
 
-    Raises: CheckpointError where another process holds it.
+    Raises: CheckpointError where another process holds it, or the folder cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # by file systems on which nobody makes folders, such as /proc or automounts
+        raise CheckpointError(
+            f"{directory}: cannot be written: {error.filename} cannot be made; choose another run_dir or checkpoint.dir"
+        ) from error
     lock = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

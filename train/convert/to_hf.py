@@ -72,7 +72,7 @@ def to_hf(source: Path, output: Path, options: Export) -> str:
       source: A run's folder, its folder of checkpoints, or one checkpoint in it.
       output: The new folder.
       options: What else there is to choose.
-    Returns: what was written, in a line for the user.
+    Returns: what was written, and what was not, in lines for the user.
     Raises: ConfigError where no Hugging Face architecture computes what the model does; CheckpointError where the
       checkpoint cannot be read.
     Memory: the largest parameter (of all layers) twice, and the tensors of one file.
@@ -118,7 +118,11 @@ def to_hf(source: Path, output: Path, options: Export) -> str:
             for file in folder.glob("*.safetensors"):
                 shutil.copymode(folder / "config.json", file)  # that library lets nobody else read what it writes
     merged_too = "" if trained.lora is None else ", adapters merged"
-    return f"step {step} of {directory.parent} is in {output}: {as_json['architectures'][0]}{merged_too}"
+    missing = f"\ndata.tokenizer={tokenizer} has no files, so that a tokenizer is left for you to add"
+    return (
+        f"step {step} of {directory.parent} is in {output}: {as_json['architectures'][0]}{merged_too}"
+        f"{missing if tokenizer is not None and tokenizer_path is None else ''}"
+    )
 
 
 def _checkpoint(source: Path, step: int | None) -> tuple[Path, int]:

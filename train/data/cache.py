@@ -124,10 +124,18 @@ def save_documents(folder: Path, *, files: np.ndarray, starts: np.ndarray, docum
 
 
 def open_corpus(folder: Path, arrays: list[np.ndarray] | None = None) -> StoredCorpus:
-    """Opens a complete folder through memory maps; `arrays` are the user's own token files if it has none."""
-    if arrays is None:
-        arrays = [np.load(folder / _TOKENS, mmap_mode="r")]
-    table = np.asarray(np.load(folder / _DOCUMENTS, mmap_mode="r"))  # a plain view is quicker to index
-    files, starts, lengths, prompt_lengths, num_bytes = table
+    """Opens a complete folder through memory maps; `arrays` are the user's own token files if it has none.
+
+    Raises: DataError when what lies in it is damaged, or some of it was deleted.
+    """
+    try:
+        if arrays is None:
+            arrays = [np.load(folder / _TOKENS, mmap_mode="r")]
+        table = np.asarray(np.load(folder / _DOCUMENTS, mmap_mode="r"))  # a plain view is quicker to index
+        files, starts, lengths, prompt_lengths, num_bytes = table
+        notes = read_notes(folder)
+    except Exception as error:  # a damaged header is parsed as Python, which raises many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{folder}: damaged in data.cache_dir ({reason}); delete that folder to make it anew") from None
     documents = DocumentTable(lengths=lengths, prompt_lengths=prompt_lengths, num_bytes=num_bytes)
-    return StoredCorpus(arrays, files=files, starts=starts, documents=documents, notes=read_notes(folder))
+    return StoredCorpus(arrays, files=files, starts=starts, documents=documents, notes=notes)

@@ -176,15 +176,17 @@ class Data:
             raise DataError(
                 "no document is held out; set data.held_out_fraction above 0 or name data.held_out_sources to evaluate"
             )
-        num_batches = -(-len(self.held_out) // batch_size)
-        if max_batches is not None:
-            num_batches = min(num_batches, max_batches)
 
         def fetch(batch: int) -> Row:
             numbers = [batch * batch_size + int(row) for row in rows]
             return stack_rows([_cut(self._held_out_row(number), slots) for number in numbers])
 
-        return self._prefetched(range(num_batches), fetch)
+        return self._prefetched(range(self.num_held_out_batches(batch_size, max_batches)), fetch)
+
+    def num_held_out_batches(self, batch_size: int, max_batches: int | None = None) -> int:
+        """How many batches `held_out_batches` has."""
+        num_batches = -(-len(self.held_out) // batch_size)
+        return num_batches if max_batches is None else min(num_batches, max_batches)
 
     def _held_out_row(self, number: int) -> Row:
         if number < len(self.held_out):

@@ -26,6 +26,7 @@ from train.data.tokenizers import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 20  # enough for a parallel tokenizer, little beside a corpus
 _SCAN_TOKENS = 1 << 22
+_FIELD = "text"
 _NOT_STANDARD_LIBRARY = ("site-packages", "dist-packages", "__pycache__")
 
 
@@ -96,7 +97,7 @@ class TextSource(SourceConfig):
     files: tuple[str, ...]
     """Paths or globs of the files, read in this order and sorted within a glob; `**` crosses folders."""
 
-    field: str = "text"
+    field: str = _FIELD
     """Field of a .jsonl line or .parquet row that holds the document."""
 
     prompt_field: str | None = None
@@ -114,6 +115,11 @@ class TextSource(SourceConfig):
             missing = "prompt_field" if self.prompt_field is None else "completion_field"
             raise ValueError(
                 f"{missing}: got nothing, wanted a field name; set both prompt_field and completion_field or neither"
+            )
+        if self.prompt_field is not None and self.field != _FIELD:
+            raise ValueError(
+                f"field: got {self.field!r} with prompt_field and completion_field, which take its place; leave it or "
+                "these out"
             )
 
     def open(self, tokenizer: Tokenizer, cache_dir: Path) -> Corpus:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from longctx.context_parallel import AttentionSharding
 from longctx.sharding import CONTEXT_AXES, batch_sharding
 from pallas_kernels import dispatch
-from train.assemble import Parts, assemble
+from train.assemble import Parts, assemble, telling_refusals
 from train.config import ConfigError, TrainConfig
 from train.data import open_tokenizer
 from train.planning.target import Target
@@ -120,10 +120,24 @@ def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> dict[str, 
     }
 
 
+def trace_step(
+    config: TrainConfig, mesh: Mesh | AbstractMesh, parts: Parts, stop: jax.ShapeDtypeStruct | None = None
+) -> jax.stages.Traced:
+    """The training step, traced for the mesh in scope; a call with the same arguments then need not do it again.
+
+    Args:
+      config, mesh, parts: Of the run.
+      stop: What several processes agree by.
+    Raises: ConfigError where an op refuses what a layer asks of it on these devices.
+    """
+    with telling_refusals(config):
+        return parts.train_step.trace(parts.abstract, abstract_batch(config, mesh), stop, None, None)
+
+
 def compile_step(run: Run) -> Program:
     """Compiles the step that training would run.
 
-    Raises: DoesNotFit where the compiler refuses because of memory.
+    Raises: DoesNotFit where the compiler refuses because of memory; ConfigError as `trace_step`.
     Cost: tens of seconds to minutes; about the same for 8 and for 512 devices.
     """
     mesh = run.mesh
@@ -132,7 +146,7 @@ def compile_step(run: Run) -> Program:
         stop = jax.ShapeDtypeStruct((mesh.size,), bool, sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     started = time.monotonic()
     with jax.set_mesh(mesh), dispatch.record() as taken:
-        lowered = run.parts.train_step.lower(run.parts.abstract, run.batch, stop)
+        lowered = trace_step(run.config, mesh, run.parts, stop).lower()
         try:
             compiled, notes = _compiled(lowered, mesh)
         except jax.errors.JaxRuntimeError as error:

@@ -41,7 +41,7 @@ def judge(run: Run, plan: Plan) -> dict[str, list[str]]:
         notes += _exposed_rest(plan, up_front)
         notes += _long_hops(plan)
     else:
-        notes.append(f"no times: train/devices.yaml has no speeds for {plan.device_kind}")
+        notes.append(f"no times: the table of devices has no speeds for {plan.device_kind}")
     problems += _unexpected_hops(run, plan)
     for name, uneven in plan.imbalance.items():
         if uneven > _UNEVEN:

@@ -147,7 +147,10 @@ def test_a_run_with_its_tokenizer(adapted, tmp_path, capsys):
     config = read_json(back / "config.json")
     assert config["eos_token_id"] == 63 and config["bos_token_id"] is None and config["max_position_embeddings"] == 40
     assert json.loads((back / "generation_config.json").read_text()) == {"eos_token_id": 63}
+    exported(adapted, tmp_path / "bytes", "--tokenizer", "bytes")
+    assert "data.tokenizer=bytes has no files, so that a tokenizer is left for you" in capsys.readouterr().out
     first = exported(adapted / "checkpoints", tmp_path / "first", "--step", "1", "--tokenizer", "none")
+    assert "has no files" not in capsys.readouterr().out
     assert sorted(path.name for path in first.iterdir()) == ["config.json", "model.safetensors"]
     name = "model.layers.0.mlp.up_proj.weight"
     assert np.any(tensors_of(first)[name] != tensors_of(back)[name])

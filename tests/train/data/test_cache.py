@@ -1,6 +1,7 @@
 """The cache: built once, complete or not there, rebuilt when something it depends on changes."""
 
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -38,6 +39,25 @@ def test_a_source_is_tokenised_once_and_read_through_a_map(tmp_path, open_source
     assert folders(folder) == ["documents.npy", "index.json", "tokens.npy"]
     stored = np.load(folder / "tokens.npy", mmap_mode="r")
     assert stored.dtype == np.uint16 and bytes(stored.astype(np.uint8)) == b"some text"
+
+
+@pytest.mark.parametrize("name", ["documents.npy", "index.json", "tokens.npy"])
+@pytest.mark.parametrize("size", [None, 0, 130])
+def test_a_folder_that_was_damaged_is_told_and_made_anew_when_deleted(tmp_path, open_sources, documents, name, size):
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    source = TextSource(files=(str(path),))
+    open_sources(source)
+    (folder,) = (tmp_path / "cache").iterdir()
+    damaged = folder / name
+    if size is None and name != "index.json":  # without its index a folder is not complete, and is made anew
+        damaged.unlink()
+    else:
+        os.truncate(damaged, min(size or 0, damaged.stat().st_size - 1))
+    with pytest.raises(DataError, match=rf"{folder}: damaged in data.cache_dir \(.+\); delete that folder to make it"):
+        open_sources(source)
+    shutil.rmtree(folder)
+    assert documents(open_sources(source), 1) == ["some text"]
 
 
 def test_a_changed_file_is_tokenised_again(tmp_path, open_sources, documents):

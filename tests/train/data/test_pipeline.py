@@ -181,7 +181,7 @@ def test_held_out_batches_hold_every_row_once_and_end_in_empty_rows(open_sources
         batches, open_sources(SHORT, held_out_fraction=0.4).held_out_batches(batch_size=8), strict=True
     ):
         assert_same(one, other)
-    assert len(list(data.held_out_batches(batch_size=2, max_batches=3))) == 3
+    assert len(list(data.held_out_batches(batch_size=2, max_batches=3))) == 3 == data.num_held_out_batches(2, 3)
     assert len(list(data.held_out_batches(batch_size=1000, max_batches=3))) == 1
 
 

@@ -247,6 +247,10 @@ def test_text_settings_out_of_range_say_so():
         TextSource(files=("a",), prompt_field="q")
     with pytest.raises(ValueError, match="prompt_field: got nothing, wanted a field name; set both"):
         TextSource(files=("a",), completion_field="a")
+    with pytest.raises(
+        ValueError, match="field: got 'body' with prompt_field and completion_field, which take its pla"
+    ):
+        TextSource(files=("a",), field="body", prompt_field="q", completion_field="a")
 
 
 def test_a_hugging_face_tokenizer_counts_the_bytes_of_the_text(tmp_path):

@@ -82,6 +82,7 @@ def test_running_out_of_memory_ends_with_what_would_have_helped(tmp_path, capsys
 
 
 def replace_step(parts, step):
+    step.trace = parts.train_step.trace  # before the first call a run asks whether the step is served
     return dataclasses.replace(parts, train_step=step)
 
 
