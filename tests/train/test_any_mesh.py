@@ -144,4 +144,5 @@ def test_a_run_goes_on_from_mesh_to_mesh(config_file, tmp_path, rows_read, capsy
         name for _, name in wanted
     }
     for (step, name), value in wanted.items():
-        np.testing.assert_allclose(got[step, name], value, rtol=2e-5, err_msg=f"{name} of step {step}")
+        # z_loss is a mean of squares of sums that are near zero, so that their rounding counts more.
+        np.testing.assert_allclose(got[step, name], value, rtol=2e-5, atol=2e-6, err_msg=f"{name} of step {step}")
