@@ -1,6 +1,7 @@
 """What the commands have in common: errors as one line, and the exit code."""
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def _outcome(run: Callable[[], None]) -> int:
         print("interrupted outside the training loop; nothing was saved", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+            return 1
         problem = storage_problem(error) if isinstance(error, OSError) else None
         if problem is not None:
             where = f"{error.filename}: " if error.filename else ""
@@ -71,6 +74,20 @@ def _outcome(run: Callable[[], None]) -> int:
         print(f"error: {_label()}see above", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_stdout_closed() -> bool:
+    """Whether whoever read stdout, such as `head`, has enough; if so, what is left for it is dropped."""
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # it is no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return is_closed
 
 
 def _label() -> str:

@@ -122,19 +122,11 @@ def train(config: TrainConfig) -> None:
         held_out: dict[str, float] = {}
 
         def evaluate_now() -> None:
+            which = dict(batch_size=eval_batch_size, max_batches=config.evaluation.max_batches)
+            batches = data.held_out_batches(**which, rows=eval_placement.rows, slots=eval_placement.slots)
+            batches = display.counted(batches, data.num_held_out_batches(**which), "evaluating")
             held_out.update(
-                evaluate(
-                    eval_step,
-                    state.params,
-                    data.held_out_batches(
-                        batch_size=eval_batch_size,
-                        max_batches=config.evaluation.max_batches,
-                        rows=eval_placement.rows,
-                        slots=eval_placement.slots,
-                    ),
-                    eval_placement,
-                    answer_groups=data.answer_groups,
-                )
+                evaluate(eval_step, state.params, batches, eval_placement, answer_groups=data.answer_groups)
             )
             log.write(step, held_out)
             log.draw()

@@ -62,6 +62,18 @@ class Display:
         elif not self._silent:
             print(f"step {step}/{self._total} {text}", flush=True)
 
+    def counted[T](self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
+        """The items; how many were taken stands on the bar in place of metrics, or on one of its own before the first
+        step."""
+        if self._bar is None:
+            yield from counted(items, total, label, console=self._console)
+            return
+        shown = self._bar.tasks[self._task].fields["values"]
+        for number, item in enumerate(items):
+            self._bar.update(self._task, values=f"{label} {number}/{total}")
+            yield item
+        self._bar.update(self._task, values=shown)
+
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
         if not self._silent:

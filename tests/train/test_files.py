@@ -62,6 +62,24 @@ def test_commands_tell_what_is_wrong_with_the_disk_in_a_line(tmp_path, capsys):
         run_command(unforeseen)
 
 
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(monkeypatch, capsys):
+    """As `python -m train.plan --json - | head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert run_command(lambda: print("x" * 2**20)) == 1
+        print("what is flushed at exit")
+    assert capsys.readouterr().err == ""
+
+    def other_pipe():
+        raise BrokenPipeError
+
+    monkeypatch.undo()
+    with pytest.raises(BrokenPipeError):
+        run_command(other_pipe)
+
+
 def test_the_folder_of_a_result_is_looked_for_before_the_work(tmp_path, capsys):
     there, missing = tmp_path / "plan.json", tmp_path / "none" / "plan.json"
     check_output("--json", there)

@@ -50,6 +50,17 @@ def test_items_are_counted_on_a_terminal_and_in_silence_elsewhere():
     assert stream.getvalue() == ""
 
 
+def test_evaluation_stands_on_the_bar_and_then_what_was_there():
+    stream = io.StringIO()
+    with Display(20, console=Console(file=stream, force_terminal=True, width=80)) as display:
+        assert list(display.counted(iter("ab"), 2, "evaluating")) == ["a", "b"]  # before the first step
+        display.start(0)
+        display.record(5, VALUES, seconds_left=None)
+        assert list(display.counted(iter("abc"), 3, "evaluating")) == ["a", "b", "c"]
+        assert display._bar.tasks[0].fields["values"].startswith("loss 1.234")
+    assert "evaluating" in stream.getvalue() and "2/2" in stream.getvalue()
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
 def test_duration(seconds, text):
     assert duration(seconds) == text

@@ -2,12 +2,13 @@
 
 A folder is built under another name and renamed, so that one of the final name is complete, and any number of
 processes may build the same one at the same time: the first to finish wins. What a killed builder leaves
-behind is never opened. The folders may be deleted whenever no run uses them.
+behind is never opened, and removed by a builder a week later. The folders may be deleted whenever no run uses them.
 """
 
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from train.data.corpus import DocumentTable, StoredCorpus
 from train.data.errors import DataError
 
 FORMAT_VERSION = 1
+_BUILDING = ".building-"
+_ABANDONED_SECONDS = 7 * 24 * 3600
 _INDEX = "index.json"
 _TOKENS = "tokens.npy"
 _DOCUMENTS = "documents.npy"  # int64 [5, documents]: file, start, length, prompt length, bytes
@@ -42,7 +45,8 @@ def build_once(cache_dir: Path, name: str, key: Mapping[str, Any], write: Callab
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        building = cache_dir / f".building-{folder.name}-{uuid.uuid4().hex}"
+        _remove_abandoned(cache_dir)
+        building = cache_dir / f"{_BUILDING}{folder.name}-{uuid.uuid4().hex}"
         building.mkdir()
     except OSError as error:
         raise DataError(
@@ -55,6 +59,17 @@ def build_once(cache_dir: Path, name: str, key: Mapping[str, Any], write: Callab
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """What builders that were killed have left: nothing in it was written for a week."""
+    for folder in cache_dir.glob(f"{_BUILDING}*"):
+        try:
+            written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except FileNotFoundError:  # just published, or removed by another
+            continue
+        if written < time.time() - _ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(building: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -63,9 +64,9 @@ def test_a_folder_that_was_damaged_is_told_and_made_anew_when_deleted(tmp_path, 
 def test_a_changed_file_is_tokenised_again(tmp_path, open_sources, documents):
     path = tmp_path / "a.txt"
     source = TextSource(files=(str(path),))
-    for time, text in enumerate(["one", "two"]):
+    for written, text in enumerate(["one", "two"]):
         path.write_text(text)
-        os.utime(path, ns=(0, time))
+        os.utime(path, ns=(0, written))
         assert documents(open_sources(source), 1) == [text]
     assert len(folders(tmp_path / "cache")) == 2
 
@@ -140,6 +141,17 @@ def test_a_half_written_folder_is_not_used(tmp_path):
     (tmp_path / ".building-x-killed").mkdir()
     assert build_once(tmp_path, "x", {"k": 1}, write) == folder
     assert (folder / "content").read_text() == "whole"
+
+
+def test_what_a_killed_builder_left_is_removed_a_week_later(tmp_path):
+    for name, days in (("old", 8), ("new", 6)):
+        folder = tmp_path / f".building-{name}"
+        folder.mkdir()
+        (folder / "tokens.npy").write_bytes(b"0")
+        for path in (folder / "tokens.npy", folder):
+            os.utime(path, times=(time.time() - days * 24 * 3600,) * 2)
+    build_once(tmp_path, "any", {}, lambda folder: {"notes": []})
+    assert [path.name for path in tmp_path.glob(".building-*")] == [".building-new"]
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
