@@ -97,7 +97,8 @@ def train(config: TrainConfig) -> None:
                 display.note(f"weights from {config.init_from}")
 
         step, rows = int(state.step), position.rows
-        left_out = LeftOutRows(config.run_dir, fresh=fresh, writes=jax.process_index() == 0)
+        writes = jax.process_index() == 0
+        left_out = LeftOutRows(config.run_dir, fresh=fresh, writes=writes, seq_len=config.data.seq_len)
         for note in _put_aside(config, fresh=fresh) if jax.process_index() == 0 else ():
             display.note(note)
         _write_config(config)
@@ -163,13 +164,22 @@ def train(config: TrainConfig) -> None:
             checkpoints.wait()
             state = None  # its memory is needed for what is restored
             state, position = checkpoints.restore(abstract)
+            position = _in_rows_of(config, position)
             step = int(state.step)
             if left_out.rewinds_to(step) >= config.training.max_repeats:
                 raise SpikeError(
                     f"{bad.what}; the run went back to step {step} {config.training.max_repeats} times before. Lower "
                     "optimizer.learning_rate, look at the data, or raise training.max_repeats"
                 )
-            left_out.add(LeftOut(start=position.rows, stop=bad.rows, checkpoint=step, spike=bad.step))
+            left_out.add(
+                LeftOut(
+                    start=position.rows,
+                    stop=bad.rows,
+                    checkpoint=step,
+                    spike=bad.step,
+                    seq_len=config.data.seq_len,
+                )
+            )
             rows = left_out.next(position.rows, batch_size)
             in_flight.losses = RecentLosses(config.training.spikes, position.losses)
             log.rewind(step)
@@ -242,8 +252,9 @@ def train(config: TrainConfig) -> None:
 def _resume(
     config: TrainConfig, checkpoints: Checkpoints, abstract: TrainState, data: Data, display: Display
 ) -> tuple[TrainState, Position]:
-    """The state of the latest checkpoint, and its position."""
-    state, position = checkpoints.restore(abstract)
+    """The state of the latest checkpoint, and its position in rows as they are now."""
+    state, saved = checkpoints.restore(abstract)
+    position = _in_rows_of(config, saved)
     if position.rows % config.training.batch_size:
         raise ConfigError(
             f"training.batch_size: got {config.training.batch_size}, but the run has consumed {position.rows} rows, "
@@ -253,9 +264,23 @@ def _resume(
     display.note(f"resuming {config.run_dir} at step {int(state.step)}{unused}")
     for change in changed_settings(position.config, to_dict(_recorded(config))):
         display.note(f"  changed since then: {change}")
+    if position.rows != saved.rows:
+        display.note(
+            f"  rows are of another length: going on from row {position.rows} of these, as far in the data as "
+            f"{saved.rows} of the others; some documents come again, others later"
+        )
     if position.data != data.fingerprint:
         display.note("  changed since then: the documents; the rows from here on are not those the run would have had")
     return state, position
+
+
+def _in_rows_of(config: TrainConfig, position: Position) -> Position:
+    """A checkpoint's position in rows of this config's length: after as many tokens, at the next whole batch."""
+    before, now = position.config["data"]["seq_len"], config.data.seq_len
+    if before == now:
+        return position
+    batches = math.ceil(position.rows * before / (now * config.training.batch_size))
+    return dataclasses.replace(position, rows=batches * config.training.batch_size)
 
 
 def _held_out_text(values: Mapping[str, float]) -> str:

@@ -85,6 +85,8 @@ class LeftOut:
     """The step that the run went back to."""
     spike: int
     """The step that went wrong."""
+    seq_len: int | None = None
+    """Of the rows. None, of earlier versions, means the length of the run's."""
 
 
 class LeftOutRows:
@@ -94,12 +96,13 @@ class LeftOutRows:
       run_dir: The run's folder.
       fresh: Whether the run begins; what an earlier one left is then not heeded, and overwritten.
       writes: Whether this process writes the file.
+      seq_len: Of the rows that are read; what is left out of rows of another length says nothing of them.
     Raises: SpikeError where the file cannot be read.
     """
 
-    def __init__(self, run_dir: str | Path, *, fresh: bool, writes: bool):
+    def __init__(self, run_dir: str | Path, *, fresh: bool, writes: bool, seq_len: int):
         self._path = Path(run_dir) / "skipped_rows.json"
-        self._writes = writes
+        self._writes, self._seq_len = writes, seq_len
         self.parts: list[LeftOut] = []
         if self._path.exists():
             if fresh:
@@ -113,7 +116,7 @@ class LeftOutRows:
         while moved:
             moved = False
             for part in self.parts:
-                if part.start <= rows < part.stop:
+                if part.seq_len in (None, self._seq_len) and part.start <= rows < part.stop:
                     rows, moved = -(-part.stop // batch_size) * batch_size, True
         return rows
 

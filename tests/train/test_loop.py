@@ -261,6 +261,22 @@ def test_a_batch_size_that_does_not_fit_the_rows_consumed(run, finished, capsys)
     assert "training.batch_size: got 12, but the run has consumed 80 rows" in capsys.readouterr().err
 
 
+def test_rows_may_be_longer_from_a_resume_on(run, finished, tmp_path, capsys):
+    """80 rows of 64 tokens are as many as 40 of 128, and behind 42 whole batches of 6 have been read."""
+    again = tmp_path / "run"
+    shutil.copytree(finished, again)
+    longer = "data.seq_len=128", "training.batch_size=6"
+    assert run(again, *longer, "training.steps=22", "model.mixers.global.rope_theta=40000") == 0
+    output = capsys.readouterr().out
+    assert "changed since then: data.seq_len: 64 -> 128" in output
+    assert "going on from row 42 of these, as far in the data as 80 of the others" in output
+    assert run(again, *longer, "training.steps=23") == 0
+    assert "rows are of another length" not in capsys.readouterr().out
+    assert run(again, "training.steps=24") == 0
+    assert "going on from row 120 of these, as far in the data as 60 of the others" in capsys.readouterr().out
+    assert [record["step"] for record in read_records(again / "metrics.jsonl") if "loss" in record] == [*range(1, 25)]
+
+
 @pytest.mark.slow
 def test_init_from_starts_from_the_weights_alone(run, finished, tmp_path, capsys):
     assert run(tmp_path, f"init_from={finished}", "training.steps=1", "optimizer.warmup_steps=0") == 0

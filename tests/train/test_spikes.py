@@ -39,17 +39,20 @@ def test_losses_that_hardly_differ_have_a_least_deviation():
 
 
 def test_rows_that_are_left_out_are_kept_in_the_folder(tmp_path):
-    rows = LeftOutRows(tmp_path, fresh=True, writes=True)
+    rows = LeftOutRows(tmp_path, fresh=True, writes=True, seq_len=64)
     rows.add(LeftOut(start=8, stop=20, checkpoint=2, spike=5))
     rows.add(LeftOut(start=20, stop=24, checkpoint=2, spike=3))
-    again = LeftOutRows(tmp_path, fresh=False, writes=False)
+    again = LeftOutRows(tmp_path, fresh=False, writes=False, seq_len=64)
     assert [again.next(row, 4) for row in (4, 8, 16, 24)] == [4, 24, 24, 24]
     assert again.next(10, 5) == 25  # a whole batch of another size
+    rows.add(LeftOut(start=24, stop=28, checkpoint=6, spike=7, seq_len=32))  # shorter ones, which are others
+    assert LeftOutRows(tmp_path, fresh=False, writes=False, seq_len=64).next(24, 4) == 24
+    assert LeftOutRows(tmp_path, fresh=False, writes=False, seq_len=32).next(24, 4) == 28
     assert (again.rewinds_to(2), again.rewinds_to(3)) == (2, 0)
-    assert LeftOutRows(tmp_path, fresh=True, writes=True).parts == []
+    assert LeftOutRows(tmp_path, fresh=True, writes=True, seq_len=64).parts == []
     (tmp_path / "skipped_rows.json").write_text('[{"start": 1')
     with pytest.raises(SpikeError, match="skipped_rows.json: got .*, wanted the rows that the run leaves out; delete"):
-        LeftOutRows(tmp_path, fresh=False, writes=True)
+        LeftOutRows(tmp_path, fresh=False, writes=True, seq_len=64)
 
 
 @pytest.mark.parametrize(("name", "value"), [("threshold", 0.0), ("window", 3)])
@@ -138,7 +141,7 @@ def test_a_run_goes_back_and_leaves_out_the_batches_between(config_file, with_ba
 
     # The same as a run that was told from the start to leave these rows out; and it goes on so after an interruption.
     (tmp_path / "told").mkdir()
-    monitor = LeftOutRows(tmp_path / "told", fresh=False, writes=True)
+    monitor = LeftOutRows(tmp_path / "told", fresh=False, writes=True, seq_len=64)
     assert main([str(config_file), f"run_dir={tmp_path / 'told'}", setting, "training.steps=4"]) == 0
     monitor.add(LeftOut(start=24, stop=28, checkpoint=12, spike=BAD_STEP))
     assert main([str(config_file), f"run_dir={tmp_path / 'told'}", setting]) == 0
