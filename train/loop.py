@@ -33,7 +33,7 @@ from train.progress import Display, duration
 from train.sampling import check_sample, sample_text
 from train.schema import to_dict
 from train.signals import StopSignals
-from train.spikes import LeftOut, LeftOutRows, RecentLosses, SpikeError
+from train.spikes import LeftOut, LeftOutRows, RecentLosses, SpikeConfig, SpikeError
 from train.state import TrainState, create_state, together, trained
 from train.watch import Watch
 
@@ -120,6 +120,8 @@ def train(config: TrainConfig) -> None:
         eval_every = config.evaluation.every if len(data.held_out) else None
         if config.evaluation.every is not None and eval_every is None:
             display.note("nothing is held out (data.held_out_fraction), so nothing is evaluated")
+        for note in _not_heeded(config):
+            display.note(note)
         held_out: dict[str, float] = {}
 
         def evaluate_now() -> None:
@@ -272,6 +274,21 @@ def _resume(
     if position.data != data.fingerprint:
         display.note("  changed since then: the documents; the rows from here on are not those the run would have had")
     return state, position
+
+
+def _not_heeded(config: TrainConfig) -> list[str]:
+    """What is set and has no part in the run, because of other settings."""
+    notes = []
+    strategy = config.context_parallel.window_strategy
+    masks = (getattr(config.model.mixers[name], "mask", None) for name in set(config.model.layers))
+    if strategy is not None and all(mask is None or None in mask.span for mask in masks):
+        notes.append(f"context_parallel.window_strategy: got {strategy}, and no layer has a window, so it is not used")
+    spikes, default = config.training.spikes, SpikeConfig()
+    changed = [name for name in ("threshold", "window") if getattr(spikes, name) != getattr(default, name)]
+    if spikes.action == "ignore" and changed:
+        names = " and ".join(f"training.spikes.{name}" for name in changed)
+        notes.append(f"{names}: set, and training.spikes.action=ignore, so no spike is looked for")
+    return notes
 
 
 def _in_rows_of(config: TrainConfig, position: Position) -> Position:

@@ -477,8 +477,15 @@ def test_what_cannot_end_well_does_not_begin(run, tmp_path, capsys, overrides, c
 
 
 def test_a_run_tells_what_was_asked_for_and_will_not_be(run, tmp_path, capsys):
-    never = "data.held_out_fraction=0", "profile.start=2"
+    never = (
+        "data.held_out_fraction=0",
+        "profile.start=2",
+        "training.spikes.threshold=9",
+        "context_parallel.window_strategy=halo",
+    )
     assert run(tmp_path, *never, "training.steps=1", "optimizer.warmup_steps=0") == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "profile.start: got 2, and steps 1 to 1 are to come, so none is profiled" in output
     assert "nothing is held out (data.held_out_fraction), so nothing is evaluated" in output
+    assert "training.spikes.threshold: set, and training.spikes.action=ignore, so no spike is looked for" in output
+    assert "window_strategy: got halo, and no layer has a window, so it is not used" in output
