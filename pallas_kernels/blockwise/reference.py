@@ -45,12 +45,12 @@ def forward(
     maxima = None if options.block_maxima is None else _block_maxima(s, options.block_maxima)
     if options.skip_softmax_threshold:
         s = _without_negligible_tiles(s, options)
-    row_max = jnp.max(s, axis=-1)
+    # JAX would divide a maximum's gradient by the count of logits that equal it, which is 0 where XLA computes the
+    # logits again and they round otherwise: a bias is added with an FMA in one place only. With no gradient at all less
+    # would cancel in that of a row's logits, which of one token is then 5 times as far off.
+    row_max = jnp.take_along_axis(s, jnp.argmax(s, axis=-1, keepdims=True), axis=-1)[..., 0]
     if carry is not None:
         row_max = jnp.maximum(row_max, carry.max)
-    # Out and lse are the same whatever it is. JAX would divide its gradient by the count of logits that equal it, which
-    # is 0 where XLA computes the logits again and they round otherwise: a bias is added with an FMA in one place only.
-    row_max = jax.lax.stop_gradient(row_max)
     p = jnp.exp(s - finite_max(row_max)[..., None])
     row_sum = jnp.sum(p, axis=-1)
     acc = einsum("BNTS,BSNV->BTNV", _dropped(p, tokens, dropout), per_query_head(v, q))
