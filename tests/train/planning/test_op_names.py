@@ -1,6 +1,6 @@
 """Names of operations, as JAX writes them."""
 
-from train.planning.op_names import part_of, phase_of
+from train.planning.op_names import merged, part_of, phase_of, readable
 
 
 def test_names():
@@ -14,3 +14,13 @@ def test_names():
     in_forward = "jit(step)/while/body/jvp(loss)/while/body/gradient/logits/cv,vd->cd/dot_general"
     assert (part_of(in_forward), phase_of(in_forward)) == ("logits", "backward")
     assert phase_of(in_forward.replace("gradient/", "")) == "forward"
+
+
+def test_names_that_xla_merged():
+    assert merged("jit(step)/jvp()/(layer.a/mixer/x:layer.a/mlp/y)") == [
+        "jit(step)/jvp()/layer.a/mixer/x",
+        "jit(step)/jvp()/layer.a/mlp/y",
+    ]
+    assert merged("(reshape.1:jit(step)/mul)") == ["reshape.1", "jit(step)/mul"]
+    assert merged("jit(step)/jvp(loss)/mul") == ["jit(step)/jvp(loss)/mul"] and merged("") == [""]
+    assert readable("(reshape.1:jit(step)/layer.a/mlp/mul:reshape.2)") == "layer.a mlp mul"
