@@ -18,6 +18,7 @@ _LOOP_SLICE = re.compile(r"/body/(jit\(dynamic_\w+\)/\w+|dynamic_slice|dynamic_u
 
 _PARTS = ("embedding", "logits", "loss", "optimizer")
 _LAYER = re.compile(r"[/(]layer\.(\w+)")
+_MIXER = re.compile(r"jit\(.*?[/(]layer\.\w+.*?/mixer(?=/|$)")
 _MERGED = re.compile(r"(?:^|(?<=/))\((.*)\)$")
 
 
@@ -25,6 +26,17 @@ def layer_of(op_name: str) -> str | None:
     """The name of the mixer of the layer that it is part of."""
     found = _LAYER.search(op_name)
     return found and found[1]
+
+
+def is_whole(op_name: str) -> bool:
+    """Whether it begins with the compiled function, as JAX writes it."""
+    return op_name.startswith("jit(")
+
+
+def mixer_of(op_name: str) -> str | None:
+    """The path of the mixer that it is part of: "jit(step)/jvp()/layer.far/mixer" of ".../mixer/shard_map/mul"."""
+    found = _MIXER.match(_first(op_name))
+    return found and found[0]
 
 
 def merged(op_name: str) -> list[str]:
