@@ -22,6 +22,7 @@ from train.planning.target import Target, places
 from train.planning.timeline import Collective, Timeline
 from train.planning.timeline import run as run_on_paper
 from train.planning.verdict import judge
+from train.planning.whole_names import with_whole_names
 from train.state import is_on_host
 
 # Stands in where the table has no speeds: collectives are still counted, their times are left out.
@@ -33,7 +34,7 @@ def analyse(run: Run, program: Program) -> Plan:
 
     Cost: seconds for a program of 10 MB; the tiles of each hop take some seconds more at 10M tokens.
     """
-    module = hlo.parse(program.text)
+    module = with_whole_names(hlo.parse(program.text))
     work = AttentionWork(run, program.implementations)
     spec, has_speeds = _spec(run)
     num_devices = run.mesh.size

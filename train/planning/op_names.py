@@ -18,12 +18,31 @@ _LOOP_SLICE = re.compile(r"/body/(jit\(dynamic_\w+\)/\w+|dynamic_slice|dynamic_u
 
 _PARTS = ("embedding", "logits", "loss", "optimizer")
 _LAYER = re.compile(r"[/(]layer\.(\w+)")
+_MIXER = re.compile(r"jit\(.*?[/(]layer\.\w+.*?/mixer(?=/|$)")
+_MERGED = re.compile(r"(?:^|(?<=/))\((.*)\)$")
 
 
 def layer_of(op_name: str) -> str | None:
     """The name of the mixer of the layer that it is part of."""
     found = _LAYER.search(op_name)
     return found and found[1]
+
+
+def is_whole(op_name: str) -> bool:
+    """Whether it begins with the compiled function, as JAX writes it."""
+    return op_name.startswith("jit(")
+
+
+def mixer_of(op_name: str) -> str | None:
+    """The path of the mixer that it is part of: "jit(step)/jvp()/layer.far/mixer" of ".../mixer/shard_map/mul"."""
+    found = _MIXER.match(_first(op_name))
+    return found and found[0]
+
+
+def merged(op_name: str) -> list[str]:
+    """Those that XLA merged as it combined operations, in their order: "a/b" and "a/c" of "a/(b:c)"."""
+    found = _MERGED.search(op_name)
+    return [op_name[: found.start()] + name for name in found[1].split(":")] if found else [op_name]
 
 
 def part_of(op_name: str) -> str:
@@ -86,6 +105,6 @@ def argument(op_name: str) -> str:
 
 
 def _first(op_name: str) -> str:
-    """The first of those that XLA merged: "a/b/c" of "a/(b/c:d/e)" and of "a/b/c;d/e"."""
-    common, found, merged = op_name.split(";")[0].partition("/(")
-    return f"{common}/{merged.split(':')[0]}" if found else common
+    """The first that tells of those that XLA merged: "a/b/c" of "a/(b/c:d/e)", of "(x.1:a/b/c)" and of "a/b/c;d/e"."""
+    names = merged(op_name.split(";")[0])
+    return next((name for name in names if "/" in name), names[0])

@@ -22,10 +22,10 @@ import numpy as np
 from longctx.context_parallel.api import HOP_SCOPE
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from train.devices import DeviceSpec
-from train.planning.hlo import Computation, Instruction, Module
+from train.planning.hlo import Computation, Instruction, Module, Shape
 from train.planning.host_copies import HostCopy, host_copy
 from train.planning.links import Links, groups_of, is_collective, kind_of, sent_by_kernel
-from train.planning.op_names import layer_of, part_of, phase_of, readable
+from train.planning.op_names import is_telling, layer_of, merged, part_of, phase_of, readable
 from train.planning.work import Work, is_kernel
 
 HOST_COPY = "host-copy"
@@ -353,7 +353,7 @@ class _Runner:
             name=readable(instruction.op_name),
             part=part_of(instruction.op_name),
             phase=phase_of(instruction.op_name),
-            is_hop=f"/{HOP_SCOPE}/" in instruction.op_name and not _OP.search(instruction.op_name),
+            is_hop=_is_hop(instruction.op_name),
             asynchronous=True,
             count=1,
             num_bytes=num_bytes,
@@ -374,15 +374,14 @@ class _Runner:
         finished, clock = _comparable(flight.finished, result.clock)
         waited = np.maximum(0.0, finished - clock)
         overlapped = np.subtract(*_comparable(result.clock, flight.started))
-        result.collectives.append(
-            dataclasses.replace(flight.draft, overlapped=float(np.mean(overlapped)), exposed=float(np.mean(waited)))
-        )
+        whole = dataclasses.replace(flight.draft, overlapped=float(np.mean(overlapped)), exposed=float(np.mean(waited)))
+        result.collectives += _by_name(whole, flight.instruction)
         result.clock = clock + waited
 
     def _synchronous(self, instruction: Instruction, result: _Result) -> None:
         draft = dataclasses.replace(self._draft(instruction), asynchronous=False)
         result.clock = result.clock + draft.seconds
-        result.collectives.append(draft)
+        result.collectives += _by_name(draft, instruction)
 
     def _wrapped(self, instruction: Instruction) -> Instruction | None:
         """The collective in the computation that an async-start calls."""
@@ -425,17 +424,44 @@ def _comparable(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
+def _is_hop(op_name: str) -> bool:
+    return f"/{HOP_SCOPE}/" in op_name and not _OP.search(op_name)
+
+
+def _by_name(whole: Collective, instruction: Instruction) -> list[Collective]:
+    """A collective that XLA combined of several, as one for each part and phase; their times add up to its own.
+
+    XLA combines what leaves at the same time, whatever it is of: hops of the recomputation with those of the backward
+    pass, or with parameters. The name that it makes holds one for each array, in their order; where it holds fewer,
+    nobody knows whose they are, and the collective stays whole.
+    """
+    names = merged(instruction.op_name)
+    arrays = _arrays_sent(whole.kind, instruction) if is_collective(instruction) else ()
+    if len(names) == 1 or len(names) != len(arrays):
+        return [whole]
+    shares = collections.Counter()
+    for name, array in zip(names, arrays, strict=True):
+        # A name that XLA made up tells nothing: its array goes by all names together.
+        told = name if is_telling(name) else instruction.op_name
+        shares[part_of(told), phase_of(told), _is_hop(name)] += array.data_bytes
+    total = max(1, shares.total())
+    return [
+        dataclasses.replace(
+            whole,
+            part=part,
+            phase=phase,
+            is_hop=is_hop,
+            num_bytes=whole.num_bytes * share // total,
+            seconds=whole.seconds * share / total,
+            exposed=whole.exposed * share / total,
+        )
+        for (part, phase, is_hop), share in shares.items()
+    ]
+
+
 def _bytes_sent(kind: str, instruction: Instruction, group_size: int) -> int:
     """What one device sends, were every byte sent once: operand or result, less the part that stays."""
-    shapes = instruction.shapes
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # (operands, results, ...): the operands come first, and a permute's may be followed by context.
-        shapes = [s for s in shapes if s.dims or s.dtype not in ("u32", "s32")]
-        half = len(shapes) // 2
-        shapes = shapes[half:] if len(shapes) > 1 else shapes
-    elif instruction.opcode.endswith("-start"):
-        shapes = shapes[: max(1, len(instruction.operands))]
-    total = sum(shape.data_bytes for shape in shapes)
+    total = sum(shape.data_bytes for shape in _arrays_sent(kind, instruction))
     rest = group_size - 1
     match kind:
         case "collective-permute" | "collective-broadcast":
@@ -448,3 +474,16 @@ def _bytes_sent(kind: str, instruction: Instruction, group_size: int) -> int:
             return 2 * total * rest // group_size
         case _:
             return total * rest // group_size
+
+
+def _arrays_sent(kind: str, instruction: Instruction) -> Sequence[Shape]:
+    """The arrays of its result, one for each operand."""
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # (operands, results, ...): the operands come first, and a permute's may be followed by context.
+        shapes = [s for s in shapes if s.dims or s.dtype not in ("u32", "s32")]
+        half = len(shapes) // 2
+        return shapes[half:] if len(shapes) > 1 else shapes
+    if instruction.opcode.endswith("-start"):
+        return shapes[: max(1, len(instruction.operands))]
+    return shapes

@@ -120,6 +120,51 @@ def test_bytes_that_a_device_sends(instruction, num_bytes):
     assert collective.num_bytes == num_bytes and collective.group_size == 4
 
 
+BACKWARD = "jit(step)/transpose(jvp())/while/body/checkpoint"
+HOP = "layer.a/mixer/shard_map/context_parallel/ppermute"
+
+
+def combined(names, start="-start"):
+    """Arrays of 100 and 300 KB that travel as one."""
+    pair = "f32[25000]{0}, f32[75000]{0}"
+    arrays = f"(({pair}), ({pair}))" if start else f"({pair})"
+    permute = f'collective-permute{start}(%x, %y), channel_id=1, {RING}, metadata={{op_name="{names}"}}'
+    return f"""
+  %x = f32[25000]{{0}} parameter(2)
+  %y = f32[75000]{{0}} parameter(3)
+  %s = {arrays} {permute}
+{DOT if start else ""}
+{f"  %d = ({pair}) collective-permute-done(%s)" if start else ""}"""
+
+
+@pytest.mark.parametrize("start", ["-start", ""])
+def test_what_is_combined_counts_in_the_phase_of_each_array(start):
+    """As XLA for GPUs combines what the recomputation and the backward pass send; the time is that of the one."""
+    timeline = on_paper(combined(f"{BACKWARD}/({HOP}:rematted_computation/{HOP})", start))
+    hops = {c.phase: c for c in timeline.collectives}
+    assert {phase: c.num_bytes for phase, c in hops.items()} == {"backward": 100_000, "recompute": 300_000}
+    assert all(c.is_hop and c.part == "a mixer" and c.count == 1 for c in hops.values())
+    assert [hops[phase].seconds for phase in ("backward", "recompute")] == pytest.approx([0.1, 0.3])
+    assert all(c.overlapped == pytest.approx(0.5 if start else 0.0) for c in hops.values())
+    assert timeline.exposed == pytest.approx(0.0 if start else 0.4)
+    assert timeline.seconds == pytest.approx(0.5 if start else 0.4)
+
+
+def test_hops_that_are_combined_with_parameters():
+    """Their names XLA may have made up, so that only all names together tell."""
+    names = f"(reshape.1:{BACKWARD}/rematted_computation/{HOP})"
+    rest, hop = on_paper(combined(names)).collectives
+    assert (rest.is_hop, rest.num_bytes, rest.phase, rest.part) == (False, 100_000, "recompute", "a mixer")
+    assert (hop.is_hop, hop.num_bytes, hop.phase, hop.part) == (True, 300_000, "recompute", "a mixer")
+
+
+def test_what_is_combined_stays_whole_where_names_do_not_tell_arrays_apart():
+    three = f"{BACKWARD}/({HOP}:{HOP}:rematted_computation/{HOP})"
+    for names in (three, f"{BACKWARD}/{HOP}", f"{BACKWARD}/({HOP}:{HOP})"):
+        (hop,) = on_paper(combined(names)).collectives
+        assert hop.num_bytes == 400_000 and hop.seconds == pytest.approx(0.4)
+
+
 LOOP = (
     "%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {\n"
     "  %s = (s32[], f32[8]) parameter(0)\n  %i = s32[] get-tuple-element(%s), index=0\n"
