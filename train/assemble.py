@@ -88,6 +88,10 @@ def check_layers(config: TrainConfig) -> None:
 
     Raises: ConfigError, as `assemble`.
     """
+    if config.context_parallel.is_auto:  # any will do
+        config = dataclasses.replace(
+            config, context_parallel=dataclasses.replace(config.context_parallel, strategy="ring")
+        )
     check_model(model_builder(resolved_model(config, config.model.vocab_size or 1), config.attention_sharding))
 
 

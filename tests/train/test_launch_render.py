@@ -205,6 +205,11 @@ def test_the_command_line(tmp_path, capfd):
     assert main(command) == 0 and capfd.readouterr().out.startswith("#!/bin/bash\n")
     assert main([*command, "training.stepz=1"]) == 2
     assert "training.stepz: unknown key" in capfd.readouterr().err
+    heads = [f"model.mixers.global.{name}=3" for name in ("num_heads", "num_kv_heads")]
+    assert main([*command, *heads]) == 2  # layers that cannot be built
+    assert capfd.readouterr().err.startswith("model: ")
+    assert main([*command, "context_parallel.strategy=auto"]) == 0  # chosen on the hosts
+    capfd.readouterr()
     for wrong, message in (
         (command[:2] + command[4:], "the following arguments are required: --nodes"),
         ([*command, "--zone", "z"], "unrecognized arguments: --zone"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.assemble import check_layers
 from train.command import check_output, run_command
 from train.config import load_config
 from train.launch.local import SECONDS_TO_STOP, launch_local
@@ -89,7 +90,7 @@ def _render(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments[1:])
 
     def run() -> None:
-        load_config(options.config, options.overrides)  # here, not after hours in a queue
+        check_layers(load_config(options.config, options.overrides))  # here, not after hours in a queue
         values = {name: getattr(options, name) for name in placeholders}
         text = render(place, values, python=options.python, arguments=[options.config, *options.overrides])
         if options.output is None:
