@@ -19,16 +19,15 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import Mask
 from pallas_kernels.mask import Bounds, Causal, Full, PerHead, Prefix, SameDocument, Window
+from pallas_kernels.mask_grids import Neighborhood, StridedNeighborhood
 from pallas_kernels.mask_patterns import (
     BlockWindow,
     Chunked,
     GlobalQueries,
-    Neighborhood,
     PowersOfTwo,
     Predicate,
     Strided,
     StridedKeys,
-    StridedNeighborhood,
     Summary,
     Table,
 )

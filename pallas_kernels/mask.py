@@ -2,7 +2,8 @@
 
 A mask answers two questions from one set of rules: `allowed` for a pair of tokens, and `tile` for a whole tile of
 pairs from the tile's bounds. References, schedules and kernels call the same methods, so they cannot disagree. Here are
-the masks that most models need, and the ways to combine masks; mask_patterns.py has the sparse patterns.
+the masks that most models need, and the ways to combine masks; mask_patterns.py and mask_grids.py have the sparse
+patterns.
 """
 
 import abc
@@ -479,3 +480,13 @@ class PerHead(Mask):
             some=functools.reduce(operator.or_, (verdict.some for verdict in verdicts)),
             all=functools.reduce(operator.and_, (verdict.all for verdict in verdicts)),
         )
+
+
+def gap_between_blocks(gap: int, block: int) -> int:
+    """How many positions apart are two runs, of a pattern of whole blocks, if they do not count as one.
+
+    A gap anywhere holds a block where it is almost as long as two; one between whole blocks of the pattern begins where
+    a block does.
+    """
+    one_block = (gap + 1) // 2
+    return one_block if block >= one_block else gap

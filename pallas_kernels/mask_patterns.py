@@ -1,4 +1,4 @@
-"""Sparse patterns as masks: global tokens, strides, chunks, powers of two, neighborhoods, block tables, your own rules.
+"""Sparse patterns as masks: global tokens, strides, chunks, powers of two, block tables, your own rules.
 
 All of them read positions, which restart in every document of a packed row, so each pattern starts afresh with the
 document; add `& SameDocument()` to keep it there.
@@ -8,15 +8,14 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pallas_kernels.mask import Bounds, Mask, Span, TileVerdict
+from pallas_kernels.mask import Bounds, Mask, Span, TileVerdict, gap_between_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,7 @@ class PowersOfTwo(Mask):
         return Span(None, self.block - 1)
 
     def num_runs(self, length, gap):
-        runs, distance, apart = 1, 1, _gap_between_blocks(gap, self.block)
+        runs, distance, apart = 1, 1, gap_between_blocks(gap, self.block)
         while 2 * distance * self.block < length:
             runs += (distance - 1) * self.block >= apart  # between this distance and the next
             distance *= 2
@@ -219,253 +218,6 @@ class Chunked(Mask):
             some=(q_first <= kv_last) & (kv_first <= q_last),
             all=(q_first == q_last) & (kv_first == kv_last) & (q_first == kv_first),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Neighborhood(Mask):
-    """Positions count a grid in row-major order: a query may attend to keys near it along every axis of the grid.
-
-    |center(t)[a] - s[a]| <= radius[a] for each axis a, where t[a] and s[a] are the coordinates. Positions that are not
-    on the grid take part in no pair.
-
-    Attributes:
-      grid: Tokens along each axis, outermost first: (H, W), or (frames, H, W).
-      radius: Reach along each axis, in tokens, or in tiles where there are any.
-      tile_shape: If given, coordinates and radius count tiles of that many tokens along each axis: sliding tile
-        attention.
-      shift_at_edges: Whether the center is moved inwards at the edges of the grid, so that every query sees as many
-        keys, as in neighborhood attention. Otherwise the center is the query itself, and the window is cut off.
-
-    Reference: Hassani et al., Neighborhood Attention Transformer, arXiv:2204.07143, section 3.1; Zhang et al., Fast
-    Video Generation with Sliding Tile Attention, arXiv:2502.04507, section 3.
-    """
-
-    grid: tuple[int, ...]
-    radius: tuple[int, ...]
-    tile_shape: tuple[int, ...] | None = None
-    shift_at_edges: bool = True
-
-    def __post_init__(self):
-        num_axes = len(self.grid)
-        for name, least in (("grid", 1), ("radius", 0), ("tile_shape", 1)):
-            value = getattr(self, name)
-            if value is not None and (not value or len(value) != num_axes or min(value) < least):
-                raise ValueError(
-                    f"Neighborhood: {name}={value} with grid={self.grid}, wanted a number >= {least} for each axis of "
-                    "the grid"
-                )
-
-    def num_runs(self, length, gap):
-        runs, extent = 1, 1  # of a window that is one token along the axes so far, innermost first
-        for axis in reversed(list(self._axes())):
-            if axis.step - extent >= gap:
-                # A key near an edge is also seen from the edge, by queries whose window was moved inwards.
-                reach = axis.radius * (3 if self.shift_at_edges else 2) + 1
-                runs *= min(reach * axis.tile, axis.length)
-            extent += (min((2 * axis.radius + 1) * axis.tile, axis.length) - 1) * axis.step
-        return runs
-
-    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
-        near = self._on_grid(q_positions) & self._on_grid(kv_positions)
-        for axis in self._axes():
-            near &= jnp.abs(axis.center(axis.tile_of(q_positions)) - axis.tile_of(kv_positions)) <= axis.radius
-        return near
-
-    def tile(self, q, kv):
-        size = math.prod(self.grid)
-        some = (q.position_min < size) & (q.position_max >= 0) & (kv.position_min < size) & (kv.position_max >= 0)
-        every = self._on_grid(q.position_min) & self._on_grid(q.position_max)
-        every &= self._on_grid(kv.position_min) & self._on_grid(kv.position_max)
-        for axis in self._axes():
-            q_first, q_last = (axis.center(x) for x in axis.tiles_of(q))
-            kv_first, kv_last = axis.tiles_of(kv)
-            some &= (kv_first <= q_last + axis.radius) & (kv_last >= q_first - axis.radius)
-            every &= (kv_last <= q_first + axis.radius) & (kv_first >= q_last - axis.radius)
-        return TileVerdict(some, every)
-
-    def _on_grid(self, positions: ArrayLike) -> ArrayLike:
-        return (positions >= 0) & (positions < math.prod(self.grid))
-
-    def _axes(self) -> "Iterator[_GridAxis]":
-        tile_shape = self.tile_shape or (1,) * len(self.grid)
-        for i, (length, radius, tile) in enumerate(zip(self.grid, self.radius, tile_shape, strict=True)):
-            yield _GridAxis(length, math.prod(self.grid[i + 1 :]), radius, tile, self.shift_at_edges)
-
-
-class _GridAxis(NamedTuple):
-    """One axis of a grid.
-
-    Attributes:
-      length: Tokens along it.
-      step: Positions from one token to the next along it.
-      radius: Reach, in tiles.
-      tile: Tokens along it that make a tile.
-      shift_at_edges: As in Neighborhood.
-    """
-
-    length: int
-    step: int
-    radius: int
-    tile: int
-    shift_at_edges: bool
-
-    def tile_of(self, positions: ArrayLike) -> ArrayLike:
-        """The tile's number along this axis, from 0."""
-        return positions // self.step % self.length // self.tile
-
-    def tiles_of(self, bounds: Bounds) -> tuple[ArrayLike, ArrayLike]:
-        """The first and the last tile that positions within the bounds may be in."""
-        first, last = _coordinate_bounds(bounds.position_min, bounds.position_max, self.step, self.length)
-        return first // self.tile, last // self.tile
-
-    def center(self, tile: ArrayLike) -> ArrayLike:
-        """The middle of the window of queries in this tile; grows with the tile."""
-        if not self.shift_at_edges:
-            return tile
-        num_tiles = -(-self.length // self.tile)
-        # A window wider than the axis sees all of it.
-        return jnp.clip(tile, self.radius, max(self.radius, num_tiles - 1 - self.radius))
-
-
-@dataclasses.dataclass(frozen=True)
-class StridedNeighborhood(Mask):
-    """Tokens of a grid in groups of `stride` along each axis: all queries of a group may attend to one window of keys.
-
-    It is the window of the group's middle query, or the one after the middle, moved inwards at the edges of the grid. A
-    stride of 1 is neighborhood attention; one as large as the window is blocked attention. Positions that are not on
-    the grid take part in no pair.
-
-    Attributes:
-      grid: Tokens along each axis, outermost first: (L,), (H, W), or (frames, H, W).
-      window: Keys along each axis that a query sees; of an even number there is one more before the query than after.
-      stride: Queries along each axis that share a window.
-      tile_shape: If given, positions count the grid tile by tile, each of that many tokens along each axis, in
-        row-major order of the tiles and within them. Otherwise they count it in row-major order.
-
-    Reference: Hassani et al., Generalized Neighborhood Attention, arXiv:2504.16922.
-    """
-
-    grid: tuple[int, ...]
-    window: tuple[int, ...]
-    stride: tuple[int, ...]
-    tile_shape: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        for name, most in (("grid", self.grid), ("window", self.grid), ("stride", self.window)):
-            value = getattr(self, name)
-            fits = value and len(value) == len(self.grid) and all(1 <= x <= y for x, y in zip(value, most, strict=True))
-            if not fits:
-                raise ValueError(
-                    f"StridedNeighborhood: {name}={value} with grid={self.grid}, wanted a number >= 1 for each axis, "
-                    "of the window at most the grid's and of the stride at most the window's"
-                )
-        tile = self.tile_shape
-        if tile is not None and (
-            len(tile) != len(self.grid) or min(tile) < 1 or any(x % y for x, y in zip(self.grid, tile, strict=True))
-        ):
-            raise ValueError(
-                f"StridedNeighborhood: tile_shape={tile} with grid={self.grid}, wanted a divisor for each axis of it"
-            )
-
-    def num_runs(self, length, gap):
-        runs, extent = 1, 0  # of a window along the axes so far, innermost first
-        for axis in reversed(list(self._axes())):
-            step, (keys, queries) = axis.tile_step * axis.tile_size, axis.most_tiles()
-            extent = extent or axis.tile_size
-            if step - extent >= _gap_between_blocks(gap, axis.tile_size):
-                runs *= max(keys, queries)
-            extent += (keys - 1) * step
-        return runs
-
-    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
-        near = self._on_grid(q_positions) & self._on_grid(kv_positions)
-        for axis in self._axes():
-            start, key = axis.window_start(axis.coordinate(q_positions)), axis.coordinate(kv_positions)
-            near &= (key >= start) & (key < start + axis.window)
-        return near
-
-    def tile(self, q, kv):
-        size = math.prod(self.grid)
-        some = (q.position_min < size) & (q.position_max >= 0) & (kv.position_min < size) & (kv.position_max >= 0)
-        every = self._on_grid(q.position_min) & self._on_grid(q.position_max)
-        every &= self._on_grid(kv.position_min) & self._on_grid(kv.position_max)
-        for axis in self._axes():
-            first_start, last_start = (axis.window_start(x) for x in axis.coordinates(q))
-            kv_first, kv_last = axis.coordinates(kv)
-            some &= (kv_first < last_start + axis.window) & (kv_last >= first_start)
-            every &= (kv_last < first_start + axis.window) & (kv_first >= last_start)
-        return TileVerdict(some, every)
-
-    def _on_grid(self, positions: ArrayLike) -> ArrayLike:
-        return (positions >= 0) & (positions < math.prod(self.grid))
-
-    def _axes(self) -> "Iterator[_StridedAxis]":
-        tile_shape = self.tile_shape or (1,) * len(self.grid)
-        num_tiles = tuple(length // tile for length, tile in zip(self.grid, tile_shape, strict=True))
-        for i, (length, window, stride, tile) in enumerate(
-            zip(self.grid, self.window, self.stride, tile_shape, strict=True)
-        ):
-            yield _StridedAxis(
-                length=length,
-                window=window,
-                stride=stride,
-                tile=tile,
-                tile_size=math.prod(tile_shape),
-                tile_step=math.prod(num_tiles[i + 1 :]),
-                step=math.prod(tile_shape[i + 1 :]),
-            )
-
-
-class _StridedAxis(NamedTuple):
-    """One axis of a grid whose positions are counted tile by tile.
-
-    Attributes:
-      length: Tokens along it.
-      window, stride: As in StridedNeighborhood.
-      tile: Tokens along it that make a tile.
-      tile_size: Tokens of a whole tile.
-      tile_step: Tiles from one to the next along it.
-      step: Positions from one token to the next along it, within a tile.
-    """
-
-    length: int
-    window: int
-    stride: int
-    tile: int
-    tile_size: int
-    tile_step: int
-    step: int
-
-    def coordinate(self, positions: ArrayLike) -> ArrayLike:
-        """The token's number along this axis, from 0."""
-        if self.tile_size == 1:
-            return positions // self.tile_step % self.length
-        tile = positions // self.tile_size // self.tile_step % (self.length // self.tile)
-        return tile * self.tile + positions % self.tile_size // self.step % self.tile
-
-    def coordinates(self, bounds: Bounds) -> tuple[ArrayLike, ArrayLike]:
-        """The first and the last token that positions within the bounds may be at."""
-        first_tile, last_tile = bounds.position_min // self.tile_size, bounds.position_max // self.tile_size
-        one_tile = first_tile == last_tile
-        first, last = _coordinate_bounds(
-            bounds.position_min % self.tile_size, bounds.position_max % self.tile_size, self.step, self.tile
-        )
-        first, last = jnp.where(one_tile, first, 0), jnp.where(one_tile, last, self.tile - 1)
-        first_tile, last_tile = _coordinate_bounds(first_tile, last_tile, self.tile_step, self.length // self.tile)
-        return first_tile * self.tile + first, last_tile * self.tile + last
-
-    def window_start(self, coordinate: ArrayLike, xp=jnp) -> ArrayLike:
-        """The first key that a query sees, by this array library; grows with the query."""
-        leader = xp.minimum(coordinate // self.stride * self.stride + self.stride // 2, self.length - 1)
-        return xp.clip(leader - self.window // 2, 0, self.length - self.window)
-
-    def most_tiles(self) -> tuple[int, int]:
-        """How many tiles along this axis the keys of a query may be in, and the queries of a key."""
-        tokens = np.arange(self.length)
-        start = self.window_start(tokens, np)  # not JAX's: a schedule may be made while a program is traced
-        first, last = np.searchsorted(start, tokens - self.window, "right"), np.searchsorted(start, tokens, "right") - 1
-        spans = (start, start + self.window - 1), (first, last)
-        return tuple(int((last // self.tile - first // self.tile).max()) + 1 for first, last in spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -557,17 +309,7 @@ class Predicate(Mask):
 
 
 def _periodic_runs(length: int, gap: int, *, period: int, run: int) -> int:
-    return -(-length // period) if period - run >= _gap_between_blocks(gap, math.gcd(period, run)) else 1
-
-
-def _gap_between_blocks(gap: int, block: int) -> int:
-    """How many positions apart are two runs, of a pattern of whole blocks, if they do not count as one.
-
-    A gap anywhere holds a block where it is almost as long as two; one between whole blocks of the pattern begins where
-    a block does.
-    """
-    one_block = (gap + 1) // 2
-    return one_block if block >= one_block else gap
+    return -(-length // period) if period - run >= gap_between_blocks(gap, math.gcd(period, run)) else 1
 
 
 def _periodic_keys(q: Bounds, kv: Bounds, *, period: int, num: int, first: int) -> TileVerdict:
@@ -585,13 +327,6 @@ def _periodic_keys(q: Bounds, kv: Bounds, *, period: int, num: int, first: int) 
 def _block_distances(q: Bounds, kv: Bounds, block: int) -> tuple[ArrayLike, ArrayLike]:
     """The least and the greatest distance from a key to a query of the tile, in blocks."""
     return q.position_min // block - kv.position_max // block, q.position_max // block - kv.position_min // block
-
-
-def _coordinate_bounds(first: ArrayLike, last: ArrayLike, step: int, length: int) -> tuple[ArrayLike, ArrayLike]:
-    """The first and the last of `x // step % length` for x from `first` to `last`."""
-    first, last = first // step, last // step
-    wraps = first // length != last // length
-    return jnp.where(wraps, 0, first % length), jnp.where(wraps, length - 1, last % length)
 
 
 def _most_runs(blocks: np.ndarray) -> int:

@@ -20,7 +20,8 @@ from pallas_kernels.blockwise import api
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.linear import api as linear
 from pallas_kernels.mask import Causal, Full, PerHead, Prefix, SameDocument, Window
-from pallas_kernels.mask_patterns import Chunked, Neighborhood, Strided
+from pallas_kernels.mask_grids import Neighborhood
+from pallas_kernels.mask_patterns import Chunked, Strided
 from pallas_kernels.online_softmax import SoftmaxCarry
 from pallas_kernels.testing import H100, V5P, tracing_for
 from pallas_kernels.tokens import Tokens

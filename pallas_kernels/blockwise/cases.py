@@ -13,7 +13,8 @@ from pallas_kernels.block_lists import schedule_of_lists
 from pallas_kernels.block_sizes import BLOCKWISE_ATTENTION, BlockSizes
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
-from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
+from pallas_kernels.mask_grids import Neighborhood
+from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Predicate, Strided, Summary, Table
 from pallas_kernels.schedule import Schedule
 from pallas_kernels.testing import packed_tokens
 from pallas_kernels.tokens import PADDING_SEGMENT_ID, Tokens

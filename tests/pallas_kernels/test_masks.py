@@ -11,16 +11,15 @@ import pytest
 
 from pallas_kernels import Tokens
 from pallas_kernels.mask import Bounds, Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
+from pallas_kernels.mask_grids import Neighborhood, StridedNeighborhood
 from pallas_kernels.mask_patterns import (
     BlockWindow,
     Chunked,
     GlobalQueries,
-    Neighborhood,
     PowersOfTwo,
     Predicate,
     Strided,
     StridedKeys,
-    StridedNeighborhood,
     Summary,
     Table,
 )

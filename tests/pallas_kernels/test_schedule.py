@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import BlockSizes, Tokens, make_schedule, schedule
 from pallas_kernels.mask import Causal, Full, Mask, PerHead, Prefix, SameDocument, Window
-from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Neighborhood, Predicate, Strided, Summary, Table
+from pallas_kernels.mask_grids import Neighborhood
+from pallas_kernels.mask_patterns import Chunked, GlobalQueries, Predicate, Strided, Summary, Table
 from pallas_kernels.testing import packed_tokens
 
 
