@@ -209,10 +209,13 @@ class _Parser:
         if not isinstance(raw, dict):
             return self.refuse(path, raw, type_text(expected))
         names, values = shape.inner
-        return {
-            self.leaf(names, name, join(path, name)): self.value(values, item, join(path, name), None)
-            for name, item in raw.items()
-        }
+        parsed = {}
+        for name, item in raw.items():
+            parsed[self.leaf(names, name, join(path, name))] = self.value(values, item, join(path, name), None)
+            if self.problems and self.problems[-1].startswith(f"{join(path, name)}.kind: missing"):
+                # Perhaps an override of a key of another one.
+                self.problems[-1] += _nearest(name, (other for other in raw if other != name), path)
+        return parsed
 
     def sequence(self, expected: Any, shape: Shape, raw: Any, path: str) -> Any:
         if isinstance(raw, dict) and raw and all(name.isdecimal() for name in raw):
@@ -283,9 +286,9 @@ def _with_path(path: str, message: str, fields: Mapping) -> str:
     return f"{path}: {message}" if path else message
 
 
-def _nearest(name: Any, allowed: Iterable[str]) -> str:
+def _nearest(name: Any, allowed: Iterable[str], path: str = "") -> str:
     near = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {join(path, near[0]) if path else near[0]}?" if near else ""
 
 
 def _literals(expected: Any) -> list[str]:

@@ -193,6 +193,10 @@ def test_overrides(override, get, wanted):
         ),
         ("data.named.a.kind=3", "data.named.a.kind: got 3, wanted one of files, noise"),
         ("data.named.b={}", "data.named.b.kind: missing; wanted one of files, noise"),
+        (
+            "data.named.aa.weight=2",
+            "data.named.aa.kind: missing; wanted one of files, noise; did you mean data.named.a?",
+        ),
         ("data.named.b={kind: files}", "data.named.b.glob: missing; wanted text"),
         ("data.seq_len='8'", 'data.seq_len: got "8", wanted int'),
         ("data.seq_len=8.0", "data.seq_len: got 8.0, wanted int"),
