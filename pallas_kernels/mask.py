@@ -54,6 +54,11 @@ class Span(NamedTuple):
     left: int | None
     right: int | None
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it is a window: bounded on both sides."""
+        return None not in self
+
 
 @dataclasses.dataclass(frozen=True)
 class Mask(abc.ABC):

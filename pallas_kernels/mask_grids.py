@@ -3,6 +3,7 @@
 As the patterns of mask_patterns.py they read positions, which restart in every document of a packed row.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -15,8 +16,41 @@ from jax.typing import ArrayLike
 from pallas_kernels.mask import Bounds, Mask, TileVerdict, gap_between_blocks
 
 
+class _Grid(Mask):
+    """Positions count a grid: a query may attend to a key on it where every axis lets it.
+
+    What an axis says of a pair, `sees`, and of a tile, `verdict`, holds of positions on the grid.
+    """
+
+    grid: tuple[int, ...]
+
+    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
+        near = self._on_grid(q_positions) & self._on_grid(kv_positions)
+        for axis in self._axes():
+            near &= axis.sees(q_positions, kv_positions)
+        return near
+
+    def tile(self, q, kv):
+        size = math.prod(self.grid)
+        some = (q.position_min < size) & (q.position_max >= 0) & (kv.position_min < size) & (kv.position_max >= 0)
+        every = self._on_grid(q.position_min) & self._on_grid(q.position_max)
+        every &= self._on_grid(kv.position_min) & self._on_grid(kv.position_max)
+        for axis in self._axes():
+            verdict = axis.verdict(q, kv)
+            some &= verdict.some
+            every &= verdict.all
+        return TileVerdict(some, every)
+
+    def _on_grid(self, positions: ArrayLike) -> ArrayLike:
+        return (positions >= 0) & (positions < math.prod(self.grid))
+
+    @abc.abstractmethod
+    def _axes(self) -> "Iterator[_GridAxis | _StridedAxis]":
+        """Outermost first."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Neighborhood(Mask):
+class Neighborhood(_Grid):
     """Positions count a grid in row-major order: a query may attend to keys near it along every axis of the grid.
 
     |center(t)[a] - s[a]| <= radius[a] for each axis a, where t[a] and s[a] are the coordinates. Positions that are not
@@ -59,27 +93,6 @@ class Neighborhood(Mask):
             extent += (min((2 * axis.radius + 1) * axis.tile, axis.length) - 1) * axis.step
         return runs
 
-    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
-        near = self._on_grid(q_positions) & self._on_grid(kv_positions)
-        for axis in self._axes():
-            near &= jnp.abs(axis.center(axis.tile_of(q_positions)) - axis.tile_of(kv_positions)) <= axis.radius
-        return near
-
-    def tile(self, q, kv):
-        size = math.prod(self.grid)
-        some = (q.position_min < size) & (q.position_max >= 0) & (kv.position_min < size) & (kv.position_max >= 0)
-        every = self._on_grid(q.position_min) & self._on_grid(q.position_max)
-        every &= self._on_grid(kv.position_min) & self._on_grid(kv.position_max)
-        for axis in self._axes():
-            q_first, q_last = (axis.center(x) for x in axis.tiles_of(q))
-            kv_first, kv_last = axis.tiles_of(kv)
-            some &= (kv_first <= q_last + axis.radius) & (kv_last >= q_first - axis.radius)
-            every &= (kv_last <= q_first + axis.radius) & (kv_first >= q_last - axis.radius)
-        return TileVerdict(some, every)
-
-    def _on_grid(self, positions: ArrayLike) -> ArrayLike:
-        return (positions >= 0) & (positions < math.prod(self.grid))
-
     def _axes(self) -> "Iterator[_GridAxis]":
         tile_shape = self.tile_shape or (1,) * len(self.grid)
         for i, (length, radius, tile) in enumerate(zip(self.grid, self.radius, tile_shape, strict=True)):
@@ -112,6 +125,17 @@ class _GridAxis(NamedTuple):
         first, last = _coordinate_bounds(bounds.position_min, bounds.position_max, self.step, self.length)
         return first // self.tile, last // self.tile
 
+    def sees(self, q_positions: ArrayLike, kv_positions: ArrayLike) -> ArrayLike:
+        return jnp.abs(self.center(self.tile_of(q_positions)) - self.tile_of(kv_positions)) <= self.radius
+
+    def verdict(self, q: Bounds, kv: Bounds) -> TileVerdict:
+        q_first, q_last = (self.center(x) for x in self.tiles_of(q))
+        kv_first, kv_last = self.tiles_of(kv)
+        return TileVerdict(
+            some=(kv_first <= q_last + self.radius) & (kv_last >= q_first - self.radius),
+            all=(kv_last <= q_first + self.radius) & (kv_first >= q_last - self.radius),
+        )
+
     def center(self, tile: ArrayLike) -> ArrayLike:
         """The middle of the window of queries in this tile; grows with the tile."""
         if not self.shift_at_edges:
@@ -122,7 +146,7 @@ class _GridAxis(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StridedNeighborhood(Mask):
+class StridedNeighborhood(_Grid):
     """Tokens of a grid in groups of `stride` along each axis: all queries of a group may attend to one window of keys.
 
     It is the window of the group's middle query, or the one after the middle, moved inwards at the edges of the grid. A
@@ -170,28 +194,6 @@ class StridedNeighborhood(Mask):
                 runs *= max(keys, queries)
             extent += (keys - 1) * step
         return runs
-
-    def allowed(self, q_positions, kv_positions, q_segment_ids, kv_segment_ids):
-        near = self._on_grid(q_positions) & self._on_grid(kv_positions)
-        for axis in self._axes():
-            start, key = axis.window_start(axis.coordinate(q_positions)), axis.coordinate(kv_positions)
-            near &= (key >= start) & (key < start + axis.window)
-        return near
-
-    def tile(self, q, kv):
-        size = math.prod(self.grid)
-        some = (q.position_min < size) & (q.position_max >= 0) & (kv.position_min < size) & (kv.position_max >= 0)
-        every = self._on_grid(q.position_min) & self._on_grid(q.position_max)
-        every &= self._on_grid(kv.position_min) & self._on_grid(kv.position_max)
-        for axis in self._axes():
-            first_start, last_start = (axis.window_start(x) for x in axis.coordinates(q))
-            kv_first, kv_last = axis.coordinates(kv)
-            some &= (kv_first < last_start + axis.window) & (kv_last >= first_start)
-            every &= (kv_last < first_start + axis.window) & (kv_first >= last_start)
-        return TileVerdict(some, every)
-
-    def _on_grid(self, positions: ArrayLike) -> ArrayLike:
-        return (positions >= 0) & (positions < math.prod(self.grid))
 
     def _axes(self) -> "Iterator[_StridedAxis]":
         tile_shape = self.tile_shape or (1,) * len(self.grid)
@@ -247,6 +249,18 @@ class _StridedAxis(NamedTuple):
         first, last = jnp.where(one_tile, first, 0), jnp.where(one_tile, last, self.tile - 1)
         first_tile, last_tile = _coordinate_bounds(first_tile, last_tile, self.tile_step, self.length // self.tile)
         return first_tile * self.tile + first, last_tile * self.tile + last
+
+    def sees(self, q_positions: ArrayLike, kv_positions: ArrayLike) -> ArrayLike:
+        start, key = self.window_start(self.coordinate(q_positions)), self.coordinate(kv_positions)
+        return (key >= start) & (key < start + self.window)
+
+    def verdict(self, q: Bounds, kv: Bounds) -> TileVerdict:
+        first_start, last_start = (self.window_start(x) for x in self.coordinates(q))
+        kv_first, kv_last = self.coordinates(kv)
+        return TileVerdict(
+            some=(kv_first < last_start + self.window) & (kv_last >= first_start),
+            all=(kv_last < first_start + self.window) & (kv_first >= last_start),
+        )
 
     def window_start(self, coordinate: ArrayLike, xp=jnp) -> ArrayLike:
         """The first key that a query sees, by this array library; grows with the query."""

@@ -122,11 +122,11 @@ class _RowNumbers:
 
     def __init__(self, asm: _Asm, rows: Held | Spaced, operands: Sequence):
         self.asm, self.step = asm, None if isinstance(rows, Held) else rows.step
-        self.run = getattr(rows, "run", 1)
         if self.step is None:
             self.held = asm.operand("r", as_int32(operands[0].registers.item()))
             asm.lines += [".reg .b32 holder;"]
         else:
+            self.run = rows.run
             self.first, self.count = (asm.scalar(x) for x in operands)
             asm.lines += [".reg .b32 of_64, of_run;", ".reg .pred is_row;"]
 

@@ -281,7 +281,7 @@ def _not_heeded(config: TrainConfig) -> list[str]:
     notes = []
     strategy = config.context_parallel.window_strategy
     masks = (getattr(config.model.mixers[name], "mask", None) for name in set(config.model.layers))
-    if strategy is not None and all(mask is None or None in mask.span for mask in masks):
+    if strategy is not None and not any(mask is not None and mask.span.is_bounded for mask in masks):
         notes.append(f"context_parallel.window_strategy: got {strategy}, and no layer has a window, so it is not used")
     spikes, default = config.training.spikes, SpikeConfig()
     changed = [name for name in ("threshold", "window") if getattr(spikes, name) != getattr(default, name)]

@@ -65,8 +65,7 @@ class AttentionSharding:
 
     def strategy_for(self, mask: Mask) -> Strategy:
         """The strategy of layers with this mask."""
-        is_window = None not in mask.span
-        return STRATEGIES[(is_window and self.window_strategy) or self.strategy]
+        return STRATEGIES[(mask.span.is_bounded and self.window_strategy) or self.strategy]
 
     def setting(self, mask: Mask, **fields) -> Setting:
         """The Setting of attention that is split this way; `fields` are those that are not known here."""

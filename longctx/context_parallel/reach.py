@@ -49,7 +49,7 @@ def hops_needed(setting: Setting) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _hops(layout: Layout, degree: int, length: int, span: Span) -> tuple[int, ...]:
-    if None not in span and span.left + span.right < 0:
+    if span.is_bounded and span.left + span.right < 0:
         return (0,)  # no pair is allowed
     runs = layout.runs(degree)
     chunk, num_chunks = length // runs.size, runs.size

@@ -118,11 +118,10 @@ def to_hf(source: Path, output: Path, options: Export) -> str:
             for file in folder.glob("*.safetensors"):
                 shutil.copymode(folder / "config.json", file)  # that library lets nobody else read what it writes
     merged_too = "" if trained.lora is None else ", adapters merged"
-    missing = f"\ndata.tokenizer={tokenizer} has no files, so that a tokenizer is left for you to add"
-    return (
-        f"step {step} of {directory.parent} is in {output}: {as_json['architectures'][0]}{merged_too}"
-        f"{missing if tokenizer is not None and tokenizer_path is None else ''}"
-    )
+    told = f"step {step} of {directory.parent} is in {output}: {as_json['architectures'][0]}{merged_too}"
+    if tokenizer is not None and tokenizer_path is None:
+        told += f"\ndata.tokenizer={tokenizer} has no files, so that a tokenizer is left for you to add"
+    return told
 
 
 def _checkpoint(source: Path, step: int | None) -> tuple[Path, int]:

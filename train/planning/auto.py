@@ -312,7 +312,7 @@ class _Open:
         model, training, sizes = self.config.model, self.config.training, self.sizes
         names: dict[str, list[str]] = {_OTHERS: [], _WINDOWS: []}
         for name, mixer in self.attention.items():
-            names[_OTHERS if None in mixer.mask.span else _WINDOWS].append(name)
+            names[_WINDOWS if mixer.mask.span.is_bounded else _OTHERS].append(name)
 
         def layer(name: str) -> tuple[Layer, dict[str, int]]:
             mixer = self.attention[name].resolved(model.dim)

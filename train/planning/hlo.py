@@ -141,6 +141,17 @@ class Module:
     entry: Computation
     header: str
 
+    @functools.cached_property
+    def callers(self) -> Mapping[str, tuple[Computation, Instruction]]:
+        """By the name of a computation: the last instruction that calls it, and where that stands."""
+        return {
+            callee: (computation, instruction)
+            for computation in self.computations.values()
+            for instruction in computation.instructions
+            for names in instruction.called.values()
+            for callee in names
+        }
+
     def trip_count(self, loop: Instruction, within: Computation) -> int | None:
         """How often the body of a `while` runs; None where only the data decides."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)

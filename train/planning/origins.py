@@ -36,13 +36,6 @@ class Origins:
         self._module = module
         self._liveness = liveness
         self._shared: dict[str, dict[Leaf, list[Leaf]]] = {}
-        self._callers = {
-            callee: (computation, instruction)
-            for computation in module.computations.values()
-            for instruction in computation.instructions
-            for names in instruction.called.values()
-            for callee in names
-        }
 
     def history(self, array: Array) -> History:
         return History(
@@ -138,9 +131,9 @@ class Origins:
 
     def _given(self, computation: hlo.Computation, leaf: Leaf) -> _Place | None:
         """What a computation's parameter holds: in a loop what its body computed, otherwise the caller's array."""
-        if computation.name not in self._callers:
+        if computation.name not in self._module.callers:
             return None
-        outside, caller = self._callers[computation.name]
+        outside, caller = self._module.callers[computation.name]
         if caller.opcode == "while" and self._is_written(outside, (caller.name, leaf[1])):
             body = self._body(caller)
             return body, leaves(body.root)[leaf[1]]

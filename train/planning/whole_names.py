@@ -35,13 +35,7 @@ def _is_cut(instruction: Instruction) -> bool:
 
 class _Completer:
     def __init__(self, module: Module):
-        self._callers = {
-            callee: (computation, instruction)
-            for computation in module.computations.values()
-            for instruction in computation.instructions
-            for names in instruction.called.values()
-            for callee in names
-        }
+        self._callers = module.callers
         self._told_by_caller = functools.cache(self._mixer_of_caller)
         self._users = functools.cache(_users)
 
