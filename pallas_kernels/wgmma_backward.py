@@ -45,40 +45,59 @@ _SMEM = plgpu.RefType(TRANSFORMS)
 
 
 def scores(
-    k_smem, v_smem, q_smem, dout_smem, *, warpgroup: jax.typing.ArrayLike, slot: jax.typing.ArrayLike
+    k_smem,
+    v_smem,
+    q_smem,
+    dout_smem,
+    *,
+    warpgroup: jax.typing.ArrayLike,
+    slot: jax.typing.ArrayLike,
+    rows: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Starts s = k q^T and dp = v dout^T, and returns when s is done.
 
     Args:
-      k_smem, v_smem: `[128, H]`, of which this warpgroup reads its 64 rows.
-      q_smem, dout_smem: `[slots, tile, H]`, of which a slot is read; for dp its first 64 rows.
-    Returns: s, float32 `[64, tile]`, and dp in flight, `[64, 64]`: only `settle` may have it.
+      k_smem, v_smem: `[128, H]` and `[128, V]`, of which this warpgroup reads its 64 rows.
+      q_smem, dout_smem: `[slots, tile, H]` and `[slots, tile, V]`, of which a slot is read.
+      rows: Of the slot, the first and how many; None for all of q's, and for dp the first 64.
+    Returns: s, float32 `[64, rows]`, and dp in flight: only `settle` may have it.
     """
-    tile, head_dim = q_smem.shape[1:]
+    (tile, head_dim), value_dim = q_smem.shape[1:], dout_smem.shape[2]
     dtype = PTX_DTYPES[q_smem.dtype.name]
+    first, num_rows = rows or (0, tile)
+    part = min(num_rows, ROWS)
 
     @plgpu.inline_mgpu(
-        arg_types=(_SMEM,) * 4 + (SCALAR,) * 2,
-        return_type=(array_type((ROWS, tile), MATRIX), array_type((ROWS, ROWS), IN_FLIGHT)),
+        arg_types=(_SMEM,) * 4 + (SCALAR,) * 3,
+        return_type=(array_type((ROWS, num_rows), MATRIX), array_type((ROWS, part), IN_FLIGHT)),
     )
-    def emit(_, k_smem, v_smem, q_smem, dout_smem, warpgroup, slot):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
+    def emit(_, k_smem, v_smem, q_smem, dout_smem, warpgroup, slot, first):
         ptx = Ptx()
-        s, dp = (ptx.write(columns // 2) for columns in (tile, ROWS))
-        keys, queries = (warpgroup, ROWS * head_dim * 2), (slot, tile * head_dim * 2)
-        operands = (k_smem, keys), (q_smem, queries), (v_smem, keys), (dout_smem, queries)
-        k, q, v, dout = ptx.read("l", (descriptor(smem, at, leading=0, stride=row_of_tiles) for smem, at in operands))
+        s, dp = (ptx.write(columns // 2) for columns in (num_rows, part))
+        operands = (
+            (k_smem, head_dim, (warpgroup, ROWS)),
+            (q_smem, head_dim, (slot, tile), (first, 1)),
+            (v_smem, value_dim, (warpgroup, ROWS)),
+            (dout_smem, value_dim, (slot, tile), (first, 1)),
+        )
+        k, q, v, dout = ptx.read(
+            "l",
+            (
+                descriptor(smem, *((i, length * dim * 2) for i, length in at), leading=0, stride=row_of_tiles(dim))
+                for smem, dim, *at in operands
+            ),
+        )
         ptx.begin()
         ptx.matmul(s, k, q, contracted=head_dim, dtype=dtype, fresh=True)
         ptx.commit()
-        ptx.matmul(dp, v, dout, contracted=head_dim, dtype=dtype, fresh=True)
+        ptx.matmul(dp, v, dout, contracted=value_dim, dtype=dtype, fresh=True)
         ptx.commit()
         ptx.wait(1)
         values = ptx.emit()
-        done = fragmented(values[: len(s)], (ROWS, tile)).to_layout(MATRIX.to_mgpu())
-        return done, fragmented(values[len(s) :], (ROWS, ROWS))
+        done = fragmented(values[: len(s)], (ROWS, num_rows)).to_layout(MATRIX.to_mgpu())
+        return done, fragmented(values[len(s) :], (ROWS, part))
 
-    return emit(k_smem, v_smem, q_smem, dout_smem, *int32s((warpgroup, slot)))
+    return emit(k_smem, v_smem, q_smem, dout_smem, *int32s((warpgroup, slot, first)))
 
 
 def settle(in_flight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +143,7 @@ def more(
         return_type=(array_type((ROWS, ROWS), MATRIX), array_type((ROWS, head_dim), IN_FLIGHT)),
     )
     def emit(_, dv, p, v_smem, dout_smem, warpgroup, slot):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
+        row_bytes = row_of_tiles(head_dim)
         ptx = Ptx()
         dp_registers = ptx.write(ROWS // 2)
         dv_registers = ptx.update(dv.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
@@ -133,15 +152,15 @@ def more(
         v, dout_rows, dout = ptx.read(
             "l",
             (
-                descriptor(v_smem, (warpgroup, ROWS * head_dim * 2), leading=0, stride=row_of_tiles),
-                descriptor(dout_smem, queries, last, leading=0, stride=row_of_tiles),
-                descriptor(dout_smem, queries, leading=TILE_BYTES, stride=row_of_tiles),
+                descriptor(v_smem, (warpgroup, ROWS * head_dim * 2), leading=0, stride=row_bytes),
+                descriptor(dout_smem, queries, last, leading=0, stride=row_bytes),
+                descriptor(dout_smem, queries, leading=TILE_BYTES, stride=row_bytes),
             ),
         )
         ptx.begin()
         ptx.matmul(dp_registers, v, dout_rows, contracted=head_dim, dtype=dtype, fresh=True)
         ptx.commit()
-        ptx.matmul(dv_registers, p_registers, dout, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
+        ptx.matmul(dv_registers, p_registers, dout, contracted=tile, dtype=dtype, b_rows=row_bytes)
         ptx.commit()
         ptx.wait(1)
         values = ptx.emit()
@@ -190,8 +209,8 @@ def gradients(
         arrays_in = list(operands[: len(arrays)])
         q_smem, dout_smem, *refs_of_dq = operands[len(arrays) : len(arrays) + len(refs)]
         warpgroup, slot, *other_slot = operands[len(arrays) + len(refs) :]
-        row_of_tiles = head_dim // 64 * TILE_BYTES
-        queries, rows = (slot, tile * head_dim * 2), {"leading": TILE_BYTES, "stride": row_of_tiles}
+        row_bytes = row_of_tiles(head_dim)
+        queries, rows = (slot, tile * head_dim * 2), {"leading": TILE_BYTES, "stride": row_bytes}
         dv, p = (arrays_in.pop(0), arrays_in.pop(0)) if dv_and_p else (None, None)
         dk, *ds = arrays_in
         ptx = Ptx()
@@ -204,13 +223,13 @@ def gradients(
             factors.insert(0, ([p], dout_smem))
         ptx.begin()
         if of_dq:
-            _start_dq(
-                ptx, dq_registers, *refs_of_dq, warpgroup, *other_slot, tile=tile, head_dim=head_dim, dtype=dtype
+            start_dq(
+                ptx, dq_registers, *refs_of_dq, *other_slot, warpgroup, tile=tile, head_dim=head_dim, dtype=dtype
             )  # fmt: skip
         for acc, (x, y_smem) in zip(acc_registers, factors, strict=True):
             registers = ptx.read("r", (as_int32(x) for part in x for x in part.registers.flat))
             (y,) = ptx.read("l", (descriptor(y_smem, queries, **rows),))
-            ptx.matmul(acc, registers, y, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
+            ptx.matmul(acc, registers, y, contracted=tile, dtype=dtype, b_rows=row_bytes)
             ptx.commit()
         if of_dq:
             ptx.wait(len(accs))
@@ -227,38 +246,38 @@ def gradients(
     return results.pop(0) if of_dq else None, results
 
 
-def dq_alone(ds_smem, k_smem, *, warpgroup: jax.typing.ArrayLike, slot: jax.typing.ArrayLike) -> jax.Array:
-    """The dq of `gradients` with nothing beside it."""
+def dq_alone(ds_smem, k_smem, *, slot: jax.typing.ArrayLike, piece: jax.typing.ArrayLike) -> jax.Array:
+    """The dq of `gradients` with nothing beside it; of any piece."""
     tile, head_dim = ds_smem.shape[3], k_smem.shape[1]
     dtype = PTX_DTYPES[k_smem.dtype.name]
 
     @plgpu.inline_mgpu(arg_types=(_SMEM,) * 2 + (SCALAR,) * 2, return_type=array_type((ROWS, ROWS), MATRIX))
-    def emit(_, ds_smem, k_smem, warpgroup, slot):
+    def emit(_, ds_smem, k_smem, slot, piece):
         ptx = Ptx()
         dq = ptx.write(ROWS // 2)
         ptx.begin()
-        _start_dq(ptx, dq, ds_smem, k_smem, warpgroup, slot, tile=tile, head_dim=head_dim, dtype=dtype)
+        start_dq(ptx, dq, ds_smem, k_smem, slot, piece, tile=tile, head_dim=head_dim, dtype=dtype)
         ptx.wait(0)
         return fragmented(ptx.emit(), (ROWS, ROWS)).to_layout(MATRIX.to_mgpu())
 
-    return emit(ds_smem, k_smem, *int32s((warpgroup, slot)))
+    return emit(ds_smem, k_smem, *int32s((slot, piece)))
 
 
-def _start_dq(ptx: Ptx, dq: list[str], ds_smem, k_smem, warpgroup, slot, *, tile: int, head_dim: int, dtype: str):
-    row_of_tiles, row_of_ds_tiles = head_dim // 64 * TILE_BYTES, tile // 64 * TILE_BYTES
-    # This warpgroup's columns of k, or its queries of ds.
-    mine = warpgroup, TILE_BYTES
-    of_k, of_ds = ((mine,), ()) if head_dim == 128 else ((), (mine,))
+def start_dq(ptx: Ptx, dq: list[str], ds_smem, k_smem, slot, piece, *, tile: int, head_dim: int, dtype: str) -> None:
+    """Starts a piece of dq = ds^T k: of 64 columns, at head dim 64 of 64 queries."""
+    row_of_k_tiles, row_of_ds_tiles = row_of_tiles(head_dim), row_of_tiles(tile)
+    of_piece = piece, TILE_BYTES
+    of_k, of_ds = ((of_piece,), ()) if head_dim > 64 else ((), (of_piece,))
     at = slot, 2 * ROWS * tile * 2
     ds, k = ptx.read(
         "l",
         (
             descriptor(ds_smem, at, *of_ds, leading=TILE_BYTES, stride=row_of_ds_tiles),
-            descriptor(k_smem, *of_k, leading=TILE_BYTES, stride=row_of_tiles),
+            descriptor(k_smem, *of_k, leading=TILE_BYTES, stride=row_of_k_tiles),
         ),
     )
     ptx.matmul(
-        dq, ds, k, contracted=2 * ROWS, dtype=dtype, fresh=True, a_rows=row_of_ds_tiles, b_rows=row_of_tiles
+        dq, ds, k, contracted=2 * ROWS, dtype=dtype, fresh=True, a_rows=row_of_ds_tiles, b_rows=row_of_k_tiles
     )  # fmt: skip
     ptx.commit()
 
@@ -284,3 +303,8 @@ def finish(in_flight: Sequence[jax.Array], free: Arrival) -> list[jax.Array]:
         )
 
     return list(emit(*in_flight, *int32s((free.barrier,))))
+
+
+def row_of_tiles(columns: int) -> int:
+    """Bytes of 8 rows of so many columns in shared memory."""
+    return columns // 64 * TILE_BYTES

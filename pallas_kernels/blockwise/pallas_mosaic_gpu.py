@@ -181,7 +181,8 @@ def backward(
         pair_test=functools.partial(_pair_test, q_len, kv_len, tokens, schedule, sizes, options, num_heads=q.shape[2]),
         interpret=interpret,
     )
-    if head_dim > _WIDE:
+    # Of wide heads registers hold no more of a pair than the softmax asks for.
+    if head_dim not in backward_kernel.TILES or (head_dim > _WIDE and call.has_options):
         *gradients, sums = _differentiate_split(call, blocks)
         near = None
     else:
@@ -239,6 +240,11 @@ class _Backward:
         }
 
     @property
+    def has_options(self) -> bool:
+        """Whether more than a softmax is made of logits."""
+        return self.options.logits_soft_cap is not None or self.dropout_rate > 0 or self.operands["bias"] is not None
+
+    @property
     def is_in_order(self) -> bool:
         return self.operands["q_positions"] is None and self.operands["kv_positions"] is None
 
@@ -267,7 +273,8 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
     shares = num_shares(num_heads // num_kv_heads, num_items=num_items, num_cores=num_cores)
     num_pairs_of_row = num_kv_heads * shares
     # Of a query head: q and dout, and dq in float32.
-    pair_bytes = num_heads // num_pairs_of_row * call.q_len * head_dim * (2 * q.dtype.itemsize + 4)
+    dims = head_dim + call.operands["v"].shape[3]
+    pair_bytes = num_heads // num_pairs_of_row * call.q_len * (dims * q.dtype.itemsize + head_dim * 4)
     # Items that visit scattered blocks would wait for their turns longer than it takes to find units, to read k and v.
     delta, units = call.delta(), None
     if options.deterministic and _is_scattered(blocks):
@@ -315,7 +322,7 @@ def _differentiate(call: _Backward, blocks: Schedule, num_cores: int) -> tuple[j
         _whole_tiles(dq) if call.interpret is None else _whole_blocks(dq),
         plan,
         backward_kernel.Config(
-            pair_test=call.pair_test(columns=backward_kernel.TILES[head_dim]),
+            pair_test=call.pair_test(columns=backward_kernel.AT_A_TIME[head_dim]),
             **call.config,
             scales_dq=adds_to_running,
             bias_gradient=options.bias_gradient,

@@ -93,11 +93,9 @@ class Adder(Role):
                     take_turn(counters, counter, turn, last, by_copies=True)
                 else:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                # What was added last need no longer be kept.
+                # What was added last need no longer be kept; of wide tiles it is the piece of that slot's consumer.
                 pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[SLOTS - 1 - slot]))
-                sync(self.dq_full + slot, self.consumers_and_one)
-                for piece in range(NUM_CONSUMERS):
-                    self.add_piece(item.batch, tile.head, tile.index, slot, piece)
+                self.add(item.batch, tile, slot)
                 return count + 1, counter, sums
 
             def end_of_head(head, state):
@@ -143,11 +141,16 @@ class Adder(Role):
         plgpu.barrier_arrive(self.shared.ds_free.at[slot])
         return sums, jnp.int32(-1) if ends_turn else last
 
-    def add_piece(self, batch, head, tile, slot, piece) -> None:
-        q_start = tile * self.tile_len + (piece * PIECE if self.matmuls.two_parts else 0)
+    def add(self, batch, tile: Tile, slot) -> None:
+        """A tile's pieces, from a buffer; the last of them may be read from it yet."""
+        sync(self.dq_full + slot, self.consumers_and_one)
+        for piece in range(NUM_CONSUMERS):
+            self.add_piece(batch, tile, piece, self.shared.dq.at[slot, piece])
+
+    def add_piece(self, batch, tile: Tile, piece: int, source) -> None:
+        q_start = tile.index * self.tile_len + (piece * PIECE if self.matmuls.two_parts else 0)
         column = 0 if self.matmuls.two_parts else piece * PIECE
-        target = self.outputs.dq.at[batch, pl.ds(q_start, PIECE), head, pl.ds(column, PIECE)]
-        source = self.shared.dq.at[slot, piece]
+        target = self.outputs.dq.at[batch, pl.ds(q_start, PIECE), tile.head, pl.ds(column, PIECE)]
         if not self.config.interpret:
             plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
             return
@@ -156,3 +159,18 @@ class Adder(Role):
     @property
     def takes_turns(self) -> bool:
         return self.inputs.turns is not None and not self.config.interpret
+
+
+class WideAdder(Adder):
+    """Of tiles of three pieces, in one buffer for each consumer."""
+
+    def add(self, batch, tile: Tile, slot) -> None:
+        free, dq = self.shared.dq_free, self.shared.dq
+        sync(self.dq_full, self.consumers_and_one)
+        for consumer in range(NUM_CONSUMERS):
+            self.add_piece(batch, tile, 2 * consumer, dq.at[0, consumer])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for consumer in range(NUM_CONSUMERS):
+            plgpu.barrier_arrive(free.at[consumer])
+        sync(self.dq_full + 1, self.consumer_and_one)
+        self.add_piece(batch, tile, 1, dq.at[0, slot])

@@ -1,5 +1,5 @@
-"""The matmuls of a step of the fused backward kernel on Hopper GPUs: on tensor cores (../wgmma_backward.py), or as the
-interpreter can do them."""
+"""The matmuls of a step of the fused backward kernel on Hopper GPUs: on tensor cores (../wgmma_backward.py and
+../wgmma_backward_wide.py), or as the interpreter can do them."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import wgmma_backward
+from pallas_kernels import wgmma_backward, wgmma_backward_wide
 from pallas_kernels.mosaic_gpu import arrive
 from pallas_kernels.wgmma import ROWS, Arrival
 
 PIECE = 64
-"""Rows and columns of what a consumer computes of a tile of dq."""
+"""Rows and columns of what a consumer computes of a tile of dq at a time."""
 
 
 class Matmuls:
@@ -26,17 +26,19 @@ class Matmuls:
     def __init__(self, shared: Any, *, warpgroup: jax.typing.ArrayLike, interpret: bool):
         """
         Args:
-          shared: Its k and v `[128, H]`, q and dout `[slots, tile, H]` and ds `[slots, 2, 64, tile]`.
+          shared: Its k and v `[128, H]` and `[128, V]`, q and dout `[slots, tile, H]` and `[slots, tile, V]`, and ds
+            `[slots, 2, 64, tile]`.
         """
         self.shared, self.warpgroup, self.interpret = shared, warpgroup, interpret
         self.two_parts = shared.q.shape[1] == 2 * ROWS
 
-    def scores(self, slot):
+    def scores(self, slot, rows=None):
         shared, at = self.shared, {"warpgroup": self.warpgroup, "slot": slot}
         if not self.interpret:
-            return wgmma_backward.scores(shared.k, shared.v, shared.q, shared.dout, **at)
-        mine = pl.ds(self.warpgroup * ROWS, ROWS)
-        s, dp = (_dot(x.at[mine][...], y[slot].T) for x, y in ((shared.k, shared.q), (shared.v, shared.dout)))
+            return wgmma_backward.scores(shared.k, shared.v, shared.q, shared.dout, **at, rows=rows)
+        mine, queries = pl.ds(self.warpgroup * ROWS, ROWS), pl.ds(*(rows or (0, shared.q.shape[1])))
+        pairs = (shared.k, shared.q), (shared.v, shared.dout)
+        s, dp = (_dot(x.at[mine][...], y.at[slot, queries][...].T) for x, y in pairs)
         return s, dp[:, :ROWS]
 
     def settle(self, in_flight, x):
@@ -56,22 +58,20 @@ class Matmuls:
             dv_and_p = None if self.two_parts else (dv, p)
             of_dq = None if before is None else (shared.ds, before, shared.k)
             return wgmma_backward.gradients(dk, ds, dv_and_p, shared.q, shared.dout, of_dq, **at)
-        dq = None if before is None else self.dq(before)
+        dq = None if before is None else self.dq(before, self.warpgroup)
         in_flight = [] if self.two_parts else [dv + _dot(p, shared.dout[slot])]
         in_flight.append(dk + _dot(jnp.concatenate(ds, axis=1), shared.q[slot]))
         plgpu.commit_smem()  # ordinary reads, which a copy may overwrite only behind a fence
         return dq, in_flight
 
-    def dq(self, slot):
-        """This warpgroup's piece, float32 `[64, 64]`."""
+    def dq(self, slot, piece):
+        """A piece, float32 `[64, 64]`: of 64 columns, at head dim 64 of 64 queries."""
         shared = self.shared
         if not self.interpret:
-            return wgmma_backward.dq_alone(shared.ds, shared.k, warpgroup=self.warpgroup, slot=slot)
+            return wgmma_backward.dq_alone(shared.ds, shared.k, slot=slot, piece=piece)
         ds_of_both = shared.ds[slot].reshape(2 * ROWS, -1)
-        dq = _dot(ds_of_both.T, shared.k[...]).reshape(-1, PIECE, shared.k.shape[1])
-        if self.two_parts:
-            return lax.dynamic_index_in_dim(dq, self.warpgroup, keepdims=False)
-        return lax.dynamic_slice_in_dim(dq[0], self.warpgroup * PIECE, PIECE, axis=1)
+        dq = _dot(ds_of_both.T, shared.k[...])
+        return lax.dynamic_slice_in_dim(dq, piece * PIECE, PIECE, axis=0 if self.two_parts else 1)
 
     def finish(self, dv, in_flight: list, free: Arrival):
         """dv and dk, of what `gradients` left in flight."""
@@ -81,6 +81,37 @@ class Matmuls:
             in_flight = wgmma_backward.finish(in_flight, free)
         *of_dv, dk = in_flight
         return of_dv[0] if of_dv else dv, dk
+
+
+class WideMatmuls(Matmuls):
+    """With head dims of 192 and values of 128, where registers hold less at a time."""
+
+    def store_half(self, slot, first, ds) -> None:
+        """dS of 32 queries from `first` on to shared memory."""
+        if self.interpret:
+            self.shared.ds.at[slot, self.warpgroup, :, pl.ds(first, ds.shape[1])][...] = ds
+        else:
+            wgmma_backward_wide.store_half(self.shared.ds, ds, first, warpgroup=self.warpgroup, slot=slot)
+
+    def beside(self, x, y):
+        return jnp.concatenate((x, y), axis=1) if self.interpret else wgmma_backward_wide.beside(x, y)
+
+    def own_gradients(self, slot, dv, p, dk):
+        """dv with that of a tile added, and in flight dk."""
+        shared, at = self.shared, {"warpgroup": self.warpgroup, "slot": slot}
+        if not self.interpret:
+            return wgmma_backward_wide.own_gradients(dv, p, dk, shared.ds, shared.q, shared.dout, **at)
+        return dv + _dot(p, shared.dout[slot]), dk + _dot(shared.ds[slot, self.warpgroup], shared.q[slot])
+
+    def behind(self, dk, before, piece, free: Arrival):
+        """dk, of what `own_gradients` left in flight, and a piece of dq of slot `before`, or None of None."""
+        if not self.interpret:
+            if before is None:
+                return *wgmma_backward.finish([dk], free), None
+            return wgmma_backward_wide.behind(dk, free, self.shared.ds, self.shared.k, slot=before, piece=piece)
+        plgpu.commit_smem()  # ordinary reads, which a copy may overwrite only behind a fence
+        arrive(*free)
+        return dk, None if before is None else self.dq(before, piece)
 
 
 def _dot(x, y) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.blockwise import pallas_mosaic_gpu_queue as queue
-from pallas_kernels.blockwise.pallas_mosaic_gpu_backward_matmuls import Matmuls
+from pallas_kernels.blockwise.pallas_mosaic_gpu_backward_matmuls import Matmuls, WideMatmuls
 from pallas_kernels.blockwise.pallas_mosaic_gpu_bias import KernelBias
 from pallas_kernels.blockwise.pallas_mosaic_gpu_dropout import Words
 from pallas_kernels.blockwise.pallas_mosaic_gpu_pairs import Band, CallConfig
@@ -19,12 +19,13 @@ from pallas_kernels.blockwise.pallas_mosaic_gpu_turns import Plan, Turns
 from pallas_kernels.blockwise.pallas_mosaic_gpu_walk import Item, Visit, Walk, either_way
 from pallas_kernels.mosaic_gpu import NAMED_BARRIERS, WARPGROUP
 from pallas_kernels.schedule import BlockRanges
-from pallas_kernels.wgmma import ROWS
 
 BLOCK = 128
 """Tokens of the schedule's blocks, and keys of an item."""
-TILES = {64: 128, 128: 64}
-"""Queries of a step, by head dim: what registers and shared memory have room for."""
+TILES = {64: 128, 128: 64, 192: 64}
+"""Queries of a step, by head dim of q and k: what registers and shared memory have room for."""
+AT_A_TIME = TILES | {192: 32}
+"""Queries of a step whose logits are computed at a time."""
 SLOTS = 2
 """Buffers of what goes from warpgroup to warpgroup."""
 NUM_CONSUMERS = 2
@@ -142,6 +143,11 @@ class Tile(NamedTuple):
     is_full: ArrayLike
 
 
+def is_wide(head_dim: int) -> bool:
+    """Whether a tile of dq has three pieces, of which consumers make the one in the middle in turns."""
+    return head_dim > 128
+
+
 class Role:
     """What each warpgroup of a block of threads has."""
 
@@ -149,7 +155,7 @@ class Role:
         self.config, self.inputs, self.outputs, self.shared = config, inputs, outputs, shared
         self.warpgroup = warpgroup
         self.heads_together, self.table = plan.heads_together, None if inputs.turns is None else inputs.turns.table
-        self.num_heads, self.head_dim = inputs.q.shape[2:]
+        (self.num_heads, self.head_dim), self.value_dim = inputs.q.shape[2:], inputs.v.shape[3]
         num_heads_of_items = inputs.k.shape[2] * config.shares
         self.group = self.num_heads // num_heads_of_items
         self.tile_len = TILES[self.head_dim]
@@ -163,11 +169,11 @@ class Role:
             tests_blocks=config.tests_blocks,
         )
         self.dtype = inputs.q.dtype
-        self.tile = ROWS, self.tile_len
         # Named barriers.
         self.kv_free, self.tile_free, _, self.dq_full, _, item_free, _ = NAMED_BARRIERS[:7]
-        self.consumers_and_one = WARPGROUP * (NUM_CONSUMERS + 1)
-        self.matmuls = Matmuls(shared, warpgroup=warpgroup, interpret=bool(config.interpret))
+        self.consumers_and_one, self.consumer_and_one = WARPGROUP * (NUM_CONSUMERS + 1), WARPGROUP * 2
+        of_width = WideMatmuls if is_wide(self.head_dim) else Matmuls
+        self.matmuls = of_width(shared, warpgroup=warpgroup, interpret=bool(config.interpret))
         self.queue = queue.Queue(
             walk=self.walk,
             in_line=True,
