@@ -190,7 +190,7 @@ def hop_candidate(case: Case, implementation: str) -> Candidate:
 
     def extra():
         return SoftmaxCarry.empty(
-            batch_size=case.batch_size, q_len=case.length, num_heads=case.num_heads, value_dim=case.head_dim
+            batch_size=case.batch_size, q_len=case.length, num_heads=case.num_heads, value_dim=case.dim_of_values
         )
 
     return Candidate(
@@ -236,10 +236,10 @@ def hop_backward_candidates(case: Case, implementation: str) -> Iterator[Backwar
 
 def _lower(candidate: AnyCandidate, case: AttentionCase, which: Pass, dtype: str) -> jax.stages.Lowered:
     if isinstance(candidate, BackwardCandidate):
-        q, k, v, dout = case.shapes(dtype)
+        q, k, v, out = case.shapes(dtype)
         lse = jax.ShapeDtypeStruct((case.batch_size, case.num_heads, case.length), jnp.float32)
         running = jax.eval_shape(functools.partial(candidate.running, case))
-        return jax.jit(candidate.differentiate, donate_argnums=6).lower(q, k, v, q, lse, dout, running)
+        return jax.jit(candidate.differentiate, donate_argnums=6).lower(q, k, v, out, lse, out, running)
 
     def forward(q, k, v, dout, extra):
         return (candidate.attend(q, k, v, extra),)

@@ -16,8 +16,8 @@ from pallas_kernels.testing import packed_tokens
 Pass = Literal["forward", "forward+backward", "backward"]
 WHOLE_PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 PASSES: tuple[Pass, ...] = (*WHOLE_PASSES, "backward")
-# Two matmuls a pair forward, and five backward.
-MATMULS: dict[Pass, int] = {"forward": 2, "forward+backward": 7, "backward": 5}
+# A pair, over the dims of queries and keys and over those of values: two forward, and five backward.
+MATMULS: dict[Pass, tuple[int, int]] = {"forward": (1, 1), "forward+backward": (4, 3), "backward": (3, 2)}
 Option = Literal["alibi", "alibi_learned", "t5", "kerple_log", "kerple_power", "soft_cap", "sinks", "dropout"]
 OPTIONS: tuple[Option, ...] = get_args(Option)
 BLOCK = 128  # edge of the blocks of random block masks
@@ -51,11 +51,17 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCase(Batch):
-    """Self-attention of one shape; a subclass has a `name`, a `mask`, `tokens`, and `pairs` of a row and head."""
+    """Self-attention of one shape; a subclass has a `name`, a `mask`, `tokens`, and `pairs` of a row and head.
+
+    Attributes:
+      head_dim: Of queries and keys.
+      value_dim: Of values; None for that.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int | None = None
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -69,18 +75,24 @@ class AttentionCase(Batch):
 
     @property
     def shape_name(self) -> str:
-        return f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
+        dims = f"D{self.head_dim}" + ("" if self.value_dim is None else f" of {self.value_dim} values")
+        return f"B{self.batch_size} S{self.length} {self.num_heads}/{self.num_kv_heads} {dims}"
 
     def flops(self, which: Pass) -> int:
         """FLOPs of a pass over the allowed pairs: forward 4 pairs D N B, 3.5 times that with backward, which is 2.5."""
-        matmul = 2 * self.pairs * self.head_dim * self.num_heads * self.batch_size
-        return MATMULS[which] * matmul
+        of_head_dim, of_values = MATMULS[which]
+        dims = of_head_dim * self.head_dim + of_values * self.dim_of_values
+        return 2 * self.pairs * dims * self.num_heads * self.batch_size
+
+    @property
+    def dim_of_values(self) -> int:
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     def shapes(self, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
         """q, k, v, and the cotangent of out."""
-        q = (self.batch_size, self.length, self.num_heads, self.head_dim)
-        kv = (self.batch_size, self.length, self.num_kv_heads, self.head_dim)
-        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, kv, kv, q))
+        heads, dims = (self.num_heads, self.num_kv_heads), (self.head_dim, self.dim_of_values)
+        (q, out), (k, v) = (tuple((self.batch_size, self.length, n, dim) for dim in dims) for n in heads)
+        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, v, out))
 
     def inputs(self, dtype: str, *, seed: int = 0) -> tuple[jax.Array, ...]:
         """q, k, v and the cotangent of out: normal, drawn in `dtype`."""
@@ -238,6 +250,10 @@ CASES = (
     _case(1, 32768, "16/16", 128, documents=DOCUMENTS),
     _case(1, 32768, "16/4", 64, documents=DOCUMENTS),
     _case(1, 8192, "16/16", 128, causal=False, hop=True),
+    _case(2, 8192, "16/16", 256),
+    _case(2, 8192, "16/16", 192, value_dim=128),
+    _case(1, 32768, "16/16", 192, value_dim=128),
+    _case(1, 32768, "16/16", 192, value_dim=128, documents=DOCUMENTS),
     *(_case(1, 32768, "16/16", 128, causal=False, one_block_in=one_in) for one_in in (2, 4, 8, 16)),
     *(
         _case(batch_size, length, "16/16", head_dim, option=option)
@@ -252,6 +268,7 @@ SMOKE = (
     _case(1, 96, "4/2", 8, window=24),
     _case(1, 96, "2/1", 16, documents=(40, 1, 55)),
     _case(1, 384, "2/1", 16, causal=False, one_block_in=4),
+    _case(2, 64, "2/1", 24, value_dim=16),
     _case(1, 96, "2/1", 16, option="t5"),
     *(_case(2, 96, "2/1", 16, option=option) for option in ("soft_cap", "sinks", "dropout")),
 )

@@ -26,7 +26,7 @@ class Check:
     Attributes:
       rows: Sampled positions, `[R]`.
       dout: The cotangent to call with, zero outside them.
-      want: float32 out `[B, R, N, H]`, dq `[B, R, N, H]`, dk and dv `[B, S, K, H]`.
+      want: float32 out `[B, R, N, V]`, dq `[B, R, N, H]`, dk `[B, S, K, H]` and dv `[B, S, K, V]`.
     """
 
     rows: jax.Array
@@ -152,9 +152,9 @@ def _formula(allowed, bias, soft_cap: float | None, sinks, multipliers, q, k, v,
         out, vjp = jax.vjp(functools.partial(one_kv_head, *of_head), *qkv)
         return out, *vjp(dout_RGH)
 
-    q_dout = tuple(x.reshape(B, R, K, N // K, H).swapaxes(1, 2).reshape(B * K, R, N // K, H) for x in (q, dout))
-    kv = tuple(x.swapaxes(1, 2).reshape(B * K, -1, H) for x in (k, v))
+    q_dout = tuple(x.reshape(B, R, K, N // K, -1).swapaxes(1, 2).reshape(B * K, R, N // K, -1) for x in (q, dout))
+    kv = tuple(x.swapaxes(1, 2).reshape(B * K, *x.shape[1::2]) for x in (k, v))
     out, dq, dk, dv = jax.lax.map(one_head_and_gradients, (jnp.arange(B * K), q_dout[0], *kv, q_dout[1]))
-    out, dq = (x.reshape(B, K, R, N // K, H).swapaxes(1, 2).reshape(B, R, N, H) for x in (out, dq))
-    dk, dv = (x.reshape(B, K, -1, H).swapaxes(1, 2) for x in (dk, dv))
+    out, dq = (x.reshape(B, K, R, N // K, -1).swapaxes(1, 2).reshape(B, R, N, -1) for x in (out, dq))
+    dk, dv = (x.reshape(B, K, *x.shape[1:]).swapaxes(1, 2) for x in (dk, dv))
     return out, dq, dk, dv

@@ -81,7 +81,21 @@ def _cudnn(case: Case) -> list[Candidate]:
             implementation="cudnn",
         )
 
+    if case.value_dim is not None:
+        attend = _cudnn_of_other_values(case)
     return [Candidate(name="cuDNN (jax.nn)", ours=False, deterministic=False, attend=attend, extra=dense_mask)]
+
+
+def _cudnn_of_other_values(case: Case) -> Callable:
+    """What jax.nn calls, as that takes values of the keys' head dim alone."""
+    if case.window is not None or not case.causal or case.documents is not None:
+        raise NotImplementedError("values of another head dim are timed under a causal mask, over tokens in order")
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def attend(q, k, v, mask):
+        return cudnn.dot_product_attention(q, k, v, scale=case.head_dim**-0.5, mask_type=cudnn.MaskType.CAUSAL)
+
+    return attend
 
 
 def _jla(case: Case) -> list[Candidate]:
@@ -89,6 +103,8 @@ def _jla(case: Case) -> list[Candidate]:
     _needs_gpu()
     if not case.causal:
         raise NotImplementedError("is causal only")
+    if {case.head_dim, case.dim_of_values} not in ({64}, {128}):
+        raise NotImplementedError(f"head dims are 64 or 128, got {case.head_dim} and {case.dim_of_values}")
     from jla.ops.mosaic_gpu.attention import flash_attention
 
     def segment_ids():

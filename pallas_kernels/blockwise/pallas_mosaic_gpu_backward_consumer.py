@@ -278,7 +278,8 @@ class WideConsumer(Consumer):
 
         def one_part(part, so_far):
             # Unrolled, what both parts have in common would be kept, in registers that are not there.
-            do_not_unroll()
+            if not self.config.interpret:
+                do_not_unroll()
             first = part * num_queries
             p, dp, _ = self.probabilities(step, (first, num_queries))
             ds = self.gradient_of_logits(step, p, dp, part, summed=[])
@@ -306,12 +307,12 @@ class WideConsumer(Consumer):
 
     def hand_over(self, slot, dq, per_unit) -> None:
         """This warpgroup's first piece of dq, and the one in the middle, if it is the slot's."""
-        to_adder = functools.partial(self.give, per_unit=per_unit, buffer=0, free=self.warpgroup)
-        to_adder(dq, full=0, num_threads=self.consumers_and_one)
+        at = {"free": self.warpgroup, "full": self.warpgroup, "num_threads": self.consumer_and_one}
+        self.give(dq, per_unit, buffer=0, **at)
 
         @pl.when(slot == self.warpgroup)
         def _():
-            to_adder(self.matmuls.dq(slot, 1), full=1, num_threads=self.consumer_and_one)
+            self.give(self.matmuls.dq(slot, 1), per_unit, buffer=0, **at)
 
         plgpu.barrier_arrive(self.shared.ds_free.at[slot])
 

@@ -93,8 +93,7 @@ class Adder(Role):
                     take_turn(counters, counter, turn, last, by_copies=True)
                 else:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                # What was added last need no longer be kept; of wide tiles it is the piece of that slot's consumer.
-                pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[SLOTS - 1 - slot]))
+                pl.when(count > 0)(lambda: self.free(SLOTS - 1 - slot))
                 self.add(item.batch, tile, slot)
                 return count + 1, counter, sums
 
@@ -112,7 +111,7 @@ class Adder(Role):
         if self.takes_turns:
             end_turn(counters, last, by_copies=True)
         plgpu.wait_smem_to_gmem(0)
-        pl.when(count > 0)(lambda: plgpu.barrier_arrive(self.shared.dq_free.at[lax.rem(count - 1, SLOTS)]))
+        pl.when(count > 0)(lambda: self.free(lax.rem(count - 1, SLOTS)))
 
     @property
     def key_sums(self) -> KeySums:
@@ -141,13 +140,17 @@ class Adder(Role):
         plgpu.barrier_arrive(self.shared.ds_free.at[slot])
         return sums, jnp.int32(-1) if ends_turn else last
 
+    def free(self, slot) -> None:
+        """What `add` has left of a tile has been read from its buffer."""
+        plgpu.barrier_arrive(self.shared.dq_free.at[slot])
+
     def add(self, batch, tile: Tile, slot) -> None:
-        """A tile's pieces, from a buffer; the last of them may be read from it yet."""
+        """A tile's pieces, as they come."""
         sync(self.dq_full + slot, self.consumers_and_one)
         for piece in range(NUM_CONSUMERS):
             self.add_piece(batch, tile, piece, self.shared.dq.at[slot, piece])
 
-    def add_piece(self, batch, tile: Tile, piece: int, source) -> None:
+    def add_piece(self, batch, tile: Tile, piece, source) -> None:
         q_start = tile.index * self.tile_len + (piece * PIECE if self.matmuls.two_parts else 0)
         column = 0 if self.matmuls.two_parts else piece * PIECE
         target = self.outputs.dq.at[batch, pl.ds(q_start, PIECE), tile.head, pl.ds(column, PIECE)]
@@ -162,15 +165,19 @@ class Adder(Role):
 
 
 class WideAdder(Adder):
-    """Of tiles of three pieces, in one buffer for each consumer."""
+    """Of tiles of three pieces, each consumer's in a buffer of its own.
+
+    First come those of the consumer that makes the one in the middle, so that it does not wait for the other.
+    """
+
+    def free(self, slot) -> None:
+        plgpu.barrier_arrive(self.shared.dq_free.at[SLOTS - 1 - slot])
 
     def add(self, batch, tile: Tile, slot) -> None:
-        free, dq = self.shared.dq_free, self.shared.dq
-        sync(self.dq_full, self.consumers_and_one)
-        for consumer in range(NUM_CONSUMERS):
-            self.add_piece(batch, tile, 2 * consumer, dq.at[0, consumer])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for consumer in range(NUM_CONSUMERS):
-            plgpu.barrier_arrive(free.at[consumer])
-        sync(self.dq_full + 1, self.consumer_and_one)
-        self.add_piece(batch, tile, 1, dq.at[0, slot])
+        other = SLOTS - 1 - slot
+        for consumer, piece in ((slot, 2 * slot), (slot, 1), (other, 2 * other)):
+            sync(self.dq_full + consumer, self.consumer_and_one)
+            self.add_piece(batch, tile, piece, self.shared.dq.at[0, consumer])
+            if consumer is slot:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(self.shared.dq_free.at[slot])

@@ -11,9 +11,12 @@ from benchmarks.cases import CASES, SMOKE, Case
 def test_pairs_are_those_of_the_dense_mask(case):
     dense = np.asarray(case.mask.dense(case.tokens, case.length, case.length))
     assert case.pairs == dense.sum()
-    assert case.flops("forward") == 4 * dense.sum() * case.head_dim * case.num_heads * case.batch_size
-    assert case.flops("forward+backward") == 3.5 * case.flops("forward")
-    assert case.flops("backward") == 2.5 * case.flops("forward")
+    H, V = case.head_dim, case.value_dim or case.head_dim
+    of_a_dim = 2 * dense.sum() * case.num_heads * case.batch_size
+    assert case.flops("forward") == of_a_dim * (H + V)
+    # dq, dk and the logits again; dv and the gradients of probabilities.
+    assert case.flops("backward") == of_a_dim * (3 * H + 2 * V)
+    assert case.flops("forward+backward") == case.flops("forward") + case.flops("backward")
 
 
 def test_a_window_inside_documents_counts_both():
@@ -23,7 +26,7 @@ def test_a_window_inside_documents_counts_both():
 
 def test_the_cases_are_those_that_peers_were_measured_on():
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 47
+    assert len(set(names)) == len(names) == 51
     assert names[0] == "causal B8 S2048 16/16 D128" and names[-1] == "dropout, causal B1 S32768 16/16 D64"
     dense = {f"causal {size} {heads} D{dim}" for size in ("B2 S8192", "B1 S32768") for heads in ("16/16", "16/4")
              for dim in (64, 128)}  # fmt: skip
