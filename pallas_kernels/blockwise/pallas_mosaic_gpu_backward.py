@@ -9,7 +9,8 @@ through shared memory (two buffers); it adds them into dq in device memory by TM
 which the gradient of a bias is made.
 
 On chip: k, v, q and dout (two tiles each), dS (two, for dq) and dq (two, float32) in shared memory; logits, their
-gradients, dk and dv in registers.
+gradients, dk and dv in registers. With heads of 192 there is room for one tile of dq, and for half the logits at a time
+(`WideConsumer`, `WideAdder`).
 
 dS = P (dP - delta) with P = exp(S - lse), dP = dout v^T; delta comes with dlse subtracted.
 

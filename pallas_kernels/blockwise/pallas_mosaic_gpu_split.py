@@ -13,7 +13,8 @@ and dq, dk or dv in registers.
 At head dim 256 dk and dv of 64 keys are 256 registers a thread, and there are 232: so the fused kernel
 (pallas_mosaic_gpu_backward.py) cannot be. Its 5 matmuls are 8 here, 3 of them to compute logits and the gradients of
 probabilities anew; in exchange no sum of dq goes through shared memory and the second-level cache, and each gradient
-has one owner, so that it comes out the same each time.
+has one owner, so that it comes out the same each time. At 192 with values of 128 the fused kernel can be, but has no
+registers left for a soft cap, dropout or a bias: those go here too.
 
 Reference: Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
 """
