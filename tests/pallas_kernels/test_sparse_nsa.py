@@ -174,6 +174,29 @@ def test_the_tokens_of_blocks():
     assert blocks.tolist() == [[1, 2, 3, 4], [3, 4, 5, 6], [7, 8, 9, 10], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("start", [[0, 2, 6, -1], [[1, 4, -1], [0, 8, 12]], [[3, -1, 9]]], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_the_tokens_of_blocks_is_that_of_rows_taken_one_by_one(start, dtype):
+    """Of blocks that overlap, that end behind the last row, and that are not there."""
+    start = jnp.atleast_2d(jnp.asarray(start, jnp.int32))
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, 13, 2, 3), dtype)
+
+    def by_matrix(x):
+        rows = start[..., None] + jnp.arange(SIZES.compress_block)
+        takes = (rows[..., None] == jnp.arange(13)) & (start[..., None, None] >= 0)
+        takes = jnp.broadcast_to(takes, (2, *takes.shape[1:])).astype(jnp.float32)
+        return jnp.einsum("bmis,bskh->bmikh", takes, x.astype(jnp.float32)).astype(dtype)
+
+    want, want_vjp = jax.vjp(by_matrix, x)
+    got, vjp = jax.vjp(lambda x: tokens_of_blocks(x, start, SIZES), x)
+    np.testing.assert_array_equal(got, want)
+    dout = jax.random.normal(keys[1], got.shape, dtype)
+    (dx,), (want_dx,) = vjp(dout), want_vjp(dout)
+    np.testing.assert_allclose(dx.astype(jnp.float32), want_dx.astype(jnp.float32), rtol=1e-6, atol=1e-6)
+    assert jnp.any(dx != 0)
+
+
 def test_the_scores_of_a_query_by_hand():
     """Blocks of 64 over compressed ones of 32 every 16, as published: of those that begin 16 before a block, with it,
     and 16, 32 and 48 behind its start, 1, 2, 2, 2 and 1 strides are in it."""
