@@ -366,7 +366,9 @@ def with_table(family: Family, text: str) -> str:
         )
         trials = family.trials(at["platform"])
         for implementation in dict.fromkeys(trial.implementation for trial in trials):
-            columns.append((report, [trial for trial in trials if trial.implementation == implementation]))
+            of_it = [trial for trial in trials if trial.implementation == implementation]
+            if any(report.outcome_of(trial) for trial in of_it):
+                columns.append((report, of_it))
     head = ["case", *(f"`{trials[0].implementation}`, {report.machine['device']}" for report, trials in columns)]
     rows = [[f"`{case.name}`", *(_cell(report, trials, case) for report, trials in columns)] for case in family.cases]
     return markdown.between_markers(text, "conformance", [*runs, "", markdown.table([head, *rows])])
