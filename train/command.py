@@ -11,7 +11,7 @@ from train.checkpoint import CheckpointError, tell_faults_once
 from train.config import ConfigError
 from train.data import DataError
 from train.distributed import DeviceError, process_label
-from train.files import storage_problem
+from train.files import GoneError, storage_problem
 from train.planning.startup import OutOfDeviceMemory
 from train.spikes import SpikeError
 from train.step import NonFiniteError
@@ -48,7 +48,7 @@ def _outcome(run: Callable[[], None]) -> int:
     except ConfigError as error:
         print(f"{_label()}{error}", file=sys.stderr)
         return 2
-    except (CheckpointError, DataError, NonFiniteError, OutOfDeviceMemory, SpikeError) as error:
+    except (CheckpointError, DataError, GoneError, NonFiniteError, OutOfDeviceMemory, SpikeError) as error:
         print(f"error: {_label()}{error}", file=sys.stderr)
         return 1
     except DeviceError as error:  # names host and rank itself

@@ -27,6 +27,10 @@ _REMEDIES = {
 }
 
 
+class GoneError(Exception):
+    """A folder that is written to is no longer there."""
+
+
 def storage_problem(error: BaseException) -> str | None:
     """What is wrong with the storage by an error of any library, and what to do about it; None if it tells of none.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from train.files import naming, write_text, write_whole
+from train.files import GoneError, naming, write_text, write_whole
 from train.schema import ConfigError
 
 
@@ -106,6 +106,11 @@ class MetricsLog:
         with naming(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        if not self.path.exists():  # what was deleted can be written to as long as it is open
+            raise GoneError(
+                f"{self.path.parent}: was moved or deleted while the run wrote to it; move it back, then run the same "
+                "command again"
+            )
         if self._events is not None:
             for name, value in record.items():
                 if name != "step" and value is not None:

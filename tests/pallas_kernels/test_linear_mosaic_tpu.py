@@ -60,7 +60,7 @@ class Case:
 
     def inputs(self) -> dict:
         # Traced, where only shapes are asked for: the longest rows are beyond this machine's memory.
-        keys = iter(jax.random.split(jax.random.key(0), 8))
+        keys = iter(jax.random.split(jax.random.key(0), 9))
 
         def normal(*shape, dtype=self.dtype):
             return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)

@@ -1,10 +1,12 @@
 import errno
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
+from train.command import run_command
 from train.metrics import MetricsConfig, MetricsLog, WandbConfig, draw_losses, drop_records_after, read_records
 from train.schema import ConfigError
 
@@ -143,3 +145,15 @@ def test_lines_that_are_no_records_cost_no_others(tmp_path):
     assert read_records(path) == [{"step": 1}, {"step": 4}]
     drop_records_after(path, 4)
     assert path.read_text() == '{"step": 1}\n{"step": 4}\n'
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_told(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "run", MetricsConfig(tensorboard=False), step=0)
+    log.write(1, {"loss": 2.5})
+    shutil.rmtree(tmp_path / "run")
+    assert run_command(lambda: log.write(2, {"loss": 2.0})) == 1
+    log.close()
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/run: was moved or deleted while the run wrote to it; move it back, then run the same "
+        "command again\n"
+    )
