@@ -186,6 +186,11 @@ def descriptor(smem: ir.Value, *at: tuple, leading: int, stride: int) -> ir.Valu
     return arith.ori(encoded, arith.ori(high, constant(leading >> 4 << 16)))
 
 
+def row_of_tiles(columns: int) -> int:
+    """Bytes of 8 rows of so many columns in shared memory."""
+    return columns // 64 * TILE_BYTES
+
+
 def as_int32(register: ir.Value) -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
     whole = vector.bitcast(ir.VectorType.get((1,), i32), register)

@@ -39,6 +39,7 @@ from pallas_kernels.wgmma import (
     descriptor,
     fragmented,
     int32s,
+    row_of_tiles,
 )
 
 _SMEM = plgpu.RefType(TRANSFORMS)
@@ -303,8 +304,3 @@ def finish(in_flight: Sequence[jax.Array], free: Arrival) -> list[jax.Array]:
         )
 
     return list(emit(*in_flight, *int32s((free.barrier,))))
-
-
-def row_of_tiles(columns: int) -> int:
-    """Bytes of 8 rows of so many columns in shared memory."""
-    return columns // 64 * TILE_BYTES

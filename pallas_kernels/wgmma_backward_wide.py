@@ -35,8 +35,9 @@ from pallas_kernels.wgmma import (
     descriptor,
     fragmented,
     int32s,
+    row_of_tiles,
 )
-from pallas_kernels.wgmma_backward import row_of_tiles, start_dq
+from pallas_kernels.wgmma_backward import start_dq
 
 _SMEM = plgpu.RefType(TRANSFORMS)
 
@@ -54,17 +55,17 @@ def store_half(ref, x: jax.Array, first: ArrayLike, *, warpgroup: ArrayLike, slo
         address = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
         row_bytes = row_of_tiles(ROWS)
         lines = [
-            ".reg .b32 thread, row, at, chunk, first;",
+            ".reg .b32 thread, row, at, chunk, part, first;",
             "mov.u32 thread, %tid.x;",
             "bfe.u32 row, thread, 2, 3;",
             f"mad.lo.u32 at, $1, {ROWS * ROWS * 2}, $0;",
             f"mad.lo.u32 at, $2, {2 * ROWS * ROWS * 2}, at;",
             # A warp has 16 rows, four threads one of them, and of 8 columns two each.
-            "bfe.u32 first, thread, 5, 2;",
-            f"mad.lo.u32 at, first, {2 * row_bytes}, at;",
+            "bfe.u32 part, thread, 5, 2;",
+            f"mad.lo.u32 at, part, {2 * row_bytes}, at;",
             f"mad.lo.u32 at, row, {row_bytes // 8}, at;",
-            "and.b32 first, thread, 3;",
-            "mad.lo.u32 at, first, 4, at;",
+            "and.b32 part, thread, 3;",
+            "mad.lo.u32 at, part, 4, at;",
             "shr.u32 first, $3, 3;",
         ]
         for i in range(x.shape[1] // 8):

@@ -21,6 +21,7 @@ from pallas_kernels.wgmma import (
     descriptor,
     fragmented,
     int32s,
+    row_of_tiles,
 )
 
 _SMEM = plgpu.RefType(TRANSFORMS)
@@ -37,15 +38,15 @@ def logits(
         arg_types=(_SMEM, _SMEM, SCALAR, SCALAR, SCALAR), return_type=array_type((ROWS, num_columns), MATRIX)
     )
     def emit(_, a_smem, b_smem, slot, part, b_slot):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
+        row_bytes = row_of_tiles(head_dim)
         ptx = Ptx()
         s = ptx.write(num_columns // 2)
         at = (slot, rows * head_dim * 2), (part, ROWS * head_dim * 2)
         a, b = ptx.read(
             "l",
             (
-                descriptor(a_smem, *at, leading=0, stride=row_of_tiles),
-                descriptor(b_smem, (b_slot, num_columns * head_dim * 2), leading=0, stride=row_of_tiles),
+                descriptor(a_smem, *at, leading=0, stride=row_bytes),
+                descriptor(b_smem, (b_slot, num_columns * head_dim * 2), leading=0, stride=row_bytes),
             ),
         )
         ptx.begin()
@@ -64,13 +65,13 @@ def weighted(p: jax.Array, v_smem) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(MATRIX, _SMEM), return_type=array_type((ROWS, head_dim), MATRIX))
     def emit(_, p, v_smem):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
+        row_bytes = row_of_tiles(head_dim)
         ptx = Ptx()
         out = ptx.write(head_dim // 2)
         p_registers = ptx.read("r", map(as_int32, p.registers.flat))
-        (v,) = ptx.read("l", (descriptor(v_smem, leading=TILE_BYTES, stride=row_of_tiles),))
+        (v,) = ptx.read("l", (descriptor(v_smem, leading=TILE_BYTES, stride=row_bytes),))
         ptx.begin()
-        ptx.matmul(out, p_registers, v, contracted=ROWS, dtype=dtype, fresh=True, b_rows=row_of_tiles)
+        ptx.matmul(out, p_registers, v, contracted=ROWS, dtype=dtype, fresh=True, b_rows=row_bytes)
         ptx.commit()
         ptx.wait(0)
         return fragmented(ptx.emit(), (ROWS, head_dim)).to_layout(MATRIX.to_mgpu())
@@ -85,14 +86,14 @@ def accumulate(acc: jax.Array, weights: jax.Array, of_queries_smem, *, slot: jax
 
     @plgpu.inline_mgpu(arg_types=(MATRIX, MATRIX, _SMEM, SCALAR), return_type=array_type((ROWS, head_dim), MATRIX))
     def emit(_, acc, weights, of_queries_smem, slot):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
+        row_bytes = row_of_tiles(head_dim)
         ptx = Ptx()
         acc = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
         weights = ptx.read("r", map(as_int32, weights.registers.flat))
         queries = slot, ROWS * head_dim * 2
-        (of_queries,) = ptx.read("l", (descriptor(of_queries_smem, queries, leading=TILE_BYTES, stride=row_of_tiles),))
+        (of_queries,) = ptx.read("l", (descriptor(of_queries_smem, queries, leading=TILE_BYTES, stride=row_bytes),))
         ptx.begin()
-        ptx.matmul(acc, weights, of_queries, contracted=ROWS, dtype=dtype, b_rows=row_of_tiles)
+        ptx.matmul(acc, weights, of_queries, contracted=ROWS, dtype=dtype, b_rows=row_bytes)
         ptx.commit()
         ptx.wait(0)
         return fragmented(ptx.emit(), (ROWS, head_dim)).to_layout(MATRIX.to_mgpu())
@@ -130,12 +131,12 @@ def accumulate_and_dq(
         return_type=(array_type((ROWS, head_dim), MATRIX), array_type((ROWS, ROWS), MATRIX)),
     )
     def emit(_, acc, weights, of_queries_smem, ds_smem, k_smem, slot, warpgroup):
-        row_of_tiles = head_dim // 64 * TILE_BYTES
+        row_bytes = row_of_tiles(head_dim)
         ptx = Ptx()
         dq = ptx.write(ROWS // 2)
         acc = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
         weights = ptx.read("r", map(as_int32, weights.registers.flat))
-        rows = {"leading": TILE_BYTES, "stride": row_of_tiles}
+        rows = {"leading": TILE_BYTES, "stride": row_bytes}
         of_queries, k, ds = ptx.read(
             "l",
             (
@@ -145,9 +146,9 @@ def accumulate_and_dq(
             ),
         )
         ptx.begin()
-        ptx.matmul(dq, ds, k, contracted=ROWS, dtype=dtype, fresh=True, a_rows=TILE_BYTES, b_rows=row_of_tiles)
+        ptx.matmul(dq, ds, k, contracted=ROWS, dtype=dtype, fresh=True, a_rows=TILE_BYTES, b_rows=row_bytes)
         ptx.commit()
-        ptx.matmul(acc, weights, of_queries, contracted=ROWS, dtype=dtype, b_rows=row_of_tiles)
+        ptx.matmul(acc, weights, of_queries, contracted=ROWS, dtype=dtype, b_rows=row_bytes)
         ptx.commit()
         ptx.wait(0)
         values = ptx.emit()

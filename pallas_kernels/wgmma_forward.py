@@ -25,6 +25,7 @@ from pallas_kernels.wgmma import (
     descriptor,
     fragmented,
     int32s,
+    row_of_tiles,
 )
 
 
@@ -62,7 +63,7 @@ def start(
         return_type=(array_type((ROWS, block), MATRIX), array_type((ROWS, value_dim), IN_FLIGHT)),
     )
     def emit(_, acc, p, q_smem, k_smem, v_smem, q_tile, k_slot, v_slot, issued_at, free_at):
-        row_of_tiles, row_of_v_tiles = head_dim // 64 * TILE_BYTES, value_dim // 64 * TILE_BYTES
+        row_bytes, row_bytes_of_v = row_of_tiles(head_dim), row_of_tiles(value_dim)
         ptx = Ptx()
         s_registers = ptx.write(block // 2)
         acc_registers = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
@@ -70,16 +71,16 @@ def start(
         q, k, v = ptx.read(
             "l",
             (
-                descriptor(q_smem, (q_tile, ROWS * head_dim * 2), leading=0, stride=row_of_tiles),
-                descriptor(k_smem, (k_slot, block * head_dim * 2), leading=0, stride=row_of_tiles),
-                descriptor(v_smem, (v_slot, block * value_dim * 2), leading=TILE_BYTES, stride=row_of_v_tiles),
+                descriptor(q_smem, (q_tile, ROWS * head_dim * 2), leading=0, stride=row_bytes),
+                descriptor(k_smem, (k_slot, block * head_dim * 2), leading=0, stride=row_bytes),
+                descriptor(v_smem, (v_slot, block * value_dim * 2), leading=TILE_BYTES, stride=row_bytes_of_v),
             ),
         )
         issued_name, free_name = ptx.read("r", (x.registers.item() for x in (issued_at, free_at)))
         ptx.begin()
         ptx.matmul(s_registers, q, k, contracted=head_dim, dtype=dtype, fresh=True)
         ptx.commit()
-        ptx.matmul(acc_registers, p_registers, v, contracted=block, dtype=dtype, b_rows=row_of_v_tiles)
+        ptx.matmul(acc_registers, p_registers, v, contracted=block, dtype=dtype, b_rows=row_bytes_of_v)
         ptx.commit()
         ptx.arrive(issued_name, issued.num_threads)
         ptx.wait(1)

@@ -23,6 +23,7 @@ from pallas_kernels.wgmma import (
     descriptor,
     fragmented,
     int32s,
+    row_of_tiles,
 )
 
 _SMEM = plgpu.RefType(TRANSFORMS)
@@ -56,7 +57,7 @@ def scores(
         results = [ptx.write(tile // 2) for _ in dims]
         sides = []
         for i, (dim, slot) in enumerate(zip(dims, slots, strict=True)):
-            rows = {"leading": 0, "stride": dim // 64 * TILE_BYTES}
+            rows = {"leading": 0, "stride": row_of_tiles(dim)}
             rows_at = (slot_a, 2 * ROWS * dim * 2), (warpgroup, ROWS * dim * 2)
             sides.append(descriptor(refs_in[2 * i], *rows_at, **rows))
             sides.append(descriptor(refs_in[2 * i + 1], (slot, tile * dim * 2), **rows))
@@ -88,13 +89,13 @@ def product(acc: jax.Array, x: jax.Array, b_smem, *, slot: jax.typing.ArrayLike)
 
     @plgpu.inline_mgpu(arg_types=(MATRIX, MATRIX, _SMEM, SCALAR), return_type=array_type((ROWS, dim), MATRIX))
     def emit(_, acc, x, b_smem, slot):
-        row_of_tiles = dim // 64 * TILE_BYTES
+        row_bytes = row_of_tiles(dim)
         ptx = Ptx()
         registers = ptx.update(acc.to_layout(IN_FLIGHT.to_mgpu()).registers.flat)
         x_registers = ptx.read("r", map(as_int32, x.registers.flat))
-        (b,) = ptx.read("l", [descriptor(b_smem, (slot, tile * dim * 2), leading=TILE_BYTES, stride=row_of_tiles)])
+        (b,) = ptx.read("l", [descriptor(b_smem, (slot, tile * dim * 2), leading=TILE_BYTES, stride=row_bytes)])
         ptx.begin()
-        ptx.matmul(registers, x_registers, b, contracted=tile, dtype=dtype, b_rows=row_of_tiles)
+        ptx.matmul(registers, x_registers, b, contracted=tile, dtype=dtype, b_rows=row_bytes)
         ptx.commit()
         ptx.wait(0)
         return fragmented(ptx.emit(), (ROWS, dim)).to_layout(MATRIX.to_mgpu())

@@ -191,7 +191,12 @@ class Consumer(Role):
     def hand_over_last(self, slot, per_unit) -> None:
         """dq of the item's last tile, to the adder."""
         plgpu.barrier_wait(self.shared.ds_full.at[slot])
-        self.hand_over(slot, self.matmuls.dq(slot, self.warpgroup), per_unit)
+        self.hand_over(slot, self.matmuls.dq(slot, self.first_piece), per_unit)
+
+    @property
+    def first_piece(self):
+        """Of a tile of dq, which this warpgroup makes first."""
+        return self.warpgroup
 
     def hand_over(self, slot, dq, per_unit) -> None:
         """This warpgroup's piece of dq, to the adder; what it was made of may be overwritten."""
@@ -300,10 +305,6 @@ class WideConsumer(Consumer):
         if with_dq:
             self.hand_over(before, dq, per_unit)
         return dv, dk
-
-    def hand_over_last(self, slot, per_unit) -> None:
-        plgpu.barrier_wait(self.shared.ds_full.at[slot])
-        self.hand_over(slot, self.matmuls.dq(slot, self.first_piece), per_unit)
 
     def hand_over(self, slot, dq, per_unit) -> None:
         """This warpgroup's first piece of dq, and the one in the middle, if it is the slot's."""
